@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vtprune.cost against torch's own counter and against the TFLOPs that papers print."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from vtprune import cost
+from vtprune.errors import ConfigError
+
+TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
+TINY_VISION = dict(
+    hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7
+)
+
+QWEN2_7B = Qwen2Config(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
+)
+VICUNA_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
+)
+
+
+def counted_flops(module: torch.nn.Module, *args, **kwargs) -> dict[str, int]:
+    """FLOPs of one forward as torch counts them: name of a module below `module` ("" is itself) -> FLOPs.
+
+    Eager attention, because its matrix products are counted on every device and for every mask.
+    """
+    module.eval().set_attn_implementation("eager") if hasattr(module, "set_attn_implementation") else module.eval()
+    root = type(module).__name__
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        module(*args, **kwargs)
+    return {
+        name.removeprefix(root).removeprefix("."): sum(operators.values())
+        for name, operators in counter.get_flop_counts().items()
+        if name.startswith(root)
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        pytest.param(LlamaModel, LlamaConfig(**TINY), id="llama-mha"),
+        pytest.param(LlamaModel, LlamaConfig(**TINY, num_key_value_heads=2), id="llama-gqa"),
+        pytest.param(LlamaModel, LlamaConfig(**TINY, num_key_value_heads=3, head_dim=20), id="llama-head-dim"),
+        pytest.param(Qwen2Model, Qwen2Config(**TINY, num_key_value_heads=2), id="qwen2-bias"),
+        pytest.param(Qwen3Model, Qwen3Config(**TINY, num_key_value_heads=2, head_dim=16), id="qwen3-qk-norm"),
+    ],
+)
+@pytest.mark.parametrize(("visual", "text"), [(19, 7), (0, 11)])
+def test_exact_prefill_is_what_torch_counts(model_class, config, visual, text):
+    counted = counted_flops(model_class(config), inputs_embeds=torch.randn(1, visual + text, config.hidden_size))
+    layers = [counted[f"layers.{i}"] for i in range(config.num_hidden_layers)]
+    assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == sum(layers)
+
+
+def test_exact_prefill_adds_layers_of_different_lengths():
+    config = LlamaConfig(**TINY, num_key_value_heads=2)
+    model, text, visual = LlamaModel(config), 5, [16, 9, 0]
+    expected = 0
+    for i, count in enumerate(visual):
+        counted = counted_flops(model, inputs_embeds=torch.randn(1, count + text, config.hidden_size))
+        expected += counted[f"layers.{i}"]
+    assert cost.llm_prefill_flops(config, visual, text) == expected
+    assert cost.llm_prefill_flops(config, torch.tensor(visual), text) == expected
+
+
+def test_lm_head_is_what_torch_counts():
+    config = LlamaConfig(**TINY)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)(torch.randn(4, config.hidden_size))
+    assert cost.lm_head_flops(config, 4) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        pytest.param(CLIPVisionModel, CLIPVisionConfig(**TINY_VISION), id="clip-cls"),
+        pytest.param(SiglipVisionModel, SiglipVisionConfig(**TINY_VISION), id="siglip-pooling-head"),
+        pytest.param(SiglipVisionModel, SiglipVisionConfig(**TINY_VISION, vision_use_head=False), id="siglip"),
+    ],
+)
+def test_encoder_is_what_torch_counts(model_class, config):
+    images = 2
+    counted = counted_flops(model_class(config), torch.randn(images, 3, config.image_size, config.image_size))
+    assert cost.encoder_flops(config, images) == counted[""]
+
+
+@pytest.mark.parametrize("feature_layer", [-2, [-2, -1]])
+def test_projector_is_what_torch_counts(feature_layer):
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TINY_VISION),
+        text_config=LlamaConfig(**TINY),
+        vision_feature_layer=feature_layer,
+    )
+    projector = LlavaMultiModalProjector(config)
+    features = torch.randn(13, projector.linear_1.in_features)
+    assert cost.projector_flops(config, 13) == counted_flops(projector, features)[""]
+
+
+def test_kv_bytes():
+    # 2 (keys and values) x 4 heads x 128 x 2 bytes = 2048 bytes a token and layer in Qwen2-7B
+    assert cost.kv_bytes(QWEN2_7B, [100] * 28) == 28 * 100 * 2048
+    assert cost.kv_bytes(QWEN2_7B, torch.tensor([100] * 18 + [50] * 10), dtype_bytes=4) == (1800 + 500) * 4096
+    assert cost.kv_bytes(VICUNA_7B, [1] * 32) == 32 * 2 * 4096 * 2
+
+
+# --- the papers' tables ----------------------------------------------------------------------------------------------
+
+
+def teraflops(*args, **kwargs) -> float:
+    return cost.llm_prefill_flops(*args, **kwargs) / 1e12
+
+
+# HoliTom (arXiv 2505.21334), main table, LLaVA-OneVision-7B, 32 frames of 196 tokens:
+# (method, TFLOPs, % of the full model, share kept before the LLM, (layer, share) of a cut inside the LLM).
+# PDrop (10.5, 25.7 %) is not here: the table does not state the schedule that it was run with.
+HOLITOM = [
+    ("Vanilla", 40.8, 100.0, 1.00, None),
+    ("FastV", 9.3, 22.8, 1.00, (2, 0.2)),
+    ("DyCoke", 8.7, 21.3, 0.25, None),
+    ("VisionZip", 8.7, 21.3, 0.25, None),
+    ("PruneVid", 8.7, 21.3, 0.25, None),
+    ("FastVID", 8.7, 21.3, 0.25, None),
+    ("HoliTom w/o M", 8.7, 21.3, 0.25, None),
+    ("HoliTom", 7.1, 17.4, 0.25, (18, 0.5)),
+    ("VisionZip", 7.0, 17.2, 0.20, None),
+    ("PruneVid", 7.0, 17.2, 0.20, None),
+    ("FastVID", 7.0, 17.2, 0.20, None),
+    ("HoliTom w/o M", 7.0, 17.2, 0.20, None),
+    ("HoliTom", 5.8, 14.2, 0.20, (18, 0.5)),
+    ("VisionZip", 5.2, 12.7, 0.15, None),
+    ("PruneVid", 5.2, 12.7, 0.15, None),
+    ("FastVID", 5.2, 12.7, 0.15, None),
+    ("HoliTom w/o M", 5.2, 12.7, 0.15, None),
+    ("HoliTom", 4.3, 10.5, 0.15, (18, 0.5)),
+    ("VisionZip", 3.4, 8.3, 0.10, None),
+    ("PruneVid", 3.4, 8.3, 0.10, None),
+    ("FastVID", 3.4, 8.3, 0.10, None),
+    ("HoliTom w/o M", 3.4, 8.3, 0.10, None),
+    ("HoliTom", 2.8, 6.9, 0.10, (18, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("method", "printed", "percent", "kept", "cut"), HOLITOM)
+def test_visual_only_reproduces_the_column_of_holitom(method, printed, percent, kept, cut):
+    full = [32 * 196] * 28
+    entering = 32 * math.ceil(196 * kept)
+    layer, share = cut or (28, 1.0)
+    visual = [entering] * layer + [int(entering * share)] * (28 - layer)
+    tflops = teraflops(QWEN2_7B, visual, 0, convention="visual_only")
+    assert round(tflops, 1) == printed
+    # The paper's percentages are quotients of its rounded TFLOPs (7.0 / 40.8 = 17.2 %, where 7.04 / 40.77 = 17.3 %).
+    printed_full = round(teraflops(QWEN2_7B, full, 0, convention="visual_only"), 1)
+    assert round(100 * round(tflops, 1) / printed_full, 1) == percent
+
+
+@pytest.mark.parametrize(("tokens", "percent"), [(576, 40.8), (2880, 40.0)])
+def test_visual_only_gated_reproduces_transprune(tokens, percent):
+    """TransPrune (arXiv 2507.20630) on LLaVA-1.5-7B and LLaVA-1.6-7B: 87.5, 62.5, 12.5 % after layers 7, 9, 12."""
+    visual = [tokens] * 7 + [int(tokens * 0.875)] * 2 + [int(tokens * 0.625)] * 3 + [int(tokens * 0.125)] * 20
+    pruned = teraflops(VICUNA_7B, visual, 0, convention="visual_only_gated")
+    full = teraflops(VICUNA_7B, [tokens] * 32, 0, convention="visual_only_gated")
+    assert round(100 * pruned / full, 1) == percent
+
+
+def aim_teraflops(config, visual: int, last_full: int, exhausted: int, text: int) -> float:
+    """TFLOPs of AIM's linear schedule between two 1-based layers, cutting one layer earlier than its model code does,
+    as its FLOPs tool counts them."""
+    shares = [
+        min(1.0, max(0.0, 1 - (layer - last_full) / (exhausted - last_full)))
+        for layer in range(1, config.num_hidden_layers + 1)
+    ]
+    return teraflops(config, [visual * share for share in shares], text, convention="llm_viewer")
+
+
+# AIM (arXiv 2412.03248): (config, visual tokens, last full layer, exhausted layer, text tokens, formula, printed).
+# The formula leaves out LLM-Viewer's small operators, so the printed cells are up to 0.2 % higher.
+QWEN_FULL, VICUNA_FULL = (28, 29), (32, 33)
+AIM = [
+    # merging alone: tokens a frame after each round
+    (QWEN2_7B, 32 * 196, *QWEN_FULL, 100, 99.46, 99.63),
+    (QWEN2_7B, 32 * 98, *QWEN_FULL, 100, 46.44, 46.48),
+    (QWEN2_7B, 32 * 49, *QWEN_FULL, 100, 22.89, 22.90),
+    (QWEN2_7B, 32 * 24, *QWEN_FULL, 100, 11.63, 11.64),
+    (QWEN2_7B, 32 * 12, *QWEN_FULL, 100, 6.41, 6.41),
+    (QWEN2_7B, 32 * 6, *QWEN_FULL, 100, 3.84, 3.85),
+    (QWEN2_7B, 32 * 3, *QWEN_FULL, 100, 2.57, 2.57),
+    # pruning schedules at 49 tokens a frame
+    (QWEN2_7B, 32 * 49, 21, 29, 100, 20.14, 20.15),
+    (QWEN2_7B, 32 * 49, 14, 29, 100, 17.40, 17.41),
+    (QWEN2_7B, 32 * 49, 7, 29, 100, 14.66, 14.66),
+    (QWEN2_7B, 32 * 49, 21, 22, 100, 17.49, 17.50),
+    (QWEN2_7B, 32 * 49, 14, 22, 100, 14.75, 14.76),
+    (QWEN2_7B, 32 * 49, 7, 22, 100, 12.01, 12.01),
+    (QWEN2_7B, 32 * 49, 14, 15, 100, 12.10, 12.10),
+    (QWEN2_7B, 32 * 49, 7, 15, 100, 9.35, 9.36),
+    (QWEN2_7B, 32 * 49, 7, 8, 100, 6.70, 6.71),
+    # images, LLaVA-1.5-7B
+    (VICUNA_7B, 576, *VICUNA_FULL, 40, 8.18, 8.18),
+    (VICUNA_7B, 252, 13, 21, 40, 2.22, 2.22),
+    (VICUNA_7B, 72, 13, 21, 40, 1.00, 1.00),
+]
+
+
+@pytest.mark.parametrize(("config", "visual", "last_full", "exhausted", "text", "formula", "printed"), AIM)
+def test_llm_viewer_reproduces_aim(config, visual, last_full, exhausted, text, formula, printed):
+    tflops = aim_teraflops(config, visual, last_full, exhausted, text)
+    assert round(tflops, 2) == formula
+    assert tflops == pytest.approx(printed, rel=2e-3, abs=5e-3)
+
+
+# Merging and pruning together "(14, 22)" at 24, 12, 6 and 3 tokens a frame: printed cells that do not follow from that
+# schedule; listed so that nobody takes the difference for an error of the formula.
+AIM_UNEXPLAINED = [(24, 7.75, 11.14), (12, 4.49, 6.17), (6, 2.89, 3.72), (3, 2.10, 2.51)]
+
+
+@pytest.mark.parametrize(("per_frame", "formula", "printed"), AIM_UNEXPLAINED)
+def test_cells_of_aim_that_do_not_follow_from_their_schedule(per_frame, formula, printed):
+    tflops = aim_teraflops(QWEN2_7B, 32 * per_frame, 14, 22, 100)
+    assert round(tflops, 2) == formula
+    assert abs(tflops - printed) > 0.15 * printed
+
+
+def test_conventions_differ_as_published():
+    """HoliTom's and AIM's TFLOPs of one model and video are a factor of 2.44 apart."""
+    visual = [32 * 196] * 28
+    ratio = teraflops(QWEN2_7B, visual, 100, "llm_viewer") / teraflops(QWEN2_7B, visual, 100, "visual_only")
+    assert round(ratio, 2) == 2.44
+
+
+def test_only_conventions_without_text_ignore_it():
+    visual = [64] * 28
+    for convention in cost.CONVENTIONS:
+        without, with_text = (teraflops(QWEN2_7B, visual, text, convention) for text in (0, 50))
+        assert (with_text == without) == convention.startswith("visual_only"), convention
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_unknown_convention_names_the_known_ones():
+    with pytest.raises(ConfigError, match="'flops'.*exact, visual_only, visual_only_gated, llm_viewer"):
+        cost.llm_prefill_flops(QWEN2_7B, [1] * 28, 1, convention="flops")
+
+
+@pytest.mark.parametrize("counts", [[576] * 27, [], [576] * 29])
+def test_one_count_for_each_layer(counts):
+    with pytest.raises(ConfigError, match=f"{len(counts)} counts.*28 layers"):
+        cost.llm_prefill_flops(QWEN2_7B, counts, 1)
+    with pytest.raises(ConfigError, match=f"{len(counts)} counts.*28 layers"):
+        cost.kv_bytes(QWEN2_7B, counts)
+
+
+def test_negative_counts_are_refused():
+    with pytest.raises(ConfigError, match="visual_tokens"):
+        cost.llm_prefill_flops(QWEN2_7B, [1] * 27 + [-1], 1)
+    with pytest.raises(ConfigError, match="text_tokens"):
+        cost.llm_prefill_flops(QWEN2_7B, [1] * 28, -1)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a forward pass costs, counted from the tokens that really enter each layer.
+
+`llm_prefill_flops(..., convention="exact")` counts what runs; the other conventions reproduce the formulas behind
+published tables, which differ by a factor of more than two on the same model, so that a number can be compared with
+the table it stands next to. Nothing here runs a model: configs in, numbers out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtprune.errors import ConfigError
+
+Counts = Sequence[float] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class _TextShape:
+    """The widths of a decoder that its cost depends on, under the names that formulas use."""
+
+    layers: int
+    d: int
+    """width of the hidden state"""
+    d_q: int
+    """width of all query heads together"""
+    d_kv: int
+    """width of all key (or value) heads together; below `d_q` with grouped-query attention"""
+    m: int
+    """width inside the MLP"""
+
+    @classmethod
+    def of(cls, config: Any) -> _TextShape:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            layers=config.num_hidden_layers,
+            d=config.hidden_size,
+            d_q=heads * head_dim,
+            d_kv=kv_heads * head_dim,
+            m=config.intermediate_size,
+        )
+
+
+def _exact(shape: _TextShape, visual: float, text: int) -> float:
+    n = visual + text
+    projections = 2 * n * shape.d * (2 * shape.d_q + 2 * shape.d_kv)  # q and o, k and v
+    attention = 2 * (2 * n * n * shape.d_q)  # QK^T and AV
+    mlp = 3 * (2 * n * shape.d * shape.m)  # gate, up, down
+    return projections + attention + mlp
+
+
+def _visual_only(shape: _TextShape, visual: float, text: int) -> float:
+    return 4 * visual * shape.d**2 + 2 * visual**2 * shape.d + 2 * visual * shape.d * shape.m
+
+
+def _visual_only_gated(shape: _TextShape, visual: float, text: int) -> float:
+    return 4 * visual * shape.d**2 + 2 * visual**2 * shape.d + 3 * visual * shape.d * shape.m
+
+
+def _llm_viewer(shape: _TextShape, visual: float, text: int) -> float:
+    n = int(visual + text)
+    return 2 * n * (2 * shape.d**2 + 2 * shape.d * shape.d_kv + 3 * shape.d * shape.m) + 4 * n**2 * shape.d
+
+
+CONVENTIONS: dict[str, Callable[[_TextShape, float, int], float]] = {
+    "exact": _exact,
+    "visual_only": _visual_only,
+    "visual_only_gated": _visual_only_gated,
+    "llm_viewer": _llm_viewer,
+}
+"""Name of a convention -> its cost of one decoder layer, from (shape, visual tokens, text tokens)."""
+
+
+def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int, convention: str = "exact") -> float:
+    """FLOPs of one sample's prefill through the decoder layers.
+
+    Embedding, norms, rotary embedding, softmax and activation functions are left out in every convention, and so is the
+    LM head (`lm_head_flops`).
+
+    Args:
+        text_config: config of the language model (`LlamaConfig`, `Qwen2Config`, ...), with a gated MLP.
+        visual_tokens: (layers,), visual tokens entering each decoder layer; averages, hence floats, are fine.
+        text_tokens: the other tokens of the prompt, the same in every layer because text is never dropped.
+        convention: with n visual tokens, N tokens in all, d the width of the hidden state, d_q and d_kv those of all
+            query and all key heads together, m the width inside the MLP, a decoder layer costs
+
+            - `"exact"` (default): 4N d (d_q + d_kv) + 4N^2 d_q + 6N d m. Two FLOPs per multiply-add, grouped-query
+              attention and the three matrices of a gated MLP. Attention is counted over the full N x N square, as FLOP
+              counters do, although causality makes half of it unnecessary and some kernels skip it.
+            - `"visual_only"` (FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334): 4n d^2 + 2n^2 d + 2n d m. One FLOP
+              per multiply-add, no text, no grouped-query attention, two MLP matrices.
+            - `"visual_only_gated"` (TransPrune, arXiv 2507.20630): 4n d^2 + 2n^2 d + 3n d m.
+            - `"llm_viewer"` (AIM, arXiv 2412.03248): 2N (2d^2 + 2d d_kv + 3d m) + 4N^2 d, N truncated to an integer.
+
+    Returns:
+        FLOPs; an int when all counts are.
+
+    Raises:
+        ConfigError: unknown convention, a number of counts that is not the number of layers, a negative count.
+    """
+    if convention not in CONVENTIONS:
+        raise ConfigError(f"unknown FLOPs convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
+    if text_tokens < 0:
+        raise ConfigError(f"text_tokens must be at least 0, got {text_tokens}")
+    shape = _TextShape.of(text_config)
+    layer_cost = CONVENTIONS[convention]
+    return sum(layer_cost(shape, count, text_tokens) for count in _per_layer("visual_tokens", visual_tokens, shape))
+
+
+def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
+    """FLOPs of the LM head for `tokens` positions; `generate()` asks for one per sample and step."""
+    return 2 * tokens * text_config.hidden_size * text_config.vocab_size
+
+
+def encoder_flops(vision_config: Any, images: float = 1) -> float:
+    """FLOPs of a CLIP or SigLIP vision encoder, two per multiply-add: patch embedding and all its layers.
+
+    All layers count, also those after `vision_feature_layer`: transformers runs them. So does the attention-pooling
+    head of a SigLIP encoder that has one.
+
+    Args:
+        vision_config: `CLIPVisionConfig`, `SiglipVisionConfig` or one with the same fields.
+        images: images (or crops, or frames) that pass through it.
+    """
+    d, m = vision_config.hidden_size, vision_config.intermediate_size
+    patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    has_cls = vision_config.model_type.startswith("clip")
+    n = patches + has_cls
+
+    embedding = 2 * patches * vision_config.num_channels * vision_config.patch_size**2 * d
+    layer = 8 * n * d**2 + 4 * n**2 * d + 4 * n * d * m
+    # A single learned query attends to all tokens, then passes an MLP.
+    head = 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m if getattr(vision_config, "vision_use_head", False) else 0
+    return images * (embedding + vision_config.num_hidden_layers * layer + head)
+
+
+def projector_flops(config: Any, tokens: float) -> float:
+    """FLOPs of LLaVA's two-layer projector for `tokens` visual tokens, two per multiply-add.
+
+    Args:
+        config: the whole model's config, with `vision_config`, `text_config` and `vision_feature_layer`; features of
+            several layers enter the projector concatenated.
+        tokens: visual tokens that pass through it.
+    """
+    d = config.text_config.hidden_size
+    feature_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    return 2 * tokens * (feature_layers * config.vision_config.hidden_size * d + d * d)
+
+
+def kv_bytes(text_config: Any, lengths_per_layer: Counts, dtype_bytes: int = 2) -> float:
+    """Bytes of one sample's KV cache.
+
+    Args:
+        text_config: config of the language model.
+        lengths_per_layer: (layers,), tokens that each layer's cache holds, text included.
+        dtype_bytes: bytes per element, 2 (default) for fp16 and bf16, 4 for fp32.
+
+    Raises:
+        ConfigError: a number of lengths that is not the number of layers, a negative length.
+    """
+    shape = _TextShape.of(text_config)
+    return sum(_per_layer("lengths_per_layer", lengths_per_layer, shape)) * 2 * shape.d_kv * dtype_bytes
+
+
+def _per_layer(name: str, counts: Counts, shape: _TextShape) -> list[float]:
+    counts = counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
+    if len(counts) != shape.layers:
+        raise ConfigError(f"{name} holds {len(counts)} counts, the language model has {shape.layers} layers")
+    if any(count < 0 for count in counts):
+        raise ConfigError(f"{name} must be at least 0 everywhere, got {counts}")
+    return counts
