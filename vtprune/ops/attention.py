@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention rows: the part of an attention matrix that a method asks for, and no more of it."""
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embeddings in the rotate-half convention (RoFormer, arXiv 2104.09864).
+
+    Args:
+        x: ``(batch, heads, rows, head_dim)`` queries or keys.
+        cos: ``(batch | 1, rows, rotary_dim)``, each half holding the same angles, as transformers gives it.
+        sin: same shape as ``cos``.
+
+    Returns:
+        ``x`` rotated, same shape. With ``rotary_dim < head_dim`` the remaining dimensions pass unchanged.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1).to(x.dtype)
+
+
+def attention_rows(queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Post-softmax attention of some query rows over all keys, in float32.
+
+    Costs ``rows * keys``, not ``keys ** 2``; grouped key heads (GQA, MQA) are read in place, not repeated.
+
+    Args:
+        queries: ``(batch, heads, rows, head_dim)``, positions already applied.
+        keys: ``(batch, kv_heads, keys, head_dim)``; ``heads`` is a multiple of ``kv_heads`` and query head ``h``
+            reads key head ``h // (heads // kv_heads)``.
+        scale: factor on the dot products, usually ``head_dim ** -0.5``.
+        mask: bool, broadcastable to ``(batch, 1 | heads, rows, keys)``, True where a row may attend.
+
+    Returns:
+        ``(batch, heads, rows, keys)`` float32. Rows sum to one; a row that may attend to nothing is all zeros.
+    """
+    batch, heads, rows, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    # The query heads of one key head become further rows of it.
+    grouped = (queries.float() * scale).reshape(batch, kv_heads, -1, head_dim)
+    scores = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, rows, -1)
+    if mask is None:
+        return scores.softmax(dim=-1)
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
+    return weights.masked_fill_(~mask.any(dim=-1, keepdim=True), 0.0)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a prompt to the words that say what to look for (MMTok, arXiv 2508.18264)."""
+
+import re
+
+_STOP_WORDS = frozenset(
+    """a an the is are was were be been being have has had do does did it they he she we you i what where when why how
+    who which and or but so if then question answer to for with by from at into onto upon""".split()
+)
+_BENCHMARK_INSTRUCTIONS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+)
+
+
+def keywords(text: str) -> str:
+    """The words of ``text`` without stop words and without the answer-format instructions of VQA benchmarks.
+
+    Returns:
+        Words joined by single spaces; the text without the instructions if every word is a stop word.
+    """
+    for instruction in _BENCHMARK_INSTRUCTIONS:
+        text = text.replace(instruction, "")
+    return " ".join(word for word in re.findall(r"\b\w+\b", text) if word.lower() not in _STOP_WORDS) or text
+
+
+def question_from_messages(messages: list[dict]) -> str | None:
+    """The text of the user's turns of a chat.
+
+    Args:
+        messages: ``{"role": ..., "content": ...}``, the content a string or a list of parts of which those with
+            ``"type": "text"`` count.
+
+    Returns:
+        The parts joined by spaces, ``<image>`` marks removed; None if there is no text.
+    """
+    texts = []
+    for message in messages:
+        if message["role"] != "user":
+            continue
+        content = message["content"]
+        if isinstance(content, str):
+            texts.append(content)
+        else:
+            texts += [part["text"] for part in content if part.get("type") == "text" and part["text"]]
+    return " ".join(texts).replace("<image>", "").strip() or None
