@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid of an evaluation: one cell for each method, parameters, budget and seed, and what identifies it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import vtprune
+import vtprune.adapters
+import vtprune.eval
+from vtprune.errors import ConfigError
+from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig
+from vtprune.eval.tasks import TASKS
+
+_HEAD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of results: what runs, at which budget, from which seed."""
+
+    method: str
+    keep_ratio: float | None = None
+    """as asked; 1.0 for the full model, 0.0 without visual tokens"""
+    given: dict[str, Any] = field(default_factory=dict)
+    """parameters that the configuration sets"""
+    seed: int | None = None
+
+    @property
+    def label(self) -> str:
+        """For people: the method and what was set, e.g. `fastv(layer=3)`; the same for all seeds and budgets."""
+        inside = ", ".join(f"{key}={_short(value)}" for key, value in self.given.items())
+        return f"{self.method}({inside})" if inside else self.method
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `vtprune.build_method` takes."""
+        return {"name": self.method, **self.given, **({} if self.seed is None else {"seed": self.seed})}
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """All parameters but the budget and the seed, defaults included, as JSON has them."""
+        if self.method in BASELINES:
+            return {}
+        fields = dataclasses.asdict(vtprune.build_method(self.spec))
+        return json.loads(json.dumps({k: v for k, v in fields.items() if k not in (*BUDGETS, "seed")}, default=str))
+
+
+def _short(value: Any) -> str:
+    return str(value).replace(" ", "")
+
+
+def expand(config: EvalConfig) -> list[Cell]:
+    """All cells, baselines first, then the methods as listed, each budget by budget and seed by seed."""
+    cells = []
+    for name in config.baselines:
+        if name == "downsample":
+            cells += [Cell(name, ratio) for ratio in config.keep_ratios]
+        else:
+            cells.append(Cell(name, {"full": 1.0, "zero": 0.0}[name]))
+    for entry in config.methods:
+        default = getattr(vtprune.build_method({"name": entry.name, **entry.params}), "seed", None)
+        given = {key: value for key, value in entry.params.items() if key != "seed"}
+        for ratio in entry.keep_ratios or config.keep_ratios:
+            cells += [Cell(entry.name, ratio, given, seed) for seed in entry.seeds or (default,)]
+    return cells
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything besides the cell that its numbers depend on."""
+
+    settings: dict[str, Any]
+    """the parts of the configuration that hold for every cell"""
+    model: str
+    """fingerprint of the weights"""
+    task: str
+    """hash of the task's sources"""
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, config: EvalConfig, model_path: str) -> Identity:
+        """The identity of a run on the model at `model_path` (folder or hub id)."""
+        settings = config.resolved()
+        for key in ("model", "keep_ratios", "baselines", "methods"):
+            settings.pop(key)
+        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[config.task]), versions())
+
+    def key(self, cell: Cell) -> str:
+        """16 hex digits that change whenever a number in the cell could."""
+        parts = {
+            **{name: value for name, value in dataclasses.asdict(self).items() if name != "versions"},
+            # the commit is provenance: the hash of the code says the same, and says it also of uncommitted changes
+            "versions": {name: value for name, value in self.versions.items() if name != "commit"},
+            "cell": [cell.method, cell.keep_ratio, cell.params, cell.seed],
+            "source": None if cell.method in BASELINES else _source_hash(vtprune.list_methods()[cell.method]),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _source_hash(thing: Any) -> str:
+    """Of the module that holds a method or a task, which may live outside this library."""
+    try:
+        source = inspect.getsource(inspect.getmodule(thing))
+    except (OSError, TypeError) as error:
+        raise ConfigError(f"{thing!r} has no source file, so results could not be tied to its code") from error
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _fingerprint(model_path: str) -> str:
+    """Of a folder: names, sizes and the first MiB of its files (weights are told apart without reading gigabytes).
+
+    Of a hub id: the commit of the snapshot.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        try:
+            return f"{model_path}@{AutoConfig.from_pretrained(model_path)._commit_hash}"
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model {model_path!r} cannot be found: {str(error).splitlines()[0]}") from error
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(file.read(_HEAD))
+    return digest.hexdigest()[:16]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What a result was computed with: interpreter, libraries, the hash of vtprune's code, its commit if it has one."""
+    packages = {name: version(name) for name in ("vtprune", "torch", "transformers")}
+    digest = hashlib.sha256()
+    for root in (*vtprune.__path__, *vtprune.adapters.__path__, *vtprune.eval.__path__):
+        for path in sorted(Path(root).rglob("*.py")):
+            digest.update(path.read_bytes())
+    found = {"python": platform.python_version(), **packages, "code": digest.hexdigest()[:16]}
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _commit() -> str | None:
+    """The commit this file is checked out at; None for an installed copy, which may lie inside a foreign repository."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return git("rev-parse", "HEAD")

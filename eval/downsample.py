@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `downsample` baseline: a smaller image instead of fewer tokens of the large one.
+
+The image is prepared as always (resized, cropped), then shrunk until its patches fill the grid that the budget
+allows. Encoder, projector and LLM run on these patches alone; the encoder's position embeddings are interpolated to the
+smaller grid by transformers' own `interpolate_pos_encoding`. Nothing is enlarged again, so the token counts are equal
+to those of a pruning method, and the encoder gets cheaper as well, which no pruning method before the LLM achieves.
+(VTC-Bench, arXiv 2510.07143, found this baseline above many methods.)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+
+import vtprune
+from vtprune.errors import UnsupportedStageError
+from vtprune.eval.inputs import chat_inputs, processed_view
+
+
+def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:
+    """The grid whose number of cells is nearest to `keep_ratio * rows * cols`.
+
+    Sides are whole patches and shrink alike, each to a floor or a ceiling of its exact length; the shape nearest to the
+    image's wins a tie.
+
+    Returns:
+        (rows, cols), each at least 1.
+    """
+    wanted, scale = keep_ratio * rows * cols, keep_ratio**0.5
+
+    def sides(length: int) -> list[int]:
+        return sorted({max(1, int(length * scale)), min(length, int(length * scale) + 1)})
+
+    candidates = [(r, c) for r in sides(rows) for c in sides(cols)]
+    return min(candidates, key=lambda grid: (abs(grid[0] * grid[1] - wanted), abs(grid[0] * cols - grid[1] * rows)))
+
+
+class Downsampler:
+    """Makes inputs of a LLaVA model with a CLIP or SigLIP encoder as small as a budget says.
+
+    Args:
+        model: a model with an adapter, whose vision tower takes `interpolate_pos_encoding`.
+        processor: its processor.
+        keep_ratio: share of the visual tokens, in (0, 1); met as nearly as a grid of whole patches can.
+
+    Raises:
+        UnsupportedStageError: the encoder cannot take images of another size.
+    """
+
+    def __init__(self, model: Any, processor: Any, keep_ratio: float):
+        self.processor = processor
+        adapter = vtprune.adapter_for(model)
+        self.tower = adapter.vision_tower
+        full = adapter.grid(adapter.tokens_per_image)
+        if full is None or "interpolate_pos_encoding" not in inspect.signature(self.tower.forward).parameters:
+            raise UnsupportedStageError(
+                f"downsample needs one grid of patches an image and an encoder that interpolates its position "
+                f"embeddings; {type(model).__name__} with {type(self.tower).__name__} has not"
+            )
+        self.patch = self.tower.config.patch_size
+        self.grid = grid_for(full.rows, full.cols, keep_ratio)
+
+    def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
+        """As `chat_inputs`; pixels (batch, channels, rows * patch, cols * patch), one image token a patch."""
+        rows, cols = self.grid
+        size = (cols * self.patch, rows * self.patch)
+        small = [processed_view(self.processor, image).resize(size, Image.Resampling.BICUBIC) for image in images]
+        return chat_inputs(self.processor, small, questions, do_resize=False, do_center_crop=False)
+
+    @contextmanager
+    def interpolated(self) -> Iterator[None]:
+        """While open, the encoder takes images of any size. LLaVA's forward has no argument for it."""
+        handle = self.tower.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "interpolate_pos_encoding": True}), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a session's report to records, and from records to the lines of `results.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from vtprune.eval.cells import Cell, Identity
+from vtprune.eval.config import EvalConfig
+from vtprune.eval.results import CellFile, Record
+from vtprune.eval.statistics import mean_interval, retention_interval
+from vtprune.report import Report
+
+
+def measure(report: Report) -> list[Record]:
+    """One record a sample of the last prefill: its visual tokens, and its share of the batch's FLOPs and bytes."""
+    shares = {
+        "prefill_flops": report.prefill_flops / report.samples,
+        "kv_bytes": report.kv_bytes / report.samples,
+    }
+    return [
+        {"final_tokens": final, "average_tokens": average, **shares}
+        for final, average in zip(report.final_tokens, report.counts.double().mean(1).tolist(), strict=True)
+    ]
+
+
+def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]) -> list[Record]:
+    """One line a cell, from the records alone, so that every run of a configuration ends in the same file."""
+    full = next(file.records for cell, file in cells if cell.method == "full")
+    shared = {"versions": identity.versions, "config": config.resolved()}
+    lines = []
+    for cell, file in cells:
+        line: Record = {
+            "method": cell.method,
+            "label": cell.label,
+            "params": cell.params,
+            "keep_ratio": cell.keep_ratio,
+            "seed": cell.seed,
+            "task": config.task,
+            "status": "ok",
+            "n": len(file.records),
+        }
+        lines.append(line | (file.ending or _numbers(file.records, full)) | shared)
+    return lines
+
+
+def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:
+    """Means over the examples. What "unpruned" means is the full model's cell, also for an image made smaller."""
+    scores = [record["score"] for record in records]
+    score, interval = mean_interval(scores)
+    kept, kept_interval = retention_interval(scores, [record["score"] for record in full])
+    families: dict[str, list[float]] = {}
+    for record in records:
+        families.setdefault(record["family"], []).append(record["score"])
+    average_tokens = mean(record["average_tokens"] for record in records)
+    visual_tokens = mean(record["average_tokens"] for record in full)
+    return {
+        "score": score,
+        "ci": interval,
+        "retention": kept,
+        "retention_ci": kept_interval,
+        "family_scores": {family: mean(values) for family, values in families.items()},
+        "measured_keep_ratio": average_tokens / visual_tokens,
+        "final_tokens": mean(record["final_tokens"] for record in records),
+        "average_tokens": average_tokens,
+        "visual_tokens": visual_tokens,
+        "prefill_flops": mean(record["prefill_flops"] for record in records),
+        "unpruned_prefill_flops": mean(record["prefill_flops"] for record in full),
+        "kv_bytes": mean(record["kv_bytes"] for record in records),
+        "unpruned_kv_bytes": mean(record["kv_bytes"] for record in full),
+    }

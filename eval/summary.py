@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison for people: a table in the terminal and `summary.md`, both from the lines of `results.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+Record = dict[str, Any]
+
+_MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method at one budget: the cells of all its seeds."""
+
+    cells: tuple[Record, ...]
+
+    @property
+    def status(self) -> str:
+        """ "ok", or why there are no numbers."""
+        first = self.cells[0]
+        floor = first.get("floor")
+        return first["status"] if floor is None else f"{first['status']} ({floor:.1%})"
+
+    @property
+    def ok(self) -> bool:
+        return self.cells[0]["status"] == "ok"
+
+    def mean(self, key: str) -> float | None:
+        """Mean over the seeds; None where a cell has no such number."""
+        values = [cell[key] for cell in self.cells]
+        return None if None in values else mean(values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the score over the seeds, None for a single one."""
+        return stdev(cell["score"] for cell in self.cells) if len(self.cells) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the score; over several seeds the mean of their bounds."""
+        return mean(c["ci"][0] for c in self.cells), mean(c["ci"][1] for c in self.cells)
+
+
+def rows(results: Sequence[Record]) -> dict[str, dict[float, Entry]]:
+    """Label of a method -> asked keep ratio -> its cells, in the order of the results."""
+    grouped: dict[str, dict[float, list[Record]]] = {}
+    for record in results:
+        grouped.setdefault(record["label"], {}).setdefault(record["keep_ratio"], []).append(record)
+    return {
+        label: {ratio: Entry(tuple(cells)) for ratio, cells in by_ratio.items()} for label, by_ratio in grouped.items()
+    }
+
+
+def ratios(results: Sequence[Record]) -> list[float]:
+    """The budgets of the grid, largest first."""
+    return sorted({record["keep_ratio"] for record in results if 0 < record["keep_ratio"] < 1}, reverse=True)
+
+
+def percent(value: float | None) -> str:
+    return _MISSING if value is None else f"{100 * value:.1f}"
+
+
+def flops(value: float) -> str:
+    """With a unit: 1.23 GFLOPs."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}FLOPs"
+    return f"{value:.3g} FLOPs"
+
+
+def accuracy(entry: Entry) -> str:
+    """Score in per cent with its 95 % interval, and the spread over seeds where there are several."""
+    low, high = entry.interval
+    spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
+    return f"{percent(entry.mean('score'))}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def retention(entry: Entry) -> str:
+    """Score over the full model's in per cent, with the paired interval of a single cell."""
+    if entry.mean("retention") is None:
+        return _MISSING
+    low = mean(cell["retention_ci"][0] for cell in entry.cells)
+    high = mean(cell["retention_ci"][1] for cell in entry.cells)
+    return f"{percent(entry.mean('retention'))} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def tokens(entry: Entry) -> str:
+    """Measured visual tokens entering the last layer, and the layer-averaged share."""
+    return f"{entry.mean('final_tokens'):.1f} ({percent(entry.mean('measured_keep_ratio'))} %)"
+
+
+def cost(entry: Entry) -> str:
+    """Prefill FLOPs of the language model and their share of the unpruned ones."""
+    share = entry.mean("prefill_flops") / entry.mean("unpruned_prefill_flops")
+    return f"{flops(entry.mean('prefill_flops'))} ({percent(share)} %)"
+
+
+def terminal_table(results: Sequence[Record]) -> Table:
+    """Methods by budgets; in each place accuracy, retention, measured tokens and FLOPs."""
+    first = results[0]
+    table = Table(
+        title=f"{first['task']}, {first['n']} examples: accuracy %, retention % of the full model; "
+        "measured visual tokens, prefill FLOPs %",
+        show_lines=True,
+    )
+    table.add_column("method", no_wrap=True)
+    columns = ratios(results)
+    for ratio in columns:
+        table.add_column(f"{100 * ratio:g} % kept", no_wrap=False)
+    for label, by_ratio in rows(results).items():
+        if set(by_ratio) & set(columns):
+            table.add_row(label, *(_place(by_ratio.get(ratio)) for ratio in columns))
+        else:  # full and zero have one budget of their own
+            table.add_row(label, _place(next(iter(by_ratio.values()))))
+    return table
+
+
+def _place(entry: Entry | None) -> str:
+    if entry is None:
+        return _MISSING
+    if not entry.ok:
+        return f"[dim]{entry.status}[/dim]"
+    spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
+    share = entry.mean("prefill_flops") / entry.mean("unpruned_prefill_flops")
+    return (
+        f"[bold]{percent(entry.mean('score'))}[/bold]{spread}  ret {percent(entry.mean('retention'))}\n"
+        f"[dim]{entry.mean('final_tokens'):.1f} tok  {100 * share:.0f} % fl[/dim]"
+    )
+
+
+def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _by_ratio(results: Sequence[Record], show: Callable[[Entry], str]) -> str:
+    columns = ratios(results)
+    body = []
+    for label, by_ratio in rows(results).items():
+        if set(by_ratio) & set(columns):
+            cells = [by_ratio.get(ratio) for ratio in columns]
+        else:
+            cells = [next(iter(by_ratio.values()))] + [None] * (len(columns) - 1)
+        body.append([label, *(_MISSING if c is None else show(c) if c.ok else f"*{c.status}*" for c in cells)])
+    return _markdown_table(["method", *(f"{100 * ratio:g} %" for ratio in columns)], body)
+
+
+def _by_family(results: Sequence[Record], ratio: float) -> str:
+    families = list(results[0]["family_scores"])
+    body = []
+    for label, by_ratio in rows(results).items():
+        entry = by_ratio.get(ratio) or by_ratio.get(1.0) or by_ratio.get(0.0)  # the last two: full and zero
+        if entry is None or not entry.ok:
+            continue
+        body.append([label, *(percent(mean(c["family_scores"][f] for c in entry.cells)) for f in families)])
+    return _markdown_table(["method", *families], body)
+
+
+_ON_ACCURACY = """\
+Per cent of the answers that are right, with a 95 % bootstrap interval. Rows with several seeds show their
+mean, ± their standard deviation, and the mean interval of one seed. `full` and `zero` have no budget and
+stand in the first column: all visual tokens, and none (what the question alone gives away)."""
+
+_ON_RETENTION = """\
+Accuracy over that of the full model in per cent. The interval is a paired bootstrap over examples: both
+models answer the same drawn questions, so what makes all of them easy or hard cancels."""
+
+_ON_TOKENS = """\
+Visual tokens that enter the last decoder layer, averaged over examples; in brackets the visual tokens
+averaged over all layers as a share of the unpruned model's. The columns are the budget *asked for*. A method
+that prunes inside the language model keeps everything up to its first pruning layer: a budget it cannot meet
+is shown as under its floor, with the floor in brackets. `downsample` can only make grids of whole patches."""
+
+_ON_COST = """\
+FLOPs of the language model's prefill of one example, from the measured tokens of every layer, and their share
+of the unpruned model's. Convention `exact` of `vtprune.cost`: two FLOPs per multiply-add, text included,
+image encoder and selection not included (`downsample` makes the encoder cheaper as well, no method before the
+LLM does). FLOPs are not seconds."""
+
+_ON_FAMILIES = "Per cent right of each kind of question, mean over seeds; `full` and `zero` repeated for comparison."
+
+
+def summary_markdown(results: Sequence[Record]) -> str:
+    """All tables, how to read them, and what they were computed with."""
+    first = results[0]
+    parts = [
+        f"# {first['task']}: {first['config']['model']}, {first['n']} examples",
+        "![accuracy against visual tokens and FLOPs](pareto.png)",
+        *("## Accuracy", _ON_ACCURACY, _by_ratio(results, accuracy)),
+        *("## Retention", _ON_RETENTION, _by_ratio(results, retention)),
+        *("## Visual tokens, measured", _ON_TOKENS, _by_ratio(results, tokens)),
+        *("## Prefill cost", _ON_COST, _by_ratio(results, cost)),
+        *("## By kind of question", _ON_FAMILIES),
+    ]
+    for ratio in ratios(results):
+        parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]
+    parts += [
+        "## Provenance",
+        _markdown_table(["what", "version"], [[name, value] for name, value in first["versions"].items()]),
+        "Configuration, defaults filled in:",
+        f"```json\n{json.dumps(first['config'], indent=2)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"

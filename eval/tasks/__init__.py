@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: examples with an image, a question and an answer, and the function that scores a prediction.
+
+`TASKS` maps a name to a function that loads the task, so that listing tasks loads none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL.Image import Image
+
+
+class Example(Protocol):
+    """One question about one image."""
+
+    image: Image
+    """RGB"""
+    question: str
+    answer: str
+    family: str
+    """kind of question, for the table per family"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named list of examples and how answers to them are scored."""
+
+    examples: Callable[[int | None], Sequence[Example]]
+    """the first so many examples (None: all), always in the same order"""
+    score: Callable[[str, str], float]
+    """(prediction, answer) -> 0..1"""
+    max_new_tokens: int
+    """what the longest answer needs, end-of-sequence token included"""
+
+
+def _digitscenes() -> Task:
+    from vtprune.eval import digitscenes
+
+    return Task(lambda limit: digitscenes.examples("test", limit=limit), digitscenes.score, max_new_tokens=4)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"digitscenes": _digitscenes}

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `vtprune` command. Commands import what they need themselves, so that `--help` does not wait for torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vtprune.errors import ConfigError, VTPruneError
+
+app = typer.Typer(
+    help="Prune visual tokens of Hugging Face vision-language models, and measure what it costs and saves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """What the library refuses ends in its message and exit code 2; anything else is a bug and keeps its traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VTPruneError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+    return guarded
+
+
+@app.command("eval")
+@_plain_errors
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="YAML file: a model, a task, methods and budgets.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of examples, instead of the file's.")] = None,
+) -> None:
+    """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
+    from vtprune.eval.config import load_config
+    from vtprune.eval.runner import run
+    from vtprune.eval.summary import terminal_table
+
+    settings = load_config(config, output=output, limit=limit)
+    results = run(settings, Console(stderr=True))
+    console = Console()
+    console.print(terminal_table(results))
+    console.print(f"results.jsonl, summary.md and pareto.png are in {settings.output}", highlight=False)
+
+
+@app.command()
+@_plain_errors
+def methods() -> None:
+    """List the methods: where they act, what they look at, their source."""
+    import vtprune
+
+    table = Table("method", "stage", "signal", "default budget", "paper")
+    for name, method in sorted(vtprune.list_methods().items()):
+        budget = "must be given" if method.needs_budget else "the published schedule"
+        table.add_row(name, method.stage, method.signal, budget, method.paper)
+    Console().print(table)
+
+
+@app.command()
+@_plain_errors
+def models() -> None:
+    """List the supported model families."""
+    from vtprune.adapters import list_adapters
+
+    table = Table("family", "model type", "notes")
+    for model_type, adapter in sorted(list_adapters().items()):
+        table.add_row(adapter.family, model_type, (adapter.__doc__ or "").strip().partition("\n")[0])
+    Console().print(table)
+
+
+@app.command()
+@_plain_errors
+def run(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a model, or 'digitscenes'.")],
+    method: Annotated[str, typer.Option(help="Name of a method, or a YAML file with one.")],
+    image: Annotated[Path, typer.Option(help="Image file.")],
+    prompt: Annotated[str, typer.Option(help="Question about the image.")],
+    keep_ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, in (0, 1].")] = None,
+    show: Annotated[Path | None, typer.Option(help="Write the image here, dropped patches dimmed.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Answer one question about one image with pruning, and report what went."""
+    from PIL import Image, UnidentifiedImageError
+
+    import vtprune
+    from vtprune.eval.inputs import chat_inputs, load_model, processed_view
+
+    if Path(method).suffix not in (".yaml", ".yml"):
+        vtprune.build_method({"name": method})  # a misspelt name should not wait for the model
+    try:
+        picture = Image.open(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{image}: not a readable image") from error
+    vlm, processor = load_model(model)
+    inputs = chat_inputs(processor, [picture], [prompt]).to(vlm.device, vlm.dtype)
+    with vtprune.prune(vlm, method, keep_ratio=keep_ratio) as session:
+        output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        report = session.report
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    typer.echo(answer.strip())
+    typer.echo(str(report), err=False)
+    if show is not None:
+        kept = _kept_in_image(vlm, inputs["input_ids"][0], report)
+        adapter = vtprune.adapter_for(vlm)
+        from vtprune.show import overlay
+
+        overlay(processed_view(processor, picture), kept, adapter.grid(adapter.tokens_per_image)).save(show)
+        typer.echo(f"kept tokens of the last layer: {show}")
+
+
+def _kept_in_image(model: Any, input_ids: Any, report: Any) -> Any:
+    """Indices within the only image's tokens of those alive at the last layer."""
+    import torch
+
+    import vtprune
+
+    ids = torch.tensor(vtprune.adapter_for(model).visual_token_ids, device=input_ids.device)
+    columns = torch.isin(input_ids, ids).nonzero()[:, 0].cpu()
+    return torch.searchsorted(columns, report.kept(0, report.counts.shape[1] - 1).cpu())
