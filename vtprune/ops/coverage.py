@@ -11,7 +11,7 @@ from vtprune.errors import VTPruneError
 
 # Elements of one batch of candidates: below the size from which torch splits an operation over threads, whose waking
 # would cost more than the work.
-_BATCH_ELEMENTS = 32_000
+_BATCH_ELEMENTS = 16_000
 # Float32 gains closer than this (relative to the best one) are compared again in float64: far above the rounding
 # error of a sum of a few thousand positive terms, far below the usual distance of two candidates.
 _TIE = 1e-5
@@ -59,11 +59,15 @@ def coverage_order(
         ``(chosen,)`` long indices and ``(chosen,)`` float32 marginal gains, both in order of choice.
     """
     by_text, by_visual = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
-    candidates = torch.ones(len(features), dtype=torch.bool, device=features.device)
-    if exclude is not None:
-        candidates[torch.as_tensor(exclude, dtype=torch.long, device=features.device)] = False
-    covers = torch.cat((by_text, by_visual.mul_(alpha))).T.contiguous()
-    return _greedy(covers, k, candidates)
+    covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1)
+    if exclude is None or len(exclude) == 0:
+        order, gains = _greedy(covers, k)
+        return torch.tensor(order, dtype=torch.long, device=covers.device), torch.tensor(gains, device=covers.device)
+    allowed = torch.ones(len(covers), dtype=torch.bool, device=covers.device)
+    allowed[torch.as_tensor(exclude, dtype=torch.long, device=covers.device)] = False
+    allowed = allowed.nonzero().flatten()
+    order, gains = _greedy(covers[allowed], k)
+    return allowed[order], torch.tensor(gains, device=covers.device)
 
 
 def max_coverage(
@@ -112,67 +116,51 @@ def max_coverage(
     return order.sort().values
 
 
-def _greedy(covers: Tensor, k: int, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Lazy greedy maximum coverage.
+def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
+    """Lazy greedy maximum coverage: ``min(k, n)`` candidates in order of choice, and their gains.
 
     Args:
         covers: ``(n, rows)`` float32, what each candidate gives to each row, at least 0.
         k: candidates to choose.
-        candidates: ``(n,)`` bool.
     """
-    # ``bounds`` holds the last gain computed for each candidate, which bounds its present one from above.
+    # The last gain computed for each candidate, which bounds its present one from above.
     bounds = covers.sum(dim=1)
     if not bounds.isfinite().all():
         raise VTPruneError("features hold NaN or infinite values: coverage is not defined on them")
-    bounds.masked_fill_(~candidates, -torch.inf)
-    steps = min(k, int(candidates.sum()))
-    order = torch.empty(steps, dtype=torch.long, device=covers.device)
-    gains = covers.new_empty(steps)
     covered = covers.new_zeros(covers.shape[1])
-    for step in range(steps):
-        near = _evaluate(covers, covered, bounds)
-        if bounds[near[0]] == 0:
+    order, gains = [], []
+    while len(order) < min(k, len(covers)):
+        near, gain = _best_candidates(covers, covered, bounds)
+        if gain == 0:
             # Nothing is left to gain, now or later: all candidates tie, and the lowest indices win.
-            order[step:] = (~bounds.isneginf()).nonzero().flatten()[: steps - step]
-            gains[step:] = 0
-            break
+            rest = sorted(set(range(len(covers))) - set(order))[: k - len(order)]
+            return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
-            near = near.sort().values
+            near.sort()
             exact = (covers[near].double() - covered.double()).clamp_min_(0).sum(dim=1)
-            chosen = near[exact.argmax()]
-        else:
-            chosen = near[0]
-        order[step] = chosen
-        gains[step] = bounds[chosen]
-        bounds[chosen] = -torch.inf
-        covered = torch.maximum(covered, covers[chosen])
+            near = [near[exact.argmax()]]
+            gain = exact.max().item()
+        order.append(near[0])
+        gains.append(gain)
+        torch.maximum(covered, covers[near[0]], out=covered)
     return order, gains
 
 
-def _evaluate(covers: Tensor, covered: Tensor, bounds: Tensor) -> Tensor:
-    """Refresh ``bounds`` from the highest downwards until none left over comes near the best gain found.
+def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[list[int], float]:
+    """The candidates whose gain is the largest or near it (``_TIE``), and the largest gain.
 
-    Returns:
-        The candidates whose present gain is within ``_TIE`` of the best, ``(near,)`` long, in no order.
+    Computes gains from the highest bound downwards until none of the bounds left over comes near the best gain, and
+    tightens ``bounds`` by what was computed. A candidate already chosen has no gain left.
     """
-    batch = min(max(_BATCH_ELEMENTS // covers.shape[1], 8), len(bounds))
-    indices, gains = [], []
-    waiting, best = bounds, -torch.inf
+    batch = max(_BATCH_ELEMENTS // covers.shape[1], 8)
     while True:
-        # One more than is evaluated: the highest bound that stays behind.
-        highest, index = waiting.topk(min(batch + 1, len(bounds)))
+        # One more than is computed: the highest bound left over.
+        highest, index = bounds.topk(min(batch + 1, len(bounds)))
         index = index[:batch]
-        indices.append(index)
-        gains.append(covers.index_select(0, index).sub_(covered).clamp_min_(0).sum(dim=1))
-        # A candidate out of the running (excluded or chosen) must stay there.
-        gains[-1].masked_fill_(highest[:batch].isneginf(), -torch.inf)
-        best = max(best, gains[-1].max().item())
-        left = highest[batch].item() if len(highest) > batch else -torch.inf
-        if left < best * (1 - _TIE) or left == -torch.inf:
-            break
-        if waiting is bounds:
-            waiting = bounds.clone()
-        waiting[index] = -torch.inf
-    index, gain = torch.cat(indices), torch.cat(gains)
-    bounds[index] = gain
-    return index[gain >= best * (1 - _TIE)]
+        gains = covers.index_select(0, index).sub_(covered).clamp_min_(0).sum(dim=1)
+        bounds.index_copy_(0, index, gains)
+        gains = gains.tolist()
+        best = max(gains)
+        if len(highest) <= batch or highest[-1].item() < best * (1 - _TIE):
+            return [i for i, gain in zip(index.tolist(), gains, strict=True) if gain >= best * (1 - _TIE)], best
+        batch *= 2

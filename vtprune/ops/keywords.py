@@ -3,10 +3,14 @@
 
 import re
 
-_STOP_WORDS = frozenset(
-    """a an the is are was were be been being have has had do does did it they he she we you i what where when why how
-    who which and or but so if then question answer to for with by from at into onto upon""".split()
-)
+# fmt: off
+_STOP_WORDS = frozenset((
+    "a", "an", "the", "is", "are", "was", "were", "be", "been", "being", "have", "has", "had", "do", "does", "did",
+    "it", "they", "he", "she", "we", "you", "i", "what", "where", "when", "why", "how", "who", "which",
+    "and", "or", "but", "so", "if", "then", "question", "answer",
+    "to", "for", "with", "by", "from", "at", "into", "onto", "upon",
+))
+# fmt: on
 _BENCHMARK_INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",

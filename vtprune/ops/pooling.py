@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Average pooling of a grid of tokens to a given number of tokens."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -53,16 +55,13 @@ def _cells(rows: int, columns: int, k: int) -> tuple[Tensor, Tensor]:
     # No band can hold more cells than there are columns, and none may stay without a row or without a cell.
     bands = min(max(bands, -(-k // columns)), rows, k)
     cells, centres = torch.empty(rows, columns, dtype=torch.long), []
-    for top, bottom, first, last in zip(
-        _cuts(rows, bands), _cuts(rows, bands)[1:], _cuts(k, bands), _cuts(k, bands)[1:]
-    ):
-        edges = _cuts(columns, last - first)
-        for cell, left, right in zip(range(first, last), edges, edges[1:]):
+    for (top, bottom), (first, last) in zip(_cuts(rows, bands), _cuts(k, bands), strict=True):
+        for cell, (left, right) in zip(range(first, last), _cuts(columns, last - first), strict=True):
             cells[top:bottom, left:right] = cell
             centres.append((top + bottom - 1) // 2 * columns + (left + right - 1) // 2)
     return cells.flatten(), torch.tensor(centres)
 
 
-def _cuts(length: int, parts: int) -> list[int]:
-    """Boundaries that divide ``length`` into ``parts`` whose sizes differ by at most one."""
-    return [part * length // parts for part in range(parts + 1)]
+def _cuts(length: int, parts: int) -> list[tuple[int, int]]:
+    """Begin and end of ``parts`` stretches that make up ``length`` and differ in size by at most one."""
+    return list(pairwise(part * length // parts for part in range(parts + 1)))

@@ -33,9 +33,6 @@ def token_transition(
     turn = 1 - cosine
     if valid is not None:
         turn = turn.masked_fill(~valid, -torch.inf)
-    if reference_quirks:
-        weights = turn.flatten().softmax(dim=0).view_as(turn)
-    else:
-        weights = turn.softmax(dim=1)
+    weights = turn.flatten().softmax(dim=0).view_as(turn) if reference_quirks else turn.softmax(dim=1)
     score = length_out / length_in * weights
     return score if valid is None else score.masked_fill(~valid, 0.0)
