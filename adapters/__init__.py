@@ -1,2 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families: the facts a method cannot know."""
+"""Adapters: one file a model family, facts only. `adapter_for(model)` finds the one that fits."""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import entry_points
+
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.llava import Llava
+from vtprune.errors import ConfigError, UnsupportedModelError
+
+__all__ = ["Adapter", "adapter_for", "list_adapters", "register_adapter"]
+
+_ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+    """Make an adapter known under its `model_types`; usable as a decorator. Raises ConfigError if one is taken."""
+    for model_type in adapter.model_types:
+        if _ADAPTERS.get(model_type, adapter) is not adapter:
+            raise ConfigError(f"an adapter for model type {model_type!r} is registered already")
+        _ADAPTERS[model_type] = adapter
+    return adapter
+
+
+for _adapter in (Llava,):
+    register_adapter(_adapter)
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for entry in entry_points(group="vtprune.adapters"):
+        register_adapter(entry.load())
+
+
+def list_adapters() -> dict[str, type[Adapter]]:
+    """Model type -> adapter class, third-party ones included."""
+    _load_entry_points()
+    return dict(_ADAPTERS)
+
+
+def adapter_for(model) -> Adapter:
+    """The adapter of a loaded model. Raises UnsupportedModelError naming what is supported."""
+    config = getattr(model, "config", None)
+    known = list_adapters()
+    adapter = known.get(getattr(config, "model_type", None))
+    if adapter is None:
+        supported = ", ".join(f"{a.family} ({t})" for t, a in sorted(known.items()))
+        raise UnsupportedModelError(f"no adapter for {type(model).__name__}; supported: {supported}")
+    if (reason := adapter.refuses(config)) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported here: {reason}")
+    return adapter(model)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV-cache layers that know their logical and their physical length.
+
+After pruning, a layer stores fewer columns than the unpruned model would. `PrunedLayer` wraps one layer of a
+transformers cache and reports the *logical* length (what the unpruned model would hold) wherever a length is asked
+for, while masks are sized by the *physical* one, shifted by the number of dropped columns: the mechanism that
+transformers' own sliding-window layers use, so every mask factory and `generate()` work unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from vtprune.errors import UnsupportedStageError, VTPruneError
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the physical columns of one cache layer relate to the unpruned sequence. Immutable; shared by layers."""
+
+    dropped: int = 0
+    """Columns the unpruned model would hold and this layer does not."""
+    real: Tensor | None = None
+    """(batch, physical) bool: False for padding; None if every column is real."""
+    shift: Tensor | None = None
+    """(batch, 1) long: what is subtracted from the positions of tokens to come (compact positions); None for zero."""
+    _derived: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def derive(self, key: str, argument, make: Callable[[Tensor], Tensor]) -> CacheLayout:
+        """Layout with `make` applied along the batch; layers that share a layout share the result, too."""
+        if self.real is None and self.shift is None:
+            return self
+        last = self._derived.get(key)
+        if last is None or last[0] is not argument:
+            real, shift = (None if t is None else make(t) for t in (self.real, self.shift))
+            last = self._derived[key] = (argument, replace(self, real=real, shift=shift, _derived={}))
+        return last[1]
+
+    def extend(self, length: int, real: Tensor | None, dropped: int, shift: Tensor | None, past: int) -> CacheLayout:
+        """Layout once `length` more columns arrive: `real` (batch, length) or None, after `past` physical ones."""
+        if self.real is None and real is None:
+            joined = None
+        else:
+            known = real if real is not None else self.real
+            old = self.real if self.real is not None else known.new_ones(len(known), past)
+            new = real if real is not None else known.new_ones(len(known), length)
+            joined = torch.cat([old, new.to(old.device)], 1)
+        if shift is not None and self.shift is not None:
+            shift = self.shift + shift
+        return CacheLayout(self.dropped + dropped, joined, self.shift if shift is None else shift)
+
+    def mask(self) -> Tensor | None:
+        """2D padding mask of logical length, as transformers' mask factories index it; None if all columns are real."""
+        return None if self.real is None else pad(self.real, (self.dropped, 0), value=True)
+
+
+@dataclass
+class Owner:
+    """Who pruned a cache; goes inactive with its session, after which the cache refuses to be used."""
+
+    active: bool = True
+
+
+class PrunedLayer(CacheLayerMixin):
+    """Wraps a dynamic cache layer; everything it does not define is the inner layer's."""
+
+    _own = ("inner", "owner", "layout")
+
+    def __init__(self, inner: CacheLayerMixin, owner: Owner):
+        self.__dict__.update(inner=inner, owner=owner, layout=CacheLayout())
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name, value):
+        if name in self._own:
+            self.__dict__[name] = value
+        else:
+            setattr(self.inner, name, value)
+
+    # Class attributes of the mix-in would hide the inner layer's values, hence properties.
+    is_compileable = property(lambda self: self.inner.is_compileable)
+    is_croppable = property(lambda self: self.inner.is_croppable)
+    is_sliding = property(lambda self: getattr(self.inner, "is_sliding", False))
+    supports_early_init = property(lambda self: self.inner.supports_early_init)
+
+    @property
+    def physical(self) -> int:
+        """Number of columns stored."""
+        return int(self.inner.get_seq_length())
+
+    def get_seq_length(self) -> int:
+        return self.inner.get_seq_length() + self.layout.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length, offset = self.inner.get_mask_sizes(query_length)
+        return length, offset + self.layout.dropped
+
+    def get_max_length(self) -> int:
+        return self.inner.get_max_length()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.inner.lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.owner.active:
+            raise VTPruneError(
+                "this KV cache was pruned in a vtprune session that has been removed; start a new one, or keep the "
+                "session open for as long as its cache is used"
+            )
+        return self.inner.update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.layout.real is not None:
+            self.layout = replace(self.layout, real=self.layout.real[:, : -abs(tokens_to_remove)], _derived={})
+        self.inner.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.layout = CacheLayout()
+        self.inner.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.layout = self.layout.derive("reorder", beam_idx, lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.inner.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.layout = self.layout.derive("repeat", repeats, lambda t: t.repeat_interleave(repeats, 0))
+        self.inner.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.layout = self.layout.derive("select", indices, lambda t: t[indices.to(t.device)])
+        self.inner.batch_select_indices(indices)
+
+    def offload(self) -> None:
+        self.inner.offload()
+
+    def prefetch(self) -> None:
+        self.inner.prefetch()
+
+
+def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
+    """The wrapped layers of a cache; empty if it was never pruned."""
+    return [] if cache is None else [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
+
+
+def check_cache(cache: Cache, owner: Owner) -> None:
+    """Raise unless a cache can be pruned by this owner; nothing is changed."""
+    for layer in cache.layers:
+        if isinstance(layer, PrunedLayer) and layer.owner is not owner:
+            raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")
+        if not isinstance(layer, CacheLayerMixin) or layer.is_compileable:
+            raise UnsupportedStageError(
+                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static and recurrent caches "
+                "have a fixed length); use the default dynamic cache"
+            )
+
+
+def wrap_cache(cache: Cache, owner: Owner, num_layers: int) -> None:
+    """Wrap every layer of a cache in place (idempotent), creating those that transformers would create lazily."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < num_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+        cache.layer_class_to_replicate = None
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, PrunedLayer):
+            cache.layers[i] = PrunedLayer(layer, owner)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors of vtprune: one family, so that `except VTPruneError` catches whatever this library refuses."""
+
+
+class VTPruneError(Exception):
+    """Base class of every error that vtprune raises on purpose."""
+
+
+class UnsupportedModelError(VTPruneError):
+    """No adapter knows this model; the message lists what is supported."""
+
+
+class UnsupportedStageError(VTPruneError):
+    """The model, or the way it is run, cannot give what the method needs (e.g. CLS attention without a CLS token)."""
+
+
+class BudgetError(VTPruneError):
+    """The budget is malformed, larger than the image, or under the floor of the method."""
+
+    def __init__(self, message: str, *, floor: float | None = None):
+        super().__init__(message)
+        self.floor = floor
+        """Smallest keep ratio the method can reach on this model, when the budget was under it."""
+
+
+class ConfigError(VTPruneError):
+    """A configuration is wrong: the message names the place, the key and what was expected."""
+
+
+class NothingPrunedError(VTPruneError):
+    """Pruning was asked for, visual tokens came, and none was dropped (raised only when `strict=True`)."""

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the columns of a forward call are after each cut: compaction, groups of visual tokens, positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vtprune.tokens import Selection
+
+
+def compact_columns(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, n) bool -> indices (batch, m) of the kept columns in order, right-aligned, and which of them are real.
+
+    m is the largest number kept in a row; shorter rows are filled on the left with columns marked False.
+    """
+    m = max(int(keep.sum(1).max()), 1)
+    index = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)[:, -m:]
+    return index, keep.gather(1, index)
+
+
+def take_columns(x: Tensor, index: Tensor) -> Tensor:
+    """Gather columns: x (batch, n) or (batch, n, dim), index (batch, m)."""
+    index = index.to(x.device)
+    return x.gather(1, index if x.ndim == 2 else index[..., None].expand(-1, -1, x.shape[2]))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of visual tokens inside a batch of sequences."""
+
+    rows: Tensor
+    """(groups,) long: the sample of each group."""
+    columns: Tensor
+    """(groups, tokens) long: where each token stands in its sample's current sequence; 0 for padding."""
+    valid: Tensor
+    """(groups, tokens) bool."""
+
+    @classmethod
+    def of_labels(cls, labels: Tensor, rows: Tensor) -> Groups:
+        """From labels (batch, n), -1 or a group's number, and the sample of every group (groups,)."""
+        row, column = (labels >= 0).nonzero(as_tuple=True)
+        group = labels[row, column]
+        order = group.argsort(stable=True)
+        column, group = column[order], group[order]
+        lengths = torch.bincount(group, minlength=len(rows))
+        slot = torch.arange(len(group), device=labels.device) - (lengths.cumsum(0) - lengths)[group]
+        columns = labels.new_zeros(len(rows), max(int(lengths.max()), 1) if len(rows) else 1)
+        valid = torch.zeros_like(columns, dtype=torch.bool)
+        columns[group, slot] = column
+        valid[group, slot] = True
+        return cls(rows, columns, valid)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x (batch, n) or (batch, n, dim) -> (groups, tokens) or (groups, tokens, dim); padding becomes zero."""
+        rows, columns, valid = (t.to(x.device) for t in (self.rows, self.columns, self.valid))
+        taken = x[rows[:, None], columns]
+        return taken.masked_fill(~(valid if x.ndim == 2 else valid[..., None]), 0)
+
+    def scatter(self, flags: Tensor, into: Tensor) -> Tensor:
+        """Copy of `into` (batch, n[, dim]) with `flags` (groups, tokens[, dim]) written at the groups' tokens."""
+        device = into.device
+        group, slot = self.valid.to(device).nonzero(as_tuple=True)
+        out = into.clone()
+        out[self.rows.to(device)[group], self.columns.to(device)[group, slot]] = flags.to(device, into.dtype)[group, slot]
+        return out
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The layout of the sequence between two cuts of one forward call. Columns are those of the call."""
+
+    columns: Tensor
+    """(batch, n) long: the call's column that each current column was."""
+    real: Tensor
+    """(batch, n) bool: False for padding."""
+    images: Tensor
+    """(batch, n) long: number of the image a visual token belongs to, -1 for all other tokens."""
+    lag: Tensor
+    """(batch, n) long: how far compact positions lie behind those that came in."""
+    end_lag: Tensor
+    """(batch, 1) long: the same for tokens still to come."""
+    fate: Tensor
+    """(batch, call length) long: the column each column of the call went into (itself while alive), -1 if dropped."""
+    dropped: int = 0
+    """Call length minus n."""
+
+    @classmethod
+    def whole(cls, real: Tensor, images: Tensor) -> Segment:
+        """Nothing cut yet."""
+        columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        zero = torch.zeros_like(columns)
+        return cls(columns, real, images, zero, zero[:, :1], columns)
+
+    @property
+    def visual(self) -> Tensor:
+        """(batch, n) bool: the visual tokens alive."""
+        return self.images >= 0
+
+    def padding(self) -> Tensor | None:
+        """`real`, or None if every column is real."""
+        return None if bool(self.real.all()) else self.real
+
+    def fates_after(self, groups: Groups, selection: Selection, keep: Tensor) -> Tensor:
+        """`fate` once a selection is applied; keep (batch, n) bool over the current columns."""
+        target = self.columns.masked_fill(~keep, -1)
+        if selection.sources is not None:
+            sources = selection.sources.to(groups.columns.device)
+            into = groups.columns.gather(1, sources.clamp(min=0))
+            columns = self.columns[groups.rows[:, None], into].masked_fill(sources < 0, -1)
+            target = groups.scatter(columns, target)
+        # What had gone into a column goes where that column goes now.
+        after = torch.full_like(self.fate, -1).scatter(1, self.columns, target)
+        return torch.where(self.fate >= 0, after.gather(1, self.fate.clamp(min=0)), -1)
+
+    def cut(self, keep: Tensor, fate: Tensor, *, compact: bool, whole_real: Tensor) -> tuple[Segment, Tensor]:
+        """Keep the columns `keep` (batch, n) bool; padding always goes.
+
+        compact: renumber positions. whole_real: (batch, call length), `real` before any cut.
+        Returns the new segment and the indices (batch, m) into the current columns.
+        """
+        index, real = compact_columns(keep & self.real)
+        columns = take_columns(self.columns, index)
+        if compact:
+            lag = take_columns(whole_real.cumsum(1), columns) - real.cumsum(1)
+            end_lag = whole_real.sum(1, keepdim=True) - real.sum(1, keepdim=True)
+        else:
+            lag, end_lag = take_columns(self.lag, index), self.end_lag
+        images = take_columns(self.images, index).masked_fill(~real, -1)
+        dropped = self.dropped + self.columns.shape[1] - columns.shape[1]
+        return replace(
+            self, columns=columns, real=real, images=images, lag=lag, end_lag=end_lag, fate=fate, dropped=dropped
+        ), index
+
+    def restore(self, hidden: Tensor, length: int) -> Tensor:
+        """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving
+        token before it (whose successor in the pruned sequence is the next surviving token), zeros if there is none."""
+        device = hidden.device
+        n = hidden.shape[1]
+        slots = torch.arange(1, n + 1, device=device).expand(len(hidden), n)
+        slots = slots.masked_fill(~self.real.to(device), 0)
+        # Two slots never share a real column; padding slots write 0, which no maximum can prefer.
+        held = torch.zeros(len(hidden), length, dtype=torch.long, device=device)
+        held = held.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values
+        restored = take_columns(hidden, (held - 1).clamp(min=0))
+        return restored.masked_fill((held == 0)[..., None], 0)

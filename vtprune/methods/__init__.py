@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods: one file each. `list_methods()` names them, `build_method()` makes one from a name, a mapping or a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from vtprune.config import load_method_file, nearest
+from vtprune.errors import ConfigError
+from vtprune.methods.base import BeforeLLM, InLLM, Method, Progressive, Scorer
+from vtprune.methods.divprune import DivPrune
+from vtprune.methods.fastv import FastV
+from vtprune.methods.mmtok import MMTok
+from vtprune.methods.pool import Pool
+from vtprune.methods.random import Random
+from vtprune.methods.transprune import TransPrune
+from vtprune.methods.uniform import Uniform
+from vtprune.methods.vtc_cls import VTCCls
+from vtprune.methods.zero import Zero
+
+__all__ = [
+    "BeforeLLM",
+    "DivPrune",
+    "FastV",
+    "InLLM",
+    "MMTok",
+    "Method",
+    "Pool",
+    "Progressive",
+    "Random",
+    "Scorer",
+    "TransPrune",
+    "Uniform",
+    "VTCCls",
+    "Zero",
+    "build_method",
+    "build_methods",
+    "list_methods",
+    "register_method",
+]
+
+_METHODS: dict[str, type[Method]] = {}
+
+MethodLike = Method | str | Path | Mapping[str, Any] | Sequence[Any]
+"""What names a method: an object, a registered name, a mapping with `name`, a list of those, or a YAML file."""
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Make a method known under its `name`; usable as a decorator. Raises ConfigError if the name is taken."""
+    if _METHODS.get(method.name, method) is not method:
+        raise ConfigError(f"a method named {method.name!r} is registered already")
+    _METHODS[method.name] = method
+    return method
+
+
+for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, Random, Uniform, Pool, Zero):
+    register_method(_method)
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for entry in entry_points(group="vtprune.methods"):
+        register_method(entry.load())
+
+
+def list_methods() -> dict[str, type[Method]]:
+    """Name -> class of every method, third-party ones included."""
+    _load_entry_points()
+    return dict(_METHODS)
+
+
+def build_method(spec: Method | str | Mapping[str, Any], **parameters) -> Method:
+    """One method from an object, a name, or a mapping with `name` and parameters; `parameters` override its fields.
+
+    Raises ConfigError (unknown name or parameter, with the nearest known ones) or BudgetError.
+    """
+    if isinstance(spec, Method):
+        name, given = spec.name, {}
+        cls, fields = type(spec), {f.name for f in dataclasses.fields(spec)}
+    else:
+        given = {"name": spec} if isinstance(spec, str) else dict(spec)
+        name = given.pop("name", None)
+        known = list_methods()
+        if name not in known:
+            raise ConfigError(f"unknown method {name!r}: {nearest(str(name), known)}")
+        cls, fields = known[name], {f.name for f in dataclasses.fields(known[name])}
+    for key in (*given, *parameters):
+        if key not in fields:
+            raise ConfigError(f"{name}: unknown parameter {key!r}: {nearest(key, fields)}")
+    if isinstance(spec, Method):
+        return dataclasses.replace(spec, **parameters)
+    return cls(**given | parameters)
+
+
+def build_methods(spec: MethodLike, **parameters) -> list[Method]:
+    """The methods of a specification, in the order of the path: before the LLM, then inside it.
+
+    A string that ends in .yaml or .yml, or a Path, is read as a file. `parameters` are for a single method only.
+    """
+    if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
+        spec = load_method_file(spec)
+    if isinstance(spec, (str, Mapping, Method)):
+        return [build_method(spec, **parameters)]
+    if not isinstance(spec, Sequence) or not spec:
+        raise ConfigError(f"expected a method, its name, a mapping with 'name' or a list of those, got {spec!r}")
+    if parameters:
+        raise ConfigError(f"{', '.join(parameters)}: give each method of a list its own budget and parameters")
+    methods = [build_method(item) for item in spec]
+    return sorted(methods, key=lambda method: method.stage != "before_llm")

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method is: a frozen, checked set of parameters with one function, `select`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from vtprune import budget
+from vtprune.errors import BudgetError, ConfigError
+from vtprune.ops.selection import top_k_mask
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+KeepRatio = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@functools.cache
+def _checks(cls: type) -> dict[str, TypeAdapter]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM` or `Progressive`, not this.
+
+    Fields (all methods)
+        keep_ratio: share of the visual tokens kept, averaged over the LLM's layers; in (0, 1], 1.0 prunes nothing.
+        keep_tokens: the same as a count per image (crop, frame); >= 0. Give one of the two, never both.
+        positions: "original" keeps the position ids of the surviving tokens; "compact" renumbers: at every layer a
+            token's position is its rank in that layer's sequence.
+    Raises BudgetError (budget fields) or ConfigError (all others) on construction.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Literal["before_llm", "in_llm"]]
+    signal: ClassVar[str]
+    """What the method looks at, in a few words, for tables."""
+    paper: ClassVar[str] = "-"
+    needs_budget: ClassVar[bool] = True
+    """Whether keep_ratio or keep_tokens must be given (a published schedule makes it optional)."""
+
+    keep_ratio: KeepRatio | None = None
+    keep_tokens: Annotated[int, Field(ge=0)] | None = None
+    positions: Literal["original", "compact"] = "compact"
+
+    def __post_init__(self):
+        for name, check in _checks(type(self)).items():
+            try:
+                object.__setattr__(self, name, check.validate_python(getattr(self, name)))
+            except ValidationError as error:
+                kind = BudgetError if name in ("keep_ratio", "keep_tokens") else ConfigError
+                first = error.errors()[0]
+                raise kind(f"{self.name}: {name}={getattr(self, name)!r}: {first['msg']}") from None
+        if self.keep_ratio is not None and self.keep_tokens is not None:
+            raise BudgetError(f"{self.name}: give keep_ratio or keep_tokens, not both")
+
+    def check_budget(self, shape: ModelShape) -> None:
+        """Raise BudgetError if the budget is missing or cannot be met on a model of this shape."""
+        if self.needs_budget and self.keep_ratio is None and self.keep_tokens is None:
+            raise BudgetError(f"{self.name} needs a budget: keep_ratio=0.25 or keep_tokens=64, for example")
+
+    def signals(self, shape: ModelShape) -> tuple[Hashable, ...]:
+        """The requests of `vtprune.signals` that `select` will look up; none by default."""
+        return ()
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose `tokens.budget[g]` of the valid tokens of each group g."""
+
+
+class BeforeLLM(Method):
+    """A method that acts once on the projected features, before the first decoder layer; a group is one image."""
+
+    stage = "before_llm"
+
+    def budgets(self, lengths: Tensor) -> Tensor:
+        """(groups,) lengths -> (groups,) long counts to keep."""
+        return budget.group_counts(lengths, self.keep_ratio, self.keep_tokens)
+
+
+class InLLM(Method):
+    """A method that acts on the input of chosen decoder layers during prefill; a group is one sample."""
+
+    stage = "in_llm"
+
+    @abstractmethod
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        """0-based decoder layers on whose input tokens are dropped, ascending, each in 1..decoder_layers-1."""
+
+    @abstractmethod
+    def budgets(self, shape: ModelShape, entering: Tensor, images: Tensor) -> Tensor:
+        """(samples,) visual tokens entering the LLM, (samples,) images -> (cuts, samples) long counts to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressive(InLLM):
+    """An `InLLM` method with a published schedule: shares of the entering tokens kept after each cut.
+
+    Without a budget the schedule holds as it is. With one, it is scaled to meet it (`vtprune.budget.schedule_counts`).
+    Subclasses state `cuts` and `shares`.
+    """
+
+    needs_budget: ClassVar[bool] = False
+    published_depth: ClassVar[int] = 32
+
+    @abstractmethod
+    def shares(self) -> tuple[float, ...]:
+        """Share of the entering visual tokens alive after each cut."""
+
+    def count(self, entering: int, share: float) -> int:
+        """Tokens alive for an exact share; truncates unless the method's reference rounds otherwise."""
+        return int(entering * share)
+
+    def place(self, layers: tuple[int, ...] | None, published: tuple[int, ...], shape: ModelShape) -> tuple[int, ...]:
+        """The user's layers, checked against the model, or the published ones rescaled to its depth."""
+        if layers is None:
+            return budget.rescale_layers(published, self.published_depth, shape.decoder_layers)
+        if list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < shape.decoder_layers:
+            raise ConfigError(
+                f"{self.name}: layers {layers} must ascend within 1..{shape.decoder_layers - 1} "
+                f"for a model of {shape.decoder_layers} decoder layers"
+            )
+        return layers
+
+    def check_budget(self, shape: ModelShape) -> None:
+        cuts = self.cuts(shape)
+        if self.keep_ratio is not None:
+            budget.check_floor(self.name, cuts, shape.decoder_layers, self.keep_ratio)
+
+    def budgets(self, shape: ModelShape, entering: Tensor, images: Tensor) -> Tensor:
+        cuts, shares, depth = self.cuts(shape), self.shares(), shape.decoder_layers
+        rows = []
+        for n, count in zip(entering.tolist(), images.tolist(), strict=True):
+            if n == 0:
+                rows.append([0] * len(cuts))
+            elif self.keep_ratio is not None:
+                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, self.keep_ratio))
+            elif self.keep_tokens is not None:
+                if self.keep_tokens * count > n:
+                    raise BudgetError(
+                        f"keep_tokens={self.keep_tokens} is larger than the image: {n} visual tokens in {count} image(s)"
+                    )
+                ratio = self.keep_tokens * count / n
+                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
+            else:
+                rows.append([self.count(n, share) for share in shares])
+        return torch.tensor(rows, dtype=torch.long).T
+
+
+class Scorer:
+    """Mixin for methods that give every token a score and keep the best of each group."""
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """(groups, tokens) float, larger is better; padding is ignored."""
+        raise NotImplementedError  # abstract
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(top_k_mask(self.scores(tokens), tokens.valid, tokens.budget))

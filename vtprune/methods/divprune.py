@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DivPrune: the most diverse subset of visual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtprune.methods.base import BeforeLLM
+from vtprune.ops.diversity import max_min_diversity
+from vtprune.tokens import Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(BeforeLLM):
+    """Greedy max-min diversity in cosine distance over the projected features (arXiv 2503.02175).
+
+    Stage: before the LLM. Positions are compact, as in the reference. Deviations: each image is selected on its own
+    (the reference takes one block of a batch's first item); a chosen token is never chosen again, even among
+    duplicates. Published setting: keep ratio 0.098.
+    """
+
+    name: ClassVar[str] = "divprune"
+    signal: ClassVar[str] = "similarity"
+    paper: ClassVar[str] = "arXiv 2503.02175"
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection.of_indices(
+            tokens, [max_min_diversity(tokens.features[g, :length], k) for g, length, k in tokens.each()]
+        )

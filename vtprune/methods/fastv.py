@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastV: what the prompt's last token attends to in an early layer of the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from vtprune.methods.base import Progressive, Scorer, Share
+from vtprune.signals import LastQueryAttention
+from vtprune.tokens import ModelShape, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Scorer, Progressive):
+    """Drops visual tokens once, before layer K, by the last prompt token's attention in layer K-1 (arXiv 2403.06764).
+
+    Stage: inside the LLM. Attention is averaged over heads. Original positions are kept, as in the reference.
+    Deviations: every sample gets its own choice, over all its visual tokens (the reference applies the first sample's
+    to the whole batch); the row is recomputed from queries and keys, so the attention back end stays as it is.
+
+    Fields
+        layer: K, 0-based, in 1..depth-1; default None: 2 of 32 layers, rescaled to the model's depth, at least 1.
+        share: share of the visual tokens alive from layer K on when no budget is given, in [0, 1], default 0.5.
+    """
+
+    name: ClassVar[str] = "fastv"
+    signal: ClassVar[str] = "attention in the LLM"
+    paper: ClassVar[str] = "arXiv 2403.06764"
+
+    layer: Annotated[int, Field(ge=1)] | None = None
+    share: Share = 0.5
+    positions: Literal["original", "compact"] = "original"
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(None if self.layer is None else (self.layer,), (2,), shape)
+
+    def shares(self) -> tuple[float, ...]:
+        return (self.share,)
+
+    def count(self, entering: int, share: float) -> int:
+        return round(entering * share)
+
+    def signals(self, shape: ModelShape):
+        return (LastQueryAttention(self.cuts(shape)[0] - 1),)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        return tokens[LastQueryAttention(tokens.layer - 1)].mean(1)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baseline: visual tokens drawn at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vtprune.methods.base import BeforeLLM, Scorer
+from vtprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Scorer, BeforeLLM):
+    """Keeps a uniformly random subset of each image's tokens.
+
+    Stage: before the LLM. The draw depends on the seed, the prompt's text and the image's place in it, never on the
+    rest of the batch or the global generators.
+
+    Fields
+        seed: >= 0, default 0.
+    """
+
+    name: ClassVar[str] = "random"
+    signal: ClassVar[str] = "none"
+
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        groups, width = tokens.valid.shape
+        keys = tokens.keys or (0,) * groups
+        # The first `n` draws do not depend on how far a row is padded.
+        draws = [torch.rand(width, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + key)) for key in keys]
+        return torch.stack(draws).to(tokens.valid.device)

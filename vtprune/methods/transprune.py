@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TransPrune: how much each layer changes a visual token, and how much the question looks at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vtprune.errors import ConfigError
+from vtprune.methods.base import Progressive, Scorer, Share
+from vtprune.signals import InstructionAttention, Transition
+from vtprune.tokens import ModelShape, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransPrune(Scorer, Progressive):
+    """Drops visual tokens in stages by token transition variation and instruction-guided attention (arXiv 2507.20630).
+
+    Stage: inside the LLM. The score of a token is the sum of two shares: of the transition variation accumulated over
+    the layers before the cut, and of the attention that the text after the image pays to it in the layer that runs
+    next. Positions are renumbered after every stage, as in the reference. Deviations: the transition's softmax runs
+    over each sample's own tokens (the reference's over the whole batch, padding included; equal for one sample);
+    everything is computed in float32; grouped-query attention, batches and several images work.
+
+    Fields
+        layers: cuts on the input of these decoder layers, 0-based, ascending; default None: (7, 9, 12) of 32 layers,
+            rescaled to the model's depth.
+        schedule: share of the entering visual tokens alive after each cut, in [0, 1], not increasing; default
+            (0.875, 0.625, 0.125). With a budget it is scaled to meet it.
+        measure: decoder layers whose transitions are accumulated; default None: from the one before the first cut to
+            the one before the last (6 to 11 of 32).
+        score: "both" (default), "ttv" (transition variation alone) or "iga" (attention alone).
+    """
+
+    name: ClassVar[str] = "transprune"
+    signal: ClassVar[str] = "token transition, attention in the LLM"
+    paper: ClassVar[str] = "arXiv 2507.20630"
+
+    score: Literal["both", "ttv", "iga"] = "both"
+    layers: tuple[int, ...] | None = None
+    schedule: tuple[Share, ...] = (0.875, 0.625, 0.125)
+    measure: tuple[int, ...] | None = None
+    positions: Literal["original", "compact"] = "compact"
+
+    def __post_init__(self):
+        super().__post_init__()
+        expected = 3 if self.layers is None else len(self.layers)
+        if len(self.schedule) != expected or any(a < b for a, b in zip(self.schedule, self.schedule[1:], strict=False)):
+            raise ConfigError(f"transprune: schedule={self.schedule} must be {expected} shares that do not increase")
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(self.layers, (7, 9, 12), shape)
+
+    def shares(self) -> tuple[float, ...]:
+        return self.schedule
+
+    def measured(self, shape: ModelShape) -> tuple[int, ...]:
+        """Decoder layers whose transitions are accumulated."""
+        cuts = self.cuts(shape)
+        layers = tuple(range(cuts[0] - 1, cuts[-1])) if self.measure is None else self.measure
+        if not layers or layers[0] >= cuts[0] or min(layers) < 0:
+            raise ConfigError(f"transprune: measure={layers} must start before the first cut, at layer {cuts[0]}")
+        return layers
+
+    def signals(self, shape: ModelShape):
+        if self.score == "iga":
+            return (InstructionAttention(),)
+        transition = Transition(self.measured(shape))
+        return (transition,) if self.score == "ttv" else (transition, InstructionAttention())
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        return sum(_shares(tokens[request]) for request in self.signals(tokens.shape))
+
+
+def _shares(values: Tensor) -> Tensor:
+    """Each row over its sum; 1e-8 as in the reference, against a row of zeros."""
+    return values / (values.sum(1, keepdim=True) + 1e-8)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baseline: no visual tokens at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune.methods.base import BeforeLLM
+from vtprune.tokens import Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(BeforeLLM):
+    """Drops every visual token: what the language model answers from the text alone.
+
+    Stage: before the LLM. Takes no budget (one that is given is not used).
+    """
+
+    name: ClassVar[str] = "zero"
+    signal: ClassVar[str] = "none"
+    needs_budget: ClassVar[bool] = False
+
+    def budgets(self, lengths: Tensor) -> Tensor:
+        return torch.zeros_like(lengths)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(torch.zeros_like(tokens.valid))

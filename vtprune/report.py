@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the last prefill kept, where, and what that saved. Every number is measured, none is configured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vtprune import cost
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Decoder layers `start`..`end`-1, which all hold the same columns."""
+
+    start: int
+    end: int
+    kept: tuple[Tensor, ...]
+    """A sample each: (kept,) long, ascending columns of `input_ids`."""
+    fate: tuple[Tensor, ...]
+    """A sample each: (visual tokens,) long, the column every visual token went into, -1 if dropped."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of the last prefill; measured only with `profile=True`."""
+
+    encoder: float
+    selector: float
+    prefill: float
+    """Language model, selection inside it included."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last prefill of a session.
+
+    Columns count from the start of `input_ids`, padding included; on a kept cache, from its start.
+    With beams or several returned sequences, one sample stands for all copies of its prompt.
+    """
+
+    model_name: str
+    methods: tuple[str, ...]
+    stretches: tuple[Stretch, ...]
+    visual: tuple[Tensor, ...]
+    """A sample each: columns of all its visual tokens."""
+    text_tokens: tuple[int, ...]
+    """A sample each: its real tokens that are not visual."""
+    images: int
+    text_config: object
+    vision_config: object
+    kv_dtype_bytes: int
+    timings: Timings | None = None
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers."""
+        return self.stretches[-1].end
+
+    @property
+    def samples(self) -> int:
+        return len(self.visual)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(samples, layers) long: visual tokens entering each decoder layer."""
+        spans = [torch.tensor([len(k) for k in s.kept]).view(-1, 1).expand(-1, s.end - s.start) for s in self.stretches]
+        return torch.cat(spans, 1)
+
+    @property
+    def original_tokens(self) -> list[int]:
+        """A sample each: visual tokens of its prompt."""
+        return [len(columns) for columns in self.visual]
+
+    @property
+    def final_tokens(self) -> list[int]:
+        """A sample each: visual tokens alive in the last layer."""
+        return self.counts[:, -1].tolist()
+
+    @property
+    def keep_ratio(self) -> float:
+        """Visual tokens held, averaged over layers and samples, over what the unpruned model would hold; 1.0 without any."""
+        total = sum(self.original_tokens) * self.depth
+        return float(self.counts.sum()) / total if total else 1.0
+
+    def _stretch(self, sample: int, layer: int) -> Stretch:
+        depth = self.depth
+        if not -self.samples <= sample < self.samples or not -depth <= layer < depth:
+            raise IndexError(f"sample {sample}, layer {layer}: the report has {self.samples} samples, {depth} layers")
+        layer %= depth
+        return next(s for s in self.stretches if s.start <= layer < s.end)
+
+    def kept(self, sample: int, layer: int = -1) -> Tensor:
+        """(kept,) long: ascending columns of `input_ids` of the visual tokens alive in a layer.
+
+        For merged tokens: of their representative.
+        """
+        return self._stretch(sample, layer).kept[sample]
+
+    def sources(self, sample: int, layer: int = -1) -> Tensor:
+        """(visual tokens,) long: for every visual token the index in `kept` it went into, -1 if dropped."""
+        stretch = self._stretch(sample, layer)
+        kept, fate = stretch.kept[sample], stretch.fate[sample]
+        if not len(kept):
+            return torch.full_like(fate, -1)
+        index = torch.searchsorted(kept, fate.clamp(min=0)).clamp(max=len(kept) - 1)
+        return index.masked_fill(fate < 0, -1)
+
+    # -- cost ---------------------------------------------------------------------------------------------------
+
+    def _flops(self, counts: list[list[int]]) -> float:
+        pairs = zip(counts, self.text_tokens, strict=True)
+        return float(sum(cost.llm_prefill_flops(self.text_config, row, text) for row, text in pairs))
+
+    @property
+    def _unpruned_counts(self) -> list[list[int]]:
+        return [[n] * self.depth for n in self.original_tokens]
+
+    @cached_property
+    def prefill_flops(self) -> float:
+        """FLOPs of the language model's prefill, summed over the samples (convention "exact" of `vtprune.cost`)."""
+        return self._flops(self.counts.tolist())
+
+    @cached_property
+    def unpruned_prefill_flops(self) -> float:
+        """The same had nothing been pruned."""
+        return self._flops(self._unpruned_counts)
+
+    @cached_property
+    def encoder_flops(self) -> float:
+        """FLOPs of the vision encoder for all images of the batch."""
+        return float(cost.encoder_flops(self.vision_config, self.images))
+
+    def _kv_bytes(self, counts: list[list[int]]) -> int:
+        lengths = [[n + text for n in row] for row, text in zip(counts, self.text_tokens, strict=True)]
+        return sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths)
+
+    @cached_property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of all real tokens after prefill, summed over layers and samples."""
+        return self._kv_bytes(self.counts.tolist())
+
+    @cached_property
+    def unpruned_kv_bytes(self) -> int:
+        """The same had nothing been pruned."""
+        return self._kv_bytes(self._unpruned_counts)
+
+    # -- views --------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict:
+        """Everything as plain JSON values."""
+        return {
+            "model": self.model_name,
+            "methods": list(self.methods),
+            "samples": self.samples,
+            "layers": self.depth,
+            "original_tokens": self.original_tokens,
+            "final_tokens": self.final_tokens,
+            "counts": self.counts.tolist(),
+            "keep_ratio": self.keep_ratio,
+            "text_tokens": list(self.text_tokens),
+            "prefill_flops": self.prefill_flops,
+            "unpruned_prefill_flops": self.unpruned_prefill_flops,
+            "encoder_flops": self.encoder_flops,
+            "kv_bytes": self.kv_bytes,
+            "unpruned_kv_bytes": self.unpruned_kv_bytes,
+            "kept": [self.kept(sample).tolist() for sample in range(self.samples)],
+            "timings": None if self.timings is None else vars(self.timings),
+        }
+
+    def __str__(self) -> str:
+        def row(name, pruned, full, unit=""):
+            share = f"{pruned / full:7.1%}" if full else "      -"
+            return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{share:>10}{unit}"
+
+        original, depth = sum(self.original_tokens), self.depth
+        lines = [
+            f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.samples} sample(s), {depth} decoder layers",
+            f"  {'':<24}{'unpruned':>12}{'pruned':>14}{'share':>10}",
+            row("visual tokens, final", sum(self.final_tokens), original),
+            row("visual tokens, average", float(self.counts.sum()) / depth, original),
+            row("prefill GFLOPs", self.prefill_flops / 1e9, self.unpruned_prefill_flops / 1e9),
+            row("KV cache MB", self.kv_bytes / 1e6, self.unpruned_kv_bytes / 1e6),
+        ]
+        if len(self.stretches) > 1:
+            spans = (
+                f"{s.start}-{s.end - 1}: {sum(map(len, s.kept))}" if s.end > s.start + 1 else f"{s.start}: {sum(map(len, s.kept))}"
+                for s in self.stretches
+            )
+            lines.append(f"  visual tokens by layer    {', '.join(spans)}")
+        if self.timings is not None:
+            t = self.timings
+            lines.append(
+                f"  milliseconds              encoder {t.encoder * 1e3:.1f}, selector {t.selector * 1e3:.1f}, "
+                f"prefill {t.prefill * 1e3:.1f}"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions: put the hooks on one model, take them off, keep the report."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.cache_utils import DynamicCache
+
+from vtprune.adapters import adapter_for
+from vtprune.adapters.base import Adapter
+from vtprune.cache import Owner, check_cache, pruned_layers
+from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedStageError, VTPruneError
+from vtprune.layout import Groups
+from vtprune.methods import MethodLike, build_methods
+from vtprune.methods.base import Method
+from vtprune.ops.keywords import keywords
+from vtprune.report import Report, Stretch, Timings
+from vtprune.signals import ClsAttention, TextEmbeddings
+from vtprune.stages.before_llm import prompt_text, prune_before_llm
+from vtprune.stages.call import Call, Images
+from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.in_llm import InLLMStage
+from vtprune.tokens import Selection, VisualTokens
+
+Text = str | list[str] | Tensor | list[Tensor]
+"""A question: text or token ids (m,), one for all samples or a list with one a sample."""
+
+_ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
+
+
+def prune(
+    model,
+    method: MethodLike,
+    *,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    strict: bool = True,
+    text: Text | None = None,
+    profile: bool = False,
+    **parameters,
+) -> Session:
+    """A context manager inside which `model` prunes visual tokens.
+
+    Args:
+        model: a loaded Hugging Face vision-language model of a supported family (`vtprune.adapter_for`).
+        method: a registered name, a method object, a mapping with `name`, a list of those, or a YAML file's path.
+        keep_ratio: share of visual tokens kept, averaged over the LLM's layers, in (0, 1].
+        keep_tokens: the same as a count per image, >= 0. Give one of the two (or neither, for methods with a published
+            schedule); lists of methods carry their own.
+        strict: raise NothingPrunedError if visual tokens came, pruning was asked for, and nothing was dropped.
+        text: the question for text-guided methods, as text (the tokenizer is then loaded from the model's checkpoint)
+            or as token ids; by default they read the prompt's own tokens.
+        profile: measure the times in `report.timings`.
+        **parameters: further fields of a single method, e.g. `layer=2`.
+
+    Raises:
+        UnsupportedModelError, UnsupportedStageError, BudgetError, ConfigError: before anything is changed.
+    """
+    budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
+    parameters |= {key: value for key, value in budget.items() if value is not None}
+    return Session(model, build_methods(method, **parameters), strict=strict, text=text, profile=profile)
+
+
+def patch(model, method: MethodLike, **options) -> Session:
+    """Like `prune`, but starts at once and lasts until `session.remove()`."""
+    session = prune(model, method, **options)
+    session.install()
+    return session
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """What the outer model was called with, noted before it calls the language model."""
+
+    ids: Tensor | None
+    embeddings: Tensor | None
+    mask: Any
+    features: Any
+    """The object that stands for this call's pixels or encoded images; None if there are none."""
+    encoded: bool
+    """Whether the features came ready-made, as `generate()` passes them."""
+
+
+class Session:
+    """One model with hooks on it. Use `prune` or `patch` to make one.
+
+    `report` describes the last prefill (None before the first one). `text` may be changed between calls.
+    """
+
+    def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+        self.adapter: Adapter = adapter_for(model)
+        self.methods = methods
+        self.strict = strict
+        self.text = text
+        self.report: Report | None = None
+        self._profile = profile
+        self._owner = Owner()
+        self._handles: list = []
+        self._incoming: _Incoming | None = None
+        self._call: Call | None = None
+        self._choices: list[Selection] = []
+        self._replayed: list[Selection] = []
+        self._last: tuple[Any, Tensor] | None = None
+        self._selector_seconds = self._started = 0.0
+
+        shape = self.adapter.shape
+        requests = []
+        for method in methods:
+            method.check_budget(shape)
+            requests.extend(method.signals(shape))
+        cls_layers = sorted({layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers})
+        active = [m for m in methods if m.keep_ratio != 1.0]
+        self._before = [m for m in active if m.stage == "before_llm"]
+        self._tap = EncoderTap(self.adapter, cls_layers, profile)
+        self._in_llm = InLLMStage(self.adapter, [m for m in active if m.stage == "in_llm"], shape, self._choose)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
+        decoder = self.adapter.language_model
+        if decoder in _ACTIVE:
+            raise VTPruneError(
+                "a vtprune session is active on this model already; remove it first, or pass a list of methods to "
+                "compose them in one session"
+            )
+        _ACTIVE[decoder] = self
+        self._owner.active = True
+        self._handles = [
+            *self._tap.install(),
+            self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+            *self._in_llm.install(),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; the model is exactly what it was. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if _ACTIVE.get(self.adapter.language_model) is self:
+            del _ACTIVE[self.adapter.language_model]
+        self._owner.active = False
+        self._end_call()
+
+    def __enter__(self) -> Session:
+        if not self._handles:
+            self.install()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def _end_call(self) -> None:
+        self._call = self._incoming = None
+        self._in_llm.end()
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def _before_base(self, module, args, kwargs):
+        given = kwargs.get("mm_encoder_outputs") or {}
+        encoded = [value for value in given.values() if value is not None]
+        pixels = [kwargs[key] for key in ("pixel_values", "pixel_values_videos") if kwargs.get(key) is not None]
+        self._incoming = _Incoming(
+            ids=kwargs.get("input_ids", args[0] if args else None),
+            embeddings=kwargs.get("inputs_embeds"),
+            mask=kwargs.get("attention_mask"),
+            features=(encoded or pixels or [None])[0],
+            encoded=bool(encoded),
+        )
+
+    def _before_decoder(self, module, args, kwargs):
+        incoming, self._incoming = self._incoming, None
+        self._call = None
+        self._in_llm.end()
+        hidden = kwargs.get("inputs_embeds")
+        if hidden is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        held = pruned_layers(cache)
+        has_images = incoming is not None and incoming.features is not None
+        if cache is not None and (held or has_images):
+            check_cache(cache, self._owner)
+        if not has_images:
+            if not held:
+                self._report_text_only(hidden, kwargs, cache)
+                return None
+            if all(layer.layout.real is None and layer.layout.shift is None for layer in held):
+                # Every column of every layer is real and positions run on: only the mask's length would be wrong.
+                given = kwargs.get("attention_mask")
+                if given is None or not torch.is_tensor(given) or bool(given[:, -hidden.shape[1] :].all()):
+                    return args, {**kwargs, "attention_mask": None}
+        kwargs = dict(kwargs)
+        call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
+        if has_images:
+            self._start_prefill(call, incoming)
+            hidden = prune_before_llm(call, hidden, self._before, self._tap, self._question, self._choose)
+        self._in_llm.begin(call)
+        if not call.pruned and not call.wrapped:
+            return (args, kwargs) if call.cache is not cache else None
+        kwargs["inputs_embeds"] = hidden
+        kwargs["position_ids"] = call.positions_at(0)
+        kwargs["attention_mask"] = call.padding_mask(0)
+        return args, kwargs
+
+    def _open_call(self, hidden: Tensor, kwargs: dict, incoming: _Incoming | None) -> Call:
+        """The state of a call that carries images (`incoming`), or continues a pruned cache (None)."""
+        batch, length = hidden.shape[:2]
+        config = self.adapter.text_config
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.language_model.config)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self._refuse_window(past + length)
+
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
+            raise UnsupportedStageError(
+                "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
+                "chunked prefill); pass a 2D padding mask"
+            )
+        real = hidden.new_ones(batch, length, dtype=torch.bool)
+        past_real = None
+        if mask is not None:
+            mask = mask.to(device=hidden.device, dtype=torch.bool)
+            real = mask[:, -length:]
+            if past and not bool(mask[:, :past].all()):
+                past_real = mask[:, :past]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=hidden.device)[None]
+
+        images = None
+        if incoming is not None:
+            tokens = self._tap.features.shape[1] if self._tap.images else None
+            images = Images.find(self._visual(incoming, hidden) & real, self.adapter, self._tap.images, tokens)
+        return Call(
+            adapter=self.adapter,
+            owner=self._owner,
+            batch=batch,
+            length=length,
+            past=past,
+            cache=cache,
+            real=real,
+            positions=positions,
+            images=images,
+            ids=None if incoming is None else incoming.ids,
+            embeddings=hidden,
+            past_real=past_real,
+        )
+
+    def _visual(self, incoming: _Incoming, hidden: Tensor) -> Tensor:
+        """(batch, length) bool: columns that hold image features."""
+        ids = torch.tensor(self.adapter.visual_token_ids, device=hidden.device)
+        if incoming.ids is not None:
+            return torch.isin(incoming.ids.to(hidden.device), ids)
+        # The caller gave embeddings: transformers, too, then finds the places by the placeholder's embedding.
+        placeholders = self.adapter.base.get_input_embeddings()(ids)
+        return (incoming.embeddings[:, :, None].to(hidden.device) == placeholders).all(-1).any(-1)
+
+    def _refuse_window(self, length: int) -> None:
+        config = self.adapter.text_config
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None)
+        if window and (types is None or "sliding_attention" in types) and length > window:
+            raise UnsupportedStageError(
+                f"a sequence of {length} tokens exceeds the model's sliding window of {window}: distances between "
+                "pruned tokens would no longer be those the window was trained with"
+            )
+
+    def _start_prefill(self, call: Call, incoming: _Incoming) -> None:
+        """Check what is about to be pruned, and find out whether its choices were made before."""
+        self._replayed, replay = [], False
+        if incoming.encoded and call.cache is None and call.ids is not None and self._last is not None:
+            # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
+            features, ids = self._last
+            same_shape = len(ids) == call.batch and ids.shape[1] < call.length
+            replay = features is incoming.features and same_shape and torch.equal(call.ids[:, : ids.shape[1]], ids)
+        if replay:
+            self._replayed = list(self._choices)
+        else:
+            self._choices = []
+            self._last = None if call.ids is None else (incoming.features, call.ids)
+        self._selector_seconds, self._started = 0.0, time.perf_counter()
+        visual = call.segment.visual
+        if (self._before or self._in_llm.cuts) and not bool(call.embeddings[visual.to(call.embeddings.device)].isfinite().all()):
+            raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
+
+    def _after_decoder(self, module, args, kwargs, output):
+        call = self._call
+        if call is None:
+            return None
+        self._end_call()
+        if call.images is not None and not self._replayed:
+            self._finish_prefill(call)
+        if not call.pruned:
+            return None
+        if isinstance(output, tuple):
+            return call.segment.restore(output[0], call.length), *output[1:]
+        output.last_hidden_state = call.segment.restore(output.last_hidden_state, call.length)
+        return output
+
+    # -- selection ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _choose(self, method: Method, tokens: VisualTokens, call: Call, groups: Groups) -> Selection:
+        if self._replayed:
+            selection = self._replayed.pop(0)
+            self._replayed.append(selection)
+            return selection
+        started = self._clock()
+        selection = method.select(tokens)
+        if selection.keep.shape != tokens.valid.shape or selection.keep.dtype != torch.bool:
+            raise VTPruneError(
+                f"{method.name} returned a selection of {selection.keep.dtype} {tuple(selection.keep.shape)}, expected "
+                f"bool {tuple(tokens.valid.shape)}"
+            )
+        self._selector_seconds += self._clock() - started
+        self._choices.append(selection)
+        return selection
+
+    def _clock(self) -> float:
+        if self._profile and self.adapter.model.device.type == "cuda":
+            torch.cuda.synchronize(self.adapter.model.device)
+        return time.perf_counter()
+
+    def _question(self, call: Call, groups: Groups, request: TextEmbeddings) -> list[Tensor]:
+        """Embeddings of each group's question."""
+        if self.text is None:
+            return prompt_text(call, groups, self._special_ids())
+        texts = list(self.text) if isinstance(self.text, (list, tuple)) else [self.text]
+        samples = call.batch // call.images.copies
+        if len(texts) not in (1, samples):
+            raise ConfigError(f"text: got {len(texts)} questions for {samples} samples")
+        embed = self.adapter.base.get_input_embeddings()
+        device = call.embeddings.device
+        rows = [embed(self._token_ids(text, request.keywords).to(device)) for text in texts]
+        return [rows[row // call.images.copies if len(rows) > 1 else 0] for row in groups.rows.tolist()]
+
+    def _token_ids(self, text: str | Tensor, only_keywords: bool) -> Tensor:
+        if not isinstance(text, str):
+            return torch.as_tensor(text, dtype=torch.long)
+        path = self.adapter.model.name_or_path
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:
+            raise ConfigError(
+                f"text is a string, but no tokenizer could be loaded from the model's checkpoint {path!r} ({error}); "
+                "pass token ids instead"
+            ) from error
+        words = keywords(text).split() if only_keywords else None
+        ids = tokenizer(words or text, is_split_into_words=bool(words), add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _special_ids(self) -> tuple[int, ...]:
+        config = self.adapter.text_config
+        found = []
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            found.extend(value if isinstance(value, list) else [] if value is None else [value])
+        return tuple(found)
+
+    # -- report -------------------------------------------------------------------------------------------------
+
+    def _report_text_only(self, hidden: Tensor, kwargs: dict, cache) -> None:
+        """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
+        if (cache is not None and cache.get_seq_length()) or hidden.shape[1] == 1:
+            return
+        mask = kwargs.get("attention_mask")
+        lengths = mask.sum(1) if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
+        empty = (torch.empty(0, dtype=torch.long),) * len(hidden)
+        stretch = Stretch(0, len(self.adapter.decoder_layers), empty, empty)
+        self._set_report((stretch,), empty, tuple(int(n) for n in lengths), 0, hidden.element_size(), None)
+
+    def _finish_prefill(self, call: Call) -> None:
+        rows = range(0, call.batch, call.images.copies)
+        whole = call.images.labels >= 0
+        visual = [whole[row].nonzero()[:, 0] for row in rows]
+        ends = [*call.starts[1:], len(self.adapter.decoder_layers)]
+        stretches = tuple(
+            Stretch(
+                start,
+                end,
+                tuple((s.columns[row][s.visual[row]] + call.past).cpu() for row in rows),
+                tuple(
+                    torch.where(fate >= 0, fate + call.past, -1).cpu()
+                    for fate in (s.fate[row][columns] for row, columns in zip(rows, visual, strict=True))
+                ),
+            )
+            for start, end, s in zip(call.starts, ends, call.segments, strict=True)
+        )
+        text = tuple(int((call.real[row] & ~whole[row]).sum()) for row in rows)
+        timings = None
+        if self._profile:
+            timings = Timings(self._tap.seconds, self._selector_seconds, self._clock() - self._started)
+        images = len(call.images.rows) // call.images.copies
+        columns = tuple((v + call.past).cpu() for v in visual)
+        self._set_report(stretches, columns, text, images, call.embeddings.element_size(), timings)
+        wants_less = any(m.keep_ratio != 1.0 for m in self.methods)
+        if self.strict and wants_less and len(call.images.rows) and self.report.keep_ratio == 1.0:
+            if not all(self._asks_for_everything(m, call) for m in self.methods):
+                raise NothingPrunedError(
+                    f"{', '.join(m.name for m in self.methods)}: {sum(self.report.original_tokens)} visual tokens came "
+                    "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
+                )
+
+    def _asks_for_everything(self, method: Method, call: Call) -> bool:
+        """A count budget that equals the image asks for nothing to be dropped."""
+        per_image = call.images.per_sample.clamp(min=1)
+        visual = (call.images.labels >= 0).sum(1)
+        return method.keep_ratio == 1.0 or (
+            method.keep_tokens is not None and bool((method.keep_tokens * per_image >= visual).all())
+        )
+
+    def _set_report(self, stretches, visual, text, images, dtype_bytes, timings) -> None:
+        self.report = Report(
+            model_name=type(self.adapter.model).__name__,
+            methods=tuple(method.name for method in self.methods),
+            stretches=stretches,
+            visual=visual,
+            text_tokens=text,
+            images=images,
+            text_config=self.adapter.text_config,
+            vision_config=self.adapter.config.vision_config,
+            kv_dtype_bytes=dtype_bytes,
+            timings=timings,
+        )

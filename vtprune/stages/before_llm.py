@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between projector and LLM: drops or merges visual tokens before the first decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import UnsupportedStageError
+from vtprune.layout import Groups
+from vtprune.methods.base import BeforeLLM, Method
+from vtprune.signals import ClsAttention, EncoderFeatures, TextEmbeddings
+from vtprune.stages.call import Call
+from vtprune.stages.encoder import EncoderTap
+from vtprune.tokens import Selection, VisualTokens
+
+Chooser = Callable[[Method, VisualTokens, Call, Groups], Selection]
+
+
+def prune_before_llm(
+    call: Call, hidden: Tensor, methods: list[BeforeLLM], tap: EncoderTap, text: Callable, choose: Chooser
+) -> Tensor:
+    """Apply the methods in order to the embeddings (batch, length, dim) of a prefill; returns the shorter ones.
+
+    text: `text(call, groups, request)` -> one (text tokens, dim) tensor a group, see `TextEmbeddings`.
+    """
+    for method in methods:
+        groups = call.image_groups()
+        lengths = groups.valid.sum(1).cpu()
+        budget = method.budgets(lengths)
+        if bool((budget >= lengths).all()):
+            continue
+        images = call.images
+        whole = tuple(
+            grid if grid is not None and length == len(grid) else None
+            for grid, length in zip(images.grids, lengths.tolist(), strict=True)
+        )
+        first = {}
+        keys = []
+        for row in groups.rows.tolist():
+            first[row] = first.get(row, -1) + 1
+            keys.append(call.prompt_key(row) + first[row])
+
+        def signal(request, groups=groups):
+            if isinstance(request, EncoderFeatures):
+                features = tap.require_features()
+                return _per_image(features, call, groups)
+            if isinstance(request, ClsAttention):
+                rows = tap.cls_rows(request.layers)
+                per_token = _per_image(rows.permute(0, 3, 1, 2), call, groups)
+                return per_token.permute(0, 2, 3, 1)
+            if isinstance(request, TextEmbeddings):
+                return text(call, groups, request)
+            raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
+
+        tokens = VisualTokens(
+            features=groups.gather(hidden),
+            valid=groups.valid,
+            budget=budget.to(hidden.device),
+            signals=signal,
+            grids=whole,
+            keys=tuple(keys),
+            shape=call.adapter.shape,
+        )
+        selection = choose(method, tokens, call, groups)
+        cut = call.apply(hidden, groups, selection, layer=0, compact=method.positions == "compact")
+        if cut is not None:
+            hidden = cut[0]
+    return hidden
+
+
+def _per_image(values: Tensor, call: Call, groups: Groups) -> Tensor:
+    """Values (encoded images, tokens, ...) of the encoder for the tokens alive: (groups, tokens, ...)."""
+    slots = groups.gather(call.slots()).to(values.device)
+    images = call.images.encoded.to(values.device)
+    taken = values[images[:, None], slots]
+    valid = groups.valid.to(values.device)
+    return taken.masked_fill(~valid.view(*valid.shape, *[1] * (taken.ndim - 2)), 0)
+
+
+def prompt_text(call: Call, groups: Groups, special_ids: tuple[int, ...]) -> list[Tensor]:
+    """Input embeddings of each group's question: the text after its last visual token, or all text if none follows."""
+    text = call.real & (call.images.labels < 0)
+    if call.ids is not None and special_ids:
+        special = torch.isin(call.ids, torch.tensor(special_ids, device=call.ids.device))
+        text = text & ~special.to(text.device)
+    columns = torch.arange(call.length, device=text.device)
+    rows = []
+    for group, row in enumerate(groups.rows.tolist()):
+        image = call.images.labels[row] == group
+        end = int(columns[image.to(columns.device)].max())
+        after = text[row] & (columns > end)
+        chosen = after if bool(after.any()) else text[row]
+        rows.append(call.embeddings[row][chosen.to(call.embeddings.device)])
+    return rows

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision encoder: watches what it computes for each image, for methods that act later on the path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.base import Adapter
+from vtprune.errors import UnsupportedStageError
+from vtprune.ops.attention import attention_rows
+
+
+class EncoderTap:
+    """Keeps, for the images encoded last, the projector's input and the CLS rows of chosen layers.
+
+    `generate()` encodes images long before the language model runs, and only once for all beams, so the tap
+    remembers until the tower runs again.
+    """
+
+    def __init__(self, adapter: Adapter, cls_layers: Sequence[int], profile: bool):
+        self.adapter = adapter
+        self.cls_layers = tuple(cls_layers)
+        self.profile = profile
+        self.features: Tensor | None = None
+        """(images, tokens, dim), or None if no image was encoded in this session."""
+        self.seconds = 0.0
+        self._rows: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
+
+    def install(self) -> list[RemovableHandle]:
+        tower = self.adapter.vision_tower
+        handles = [
+            tower.register_forward_pre_hook(self._before_tower),
+            tower.register_forward_hook(self._after_tower),
+            self.adapter.projector.register_forward_pre_hook(self._before_projector),
+        ]
+        for index in self.cls_layers:
+            attention = self.adapter.encoder_layers[index].self_attn
+            # `prepend` is not needed here: these hooks read and never replace.
+            handles.append(attention.q_proj.register_forward_hook(self._take_query(index)))
+            handles.append(attention.k_proj.register_forward_hook(self._take_row(index)))
+        return handles
+
+    def _before_tower(self, module, args):
+        self.features = None
+        self._rows.clear()
+        self._started = time.perf_counter() if self.profile else 0.0
+
+    def _after_tower(self, module, args, output):
+        if self.profile:
+            _synchronize(self.adapter.model)
+            self.seconds = time.perf_counter() - self._started
+
+    def _before_projector(self, module, args):
+        self.features = args[0].detach()
+
+    def _take_query(self, layer: int):
+        def hook(module, args, output):
+            self._queries[layer] = output[:, :1].detach()
+
+        return hook
+
+    def _take_row(self, layer: int):
+        def hook(module, args, output):
+            heads = self.adapter.config.vision_config.num_attention_heads
+            query, key = (
+                rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (self._queries.pop(layer), output.detach())
+            )
+            rows = attention_rows(query, key, scale=query.shape[-1] ** -0.5)
+            self._rows[layer] = rows[:, :, 0]
+
+        return hook
+
+    @property
+    def images(self) -> int:
+        return 0 if self.features is None else len(self.features)
+
+    def require_features(self) -> Tensor:
+        if self.features is None:
+            raise UnsupportedStageError(
+                "this method reads the vision encoder, but the image features were computed before the session "
+                "started; pass pixel_values inside it"
+            )
+        return self.features
+
+    def cls_rows(self, layers: Sequence[int]) -> Tensor:
+        """(images, layers, heads, tokens): CLS attention over the tokens that the projector reads."""
+        tokens = self.require_features().shape[1]
+        rows = torch.stack([self._rows[layer].to(self.features.device) for layer in layers], 1)
+        return rows[..., rows.shape[-1] - tokens :]
+
+
+def _synchronize(model) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between decoder layers: drops or merges visual tokens on the input of a layer, during prefill.
+
+The language model's loop keeps passing its own masks, positions and rotary embeddings to every layer, so each layer
+whose columns differ from layer 0's is given its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.base import Adapter
+from vtprune.cache import PrunedLayer
+from vtprune.errors import UnsupportedStageError
+from vtprune.layout import Groups, take_columns
+from vtprune.methods.base import InLLM
+from vtprune.ops.transition import token_transition
+from vtprune.signals import (
+    InstructionAttention,
+    LastQueryAttention,
+    RowContext,
+    Transition,
+    decoder_attention_rows,
+)
+from vtprune.stages.before_llm import Chooser
+from vtprune.stages.call import Call
+from vtprune.tokens import ModelShape, VisualTokens
+
+
+class InLLMStage:
+    """Hooks on the decoder layers: cuts at chosen ones, gives every layer its view, and taps what methods ask for."""
+
+    def __init__(self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser):
+        self.adapter = adapter
+        self.shape = shape
+        self.choose = choose
+        self.cuts: dict[int, list[tuple[InLLM, int]]] = {}
+        """Decoder layer -> the methods that cut on its input, each with the number of this cut in its schedule."""
+        requests = set()
+        for method in methods:
+            requests.update(method.signals(shape))
+            for number, layer in enumerate(method.cuts(shape)):
+                self.cuts.setdefault(layer, []).append((method, number))
+        self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
+        self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
+        self.call: Call | None = None
+
+    def install(self) -> list[RemovableHandle]:
+        handles = []
+        for i, layer in enumerate(self.adapter.decoder_layers):
+            handles.append(layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True))
+            if i in self.measured:
+                for block in (layer.self_attn, layer.mlp):
+                    handles.append(block.register_forward_hook(self._measure(i), with_kwargs=True))
+            if i in self.watched:
+                for name in ("q_proj", "k_proj"):
+                    handles.append(getattr(layer.self_attn, name).register_forward_hook(self._watch(i, name)))
+        return handles
+
+    def begin(self, call: Call) -> None:
+        """Follow a forward call of the language model until `end`."""
+        self.call = call
+        self._transitions: dict[int, Tensor] = {}
+        self._projected: dict[tuple[int, str], Tensor] = {}
+        self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._entering = call.segment.visual.sum(1).cpu()
+        self._selecting = call.images is not None and bool(self.cuts)
+
+    def end(self) -> None:
+        self.call = None
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def _before_layer(self, i: int):
+        def hook(module, args, kwargs):
+            call = self.call
+            if call is None:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self._selecting and i in self.cuts:
+                hidden = self._cut(i, hidden, kwargs)
+            if self._selecting and i in self.watched:
+                self._ropes[i] = kwargs["position_embeddings"] if call.key(i) == call.key(0) else call.rope_at(i, hidden)
+            if not call.pruned and not call.wrapped:
+                return None
+            # Layers read position ids only to detect packed sequences, for which gaps would be mistaken.
+            kwargs = {**kwargs, "position_ids": None}
+            if call.key(i) != call.key(0):
+                kwargs["position_embeddings"] = call.rope_at(i, hidden)
+                kwargs["attention_mask"] = call.mask_at(i, hidden)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook
+
+    def _measure(self, i: int):
+        def hook(module, args, kwargs, output):
+            if self.call is None or not self._selecting:
+                return
+            inputs = args[0] if args else kwargs["hidden_states"]
+            outputs = output[0] if isinstance(output, tuple) else output
+            real = self.call.segment_at(i).real.to(inputs.device)
+            score = token_transition(inputs.detach(), outputs.detach(), real)
+            self._transitions[i] = self._transitions[i] + score if i in self._transitions else score
+
+        return hook
+
+    def _watch(self, i: int, name: str):
+        def hook(module, args, output):
+            if self.call is not None and self._selecting:
+                self._projected[i, name] = output.detach()
+
+        return hook
+
+    # -- one cut ------------------------------------------------------------------------------------------------
+
+    def _cut(self, i: int, hidden: Tensor, kwargs: dict) -> Tensor:
+        call = self.call
+        for method, number in self.cuts[i]:
+            groups = call.sample_groups()
+            budget = method.budgets(self.shape, self._entering, call.images.per_sample.cpu())[number]
+            alive = groups.valid.sum(1).cpu()
+            if bool((budget >= alive).all()):
+                continue
+            tokens = VisualTokens(
+                features=groups.gather(hidden),
+                valid=groups.valid,
+                budget=torch.minimum(budget, alive).to(hidden.device),
+                signals=lambda request, g=groups: self._signal(i, hidden, kwargs, g, request),
+                grids=(None,) * len(alive),
+                keys=tuple(call.prompt_key(row) for row in range(call.batch)),
+                shape=self.shape,
+                layer=i,
+            )
+            selection = self.choose(method, tokens, call, groups)
+            cut = call.apply(hidden, groups, selection, layer=i, compact=method.positions == "compact")
+            if cut is not None:
+                hidden, index = cut
+                self._transitions = {layer: take_columns(t, index) for layer, t in self._transitions.items()}
+                self._projected = {key: take_columns(t, index) for key, t in self._projected.items()}
+                self._ropes = {
+                    layer: tuple(take_columns(t.expand(call.batch, -1, -1), index) for t in rope)
+                    for layer, rope in self._ropes.items()
+                }
+        return hidden
+
+    def _signal(self, i: int, hidden: Tensor, kwargs: dict, groups: Groups, request) -> Tensor:
+        if isinstance(request, Transition):
+            done = [self._transitions[layer] for layer in request.layers if layer in self._transitions]
+            if not done:
+                raise UnsupportedStageError(f"no transition was measured before layer {i}: measure an earlier one")
+            return groups.gather(sum(t.to(hidden.device) for t in done))
+        if isinstance(request, LastQueryAttention):
+            rows, _ = self._text_rows(last_only=True)
+            queries = take_columns(self._projected[request.layer, "q_proj"], rows)
+            keys = self._projected[request.layer, "k_proj"]
+            weights = decoder_attention_rows(queries, keys, rows, self._context(request.layer, self._ropes[request.layer]))
+            return self._over_groups(weights[:, :, 0], groups)
+        if isinstance(request, InstructionAttention):
+            layer = self.adapter.decoder_layers[i]
+            rows, valid = self._text_rows(last_only=False)
+            inner = layer.input_layernorm(hidden)
+            queries = layer.self_attn.q_proj(take_columns(inner, rows))
+            keys = layer.self_attn.k_proj(inner)
+            rope = self.call.rope_at(i, hidden)
+            weights = decoder_attention_rows(queries, keys, rows, self._context(i, rope)).mean(1)
+            valid = valid.to(weights.device)[..., None]
+            return groups.gather((weights * valid).sum(1) / valid.sum(1))
+        raise UnsupportedStageError(f"{type(request).__name__} is not available inside the LLM")
+
+    def _over_groups(self, weights: Tensor, groups: Groups) -> Tensor:
+        """(batch, heads, n) -> (groups, heads, tokens)."""
+        return groups.gather(weights.transpose(1, 2)).transpose(1, 2)
+
+    def _text_rows(self, last_only: bool) -> tuple[Tensor, Tensor]:
+        """Columns (batch, r) of the text after each sample's last visual token, and which of them are real rows.
+
+        Samples without such text, and `last_only`, give the last real column.
+        """
+        segment = self.call.segment
+        n = segment.real.shape[1]
+        columns = torch.arange(n, device=segment.real.device).expand_as(segment.real)
+        last_visual = torch.where(segment.visual, columns, -1).amax(1, keepdim=True)
+        last = torch.where(segment.real, columns, -1).amax(1, keepdim=True)
+        if last_only:
+            return last, torch.ones_like(last, dtype=torch.bool)
+        text = segment.real & (columns > last_visual)
+        text = torch.where(text.any(1, keepdim=True), text, columns == last)
+        width = int(text.sum(1).max())
+        rows = torch.argsort(text.to(torch.uint8), dim=1, stable=True)[:, -width:]
+        return rows, text.gather(1, rows)
+
+    def _context(self, layer: int, rope: tuple[Tensor, Tensor]) -> RowContext:
+        call = self.call
+        layout, past = call.before[layer]
+        keys = None
+        if call.cache is not None and past:
+            held = call.cache.layers[layer]
+            keys = (held.inner if isinstance(held, PrunedLayer) else held).keys[:, :, :past]
+        config = self.adapter.text_config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return RowContext(
+            attention=self.adapter.decoder_layers[layer].self_attn,
+            head_dim=head_dim,
+            rope=rope,
+            real=call.segment.real,
+            past_keys=keys,
+            past_real=layout.real,
+        )

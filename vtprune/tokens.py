@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns a method speaks: `VisualTokens` goes in, `Selection` comes out. Nothing here knows a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Layout of one image's visual tokens: `prefix` tokens without a place (a CLS token), then `rows` x `cols` in raster order."""
+
+    rows: int
+    cols: int
+    prefix: int = 0
+
+    def __len__(self) -> int:
+        return self.prefix + self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a method may know of a model before it runs: depths and the encoder's make, never modules."""
+
+    encoder_layers: int
+    decoder_layers: int
+    feature_layer: int
+    """0-based index of the deepest encoder layer whose output the projector reads."""
+    has_cls: bool
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """A padded batch of groups of visual tokens, as one method sees them at one stage.
+
+    Before the LLM a group is one image (crop, frame: the adapter's layout says which); inside the LLM it is one
+    sample, i.e. all visual tokens of a prompt together.
+    """
+
+    features: Tensor
+    """(groups, tokens, dim): projected features before the LLM, hidden states inside it. Padding rows are zero."""
+    valid: Tensor
+    """(groups, tokens) bool: True for real tokens; padding, if any, stands at the end of a row."""
+    budget: Tensor
+    """(groups,) long: how many tokens of each group to keep."""
+    signals: Mapping[Hashable, Any] | Callable[[Hashable], Any] = field(default_factory=dict)
+    """What `tokens[request]` looks up: see `vtprune.signals` for the requests."""
+    grids: tuple[Grid | None, ...] = ()
+    """One layout a group; None where the tokens are no longer a full grid."""
+    keys: tuple[int, ...] = ()
+    """One integer a group, a function of its sample's prompt and its place in it alone: for seeded randomness that
+    does not depend on the rest of the batch."""
+    shape: ModelShape | None = None
+    layer: int | None = None
+    """Decoder layer that will run next; None before the LLM."""
+
+    def __getitem__(self, request: Hashable) -> Any:
+        """The signal asked for, e.g. `tokens[EncoderFeatures()]`; only what the method announced in `signals()`."""
+        return self.signals(request) if callable(self.signals) else self.signals[request]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(groups,) long: number of real tokens of each group."""
+        return self.valid.sum(1)
+
+    def each(self):
+        """Yield `(group, length, k)` as ints, for methods that select one group at a time."""
+        yield from zip(range(len(self.valid)), self.lengths.tolist(), self.budget.tolist(), strict=True)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of a `VisualTokens` survive, and what was merged into them."""
+
+    keep: Tensor
+    """(groups, tokens) bool."""
+    features: Tensor | None = None
+    """(groups, tokens, dim) for merging methods: rows where `keep` is True replace the tokens' features."""
+    sources: Tensor | None = None
+    """(groups, tokens) long for merging methods: index in the group of the kept token that each token went into, -1 for
+    dropped ones. None: kept tokens stand for themselves alone."""
+
+    @staticmethod
+    def of_indices(tokens: VisualTokens, indices: list[Tensor]) -> Selection:
+        """Selection from one LongTensor of kept indices a group."""
+        keep = torch.zeros_like(tokens.valid)
+        for group, kept in enumerate(indices):
+            keep[group, kept.to(keep.device)] = True
+        return Selection(keep)
