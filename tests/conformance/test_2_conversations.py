@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise 2 over two turns: the second one continues on the kept, pruned cache of the first."""
+
+import pytest
+import torch
+
+import vtprune
+
+from . import models
+from .methods import MERGING, SPECS, spec
+from .models import IMAGE_TOKEN, Prompts, batch_of_three, prompts
+from .reference import ATOL, depth, generate, kept_columns, recompute
+
+# In-LLM methods choose anew among the second turn's visual tokens; compositions are covered by their parts.
+ONE_PART = [name for name in SPECS if "+" not in name]
+
+
+def second_turn(model, first, batch: Prompts, layout: str) -> tuple[dict, Prompts]:
+    """Inputs of the second turn, and each sample's whole conversation, unpadded, with the images of both turns."""
+    turns = prompts(model, *[layout] * len(batch), seed=9)
+    ids = torch.stack([turn[1:] for turn in turns.ids])  # no second BOS
+    length = max(map(len, batch.ids))
+    answers = first.sequences[:, length:]
+    mask = torch.cat([batch.inputs()["attention_mask"], torch.ones_like(answers), torch.ones_like(ids)], 1)
+    inputs = {"input_ids": torch.cat([first.sequences, ids], 1), "attention_mask": mask}
+    if "I" in layout:
+        inputs["pixel_values"] = torch.cat(turns.images)
+    whole = Prompts(
+        tuple(map(torch.cat, zip(batch.ids, answers, ids, strict=True))),
+        tuple(map(torch.cat, zip(batch.images, turns.images, strict=True))),
+    )
+    return inputs, whole
+
+
+def check_second_turn(model, whole: Prompts, kept, output, positions, sources=None):
+    start = output.sequences.shape[1] - len(output.logits)
+    for sample, prompt in enumerate(whole.ids):
+        generated = output.sequences[sample, start:]
+        ids = torch.cat([prompt, generated[:-1]])
+        expected = recompute(model, ids, whole.images[sample], kept[sample], positions, sources and sources[sample])[
+            len(prompt) - 1 :
+        ]
+        torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("model_name", ["mha", "gqa"])
+def test_second_turn_of_text(model_name, name, positions):
+    model = models.shared(model_name)
+    batch = batch_of_three(model)
+    with vtprune.prune(model, spec(name, positions=positions)) as session:
+        first = generate(model, batch.inputs(), new_tokens=4)
+        kept = [kept_columns(session.report, batch, sample, depth(model)) for sample in range(3)]
+        sources = [session.report.sources(sample, 0) for sample in range(3)] if name in MERGING else None
+        inputs, whole = second_turn(model, first, batch, "tttt")
+        second = generate(model, inputs, new_tokens=5, past_key_values=first.past_key_values)
+    check_second_turn(model, whole, kept, second, positions, sources)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", [name for name in ONE_PART if name not in MERGING])
+@pytest.mark.parametrize("layouts", [("ttIttt",), ("tItttt", "ttIttItttttt", "tttIttttttttt")], ids=["one", "batch"])
+def test_second_turn_with_another_image(gqa, layouts, name, positions):
+    batch = prompts(gqa, *layouts)
+    with vtprune.prune(gqa, spec(name, positions=positions)) as session:
+        first = generate(gqa, batch.inputs(), new_tokens=4)
+        kept = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
+        inputs, whole = second_turn(gqa, first, batch, "ttItt")
+        second = generate(gqa, inputs, new_tokens=5, past_key_values=first.past_key_values)
+        again = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
+    columns = inputs["input_ids"].shape[1]
+    for sample, layers in enumerate(again):
+        for layer, alive in enumerate(layers):
+            new = alive[alive >= first.sequences.shape[1] - batch.first_column(sample)]
+            # columns of input_ids as generate() was given them, so the new image lies behind the first answer
+            assert len(new) == session.report.counts[sample, layer]
+            assert (inputs["input_ids"][sample, new + batch.first_column(sample)] == IMAGE_TOKEN).all()
+            assert (new < columns).all()
+            kept[sample][layer] = torch.cat([kept[sample][layer], new])
+    check_second_turn(gqa, whole, kept, second, positions)
+
+
+def test_a_cache_that_was_not_pruned_can_be_continued(gqa):
+    """Turn one before the session: its visual tokens stay, those of turn two are pruned."""
+    batch = prompts(gqa, "ttIttt")
+    first = generate(gqa, batch.inputs(), new_tokens=4)
+    inputs, whole = second_turn(gqa, first, batch, "ttItt")
+    with vtprune.prune(gqa, spec("vtc_cls", positions="compact")) as session:
+        second = generate(gqa, inputs, new_tokens=5, past_key_values=first.past_key_values)
+    old = (batch.ids[0] == IMAGE_TOKEN).nonzero().flatten()
+    kept = [torch.cat([old, columns]) for columns in kept_columns(session.report, batch, 0, depth(gqa))]
+    check_second_turn(gqa, whole, [kept], second, "compact")

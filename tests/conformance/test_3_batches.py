@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise 3: a batch gives each sample what it gets alone."""
+
+import pytest
+import torch
+
+import vtprune
+
+from . import models
+from .methods import MERGING, SPECS, on_every_model, spec
+from .models import IMAGE_TOKEN, batch_of_three, prompts
+from .reference import ATOL, assert_recomputed, depth, generate, kept_columns, recompute
+
+
+@on_every_model()
+def test_left_padded_batch(model_name, name):
+    model = models.shared(model_name)
+    batch = batch_of_three(model)
+    with vtprune.prune(model, spec(name)) as session:
+        together = generate(model, batch.inputs())
+        kept = [kept_columns(session.report, batch, sample, depth(model)) for sample in range(3)]
+        for sample in range(3):
+            single = batch.one(sample)
+            alone = generate(model, single.inputs())
+            for layer, columns in enumerate(kept_columns(session.report, single, 0, depth(model))):
+                assert columns.tolist() == kept[sample][layer].tolist()
+            for ours, theirs in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(ours[sample], theirs[0], atol=ATOL, rtol=0)
+            new = len(alone.logits)
+            assert torch.equal(together.sequences[sample, -new:], alone.sequences[0, -new:])
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("name", SPECS)
+def test_padded_forward(gqa, name, padding_side):
+    """Logits of all surviving columns, in place, for scoring."""
+    batch = batch_of_three(gqa)
+    with vtprune.prune(gqa, spec(name, positions="original")) as session:
+        logits = gqa(**batch.inputs(padding_side)).logits
+    assert logits.shape[:2] == batch.inputs()["input_ids"].shape
+    for sample, ids in enumerate(batch.ids):
+        kept = kept_columns(session.report, batch, sample, depth(gqa), padding_side)
+        sources = session.report.sources(sample, 0) if name in MERGING else None
+        expected = recompute(gqa, ids, batch.images[sample], kept, "original", sources)
+        alive = ~expected.isnan().any(-1)
+        first = batch.first_column(sample, padding_side)
+        got = logits[sample, first : first + len(ids)]
+        torch.testing.assert_close(got[alive], expected[alive], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_samples_with_and_without_images(gqa, name):
+    batch = prompts(gqa, "ttItttt", "tttt", "ttttttttttttttt", "tItIttt")
+    with vtprune.prune(gqa, spec(name, positions="compact")) as session:
+        output = generate(gqa, batch.inputs())
+    assert session.report.counts[1:3].sum() == 0
+    assert all(len(session.report.kept(1, layer)) == 0 for layer in range(depth(gqa)))
+    assert_recomputed(gqa, batch, session.report, output, "compact", merged=name in MERGING)
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "divprune", "mmtok", "random", "uniform", "pool"])
+def test_each_image_gets_its_own_budget_before_the_llm(gqa, name):
+    """Two images in a prompt keep as many tokens each as one image alone."""
+    batch = batch_of_three(gqa)
+    with vtprune.prune(gqa, spec(name)) as session:
+        generate(gqa, batch.inputs(), new_tokens=1)
+    n = models.tokens_per_image(gqa)
+    visual = (batch.inputs()["input_ids"][1] == IMAGE_TOKEN).nonzero().flatten()
+    kept = session.report.kept(1, 0)
+    halves = [int(torch.isin(kept, visual[:n]).sum()), int(torch.isin(kept, visual[n:]).sum())]
+    assert halves[0] == halves[1] == int(session.report.counts[0, 0])
+
+
+def test_the_order_of_a_batch_does_not_matter(gqa):
+    """Randomness is seeded by the prompt, not by the row."""
+    batch = batch_of_three(gqa)
+    turned = type(batch)(batch.ids[::-1], batch.images[::-1])
+    with vtprune.prune(gqa, spec("random")) as session:
+        generate(gqa, batch.inputs(), new_tokens=1)
+        kept = [session.report.kept(sample, 0).tolist() for sample in range(3)]
+        generate(gqa, turned.inputs(), new_tokens=1)
+        assert kept == [session.report.kept(sample, 0).tolist() for sample in (2, 1, 0)]

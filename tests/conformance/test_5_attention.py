@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise 5: the model keeps its attention back end, and a method gets the rows it needs, not the square."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vtprune
+
+from . import models
+from .methods import SPECS, spec
+from .models import batch_of_three, prompts
+from .reference import assert_recomputed, generate
+
+PRODUCTS = {"aten.bmm", "aten.mm", "aten.baddbmm", "aten.addmm", "aten._softmax"}
+
+
+class LargestSquare(TorchDispatchMode):
+    """Records the smaller of the last two sides of every matrix product and softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.squares = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if str(function.overloadpacket) in PRODUCTS and result.ndim >= 3:
+            self.squares.append(min(result.shape[-2:]))
+        return result
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-ttv", "transprune-iga", "transprune-both"])
+def test_no_square_of_attention_is_computed(name):
+    """With sdpa the model itself computes none, so whatever is seen is the method's."""
+    model = models.shared("gqa", "sdpa")
+    batch = prompts(model, "ttItt", "tIttt")  # few text rows against 25 visual tokens
+    with LargestSquare() as eager, attention_of(model, "eager"):
+        model(**batch.inputs())
+    with LargestSquare() as pruned, vtprune.prune(model, spec(name)):
+        model(**batch.inputs())
+    n = models.tokens_per_image(model)
+    assert max(eager.squares) > n, "the probe does not see eager attention"
+    assert max(pruned.squares, default=0) < n // 2
+
+
+@contextlib.contextmanager
+def attention_of(model, implementation):
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    yield
+    model.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_back_end_stays(name, attention):
+    model = models.shared("gqa", attention)
+    with vtprune.prune(model, spec(name)):
+        generate(model, batch_of_three(model).inputs(), new_tokens=2)
+        assert model.config._attn_implementation == attention
+        assert model.config.text_config._attn_implementation == attention
+        assert model.config.vision_config._attn_implementation == attention
+        output = model(**batch_of_three(model).inputs())
+    assert output.attentions is None
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
+def test_both_back_ends_choose_the_same_tokens(name):
+    reports = []
+    for attention in ("sdpa", "eager"):
+        model = models.shared("gqa", attention)
+        with vtprune.prune(model, spec(name)) as session:
+            generate(model, batch_of_three(model).inputs(), new_tokens=1)
+        reports.append(session.report)
+    for sample in range(3):
+        for layer in range(6):
+            assert reports[0].kept(sample, layer).tolist() == reports[1].kept(sample, layer).tolist()
+
+
+# --- FlashAttention's contract, without its kernels ------------------------------------------------------------------
+
+
+class FlashStandIn:
+    """Computes attention as transformers' FlashAttention path does, on any device.
+
+    The contract: the mask is None or (batch, keys) of ones and zeros over *physical* keys; causality is aligned to the
+    last key; with batch size 1 and no mask, position ids that do not just count up are taken for several packed
+    sequences, which then do not see each other.
+    """
+
+    def __init__(self):
+        self.packed = 0
+        self.masked = 0
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, is_causal=None, position_ids=None, **_):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        queries, keys = query.shape[2], key.shape[2]
+        causal = module.is_causal if is_causal is None else is_causal
+        allowed = torch.ones(len(query), 1, queries, keys, dtype=torch.bool)
+        if causal:
+            allowed &= torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+        if attention_mask is not None:
+            assert attention_mask.shape == (len(query), keys), "FlashAttention takes a mask of the physical keys only"
+            self.masked += 1
+            allowed = allowed & attention_mask.bool()[:, None, None]
+        elif causal and len(query) == 1 and position_ids is not None and queries > 1:
+            starts = position_ids[0].diff(prepend=position_ids[0, :1]) != 1
+            starts[0] = False
+            if starts.any():
+                self.packed += 1
+                segment = starts.cumsum(0)
+                allowed = allowed & (segment == segment[:, None])
+        scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~allowed, float("-inf"))
+        # rows of padding see nothing; flash returns zeros for them
+        return (scores.softmax(-1).nan_to_num(0.0) @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash():
+    name, stand_in = "flash_attention_2", FlashStandIn()
+    before = ALL_ATTENTION_FUNCTIONS[name]
+    ALL_ATTENTION_FUNCTIONS[name] = stand_in
+    yield stand_in
+    del ALL_ATTENTION_FUNCTIONS[name]
+    assert ALL_ATTENTION_FUNCTIONS[name] is before
+
+
+def flash_model(name):
+    """A model whose config says FlashAttention, past the check that the package is installed."""
+    model = models.build(name)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_attention_2"
+    return model
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("layouts", [("ttIttttt",), ("tItttt", "ttIttItttttt", "tttIttttttttt")], ids=["one", "batch"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-ttv", "vtc_cls+fastv"])
+def test_flash_attention_path(flash, name, layouts, positions):
+    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
+    plain = models.shared("gqa")
+    batch = prompts(plain, *layouts)
+    model = flash_model("gqa")
+    with vtprune.prune(model, spec(name, positions=positions)) as session:
+        output = generate(model, batch.inputs())
+    assert flash.packed == 0, "gaps in the position ids were read as packed sequences"
+    assert (flash.masked > 0) == (len(layouts) > 1)
+    assert_recomputed(plain, batch, session.report, output, positions)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folders `adapters/` and `eval/` install below `vtprune`, from a wheel and in an editable install."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"vtprune": "vtprune", "adapters": "vtprune/adapters", "eval": "vtprune/eval"}
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
+def python(code: str, cwd: Path, site: Path | None = None) -> list[str]:
+    """Words printed by `code` in a fresh interpreter, where `site` alone holds vtprune when it is given."""
+    options = []
+    if site is not None:
+        # -S: the .pth files of the environment, this project's own editable install among them, stay unread
+        options = ["-S"]
+        code = (
+            "import site, sys\n"
+            f"site.addsitedir({str(site)!r})\n"
+            f"sys.path.append({sysconfig.get_path('purelib')!r})\n{code}"
+        )
+    result = subprocess.run([sys.executable, *options, "-c", code], cwd=cwd, check=True, capture_output=True, text=True)
+    return result.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A copy to build from, so that no build folder appears in the working tree."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def test_wheel_holds_every_module_and_data_file(sources, tmp_path):
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, sources)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        f"{target}/{path.relative_to(sources / folder)}"
+        for folder, target in FOLDERS.items()
+        for path in (sources / folder).rglob("*")
+        if path.suffix in (".py", ".yaml") or path.parent.name == "model" and path.is_file()
+    }
+    assert wanted - packed == set()
+    assert {name.split("/")[0] for name in packed if not name.split("/")[0].endswith(".dist-info")} == {"vtprune"}
+
+    site = tmp_path / "site"
+    pip("install", "--no-deps", "--target", site, wheel)
+    code = "import vtprune as v, vtprune.adapters as a, vtprune.eval as e; print(v.__file__, a.__file__, e.__file__)"
+    assert python(code, tmp_path, site) == [
+        str(site / "vtprune" / child / "__init__.py") for child in ("", "adapters", "eval")
+    ]
+
+
+def test_editable_install_sees_files_that_are_added_later(sources, tmp_path):
+    site = tmp_path / "site"
+    pip("install", "--no-deps", "--no-build-isolation", "--target", site, "--editable", sources)
+    added = [sources / folder / "added_later.py" for folder in FOLDERS]
+    for path in added:
+        path.write_text("")
+    modules = ["vtprune.added_later", "vtprune.adapters.added_later", "vtprune.eval.added_later"]
+    code = "import importlib\n" + "\n".join(f"print(importlib.import_module({m!r}).__file__)" for m in modules)
+    try:
+        assert python(code, tmp_path, site) == list(map(str, added))
+    finally:
+        for path in added:
+            path.unlink()
+
+
+def test_import_is_light(tmp_path):
+    """Under 0.3 s beyond torch and transformers, and without what only evaluation needs."""
+    code = (
+        "import sys, time, torch, transformers\n"
+        "start = time.process_time()\n"
+        "import vtprune\n"
+        "print(time.process_time() - start)\n"
+        "print(*sorted({'lmms_eval', 'matplotlib', 'sklearn', 'datasets'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):  # the fastest of three: other work on the machine only ever adds
+        elapsed, *heavy = python(code, tmp_path)
+        assert heavy == []
+        seconds.append(float(elapsed))
+    assert min(seconds) < 0.3
