@@ -15,6 +15,7 @@ _BATCH_ELEMENTS = 16_000
 # Float32 gains closer than this (relative to the best one) are compared again in float64: far above the rounding
 # error of a sum of a few thousand positive terms, far below the usual distance of two candidates.
 _TIE = 1e-5
+_REFERENCE_TARGET = 64
 
 
 def coverage_matrices(
@@ -99,15 +100,18 @@ def max_coverage(
         tau_text: temperature of the text-visual softmax, > 0.
         tau_visual: temperature of the visual-visual softmax, > 0.
         exclude: ``(e,)`` indices that may not be chosen (padding). They still have to be covered.
-        reference_quirks: with more asked for than candidates there are, fill up with index 0, repeated, as the
-            reference implementation does.
+        reference_quirks: behave as the reference implementation at its edges: return everything, excluded tokens
+            too, if there are no more than 64 tokens (its Qwen2.5-VL entry point compares their number with a default
+            instead of with ``k``), and fill up with index 0, repeated, if more is asked for than there are candidates.
 
     Returns:
-        ``(min(k, n - e),)`` ascending long indices without repetition; ``(min(k, n),)`` with ``reference_quirks``.
+        ``(min(k, n - e),)`` ascending long indices without repetition.
 
     Raises:
         VTPruneError: a feature is NaN or infinite.
     """
+    if reference_quirks and len(features) <= _REFERENCE_TARGET:
+        return torch.arange(len(features), device=features.device)
     order, _ = coverage_order(
         features, encoder_features, text, k, alpha=alpha, tau_text=tau_text, tau_visual=tau_visual, exclude=exclude
     )
