@@ -41,6 +41,7 @@ def coverage_matrices(
     return by_text, by_visual
 
 
+@torch.no_grad()
 def coverage_order(
     features: Tensor,
     encoder_features: Tensor,

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of recorded reference vectors: one handler a family of cases, found by the file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune.methods.base import Scorer
+from vtprune.tokens import ModelShape, VisualTokens
+
+HANDLERS: dict[str, Callable[[Vector], None]] = {}
+"""Pattern of case names -> the function that checks such a case."""
+
+
+class Vector:
+    """One recorded case: `vector["key"]` is a tensor, a Python number (0-d arrays) or an array of strings."""
+
+    def __init__(self, path: Path):
+        self.case = path.stem.rpartition("_s")[0]
+        with np.load(path, allow_pickle=False) as archive:
+            self._arrays = {key: archive[key] for key in archive.files}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._arrays
+
+    def __getitem__(self, key: str):
+        array = self._arrays[key]
+        if array.ndim == 0:
+            return array.item()
+        return array if array.dtype.kind in "US" else torch.from_numpy(array)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The recorded state dict: every `w.*`."""
+        return {key[2:]: torch.from_numpy(array) for key, array in self._arrays.items() if key.startswith("w.")}
+
+
+def handles(*patterns: str):
+    """Register a function as the check of all cases whose name matches one of the patterns."""
+
+    def register(function):
+        HANDLERS.update(dict.fromkeys(patterns, function))
+        return function
+
+    return register
+
+
+def handler_for(case: str) -> Callable[[Vector], None] | None:
+    matching = [handler for pattern, handler in HANDLERS.items() if fnmatchcase(case, pattern)]
+    assert len(matching) <= 1, f"{case} is claimed by several handlers"
+    return matching[0] if matching else None
+
+
+def close(actual: Tensor, expected: Tensor, *, rtol: float = 2e-5, atol: float = 1e-7) -> None:
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=rtol, atol=atol)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    assert actual.tolist() == expected.tolist()
+
+
+def one_group(
+    features: Tensor, budget: int, signals: dict, shape: ModelShape, layer: int | None = None
+) -> VisualTokens:
+    """What a method sees of a single image or sample: features (tokens, dim); each signal has a group axis."""
+    return VisualTokens(
+        features=features[None],
+        valid=torch.ones(1, len(features), dtype=torch.bool),
+        budget=torch.tensor([budget]),
+        signals=signals,
+        shape=shape,
+        layer=layer,
+    )
+
+
+def kept(method, tokens: VisualTokens) -> Tensor:
+    """Ascending indices of the tokens that a method keeps of a single group."""
+    return method.select(tokens).keep[0].nonzero()[:, 0]
+
+
+def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
+    """A variant of a scoring method, and the list that will hold the scores of its first group at every selection."""
+    recorded = []
+
+    class Recording(method):
+        def scores(self, tokens: VisualTokens) -> Tensor:
+            scores = super().scores(tokens)
+            recorded.append(scores[0])
+            return scores
+
+    return Recording, recorded
+
+
+from . import divprune, fastv, mmtok, mmtok_qwen, transprune, vtccls  # noqa: E402, F401 (they register themselves)

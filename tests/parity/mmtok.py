@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import torch
+from torch.nn.functional import linear
+from transformers.image_processing_utils import select_best_resolution
+
+from vtprune import MMTok
+from vtprune.ops.coverage import coverage_matrices, coverage_order, max_coverage
+from vtprune.ops.keywords import keywords, question_from_messages
+from vtprune.ops.mosaic import mosaic_order
+from vtprune.ops.padding import padding_patches
+from vtprune.signals import EncoderFeatures, TextEmbeddings
+from vtprune.tokens import ModelShape
+
+from . import Vector, close, handles, kept, one_group, same
+
+
+def settings(v: Vector) -> dict[str, float]:
+    return dict(alpha=v["alpha"], tau_text=v["tv_temp"], tau_visual=v["vv_temp"])
+
+
+@handles("mmtok_core_*")
+def coverage(v: Vector) -> None:
+    features, encoder_features, text = v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"]
+    excluded = v["exclude_indices"]
+    by_text, by_visual = coverage_matrices(
+        features, encoder_features, text, tau_text=v["tv_temp"], tau_visual=v["vv_temp"]
+    )
+    close(by_text, v["P"])
+    if "Q" in v:
+        close(by_visual, v["Q"])
+    else:
+        close(by_visual[0], v["Q_row0"])
+        close(by_visual.sum(0), v["Q_colsum"])
+
+    inputs = (features, encoder_features, text, v["k"])
+    order, gains = coverage_order(*inputs, **settings(v), exclude=excluded)
+    # These two cases hold near-ties: only the set is defined, not the order.
+    if v.case not in ("mmtok_core_llava_k192", "mmtok_core_kn"):
+        same(order, v["selection_order"])
+        close(gains, v["gains"], rtol=1e-4, atol=1e-7)
+    chosen = max_coverage(*inputs, **settings(v), exclude=excluded)
+    same(chosen, v["selected_sorted"])
+    close(features[chosen], v["selected_tokens"])
+
+    if not len(excluded):
+        method = MMTok(keep_tokens=v["k"], **settings(v))
+        shape = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
+        signals = {EncoderFeatures(): encoder_features[None], TextEmbeddings(keywords=True): [text]}
+        same(kept(method, one_group(features, v["k"], signals, shape)), v["selected_sorted"])
+
+
+@handles("mmtok_quirk_pad_exhaust")
+def more_asked_for_than_candidates(v: Vector) -> None:
+    inputs = (v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["k"])
+    excluded = v["exclude_indices"]
+    same(max_coverage(*inputs, **settings(v), exclude=excluded, reference_quirks=True), v["selected_sorted"])
+    chosen = max_coverage(*inputs, **settings(v), exclude=excluded).tolist()
+    assert len(set(chosen)) == len(chosen) == v["n_candidates"]
+    assert not set(chosen) & set(excluded.tolist())
+
+
+@handles("mmtok_quirk_target_ge_n")
+def more_asked_for_than_tokens(v: Vector) -> None:
+    inputs = (v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["target"])
+    for quirks in (False, True):
+        chosen = max_coverage(*inputs, reference_quirks=quirks)
+        same(chosen, v["selected_sorted"])
+        close(v["vision_tokens"][chosen], v["selected_tokens"])
+
+
+@handles("mmtok_quirk_qwen_le64")
+def early_return(v: Vector) -> None:
+    inputs = (v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["requested"])
+    chosen = max_coverage(*inputs, tau_text=0.01, reference_quirks=True)
+    same(chosen, v["selected_sorted"])
+    close(v["vision_tokens"][chosen], v["selected_tokens"])
+    assert len(max_coverage(*inputs, tau_text=0.01)) == v["requested"]
+
+
+@handles("mmtok_text_keywords")
+def text(v: Vector) -> None:
+    found = [keywords(str(text)) for text in v["text_in"]]
+    assert found == v["keywords_out"].tolist()
+    assert [text.split() for text in found] == [json.loads(str(words)) for words in v["words_out"]]
+    questions = [question_from_messages(json.loads(str(messages))) for messages in v["qwen_messages_json"]]
+    assert ["\0NONE" if question is None else question for question in questions] == v["qwen_question_out"].tolist()
+
+
+@handles("mmtok_padding_indices")
+def padding(v: Vector) -> None:
+    for prefix, overlap in (("idx", False), ("idx_overlap", True)):
+        patches, offsets = v[f"{prefix}_concat"], v[f"{prefix}_offsets"].tolist()
+        for (width, height), begin, end in zip(v["sizes_wh"].tolist(), offsets, offsets[1:], strict=False):
+            assert padding_patches(width, height, overlap=overlap) == sorted(patches[begin:end].tolist())
+
+
+@handles("mmtok_llava*")
+def llava_path(v: Vector) -> None:
+    """From encoder features to the LLM's input: projection, choice in each crop, reading order, assembly."""
+    encoder_features = v["hidden_m2"][:, 1:]
+    projected = linear(encoder_features, v["proj_weight"], v["proj_bias"])
+    text = v["embed_weight"][v["text_ids"]]
+    assert keywords(" ".join(v["text_words"].tolist())).split() == v["text_words"].tolist()
+    width, height = v["image_wh"].tolist()
+    excluded = padding_patches(width, height) if v.case == "mmtok_llava15_pad" else []
+    assert excluded == sorted(v["exclude_indices"].tolist())
+    chosen = [
+        max_coverage(features, encoded, text, v["k_per_crop"], **settings(v), exclude=excluded)
+        for features, encoded in zip(projected, encoder_features, strict=True)
+    ]
+    same(torch.stack(chosen), v["kept_per_crop"])
+
+    crops = torch.arange(len(chosen)).repeat_interleave(v["k_per_crop"])
+    patches = torch.cat(chosen)
+    if len(chosen) > 1:
+        pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        _, resolution_across = select_best_resolution((height, width), pinpoints)
+        order = mosaic_order(crops, patches, tiles_across=resolution_across // 336, side=24)
+        crops, patches = crops[order], patches[order]
+    tokens = projected[crops, patches]
+    sources = torch.stack((crops, patches), dim=1)
+    if v.case == "mmtok_llava_next_single":
+        tokens = torch.cat((tokens, v["image_newline"][None]))
+        sources = torch.cat((sources, torch.tensor([[-1, -1]])))
+    same(sources, v["image_src_crop_patch"])
+    ids = v["input_ids"]
+    place = ids.tolist().index(-200)
+    before, after = v["embed_weight"][ids[:place]], v["embed_weight"][ids[place + 1 :]]
+    close(torch.cat((before, tokens, after)), v["inputs_embeds"], atol=1e-6)
