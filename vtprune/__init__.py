@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vtprune makes vision-language models faster by pruning or merging visual tokens.
 
-    with vtprune.prune(model, "mmtok", keep_tokens=64) as session:
-        output = model.generate(**inputs)
-    print(session.report)
+with vtprune.prune(model, "mmtok", keep_tokens=64) as session:
+    output = model.generate(**inputs)
+print(session.report)
 """
 
 from vtprune.adapters import Adapter, adapter_for, register_adapter

@@ -156,8 +156,8 @@ def check_cache(cache: Cache, owner: Owner) -> None:
             raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")
         if not isinstance(layer, CacheLayerMixin) or layer.is_compileable:
             raise UnsupportedStageError(
-                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static and recurrent caches "
-                "have a fixed length); use the default dynamic cache"
+                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static and recurrent "
+                "caches have a fixed length); use the default dynamic cache"
             )
 
 

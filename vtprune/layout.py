@@ -63,8 +63,9 @@ class Groups:
         """Copy of `into` (batch, n[, dim]) with `flags` (groups, tokens[, dim]) written at the groups' tokens."""
         device = into.device
         group, slot = self.valid.to(device).nonzero(as_tuple=True)
+        rows, columns = self.rows.to(device)[group], self.columns.to(device)[group, slot]
         out = into.clone()
-        out[self.rows.to(device)[group], self.columns.to(device)[group, slot]] = flags.to(device, into.dtype)[group, slot]
+        out[rows, columns] = flags.to(device, into.dtype)[group, slot]
         return out
 
 

@@ -82,7 +82,10 @@ class Report:
 
     @property
     def keep_ratio(self) -> float:
-        """Visual tokens held, averaged over layers and samples, over what the unpruned model would hold; 1.0 without any."""
+        """Visual tokens held, averaged over layers and samples, over what the unpruned model would hold.
+
+        1.0 without any.
+        """
         total = sum(self.original_tokens) * self.depth
         return float(self.counts.sum()) / total if total else 1.0
 
@@ -178,7 +181,7 @@ class Report:
 
         original, depth = sum(self.original_tokens), self.depth
         lines = [
-            f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.samples} sample(s), {depth} decoder layers",
+            f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.samples} sample(s), {depth} layers",
             f"  {'':<24}{'unpruned':>12}{'pruned':>14}{'share':>10}",
             row("visual tokens, final", sum(self.final_tokens), original),
             row("visual tokens, average", float(self.counts.sum()) / depth, original),
@@ -186,10 +189,7 @@ class Report:
             row("KV cache MB", self.kv_bytes / 1e6, self.unpruned_kv_bytes / 1e6),
         ]
         if len(self.stretches) > 1:
-            spans = (
-                f"{s.start}-{s.end - 1}: {sum(map(len, s.kept))}" if s.end > s.start + 1 else f"{s.start}: {sum(map(len, s.kept))}"
-                for s in self.stretches
-            )
+            spans = (f"from {s.start}: {sum(map(len, s.kept))}" for s in self.stretches)
             lines.append(f"  visual tokens by layer    {', '.join(spans)}")
         if self.timings is not None:
             t = self.timings

@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, check_cache, pruned_layers
-from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedStageError, VTPruneError
+from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.layout import Groups
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import Method
 from vtprune.ops.keywords import keywords
 from vtprune.report import Report, Stretch, Timings
-from vtprune.signals import ClsAttention, TextEmbeddings
+from vtprune.signals import ClsAttention, EncoderFeatures, TextEmbeddings
 from vtprune.stages.before_llm import prompt_text, prune_before_llm
 from vtprune.stages.call import Call, Images
 from vtprune.stages.encoder import EncoderTap
@@ -96,6 +95,11 @@ class Session:
     """
 
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+        if any(module._compiled_call_impl is not None for module in model.modules()) or hasattr(model, "_orig_mod"):
+            raise UnsupportedModelError(
+                "this model is compiled: its graph was traced without the hooks that pruning needs; prune the "
+                "uncompiled model"
+            )
         self.adapter: Adapter = adapter_for(model)
         self.methods = methods
         self.strict = strict
@@ -119,7 +123,8 @@ class Session:
         cls_layers = sorted({layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers})
         active = [m for m in methods if m.keep_ratio != 1.0]
         self._before = [m for m in active if m.stage == "before_llm"]
-        self._tap = EncoderTap(self.adapter, cls_layers, profile)
+        reads_encoder = any(isinstance(r, EncoderFeatures) for r in requests)
+        self._tap = EncoderTap(self.adapter, cls_layers, keep_features=reads_encoder, profile=profile)
         self._in_llm = InLLMStage(self.adapter, [m for m in active if m.stage == "in_llm"], shape, self._choose)
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ class Session:
             if all(layer.layout.real is None and layer.layout.shift is None for layer in held):
                 # Every column of every layer is real and positions run on: only the mask's length would be wrong.
                 given = kwargs.get("attention_mask")
-                if given is None or not torch.is_tensor(given) or bool(given[:, -hidden.shape[1] :].all()):
+                if hidden.shape[1] == 1 or given is None or bool(torch.as_tensor(given)[:, -hidden.shape[1] :].all()):
                     return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
         call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
@@ -242,8 +247,8 @@ class Session:
 
         images = None
         if incoming is not None:
-            tokens = self._tap.features.shape[1] if self._tap.images else None
-            images = Images.find(self._visual(incoming, hidden) & real, self.adapter, self._tap.images, tokens)
+            visual = self._visual(incoming, hidden) & real
+            images = Images.find(visual, self.adapter, self._tap.images, self._tap.tokens)
         return Call(
             adapter=self.adapter,
             owner=self._owner,
@@ -292,8 +297,8 @@ class Session:
             self._choices = []
             self._last = None if call.ids is None else (incoming.features, call.ids)
         self._selector_seconds, self._started = 0.0, time.perf_counter()
-        visual = call.segment.visual
-        if (self._before or self._in_llm.cuts) and not bool(call.embeddings[visual.to(call.embeddings.device)].isfinite().all()):
+        features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
+        if (self._before or self._in_llm.cuts) and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
 
     def _after_decoder(self, module, args, kwargs, output):
@@ -350,6 +355,8 @@ class Session:
     def _token_ids(self, text: str | Tensor, only_keywords: bool) -> Tensor:
         if not isinstance(text, str):
             return torch.as_tensor(text, dtype=torch.long)
+        from transformers import AutoTokenizer  # slow to import, rarely needed
+
         path = self.adapter.model.name_or_path
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -406,13 +413,12 @@ class Session:
         images = len(call.images.rows) // call.images.copies
         columns = tuple((v + call.past).cpu() for v in visual)
         self._set_report(stretches, columns, text, images, call.embeddings.element_size(), timings)
-        wants_less = any(m.keep_ratio != 1.0 for m in self.methods)
-        if self.strict and wants_less and len(call.images.rows) and self.report.keep_ratio == 1.0:
-            if not all(self._asks_for_everything(m, call) for m in self.methods):
-                raise NothingPrunedError(
-                    f"{', '.join(m.name for m in self.methods)}: {sum(self.report.original_tokens)} visual tokens came "
-                    "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
-                )
+        wants_less = not all(self._asks_for_everything(method, call) for method in self.methods)
+        if self.strict and wants_less and images and self.report.keep_ratio == 1.0:
+            raise NothingPrunedError(
+                f"{', '.join(m.name for m in self.methods)}: {sum(self.report.original_tokens)} visual tokens came "
+                "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
+            )
 
     def _asks_for_everything(self, method: Method, call: Call) -> bool:
         """A count budget that equals the image asks for nothing to be dropped."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """Layout of one image's visual tokens: `prefix` tokens without a place (a CLS token), then `rows` x `cols` in raster order."""
+    """Layout of one image: `prefix` tokens without a place (a CLS token), then `rows` x `cols` in raster order."""
 
     rows: int
     cols: int

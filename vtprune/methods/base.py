@@ -149,7 +149,7 @@ class Progressive(InLLM):
             elif self.keep_tokens is not None:
                 if self.keep_tokens * count > n:
                     raise BudgetError(
-                        f"keep_tokens={self.keep_tokens} is larger than the image: {n} visual tokens in {count} image(s)"
+                        f"keep_tokens={self.keep_tokens} is larger than the image: {n} tokens in {count} image(s)"
                     )
                 ratio = self.keep_tokens * count / n
                 rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))

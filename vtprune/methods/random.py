@@ -34,5 +34,5 @@ class Random(Scorer, BeforeLLM):
         groups, width = tokens.valid.shape
         keys = tokens.keys or (0,) * groups
         # The first `n` draws do not depend on how far a row is padded.
-        draws = [torch.rand(width, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + key)) for key in keys]
-        return torch.stack(draws).to(tokens.valid.device)
+        generators = (torch.Generator().manual_seed(self.seed * 1_000_003 + key) for key in keys)
+        return torch.stack([torch.rand(width, generator=g) for g in generators]).to(tokens.valid.device)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
@@ -43,23 +45,11 @@ def prune_before_llm(
             first[row] = first.get(row, -1) + 1
             keys.append(call.prompt_key(row) + first[row])
 
-        def signal(request, groups=groups):
-            if isinstance(request, EncoderFeatures):
-                features = tap.require_features()
-                return _per_image(features, call, groups)
-            if isinstance(request, ClsAttention):
-                rows = tap.cls_rows(request.layers)
-                per_token = _per_image(rows.permute(0, 3, 1, 2), call, groups)
-                return per_token.permute(0, 2, 3, 1)
-            if isinstance(request, TextEmbeddings):
-                return text(call, groups, request)
-            raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
-
         tokens = VisualTokens(
             features=groups.gather(hidden),
             valid=groups.valid,
             budget=budget.to(hidden.device),
-            signals=signal,
+            signals=functools.partial(_signal, call, groups, tap, text),
             grids=whole,
             keys=tuple(keys),
             shape=call.adapter.shape,
@@ -69,6 +59,21 @@ def prune_before_llm(
         if cut is not None:
             hidden = cut[0]
     return hidden
+
+
+def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):
+    if isinstance(request, TextEmbeddings):
+        return text(call, groups, request)
+    if not isinstance(request, (EncoderFeatures, ClsAttention)):
+        raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
+    images = call.images
+    visual = images.labels >= 0
+    embeddings = call.embeddings[visual.to(call.embeddings.device)]
+    tap.check(embeddings, images.encoded[images.labels[visual]], images.slots[visual])
+    if isinstance(request, EncoderFeatures):
+        return _per_image(tap.features, call, groups)
+    rows = rearrange(tap.cls_rows(request.layers), "images layers heads tokens -> images tokens layers heads")
+    return rearrange(_per_image(rows, call, groups), "groups tokens layers heads -> groups layers heads tokens")
 
 
 def _per_image(values: Tensor, call: Call, groups: Groups) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache import CacheLayout, Owner, pruned_layers, wrap_cache
@@ -168,8 +167,8 @@ class Call:
         if not bool(dropped.any()):
             return None
         if selection.features is not None:
-            kept = torch.where(selection.keep[..., None].to(hidden.device), selection.features.to(hidden), groups.gather(hidden))
-            hidden = groups.scatter(kept, hidden)
+            kept = selection.keep[..., None].to(hidden.device)
+            hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
         keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
         fate = segment.fates_after(groups, selection, keep)
         after, index = segment.cut(keep, fate, compact=compact, whole_real=self.real)
@@ -244,6 +243,9 @@ class Call:
 
     def mask_at(self, layer: int, hidden: Tensor):
         """Attention mask of a layer in the form its attention back end wants, from transformers' own factory."""
+        # Importing this takes seconds (it pulls in the compiler) and any loaded model has done it already.
+        from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+
         config = self.adapter.language_model.config
         types = getattr(config, "layer_types", None)
         kind = types[layer] if types else "full_attention"

@@ -17,18 +17,25 @@ from vtprune.ops.attention import attention_rows
 
 
 class EncoderTap:
-    """Keeps, for the images encoded last, the projector's input and the CLS rows of chosen layers.
+    """Keeps, for the images encoded last, what goes through the projector and the CLS rows of chosen layers.
 
     `generate()` encodes images long before the language model runs, and only once for all beams, so the tap
     remembers until the tower runs again.
     """
 
-    def __init__(self, adapter: Adapter, cls_layers: Sequence[int], profile: bool):
+    def __init__(self, adapter: Adapter, cls_layers: Sequence[int], *, keep_features: bool, profile: bool):
         self.adapter = adapter
         self.cls_layers = tuple(cls_layers)
+        self.keep_features = keep_features or bool(cls_layers)
         self.profile = profile
+        self.images = 0
+        """Images encoded last; 0 if none was encoded in this session."""
+        self.tokens: int | None = None
+        """Visual tokens of each of them."""
         self.features: Tensor | None = None
-        """(images, tokens, dim), or None if no image was encoded in this session."""
+        """(images, tokens, dim): the projector's input; only with `keep_features`."""
+        self.projected: Tensor | None = None
+        """(images, tokens, LLM dim): its output; only with `keep_features`."""
         self.seconds = 0.0
         self._rows: dict[int, Tensor] = {}
         self._queries: dict[int, Tensor] = {}
@@ -38,7 +45,7 @@ class EncoderTap:
         handles = [
             tower.register_forward_pre_hook(self._before_tower),
             tower.register_forward_hook(self._after_tower),
-            self.adapter.projector.register_forward_pre_hook(self._before_projector),
+            self.adapter.projector.register_forward_hook(self._after_projector),
         ]
         for index in self.cls_layers:
             attention = self.adapter.encoder_layers[index].self_attn
@@ -48,7 +55,7 @@ class EncoderTap:
         return handles
 
     def _before_tower(self, module, args):
-        self.features = None
+        self.images, self.tokens, self.features, self.projected = 0, None, None, None
         self._rows.clear()
         self._started = time.perf_counter() if self.profile else 0.0
 
@@ -57,8 +64,10 @@ class EncoderTap:
             _synchronize(self.adapter.model)
             self.seconds = time.perf_counter() - self._started
 
-    def _before_projector(self, module, args):
-        self.features = args[0].detach()
+    def _after_projector(self, module, args, output):
+        self.images, self.tokens = output.shape[:2]
+        if self.keep_features:
+            self.features, self.projected = args[0].detach(), output.detach()
 
     def _take_query(self, layer: int):
         def hook(module, args, output):
@@ -77,23 +86,21 @@ class EncoderTap:
 
         return hook
 
-    @property
-    def images(self) -> int:
-        return 0 if self.features is None else len(self.features)
-
-    def require_features(self) -> Tensor:
-        if self.features is None:
+    def check(self, embeddings: Tensor, images: Tensor, slots: Tensor) -> None:
+        """Raise unless `embeddings` (visual tokens, dim) are the features seen last, of these images and slots."""
+        seen = self.projected
+        if seen is None or not torch.equal(
+            seen[images.to(seen.device), slots.to(seen.device)].to(embeddings), embeddings
+        ):
             raise UnsupportedStageError(
-                "this method reads the vision encoder, but the image features were computed before the session "
-                "started; pass pixel_values inside it"
+                "this method reads the vision encoder, but the image features of this call were computed elsewhere; "
+                "pass pixel_values inside the session"
             )
-        return self.features
 
     def cls_rows(self, layers: Sequence[int]) -> Tensor:
         """(images, layers, heads, tokens): CLS attention over the tokens that the projector reads."""
-        tokens = self.require_features().shape[1]
         rows = torch.stack([self._rows[layer].to(self.features.device) for layer in layers], 1)
-        return rows[..., rows.shape[-1] - tokens :]
+        return rows[..., rows.shape[-1] - self.tokens :]
 
 
 def _synchronize(model) -> None:

@@ -7,6 +7,7 @@ whose columns differ from layer 0's is given its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -82,9 +83,9 @@ class InLLMStage:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             if self._selecting and i in self.cuts:
-                hidden = self._cut(i, hidden, kwargs)
+                hidden = self._cut(i, hidden)
             if self._selecting and i in self.watched:
-                self._ropes[i] = kwargs["position_embeddings"] if call.key(i) == call.key(0) else call.rope_at(i, hidden)
+                self._ropes[i] = call.rope_at(i, hidden)
             if not call.pruned and not call.wrapped:
                 return None
             # Layers read position ids only to detect packed sequences, for which gaps would be mistaken.
@@ -119,7 +120,7 @@ class InLLMStage:
 
     # -- one cut ------------------------------------------------------------------------------------------------
 
-    def _cut(self, i: int, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _cut(self, i: int, hidden: Tensor) -> Tensor:
         call = self.call
         for method, number in self.cuts[i]:
             groups = call.sample_groups()
@@ -131,7 +132,7 @@ class InLLMStage:
                 features=groups.gather(hidden),
                 valid=groups.valid,
                 budget=torch.minimum(budget, alive).to(hidden.device),
-                signals=lambda request, g=groups: self._signal(i, hidden, kwargs, g, request),
+                signals=functools.partial(self._signal, i, hidden, groups),
                 grids=(None,) * len(alive),
                 keys=tuple(call.prompt_key(row) for row in range(call.batch)),
                 shape=self.shape,
@@ -149,7 +150,7 @@ class InLLMStage:
                 }
         return hidden
 
-    def _signal(self, i: int, hidden: Tensor, kwargs: dict, groups: Groups, request) -> Tensor:
+    def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor:
         if isinstance(request, Transition):
             done = [self._transitions[layer] for layer in request.layers if layer in self._transitions]
             if not done:
@@ -159,7 +160,8 @@ class InLLMStage:
             rows, _ = self._text_rows(last_only=True)
             queries = take_columns(self._projected[request.layer, "q_proj"], rows)
             keys = self._projected[request.layer, "k_proj"]
-            weights = decoder_attention_rows(queries, keys, rows, self._context(request.layer, self._ropes[request.layer]))
+            context = self._context(request.layer, self._ropes[request.layer])
+            weights = decoder_attention_rows(queries, keys, rows, context)
             return self._over_groups(weights[:, :, 0], groups)
         if isinstance(request, InstructionAttention):
             layer = self.adapter.decoder_layers[i]
