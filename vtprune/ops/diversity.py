@@ -14,6 +14,9 @@ def diversity_order(features: Tensor, k: int) -> Tensor:
     Returns:
         ``(min(k, tokens),)`` long.
     """
+    order = torch.empty(min(k, len(features)), dtype=torch.long, device=features.device)
+    if not len(order):
+        return order
     directions = normalize(features.float(), dim=-1, eps=1e-8)
     distances = 1 - directions @ directions.T
     if not distances.isfinite().all():
@@ -21,7 +24,6 @@ def diversity_order(features: Tensor, k: int) -> Tensor:
     distances.fill_diagonal_(torch.inf)
     # Distance to the nearest chosen token; before the first choice, to the nearest other one.
     nearest = distances.amin(dim=0)
-    order = torch.empty(min(k, len(features)), dtype=torch.long, device=features.device)
     for step in range(len(order)):
         chosen = nearest.argmax()
         order[step] = chosen

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vtprune import VTPruneError
+from vtprune.ops.coverage import coverage_matrices, coverage_order, max_coverage
+
+
+def draw(n, m=5, d=16, d_v=12, seed=0, clusters=None):
+    generator = torch.Generator().manual_seed(seed)
+    features, encoded = torch.randn(n, d, generator=generator), torch.randn(n, d_v, generator=generator)
+    if clusters is not None:
+        of = torch.randint(clusters, (n,), generator=generator)
+        features, encoded = features[of], encoded[of]
+    return features, encoded, torch.randn(m, d, generator=generator)
+
+
+def stacked(inputs, alpha=0.5):
+    by_text, by_visual = coverage_matrices(*inputs)
+    return torch.cat((by_text, alpha * by_visual)).double()
+
+
+def dense_greedy(matrix, k, allowed=None):
+    """Every candidate at every step, in float64; the first index wins a tie."""
+    covered = matrix.new_zeros(len(matrix))
+    open_ = torch.ones(matrix.shape[1], dtype=torch.bool) if allowed is None else allowed.clone()
+    order = []
+    for _ in range(min(k, int(open_.sum()))):
+        gains = (matrix - covered[:, None]).clamp_min(0).sum(0).masked_fill(~open_, -torch.inf)
+        order.append(int(gains.argmax()))
+        open_[order[-1]] = False
+        covered = torch.maximum(covered, matrix[:, order[-1]])
+    return order
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("n, k", [(40, 13), (150, 60), (600, 90)])
+def test_equals_the_dense_greedy(n, k, seed):
+    inputs = draw(n, seed=seed)
+    order, gains = coverage_order(*inputs, k)
+    assert order.tolist() == dense_greedy(stacked(inputs), k)
+    matrix = stacked(inputs)
+    value = [matrix[:, order[: i + 1]].amax(1).sum() for i in range(k)]
+    torch.testing.assert_close(gains.double().cumsum(0), torch.stack(value), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_duplicates_are_taken_lowest_index_first(seed):
+    """Tokens in exact clusters: ties at every step, and nothing left to gain after one of each."""
+    inputs = draw(90, seed=seed, clusters=11)
+    assert coverage_order(*inputs, 30)[0].tolist() == dense_greedy(stacked(inputs), 30)
+
+
+def test_all_tokens_alike_gives_the_first_ones():
+    alike = torch.ones(300, 8)
+    assert max_coverage(alike, alike, alike[:3], 20).tolist() == list(range(20))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(0, 6), st.integers(0, 45), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_is_an_ascending_set_of_the_right_size(seed, n, m, k, excluded):
+    inputs = draw(n, m=m, seed=seed)
+    exclude = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:excluded]
+    chosen = max_coverage(*inputs, k, exclude=exclude).tolist()
+    assert chosen == sorted(set(chosen)) and len(chosen) == min(k, n - len(exclude))
+    assert not set(chosen) & set(exclude.tolist())
+    allowed = torch.ones(n, dtype=torch.bool)
+    allowed[exclude] = False
+    assert chosen == sorted(dense_greedy(stacked(inputs), k, allowed))
+
+
+def test_gains_shrink_and_coverage_grows():
+    _, gains = coverage_order(*draw(120, seed=3), 120)
+    assert (gains >= 0).all() and (gains[1:] <= gains[:-1] * (1 + 1e-6)).all()
+
+
+def test_a_larger_budget_extends_a_smaller_one():
+    inputs = draw(200, seed=4)
+    small, large = coverage_order(*inputs, 20)[0], coverage_order(*inputs, 50)[0]
+    assert large[:20].tolist() == small.tolist()
+
+
+def test_follows_the_tokens_when_they_are_permuted():
+    features, encoded, text = draw(80, seed=5)
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    chosen = max_coverage(features, encoded, text, 25)
+    permuted = max_coverage(features[order], encoded[order], text, 25)
+    assert sorted(order[permuted].tolist()) == chosen.tolist()
+
+
+def test_matrix_rows_are_distributions():
+    by_text, by_visual = coverage_matrices(*draw(30, m=4))
+    torch.testing.assert_close(by_text.sum(1), torch.full((4,), 1 / 4))
+    torch.testing.assert_close(by_visual.sum(1), torch.full((30,), 1 / 30))
+
+
+def test_text_steers_the_choice_and_may_be_missing():
+    features, encoded, text = draw(60, m=1, seed=6)
+    wanted = 37
+    assert wanted in max_coverage(features, encoded, features[wanted : wanted + 1], 1, alpha=0.0).tolist()
+    assert len(max_coverage(features, encoded, text[:0], 9)) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_equal_their_float32_values(dtype):
+    inputs = [x.to(dtype) for x in draw(70, seed=7)]
+    assert max_coverage(*inputs, 15).tolist() == max_coverage(*(x.float() for x in inputs), 15).tolist()
+
+
+def test_tensors_that_need_gradients_are_fine():
+    inputs = [x.requires_grad_() for x in draw(30)]
+    assert len(max_coverage(*inputs, 5)) == 5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_finite_is_refused(bad, which):
+    inputs = draw(20)
+    inputs[which][1, 2] = bad
+    with pytest.raises(VTPruneError, match="NaN or infinite"):
+        max_coverage(*inputs, 5)

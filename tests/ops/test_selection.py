@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vtprune.ops.selection import top_k_mask
+
+
+@st.composite
+def problems(draw):
+    """Few distinct scores, so that ties are common; -inf among them, which must not count as invalid."""
+    groups, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    cells = groups * tokens
+    values = st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0])
+    scores = draw(st.lists(values, min_size=cells, max_size=cells))
+    valid = draw(st.lists(st.booleans(), min_size=cells, max_size=cells))
+    budget = draw(st.lists(st.integers(0, tokens + 2), min_size=groups, max_size=groups))
+    return torch.tensor(scores).view(groups, tokens), torch.tensor(valid).view(groups, tokens), torch.tensor(budget)
+
+
+@given(problems())
+@settings(max_examples=100, deadline=None)
+def test_equals_sorting_each_group_by_score_then_index(problem):
+    scores, valid, budget = problem
+    mask = top_k_mask(scores, valid, budget)
+    for g, k in enumerate(budget.tolist()):
+        candidates = valid[g].nonzero()[:, 0].tolist()
+        best = sorted(candidates, key=lambda token: (-scores[g, token].item(), token))[:k]
+        assert mask[g].nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_groups_do_not_influence_each_other():
+    scores = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    valid, budget = torch.ones_like(scores, dtype=torch.bool), torch.tensor([0, 1, 7, 30, 12])
+    together = top_k_mask(scores, valid, budget)
+    alone = [top_k_mask(scores[g : g + 1], valid[g : g + 1], budget[g : g + 1])[0] for g in range(5)]
+    assert torch.equal(together, torch.stack(alone))
