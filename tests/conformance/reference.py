@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .models import IMAGE_TOKEN, Prompts
+from .models import IMAGE_TOKEN, Prompts, tokens_per_image
 
 ATOL = 1e-4
 
@@ -25,22 +25,25 @@ def recompute(
         ids: (tokens,), the prompt, then what was generated.
         images: (images, 3, height, width).
         kept: one LongTensor a layer, the visual columns of `ids` alive in it.
-        positions: "original" (a token's column) or "compact" (its rank in the layer's sequence).
+        positions: "original" (a token's column), "compact" (its rank in the layer's sequence) or "compact once" (its
+            rank in the first layer's sequence: a compact method before the LLM, then one that keeps positions).
         sources: (visual tokens,) where features were merged before the LLM: index in `kept[0]` that each visual token
             was averaged into.
     """
     language_model = model.model.language_model
     hidden = language_model.embed_tokens(ids)
-    visual = (ids == IMAGE_TOKEN).nonzero().flatten()
+    # A model may generate the image token, too: it is text then.
+    n_visual = len(images) * tokens_per_image(model)
+    visual = (ids == IMAGE_TOKEN).nonzero().flatten()[:n_visual]
     if len(images):
         features = torch.cat(list(model.get_image_features(images, return_dict=True).pooler_output))
         hidden[visual] = features
         if sources is not None:
             for index, column in enumerate(kept[0].tolist()):
                 hidden[column] = features[sources == index].mean(0)
-    text = (ids != IMAGE_TOKEN).nonzero().flatten()
-
     columns = torch.arange(len(ids))
+    text = columns[~torch.isin(columns, visual)]
+    first = torch.cat([text, kept[0]]).sort().values
     for layer, alive in zip(language_model.layers, kept, strict=True):
         wanted = torch.cat([text, alive]).sort().values
         rows = torch.isin(columns, wanted)
@@ -49,7 +52,7 @@ def recompute(
 
         n = len(columns)
         ranks = torch.arange(n)
-        place = columns if positions == "original" else ranks
+        place = {"original": columns, "compact": ranks, "compact once": torch.searchsorted(first, columns)}[positions]
         rotary = language_model.rotary_emb(hidden[None], place[None])
         causal = torch.zeros(1, 1, n, n, dtype=hidden.dtype).masked_fill(ranks > ranks[:, None], float("-inf"))
         hidden = layer(hidden[None], attention_mask=causal, position_embeddings=rotary, position_ids=place[None])[0]

@@ -8,7 +8,7 @@ import vtprune
 
 from . import models
 from .methods import MERGING, SPECS, spec
-from .models import IMAGE_TOKEN, Prompts, batch_of_three, prompts
+from .models import IMAGE_TOKEN, Prompts, prompts
 from .reference import ATOL, depth, generate, kept_columns, recompute
 
 # In-LLM methods choose anew among the second turn's visual tokens; compositions are covered by their parts.
@@ -43,16 +43,22 @@ def check_second_turn(model, whole: Prompts, kept, output, positions, sources=No
         torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
 
 
+ONE = ("ttIttIttt",)
+THREE = ("tItttt", "ttIttItttttt", "tttIttttttttt")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layouts", [ONE, THREE], ids=["one", "batch"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("model_name", ["mha", "gqa"])
-def test_second_turn_of_text(model_name, name, positions):
-    model = models.shared(model_name)
-    batch = batch_of_three(model)
+def test_second_turn_of_text(name, positions, layouts, attention):
+    model = models.shared("gqa", attention)
+    batch = prompts(model, *layouts)
     with vtprune.prune(model, spec(name, positions=positions)) as session:
         first = generate(model, batch.inputs(), new_tokens=4)
-        kept = [kept_columns(session.report, batch, sample, depth(model)) for sample in range(3)]
-        sources = [session.report.sources(sample, 0) for sample in range(3)] if name in MERGING else None
+        kept = [kept_columns(session.report, batch, sample, depth(model)) for sample in range(len(batch))]
+        merged = name in MERGING
+        sources = [session.report.sources(sample, 0) for sample in range(len(batch))] if merged else None
         inputs, whole = second_turn(model, first, batch, "tttt")
         second = generate(model, inputs, new_tokens=5, past_key_values=first.past_key_values)
     check_second_turn(model, whole, kept, second, positions, sources)
@@ -60,7 +66,7 @@ def test_second_turn_of_text(model_name, name, positions):
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("name", [name for name in ONE_PART if name not in MERGING])
-@pytest.mark.parametrize("layouts", [("ttIttt",), ("tItttt", "ttIttItttttt", "tttIttttttttt")], ids=["one", "batch"])
+@pytest.mark.parametrize("layouts", [ONE, THREE], ids=["one", "batch"])
 def test_second_turn_with_another_image(gqa, layouts, name, positions):
     batch = prompts(gqa, *layouts)
     with vtprune.prune(gqa, spec(name, positions=positions)) as session:

@@ -8,7 +8,7 @@ import vtprune
 
 from . import models
 from .methods import IN_LLM, MERGING, SPECS, on_every_model, spec
-from .models import IMAGE_TOKEN, batch_of_three, prompts
+from .models import IMAGE_TOKEN, Prompts, batch_of_three, prompts
 from .reference import ATOL, assert_recomputed, depth, expected_steps, generate, kept_columns, recompute
 
 POSITIONS = ("original", "compact")
@@ -28,14 +28,26 @@ def test_batched_generation_equals_recompute(model_name, name, positions, attent
     assert_recomputed(model, batch, session.report, output, positions, merged=name in MERGING)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", ["uniform", "transprune-ttv", "vtc_cls+fastv"])
-def test_one_sample_without_padding(gqa, name, positions):
+@pytest.mark.parametrize("name", ["uniform", "zero", "fastv", "transprune-ttv", "vtc_cls+fastv"])
+def test_one_sample_without_padding(name, positions, attention):
     """No padding: masks are None, another path through the model."""
-    batch = prompts(gqa, "ttIttttIttt")
-    with vtprune.prune(gqa, spec(name, positions=positions)) as session:
-        output = generate(gqa, batch.inputs())
-    assert_recomputed(gqa, batch, session.report, output, positions)
+    model = models.shared("gqa", attention)
+    batch = prompts(model, "ttIttttIttt")
+    with vtprune.prune(model, spec(name, positions=positions)) as session:
+        output = generate(model, batch.inputs())
+    assert_recomputed(model, batch, session.report, output, positions)
+
+
+@pytest.mark.parametrize("second", ["fastv", "transprune-both"])
+def test_compact_before_the_llm_then_original_inside_it(mha, second):
+    """Each method of a list has positions of its own: the first renumbers, the second leaves that numbering alone."""
+    methods = spec("vtc_cls", positions="compact") + spec(second, positions="original")
+    batch = batch_of_three(mha)
+    with vtprune.prune(mha, methods) as session:
+        output = generate(mha, batch.inputs())
+    assert_recomputed(mha, batch, session.report, output, "compact once")
 
 
 def test_the_comparison_can_fail(mha):
@@ -79,9 +91,9 @@ def test_without_a_cache_every_forward_equals_recompute(name):
             inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(len(batch), 1).long()], 1)
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "divprune", "uniform", "pool", "zero"])
+@pytest.mark.parametrize("name", SPECS)
 def test_generation_without_a_cache_equals_generation_with_one(gqa, name):
-    """For methods that look at the image alone, so that a longer prompt changes nothing they choose."""
+    """generate() then sends the growing sequence each time; what its first call chose holds for the whole answer."""
     inputs = batch_of_three(gqa).inputs()
     with vtprune.prune(gqa, spec(name)):
         cached, uncached = generate(gqa, inputs), generate(gqa, inputs, use_cache=False)
@@ -110,20 +122,21 @@ def test_beam_search(gqa, name, positions):
     batch = batch_of_three(gqa)
     with vtprune.prune(gqa, spec(name, positions=positions)) as session:
         greedy = generate(gqa, batch.inputs())
-        kept = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
-        sources = [session.report.sources(sample, 0) for sample in range(len(batch))] if name in MERGING else [None] * 3
         beams = generate(gqa, batch.inputs(), num_beams=3, output_scores=True, length_penalty=0.0)
     assert not torch.equal(greedy.sequences, beams.sequences)
+    assert len(session.report.counts) == len(batch), "a sample stands for all its beams"
     length = max(map(len, batch.ids))
     for sample in range(len(batch)):
         generated = beams.sequences[sample, length:]
         ids = torch.cat([batch.ids[sample], generated[:-1]])
-        logits = recompute(gqa, ids, batch.images[sample], kept[sample], positions, sources[sample])
+        kept = kept_columns(session.report, batch, sample, depth(gqa))
+        sources = session.report.sources(sample, 0) if name in MERGING else None
+        logits = recompute(gqa, ids, batch.images[sample], kept, positions, sources)
         expected = logits[-len(generated) :].log_softmax(-1).gather(1, generated[:, None]).sum()
         torch.testing.assert_close(beams.sequences_scores[sample], expected, atol=10 * ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "divprune", "uniform"])
+@pytest.mark.parametrize("name", ["vtc_cls", "mmtok", "fastv", "transprune-both"])
 def test_beam_search_without_a_cache(gqa, name):
     inputs = batch_of_three(gqa).inputs()
     options = dict(num_beams=3, output_scores=True)
@@ -137,15 +150,14 @@ def test_beam_search_without_a_cache(gqa, name):
 def test_several_sequences_of_each_prompt(gqa, name):
     batch = batch_of_three(gqa)
     with vtprune.prune(gqa, spec(name, positions="compact")) as session:
-        generate(gqa, batch.inputs(), new_tokens=1)
-        kept = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
         torch.manual_seed(2)
         output = generate(gqa, batch.inputs(), do_sample=True, num_return_sequences=2)
     length = max(map(len, batch.ids))
     for row, sequence in enumerate(output.sequences):
         sample = row // 2
         ids = torch.cat([batch.ids[sample], sequence[length:-1]])
-        expected = recompute(gqa, ids, batch.images[sample], kept[sample], "compact")[len(batch.ids[sample]) - 1 :]
+        kept = kept_columns(session.report, batch, sample, depth(gqa))
+        expected = recompute(gqa, ids, batch.images[sample], kept, "compact")[len(batch.ids[sample]) - 1 :]
         torch.testing.assert_close(torch.stack(output.logits, 1)[row], expected, atol=ATOL, rtol=0)
 
 
@@ -159,18 +171,43 @@ def test_prompt_lookup_decoding_equals_greedy(gqa, name):
     assert torch.equal(greedy.sequences, guessed.sequences)
 
 
+def continue_by_hand(model, batch: Prompts, steps: int, forced: int | None = None):
+    """A generator that feeds one token a time without generate(), and yields (ids, logits) so far after each."""
+    output = model(**batch.inputs(), use_cache=True)
+    ids, logits = [], []
+    for _ in range(steps):
+        logits.append(output.logits[0, -1])
+        ids.append(logits[-1].argmax() if forced is None else torch.tensor(forced))
+        yield torch.stack(ids), torch.stack(logits)
+        output = model(input_ids=ids[-1].view(1, 1), past_key_values=output.past_key_values, use_cache=True)
+
+
+def assert_by_hand(model, batch: Prompts, kept, ids, logits):
+    expected = recompute(model, torch.cat([batch.ids[0], ids[:-1]]), batch.images[0], kept, "original")
+    torch.testing.assert_close(logits, expected[len(batch.ids[0]) - 1 :], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("forced", [None, IMAGE_TOKEN], ids=["greedy", "image-token"])
 @pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
-def test_step_by_step_by_hand(gqa, name):
-    """`model(..., past_key_values=cache)` without generate()."""
+def test_step_by_step_by_hand(gqa, name, forced):
+    """`model(..., past_key_values=cache)`; an image token that the model itself generates is text."""
     batch = prompts(gqa, "ttIttt")
     with vtprune.prune(gqa, spec(name, positions="original")) as session:
-        output = gqa(**batch.inputs(), use_cache=True)
-        cache, ids, steps = output.past_key_values, [], []
+        *_, (ids, logits) = continue_by_hand(gqa, batch, 5, forced)
+    assert_by_hand(gqa, batch, kept_columns(session.report, batch, 0, depth(gqa)), ids, logits)
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
+def test_two_generations_that_take_turns(gqa, name):
+    """What a generation needs to go on belongs to its cache, not to the session."""
+    batches = [prompts(gqa, "ttIttt", seed=1), prompts(gqa, "tItIttttt", seed=2)]
+    with vtprune.prune(gqa, spec(name, positions="original")) as session:
+        kept, running = [], []
+        for batch in batches:
+            running.append(continue_by_hand(gqa, batch, 5))
+            next(running[-1])
+            kept.append(kept_columns(session.report, batch, 0, depth(gqa)))
         for _ in range(4):
-            steps.append(output.logits[0, -1])
-            ids.append(steps[-1].argmax())
-            output = gqa(input_ids=ids[-1].view(1, 1), past_key_values=cache, use_cache=True)
-    full = torch.cat([batch.ids[0], torch.stack(ids)])
-    kept = kept_columns(session.report, batch, 0, depth(gqa))
-    expected = recompute(gqa, full, batch.images[0], kept, "original")[len(batch.ids[0]) - 1 : -1]
-    torch.testing.assert_close(torch.stack(steps), expected, atol=ATOL, rtol=0)
+            results = [next(generation) for generation in running]
+    for batch, columns, (ids, logits) in zip(batches, kept, results, strict=True):
+        assert_by_hand(gqa, batch, columns, ids, logits)

@@ -162,12 +162,13 @@ def test_refused_methods_leave_nothing_behind(warm, bad):
 def test_two_models_in_two_threads():
     names = {"mha": "fastv", "gqa": "vtc_cls+fastv"}
     batches = {m: batch_of_three(models.shared(m)) for m in names}
+    own = {m: models.build(m) for m in names}
     results, errors = {}, []
     barrier = threading.Barrier(2)
 
     def work(model_name):
         try:
-            model = models.build(model_name)
+            model = own[model_name]
             with torch.no_grad(), vtprune.prune(model, spec(names[model_name], positions="original")) as session:
                 for _ in range(4):
                     barrier.wait(timeout=60)

@@ -144,6 +144,19 @@ def test_loss_of_all_text(gqa, name):
     torch.testing.assert_close(loss, expected, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["vtc_cls", "transprune-both"])
+def test_loss_can_be_differentiated(name):
+    model = models.build("gqa").train()
+    inputs = batch_of_three(model).inputs()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    with torch.enable_grad(), vtprune.prune(model, spec(name)):
+        model(**inputs, labels=labels).loss.backward()
+    for part in ("model.vision_tower.encoder.layers.0", "model.multi_modal_projector", "model.language_model.layers.0"):
+        gradients = [p.grad for p in model.get_submodule(part).parameters()]
+        assert all(g is not None and g.isfinite().all() for g in gradients)
+        assert any(g.abs().max() > 0 for g in gradients)
+
+
 @pytest.mark.parametrize("which", [1, 5, torch.tensor([-1]), torch.tensor([0, 3, -2])], ids=str)
 @pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both"])
 def test_logits_to_keep(gqa, name, which):

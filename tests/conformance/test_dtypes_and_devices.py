@@ -31,7 +31,7 @@ def test_bfloat16(model_name, name):
         expected = expected_steps(exact, batch, session.report, sample, generated, "compact", merged=name in MERGING)
         got = torch.stack(output.logits, 1)[sample].float()
         # eight bits of mantissa through six or eight layers: alike, not equal
-        assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.98
+        assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.95
 
 
 @pytest.mark.parametrize("name", SPECS)
