@@ -22,6 +22,7 @@ import vtprune.eval
 from vtprune.errors import ConfigError
 from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig
 from vtprune.eval.tasks import TASKS
+from vtprune.methods import build_method, list_methods
 
 _HEAD = 1 << 20
 
@@ -53,7 +54,7 @@ class Cell:
         """All parameters but the budget and the seed, defaults included, as JSON has them."""
         if self.method in BASELINES:
             return {}
-        fields = dataclasses.asdict(vtprune.build_method(self.spec))
+        fields = dataclasses.asdict(build_method(self.spec))
         return json.loads(json.dumps({k: v for k, v in fields.items() if k not in (*BUDGETS, "seed")}, default=str))
 
 
@@ -70,7 +71,7 @@ def expand(config: EvalConfig) -> list[Cell]:
         else:
             cells.append(Cell(name, {"full": 1.0, "zero": 0.0}[name]))
     for entry in config.methods:
-        default = getattr(vtprune.build_method({"name": entry.name, **entry.params}), "seed", None)
+        default = getattr(build_method({"name": entry.name, **entry.params}), "seed", None)
         given = {key: value for key, value in entry.params.items() if key != "seed"}
         for ratio in entry.keep_ratios or config.keep_ratios:
             cells += [Cell(entry.name, ratio, given, seed) for seed in entry.seeds or (default,)]
@@ -104,7 +105,7 @@ class Identity:
             # the commit is provenance: the hash of the code says the same, and says it also of uncommitted changes
             "versions": {name: value for name, value in self.versions.items() if name != "commit"},
             "cell": [cell.method, cell.keep_ratio, cell.params, cell.seed],
-            "source": None if cell.method in BASELINES else _source_hash(vtprune.list_methods()[cell.method]),
+            "source": None if cell.method in BASELINES else _source_hash(list_methods()[cell.method]),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
 from vtprune.errors import VTPruneError
 from vtprune.eval.tasks import TASKS
+from vtprune.methods import build_method, list_methods
 
 Baseline = Literal["full", "zero", "downsample"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -35,10 +36,7 @@ class MethodEntry(ConfigModel):
 
     @model_validator(mode="after")
     def _buildable(self) -> MethodEntry:
-        # Importing the methods needs torch; a file is checked before a model is loaded, not before torch is.
-        import vtprune
-
-        known = vtprune.list_methods()
+        known = list_methods()
         if self.name in BASELINES:
             raise key_error("name", f"{self.name} is a baseline, list it under 'baselines'")
         if self.name not in known:
@@ -56,7 +54,7 @@ class MethodEntry(ConfigModel):
         if len(set(self.seeds)) < len(self.seeds):
             raise key_error("seeds", f"a seed is given twice: {list(self.seeds)}")
         try:
-            vtprune.build_method({"name": self.name, **self.params})
+            build_method({"name": self.name, **self.params})
         except VTPruneError as error:
             raise ValueError(str(error)) from error
         return self
@@ -98,21 +96,21 @@ class EvalConfig(ConfigModel):
     def _no_missing_folder(cls, model: str) -> str:
         # Anything that looks like a path must exist; what else it could be (a hub id) only the hub knows.
         if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
-            raise ValueError("no such folder")
+            raise ValueError("expected a folder that exists")
         return model
 
     @field_validator("task")
     @classmethod
     def _known_task(cls, task: str) -> str:
         if task not in TASKS:
-            raise ValueError(f"unknown task; {nearest(task, TASKS)}")
+            raise ValueError(f"expected the name of a task ({nearest(task, TASKS)})")
         return task
 
     @field_validator("baselines")
     @classmethod
     def _full_is_measured(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
         if "full" not in baselines:
-            raise ValueError("'full' must be among the baselines, retention is measured against it")
+            raise ValueError("expected 'full' among them, retention is measured against it")
         return tuple(name for name in BASELINES if name in baselines)
 
     def resolved(self) -> dict[str, Any]:

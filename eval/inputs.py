@@ -35,14 +35,20 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
         ConfigError: transformers cannot load it.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     path = resolve_model(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would tear the caller's own
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, attn_implementation=attention)
         return loaded.to(device).eval(), AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def chat_inputs(

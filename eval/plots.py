@@ -28,6 +28,8 @@ _COLOURS = [
 _MARKERS = "osD^vP*X<>"
 _PLAIN = {"random": "#8a8a8a", "uniform": "#6b6b6b", "pool": "#a8a8a8", "downsample": "#4d4d4d"}
 """The baselines are grey, so that the methods stand out against them."""
+_DODGE = 1.015
+"""Factor between neighbouring rows on the horizontal axis: most have the same cost, and their bars would coincide."""
 
 
 def pareto(results: Sequence[Record], path: Path) -> None:
@@ -46,7 +48,9 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     left.set_ylabel("accuracy (%)")
     left.set_xlabel("visual tokens measured, averaged over decoder layers")
     right.set_xlabel("prefill FLOPs of the language model, one example")
-    figure.suptitle(f"{first['task']}, {first['n']} examples, bars: 95 % intervals", fontsize=11)
+    figure.suptitle(
+        f"{first['task']}, {first['n']} examples; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11
+    )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
@@ -56,7 +60,8 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
     axes.set_xscale("log")
     colours = iter(_COLOURS * len(results))
     marker = iter(_MARKERS * len(results))
-    for label, by_ratio in rows(results).items():
+    grid = rows(results)
+    for place, (label, by_ratio) in enumerate(grid.items(), start=-len(grid) // 2):
         entries = sorted((entry for entry in by_ratio.values() if entry.ok), key=cost)
         if label in ("full", "zero"):
             style = {"color": "black", "linestyle": "-" if label == "full" else "--", "linewidth": 1.2}
@@ -72,7 +77,7 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
         below = [y - 100 * entry.interval[0] for y, entry in zip(score, entries, strict=True)]
         above = [100 * entry.interval[1] - y for y, entry in zip(score, entries, strict=True)]
         axes.errorbar(
-            [cost(entry) for entry in entries],
+            [cost(entry) * _DODGE**place for entry in entries],
             score,
             yerr=[below, above],
             label=label,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 Record = dict[str, Any]
@@ -107,19 +108,20 @@ def terminal_table(results: Sequence[Record]) -> Table:
     """Methods by budgets; in each place accuracy, retention, measured tokens and FLOPs."""
     first = results[0]
     table = Table(
-        title=f"{first['task']}, {first['n']} examples: accuracy %, retention % of the full model; "
-        "measured visual tokens, prefill FLOPs %",
+        title=f"{first['task']}, {first['n']} examples",
+        caption="accuracy in %, ± over seeds; ret: share of the full model's accuracy in %; "
+        "visual tokens measured in the last layer, share of the unpruned prefill FLOPs",
         show_lines=True,
     )
     table.add_column("method", no_wrap=True)
     columns = ratios(results)
     for ratio in columns:
-        table.add_column(f"{100 * ratio:g} % kept", no_wrap=False)
+        table.add_column(f"{100 * ratio:g} % kept")
     for label, by_ratio in rows(results).items():
         if set(by_ratio) & set(columns):
-            table.add_row(label, *(_place(by_ratio.get(ratio)) for ratio in columns))
+            table.add_row(escape(label), *(_place(by_ratio.get(ratio)) for ratio in columns))
         else:  # full and zero have one budget of their own
-            table.add_row(label, _place(next(iter(by_ratio.values()))))
+            table.add_row(escape(label), _place(next(iter(by_ratio.values()))))
     return table
 
 
@@ -127,12 +129,13 @@ def _place(entry: Entry | None) -> str:
     if entry is None:
         return _MISSING
     if not entry.ok:
-        return f"[dim]{entry.status}[/dim]"
+        return f"[dim]{escape(entry.status)}[/dim]"
     spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
     share = entry.mean("prefill_flops") / entry.mean("unpruned_prefill_flops")
     return (
-        f"[bold]{percent(entry.mean('score'))}[/bold]{spread}  ret {percent(entry.mean('retention'))}\n"
-        f"[dim]{entry.mean('final_tokens'):.1f} tok  {100 * share:.0f} % fl[/dim]"
+        f"[bold]{percent(entry.mean('score'))}[/bold]{spread}\n"
+        f"ret {percent(entry.mean('retention'))}\n"
+        f"[dim]{entry.mean('final_tokens'):.1f} tok {100 * share:.0f}%[/dim]"
     )
 
 

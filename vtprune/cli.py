@@ -59,11 +59,12 @@ def evaluate(
 @_plain_errors
 def methods() -> None:
     """List the methods: where they act, what they look at, their source."""
-    import vtprune
+    from vtprune.methods import Progressive, list_methods
 
     table = Table("method", "stage", "signal", "default budget", "paper")
-    for name, method in sorted(vtprune.list_methods().items()):
-        budget = "must be given" if method.needs_budget else "the published schedule"
+    for name, method in sorted(list_methods().items()):
+        default = "published schedule" if issubclass(method, Progressive) else "none"
+        budget = "must be given" if method.needs_budget else default
         table.add_row(name, method.stage, method.signal, budget, method.paper)
     Console().print(table)
 
@@ -96,26 +97,26 @@ def run(
 
     import vtprune
     from vtprune.eval.inputs import chat_inputs, load_model, processed_view
+    from vtprune.methods import build_methods
+    from vtprune.show import overlay
 
-    if Path(method).suffix not in (".yaml", ".yml"):
-        vtprune.build_method({"name": method})  # a misspelt name should not wait for the model
+    budget = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    chosen = build_methods(method, **budget)  # before the model is loaded: a misspelt name should not wait for it
     try:
         picture = Image.open(image).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"{image}: not a readable image") from error
     vlm, processor = load_model(model)
     inputs = chat_inputs(processor, [picture], [prompt]).to(vlm.device, vlm.dtype)
-    with vtprune.prune(vlm, method, keep_ratio=keep_ratio) as session:
+    with vtprune.prune(vlm, chosen) as session:
         output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         report = session.report
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     typer.echo(answer.strip())
-    typer.echo(str(report), err=False)
+    typer.echo(str(report))
     if show is not None:
         kept = _kept_in_image(vlm, inputs["input_ids"][0], report)
         adapter = vtprune.adapter_for(vlm)
-        from vtprune.show import overlay
-
         overlay(processed_view(processor, picture), kept, adapter.grid(adapter.tokens_per_image)).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")
 
@@ -128,4 +129,4 @@ def _kept_in_image(model: Any, input_ids: Any, report: Any) -> Any:
 
     ids = torch.tensor(vtprune.adapter_for(model).visual_token_ids, device=input_ids.device)
     columns = torch.isin(input_ids, ids).nonzero()[:, 0].cpu()
-    return torch.searchsorted(columns, report.kept(0, report.counts.shape[1] - 1).cpu())
+    return torch.searchsorted(columns, report.kept(0).cpu())

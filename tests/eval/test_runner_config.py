@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation file may say, and how it is told that it is wrong."""
+
+import pytest
+import yaml
+
+from vtprune.errors import ConfigError
+from vtprune.eval.cells import Cell, Identity, expand
+from vtprune.eval.config import load_config
+
+VALID = {"model": "digitscenes", "keep_ratios": [0.5, 0.25], "methods": ["uniform"]}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**VALID, **changes}, sort_keys=False))
+    return path
+
+
+def test_the_grid_has_one_cell_a_method_budget_and_seed(tmp_path):
+    rows = [{"name": "random", "seeds": [3, 4]}, {"name": "fastv", "layer": 1, "keep_ratios": [0.3]}, "mmtok"]
+    config = load_config(write(tmp_path, baselines=["downsample", "full"], methods=rows))
+    assert expand(config) == [
+        Cell("full", 1.0),
+        Cell("downsample", 0.5),
+        Cell("downsample", 0.25),
+        *(Cell("random", ratio, {}, seed) for ratio in (0.5, 0.25) for seed in (3, 4)),
+        Cell("fastv", 0.3, {"layer": 1}),
+        Cell("mmtok", 0.5),
+        Cell("mmtok", 0.25),
+    ]
+    assert expand(config)[7].label == "fastv(layer=1)"
+
+
+def test_defaults_and_overrides(tmp_path):
+    config = load_config(write(tmp_path), limit=7, output=tmp_path / "there")
+    assert (config.limit, config.output) == (7, tmp_path / "there")
+    assert str(load_config(write(tmp_path)).output) == "results/grid"
+    assert config.baselines == ("full", "zero", "downsample")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"batch": 3}, "line 7: key 'batch': unknown key; did you mean batch_size?"),
+        ({"keep_ratios": [0.5, 1.5]}, "key 'keep_ratios.1': expected less than 1, got 1.5"),
+        ({"keep_ratios": []}, "key 'keep_ratios'"),
+        ({"dtype": "float8"}, "key 'dtype': expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
+        ({"batch_size": 0}, "key 'batch_size': expected greater than or equal to 1, got 0"),
+        (
+            {"task": "digitscene"},
+            "key 'task': expected the name of a task (did you mean digitscenes?), got 'digitscene'",
+        ),
+        ({"model": "./nowhere"}, "key 'model': expected a folder that exists, got './nowhere'"),
+        ({"baselines": ["zero"]}, "key 'baselines': expected 'full' among them"),
+        ({"methods": ["mmtokk"]}, "key 'methods.0.name': unknown method 'mmtokk'; did you mean mmtok?"),
+        ({"methods": ["uniform", "zero"]}, "key 'methods.1.name': zero is a baseline, list it under 'baselines'"),
+        ({"methods": [{"name": "fastv", "layr": 2}]}, "key 'methods.0.layr': unknown key; did you mean layer?"),
+        ({"methods": [{"name": "fastv", "layer": "two"}]}, "key 'methods.0': fastv: layer='two'"),
+        ({"methods": [{"name": "fastv", "keep_ratio": 0.5}]}, "key 'methods.0.keep_ratio': does not belong to a row"),
+        ({"methods": [{"name": "mmtok", "seeds": [1]}]}, "key 'methods.0.seeds': mmtok has no randomness to seed"),
+        ({"methods": [{"name": "random", "seeds": [1, 1]}]}, "key 'methods.0.seeds': a seed is given twice"),
+        ({"methods": [{"name": "random", "seed": 1, "seeds": [1]}]}, "give 'seed' or 'seeds', not both"),
+        ({"methods": [{"seeds": [1]}]}, "key 'methods.0.name': missing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, changes, part):
+    path = write(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+    assert part in str(caught.value)
+
+
+def test_a_file_that_is_no_mapping(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- digitscenes\n")
+    with pytest.raises(ConfigError, match="expected a mapping with model, task"):
+        load_config(path)
+
+
+def test_a_cells_key_changes_with_whatever_its_numbers_depend_on(tmp_path):
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model" / "weights"
+    weights.write_bytes(b"1")
+
+    def key(cell, **changes):
+        config = load_config(write(tmp_path, **changes))
+        return Identity.of(config, str(tmp_path / "model")).key(cell)
+
+    cell = Cell("random", 0.5, {}, 0)
+    first = key(cell)
+    assert first == key(cell) == key(cell, output="elsewhere", methods=["mmtok"], keep_ratios=[0.5])
+    others = [
+        key(cell, limit=5),
+        key(cell, batch_size=3),
+        key(cell, dtype="bfloat16"),
+        key(Cell("random", 0.5, {}, 1)),
+        key(Cell("random", 0.25, {}, 0)),
+        key(Cell("random", 0.5, {"positions": "original"}, 0)),
+        key(Cell("uniform", 0.5)),
+    ]
+    weights.write_bytes(b"2")
+    assert len({first, key(cell), *others}) == len(others) + 2

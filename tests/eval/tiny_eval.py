@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LLaVA of a few thousand random weights and a task of a dozen noise images, for tests of the evaluation.
+
+As a script it is the `vtprune` command with that task registered: `python tiny_eval.py eval CONFIG`.
+"""
+
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vtprune.eval.tasks import TASKS, Task
+
+EXAMPLES = 10
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+WORDS = [*SPECIAL, "USER:", "ASSISTANT:", *(f"word{i}" for i in range(12))]
+
+
+@dataclass(frozen=True)
+class Example:
+    image: Image.Image
+    question: str
+    answer: str
+    family: str
+
+
+def examples(limit):
+    rng = np.random.RandomState(0)
+    drawn = []
+    for index in range(EXAMPLES):
+        image = Image.fromarray(rng.randint(0, 256, (56, 56, 3), dtype=np.uint8))
+        drawn.append(Example(image, " ".join(rng.choice(WORDS[7:], 2 + index % 3)), "one", f"family {index % 2}"))
+    return drawn[:limit]
+
+
+def score(prediction, answer):
+    """Any function of the prediction will do: random weights answer nothing right."""
+    return zlib.crc32(f"{prediction} {answer}".encode()) % 5 / 4
+
+
+def slow_score(prediction, answer):
+    time.sleep(0.02)  # so that a test finds the run unfinished
+    return score(prediction, answer)
+
+
+TASKS["tiny"] = lambda: Task(examples, score, max_new_tokens=3)
+
+
+def save_model(folder: Path) -> Path:
+    """16 visual tokens, 3 encoder and 8 decoder layers with grouped queries."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+        ),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}USER: {% for part in m['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}ASSISTANT:",
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.3,
+        ),
+        image_token_id=WORDS.index("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    from vtprune.cli import app
+
+    TASKS["tiny"] = lambda: Task(examples, slow_score, max_new_tokens=3)
+    app()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it: what it prints, and how it fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtprune
+from vtprune.cli import app
+
+sys.path.insert(0, str(Path(__file__).parent / "eval"))
+import tiny_eval
+
+RUN = ["run", "--method", "mmtok", "--prompt", "word1 word2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_eval.save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    tiny_eval.examples(1)[0].image.save(path)
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def test_methods_lists_every_registered_method():
+    shown = invoke("methods").stdout
+    for name, method in vtprune.list_methods().items():
+        (line,) = (line for line in shown.splitlines() if line.split("│")[1:2] and line.split("│")[1].strip() == name)
+        assert method.stage in line and method.signal in line and method.paper in line
+
+
+def test_models_lists_the_families():
+    assert "LLaVA-1.5" in invoke("models").stdout
+
+
+def test_run_answers_reports_and_shows_what_was_kept(model, image, tmp_path):
+    shown = tmp_path / "shown.png"
+    result = invoke(
+        *RUN, "--model", model, "--image", image, "--keep-ratio", 0.25, "--show", shown, "--max-new-tokens", 2
+    )
+    assert result.exit_code == 0, result.output
+    assert "vtprune mmtok" in result.stdout and "25.0%" in result.stdout
+    before, after = Image.open(image), Image.open(shown)
+    bright = [
+        before.crop(box).tobytes() == after.crop(box).tobytes()
+        for box in ((14 * col, 14 * row, 14 * col + 14, 14 * row + 14) for row in range(4) for col in range(4))
+    ]
+    assert sum(bright) == 4
+
+
+def test_run_takes_a_method_file(model, image, tmp_path):
+    method = tmp_path / "method.yaml"
+    method.write_text("- name: uniform\n  keep_ratio: 0.5\n- name: fastv\n  layer: 2\n  keep_tokens: 4\n")
+    result = invoke("run", "--method", method, "--prompt", "word1", "--model", model, "--image", image)
+    assert result.exit_code == 0, result.output
+    assert "vtprune uniform + fastv" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*RUN, "--method", "mmtk"], "error: unknown method 'mmtk': did you mean mmtok?"),
+        ([*RUN, "--keep-ratio", "1.5"], "error: mmtok: keep_ratio=1.5"),
+        ([*RUN], "error: mmtok needs a budget"),
+        ([*RUN, "--keep-ratio", "0.5", "--image", "none.png"], "error: none.png: not a readable image"),
+        ([*RUN, "--keep-ratio", "0.5", "--model", "./nowhere"], "error: model './nowhere' cannot be loaded"),
+        (["eval", "none.yaml"], "error: none.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(model, image, arguments, message):
+    defaults = ["--model", model, "--image", image] if arguments[0] == "run" else []
+    result = invoke(arguments[0], *defaults, *arguments[1:])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_importing_the_library_imports_neither_plots_nor_evaluation_nor_the_command_line():
+    unwanted = "{'matplotlib', 'typer', 'lmms_eval', 'vtprune.eval'}"
+    script = f"import sys, vtprune; print({unwanted} & set(sys.modules) or 'none')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "none"
