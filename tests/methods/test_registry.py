@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import pytest
+
+import vtprune
+from vtprune.errors import BudgetError, ConfigError
+from vtprune.methods import build_methods
+from vtprune.tokens import ModelShape
+
+SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
+
+
+@pytest.mark.parametrize("cls", vtprune.list_methods().values(), ids=vtprune.list_methods().keys())
+def test_every_method_is_frozen_documented_and_has_defaults(cls):
+    method = cls()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.positions = "compact"
+    for field in dataclasses.fields(cls):
+        if field.name not in {"keep_ratio", "keep_tokens", "positions"}:
+            assert f"{field.name}:" in cls.__doc__, f"{field.name} is not documented"
+    assert cls.signal and cls.stage in {"before_llm", "in_llm"}
+    assert cls.paper == "-" or cls.paper.removeprefix("arXiv ") in cls.__doc__
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.01, float("nan"), "half"])
+@pytest.mark.parametrize("name", vtprune.list_methods())
+def test_bad_ratios_are_refused_on_construction(name, bad):
+    with pytest.raises(BudgetError, match="keep_ratio"):
+        vtprune.build_method(name, keep_ratio=bad)
+
+
+def test_bad_counts_and_double_budgets_are_refused():
+    with pytest.raises(BudgetError, match="keep_tokens"):
+        vtprune.MMTok(keep_tokens=-1)
+    with pytest.raises(BudgetError, match="not both"):
+        vtprune.MMTok(keep_tokens=1, keep_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("mmtok", {"alpha": -1}),
+        ("mmtok", {"tau_text": 0}),
+        ("fastv", {"layer": 0}),
+        ("fastv", {"share": 1.5}),
+        ("transprune", {"score": "neither"}),
+        ("transprune", {"schedule": (0.5, 0.6, 0.1)}),
+        ("transprune", {"layers": (1, 2)}),
+        ("random", {"seed": -1}),
+        ("uniform", {"positions": "somewhere"}),
+    ],
+)
+def test_bad_parameters_are_refused(name, parameters):
+    with pytest.raises(ConfigError, match=f"{name}: ?.*{next(iter(parameters))[:5]}|schedule"):
+        vtprune.build_method({"name": name, **parameters})
+
+
+def test_names_mappings_objects_lists_and_files_name_methods(tmp_path):
+    assert vtprune.build_method("fastv", keep_ratio=0.5) == vtprune.FastV(keep_ratio=0.5)
+    assert vtprune.build_method({"name": "fastv", "layer": 2, "keep_ratio": 0.5}).layer == 2
+    assert build_methods(vtprune.FastV(layer=3), keep_ratio=0.5) == [vtprune.FastV(layer=3, keep_ratio=0.5)]
+    listed = build_methods(["transprune", {"name": "mmtok", "keep_tokens": 64}])
+    assert [m.name for m in listed] == ["mmtok", "transprune"]  # in the order of the path
+    file = tmp_path / "method.yaml"
+    file.write_text("name: mmtok\nkeep_tokens: 64\n")
+    assert build_methods(str(file)) == [vtprune.MMTok(keep_tokens=64)]
+
+
+def test_unknown_names_and_parameters_name_the_nearest():
+    with pytest.raises(ConfigError, match="unknown method 'mmtoc'.*mmtok"):
+        vtprune.build_method("mmtoc")
+    with pytest.raises(ConfigError, match="unknown parameter 'keepratio'.*keep_ratio"):
+        vtprune.build_method("mmtok", keepratio=0.5)
+    with pytest.raises(ConfigError, match="own budget"):
+        build_methods(["mmtok", "fastv"], keep_ratio=0.5)
+
+
+def test_a_taken_name_is_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Impostor(vtprune.Uniform):
+        name = "mmtok"
+
+    with pytest.raises(ConfigError, match="registered already"):
+        vtprune.register_method(Impostor)
+
+
+def test_a_missing_budget_is_an_error_where_nothing_is_published():
+    for name, cls in vtprune.list_methods().items():
+        if cls.needs_budget:
+            with pytest.raises(BudgetError, match=f"{name} needs a budget"):
+                cls().check_budget(SHAPE)
+        else:
+            cls().check_budget(SHAPE)
+
+
+def test_layers_are_checked_against_the_model():
+    with pytest.raises(ConfigError, match="1..31"):
+        vtprune.FastV(layer=32).cuts(SHAPE)
+    assert vtprune.TransPrune().cuts(SHAPE) == (7, 9, 12)
+    assert vtprune.TransPrune().measured(SHAPE) == (6, 7, 8, 9, 10, 11)
+    assert vtprune.VTCCls().layers(SHAPE) == (16, 17, 18, 19, 20, 21, 22)
+    assert vtprune.VTCCls(start_layer=-2).layers(SHAPE) == (22,)
