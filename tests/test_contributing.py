@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worked examples of CONTRIBUTING.md are run as they are printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import models
+from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+import vtprune
+from vtprune import adapters, methods
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def run_example(name: str) -> dict:
+    code = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", TEXT, re.DOTALL).group(1)
+    namespace = {"__name__": f"contributing_{name}"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch):
+    monkeypatch.setattr(methods, "_METHODS", vtprune.list_methods())
+    monkeypatch.setattr(adapters, "_ADAPTERS", adapters.list_adapters())
+
+
+def test_the_example_method_prunes():
+    run_example("method")
+    model = models.build("mha")
+    tokens = vtprune.adapter_for(model).tokens_per_image
+    ids = torch.tensor([[models.BOS, *[models.IMAGE_TOKEN] * tokens, 5, 6]])
+    pixels = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), vtprune.prune(model, "feature_norm", keep_tokens=5) as session:
+        model(input_ids=ids, pixel_values=pixels)
+        features = model.get_image_features(pixels).pooler_output[0]
+    expected = features.norm(dim=-1).topk(5).indices.sort().values + 1
+    assert session.report.kept(0).tolist() == expected.tolist()
+
+
+def test_the_example_adapter_prunes():
+    run_example("adapter")
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=32)
+    config = VipLlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=31, vision_feature_layer=[-2, -3, 1]
+    )
+    model = VipLlavaForConditionalGeneration(config).eval()
+    assert vtprune.adapter_for(model).shape.feature_layer == 2
+    ids = torch.tensor([[1, *[31] * 16, 5, 6]])
+    for name in ("vtc_cls", "mmtok", "fastv", "pool"):
+        with torch.no_grad(), vtprune.prune(model, name, keep_ratio=0.5) as session:
+            model.generate(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), max_new_tokens=2)
+        assert session.report.keep_ratio == pytest.approx(0.5, abs=0.03)
