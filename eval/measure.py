@@ -28,6 +28,7 @@ def measure(report: Report) -> list[Record]:
 def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]) -> list[Record]:
     """One line a cell, from the records alone, so that every run of a configuration ends in the same file."""
     full = next(file.records for cell, file in cells if cell.method == "full")
+    nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields, as null
     shared = {"versions": identity.versions, "config": config.resolved()}
     lines = []
     for cell, file in cells:
@@ -41,20 +42,25 @@ def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[C
             "status": "ok",
             "n": len(file.records),
         }
-        lines.append(line | (file.ending or _numbers(file.records, full)) | shared)
+        numbers = nothing | file.ending if file.ending else _numbers(file.records, full)
+        lines.append(line | numbers | shared)
     return lines
 
 
 def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:
     """Means over the examples. What "unpruned" means is the full model's cell, also for an image made smaller."""
+
+    def average(of: Sequence[Record], key: str) -> float:
+        return mean(record[key] for record in of)
+
     scores = [record["score"] for record in records]
     score, interval = mean_interval(scores)
     kept, kept_interval = retention_interval(scores, [record["score"] for record in full])
     families: dict[str, list[float]] = {}
     for record in records:
         families.setdefault(record["family"], []).append(record["score"])
-    average_tokens = mean(record["average_tokens"] for record in records)
-    visual_tokens = mean(record["average_tokens"] for record in full)
+    average_tokens = average(records, "average_tokens")
+    visual_tokens = average(full, "average_tokens")
     return {
         "score": score,
         "ci": interval,
@@ -62,11 +68,11 @@ def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:
         "retention_ci": kept_interval,
         "family_scores": {family: mean(values) for family, values in families.items()},
         "measured_keep_ratio": average_tokens / visual_tokens,
-        "final_tokens": mean(record["final_tokens"] for record in records),
+        "final_tokens": average(records, "final_tokens"),
         "average_tokens": average_tokens,
         "visual_tokens": visual_tokens,
-        "prefill_flops": mean(record["prefill_flops"] for record in records),
-        "unpruned_prefill_flops": mean(record["prefill_flops"] for record in full),
-        "kv_bytes": mean(record["kv_bytes"] for record in records),
-        "unpruned_kv_bytes": mean(record["kv_bytes"] for record in full),
+        "prefill_flops": average(records, "prefill_flops"),
+        "unpruned_prefill_flops": average(full, "prefill_flops"),
+        "kv_bytes": average(records, "kv_bytes"),
+        "unpruned_kv_bytes": average(full, "kv_bytes"),
     }

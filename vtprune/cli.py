@@ -41,7 +41,7 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 def evaluate(
     config: Annotated[Path, typer.Argument(help="YAML file: a model, a task, methods and budgets.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Number of examples, instead of the file's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of the file's.")] = None,
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
     from vtprune.eval.config import load_config

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation file may say, and how it is told that it is wrong."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
+import vtprune
+import vtprune.eval
 from vtprune.errors import ConfigError
 from vtprune.eval.cells import Cell, Identity, expand
 from vtprune.eval.config import load_config
@@ -30,6 +34,14 @@ def test_the_grid_has_one_cell_a_method_budget_and_seed(tmp_path):
         Cell("mmtok", 0.25),
     ]
     assert expand(config)[7].label == "fastv(layer=1)"
+
+
+def test_the_quickstart_compares_every_method_and_baseline():
+    config = load_config(Path(vtprune.eval.__file__).parent / "configs" / "quickstart.yaml")
+    cells = expand(config)
+    assert {cell.method for cell in cells} == {*vtprune.list_methods(), "full", "zero", "downsample"}
+    assert len(cells) == len(set(map(str, cells))) == 2 + 4 + 4 * 3 + 4 * (len(vtprune.list_methods()) - 2)
+    assert str(config.output) == "results/quickstart"
 
 
 def test_defaults_and_overrides(tmp_path):
