@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from dataclasses import dataclass
@@ -15,21 +16,18 @@ from transformers.cache_utils import DynamicCache
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, check_cache, pruned_layers
-from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
+from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.layout import Groups
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import Method
-from vtprune.ops.keywords import keywords
+from vtprune.question import Text, embed_question
 from vtprune.report import Report, Stretch, Timings
-from vtprune.signals import ClsAttention, EncoderFeatures, TextEmbeddings
-from vtprune.stages.before_llm import prompt_text, prune_before_llm
+from vtprune.signals import ClsAttention, EncoderFeatures
+from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call, Images
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.tokens import Selection, VisualTokens
-
-Text = str | list[str] | Tensor | list[Tensor]
-"""A question: text or token ids (m,), one for all samples or a list with one a sample."""
 
 _ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 """Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
@@ -208,7 +206,9 @@ class Session:
         call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
         if has_images:
             self._start_prefill(call, incoming)
-            hidden = prune_before_llm(call, hidden, self._before, self._tap, self._question, self._choose)
+            hidden = prune_before_llm(
+                call, hidden, self._before, self._tap, functools.partial(embed_question, self.text), self._choose
+            )
         self._in_llm.begin(call)
         if not call.pruned and not call.wrapped:
             return (args, kwargs) if call.cache is not cache else None
@@ -338,44 +338,6 @@ class Session:
         if self._profile and self.adapter.model.device.type == "cuda":
             torch.cuda.synchronize(self.adapter.model.device)
         return time.perf_counter()
-
-    def _question(self, call: Call, groups: Groups, request: TextEmbeddings) -> list[Tensor]:
-        """Embeddings of each group's question."""
-        if self.text is None:
-            return prompt_text(call, groups, self._special_ids())
-        texts = list(self.text) if isinstance(self.text, (list, tuple)) else [self.text]
-        samples = call.batch // call.images.copies
-        if len(texts) not in (1, samples):
-            raise ConfigError(f"text: got {len(texts)} questions for {samples} samples")
-        embed = self.adapter.base.get_input_embeddings()
-        device = call.embeddings.device
-        rows = [embed(self._token_ids(text, request.keywords).to(device)) for text in texts]
-        return [rows[row // call.images.copies if len(rows) > 1 else 0] for row in groups.rows.tolist()]
-
-    def _token_ids(self, text: str | Tensor, only_keywords: bool) -> Tensor:
-        if not isinstance(text, str):
-            return torch.as_tensor(text, dtype=torch.long)
-        from transformers import AutoTokenizer  # slow to import, rarely needed
-
-        path = self.adapter.model.name_or_path
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except Exception as error:
-            raise ConfigError(
-                f"text is a string, but no tokenizer could be loaded from the model's checkpoint {path!r} ({error}); "
-                "pass token ids instead"
-            ) from error
-        words = keywords(text).split() if only_keywords else None
-        ids = tokenizer(words or text, is_split_into_words=bool(words), add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
-
-    def _special_ids(self) -> tuple[int, ...]:
-        config = self.adapter.text_config
-        found = []
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            found.extend(value if isinstance(value, list) else [] if value is None else [value])
-        return tuple(found)
 
     # -- report -------------------------------------------------------------------------------------------------
 

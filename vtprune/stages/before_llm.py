@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -26,7 +25,7 @@ def prune_before_llm(
 ) -> Tensor:
     """Apply the methods in order to the embeddings (batch, length, dim) of a prefill; returns the shorter ones.
 
-    text: `text(call, groups, request)` -> one (text tokens, dim) tensor a group, see `TextEmbeddings`.
+    text: `text(call, groups, request)` -> one (text tokens, dim) tensor a group, see `vtprune.question`.
     """
     for method in methods:
         groups = call.image_groups()
@@ -83,20 +82,3 @@ def _per_image(values: Tensor, call: Call, groups: Groups) -> Tensor:
     taken = values[images[:, None], slots]
     valid = groups.valid.to(values.device)
     return taken.masked_fill(~valid.view(*valid.shape, *[1] * (taken.ndim - 2)), 0)
-
-
-def prompt_text(call: Call, groups: Groups, special_ids: tuple[int, ...]) -> list[Tensor]:
-    """Input embeddings of each group's question: the text after its last visual token, or all text if none follows."""
-    text = call.real & (call.images.labels < 0)
-    if call.ids is not None and special_ids:
-        special = torch.isin(call.ids, torch.tensor(special_ids, device=call.ids.device))
-        text = text & ~special.to(text.device)
-    columns = torch.arange(call.length, device=text.device)
-    rows = []
-    for group, row in enumerate(groups.rows.tolist()):
-        image = call.images.labels[row] == group
-        end = int(columns[image.to(columns.device)].max())
-        after = text[row] & (columns > end)
-        chosen = after if bool(after.any()) else text[row]
-        rows.append(call.embeddings[row][chosen.to(call.embeddings.device)])
-    return rows
