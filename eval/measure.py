@@ -29,7 +29,7 @@ def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[C
     """One line a cell, from the records alone, so that every run of a configuration ends in the same file."""
     full = next(file.records for cell, file in cells if cell.method == "full")
     nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields, as null
-    shared = {"versions": identity.versions, "config": config.resolved()}
+    shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved()}
     lines = []
     for cell, file in cells:
         line: Record = {

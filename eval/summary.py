@@ -207,7 +207,10 @@ def summary_markdown(results: Sequence[Record]) -> str:
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]
     parts += [
         "## Provenance",
-        _markdown_table(["what", "version"], [[name, value] for name, value in first["versions"].items()]),
+        _markdown_table(
+            ["what", "version"],
+            [*map(list, first["versions"].items()), ["fingerprint of the weights", first["weights"]]],
+        ),
         "Configuration, defaults filled in:",
         f"```json\n{json.dumps(first['config'], indent=2)}\n```",
     ]
