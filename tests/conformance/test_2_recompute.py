@@ -40,6 +40,37 @@ def test_one_sample_without_padding(name, positions, attention):
     assert_recomputed(model, batch, session.report, output, positions)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both", "vtc_cls+fastv"])
+def test_without_a_mask(gqa, name, positions, use_cache):
+    """With neither mask nor cache transformers takes gaps in the positions for packed sequences."""
+    batch = prompts(gqa, "ttIttttIttt")
+    inputs = batch.inputs()
+    del inputs["attention_mask"]
+    with vtprune.prune(gqa, spec(name, positions=positions)) as session:
+        logits = gqa(**inputs, use_cache=use_cache).logits[0]
+    kept = kept_columns(session.report, batch, 0, depth(gqa))
+    expected = recompute(gqa, batch.ids[0], batch.images[0], kept, positions)
+    alive = ~expected.isnan().any(-1)
+    torch.testing.assert_close(logits[alive], expected[alive], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", ["uniform", "zero", "fastv", "transprune-iga", "mmtok"])
+def test_prompt_that_ends_with_the_image(gqa, name, positions):
+    """The first token is predicted by the last column that survived, whichever that is."""
+    batch = prompts(gqa, "ttI", "tttttI")
+    with vtprune.prune(gqa, spec(name, positions=positions)) as session:
+        output = generate(gqa, batch.inputs())
+    for sample, prompt in enumerate(batch.ids):
+        generated = output.sequences[sample, -len(output.logits) :]
+        kept = kept_columns(session.report, batch, sample, depth(gqa))
+        logits = recompute(gqa, torch.cat([prompt, generated[:-1]]), batch.images[sample], kept, positions)
+        expected = logits[~logits.isnan().any(-1)][-len(generated) :]
+        torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("second", ["fastv", "transprune-both"])
 def test_compact_before_the_llm_then_original_inside_it(mha, second):
     """Each method of a list has positions of its own: the first renumbers, the second leaves that numbering alone."""

@@ -71,6 +71,22 @@ def test_each_image_gets_its_own_budget_before_the_llm(gqa, name):
     assert halves[0] == halves[1] == int(session.report.counts[0, 0])
 
 
+def test_each_sample_has_its_own_question(gqa):
+    """`text=` as ids, one question a sample, is what a text-guided method goes by instead of the prompt."""
+    batch = prompts(gqa, *["tItttt"] * 3)
+    batch = type(batch)(batch.ids, batch.images[:1] * 3)  # one picture, three questions
+    questions = [torch.tensor(ids) for ids in ([7, 11, 30], [90], [7, 11, 30])]
+
+    def chosen(text):
+        with vtprune.prune(gqa, spec("mmtok"), text=text) as session:
+            generate(gqa, batch.inputs(), new_tokens=1)
+        return [session.report.kept(sample, 0).tolist() for sample in range(3)]
+
+    asked = chosen(questions)
+    assert asked[0] == asked[2] != asked[1]
+    assert chosen(questions[1]) == [asked[1]] * 3
+
+
 def test_the_order_of_a_batch_does_not_matter(gqa):
     """Randomness is seeded by the prompt, not by the row."""
     batch = batch_of_three(gqa)

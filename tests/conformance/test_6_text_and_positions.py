@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
 
@@ -97,6 +98,37 @@ def test_keep_tokens_is_exact_per_image(gqa, name, count):
     with vtprune.prune(gqa, name, keep_tokens=count, strict=False) as session:
         gqa(**batch_of_three(gqa).inputs())
     assert session.report.counts[:, 0].tolist() == [count, 2 * count, count]
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "transprune-both"])
+def test_profiling_measures_and_changes_nothing(gqa, name):
+    inputs = batch_of_three(gqa).inputs()
+    with vtprune.prune(gqa, spec(name)) as session:
+        plain = generate(gqa, inputs, new_tokens=2)
+    assert session.report.timings is None
+    with vtprune.prune(gqa, spec(name), profile=True) as session:
+        profiled = generate(gqa, inputs, new_tokens=2)
+    assert all(map(torch.equal, plain.logits, profiled.logits))
+    timings = session.report.timings
+    assert min(timings.encoder, timings.selector, timings.prefill) > 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_prefill_flops_are_what_torch_counts(name):
+    """One unpadded sample; eager attention, whose products can be counted."""
+    model = models.shared("gqa", "eager")
+    inputs = prompts(model, "ttIttIttt").inputs()
+    with vtprune.prune(model, spec(name)) as session, FlopCounterMode(display=False, depth=None) as counter:
+        model(**inputs)
+    root = f"{type(model).__name__}.model.language_model.layers"
+    counted = sum(
+        sum(operators.values())
+        for module, operators in counter.get_flop_counts().items()
+        if module.startswith(root) and module.removeprefix(f"{root}.").isdigit()
+    )
+    # A selector's own rows are not in the report's prefill: they may add a little to what was counted.
+    assert session.report.prefill_flops <= counted <= 1.1 * session.report.prefill_flops
+    assert session.report.prefill_flops < session.report.unpruned_prefill_flops
 
 
 @pytest.mark.parametrize("name", SPECS)
