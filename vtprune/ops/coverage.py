@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
 
-# Elements of one batch of candidates: below the size from which torch splits an operation over threads, whose waking
-# would cost more than the work.
+# Elements of one batch of candidates: below the size from which torch splits an operation over threads. Waking them
+# costs more than the work; on a busy machine, many times more.
 _BATCH_ELEMENTS = 16_000
 # Float32 gains closer than this (relative to the best one) are compared again in float64: far above the rounding
 # error of a sum of a few thousand positive terms, far below the usual distance of two candidates.
@@ -68,7 +68,7 @@ def coverage_order(
     allowed = torch.ones(len(covers), dtype=torch.bool, device=covers.device)
     allowed[torch.as_tensor(exclude, dtype=torch.long, device=covers.device)] = False
     allowed = allowed.nonzero().flatten()
-    order, gains = _greedy(covers[allowed], k)
+    order, gains = _greedy(covers.index_select(0, allowed), k)
     return allowed[order], torch.tensor(gains, device=covers.device)
 
 
@@ -142,7 +142,7 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
             return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
             near.sort()
-            exact = (covers[near].double() - covered.double()).clamp_min_(0).sum(dim=1)
+            exact = _gains(covers, covered, torch.tensor(near, device=covers.device), torch.float64)
             near = [near[exact.argmax()]]
             gain = exact.max().item()
         order.append(near[0])
@@ -157,15 +157,29 @@ def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[l
     Computes gains from the highest bound downwards until none of the bounds left over comes near the best gain, and
     tightens ``bounds`` by what was computed. A candidate already chosen has no gain left.
     """
-    batch = max(_BATCH_ELEMENTS // covers.shape[1], 8)
+    batch = _batch_rows(covers)
     while True:
         # One more than is computed: the highest bound left over.
         highest, index = bounds.topk(min(batch + 1, len(bounds)))
         index = index[:batch]
-        gains = covers.index_select(0, index).sub_(covered).clamp_min_(0).sum(dim=1)
+        gains = _gains(covers, covered, index)
         bounds.index_copy_(0, index, gains)
         gains = gains.tolist()
         best = max(gains)
         if len(highest) <= batch or highest[-1].item() < best * (1 - _TIE):
             return [i for i, gain in zip(index.tolist(), gains, strict=True) if gain >= best * (1 - _TIE)], best
         batch *= 2
+
+
+def _gains(covers: Tensor, covered: Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What each of the candidates ``index`` would add to ``covered``: ``(candidates,)`` of ``dtype``."""
+    covered = covered.to(dtype)
+    parts = [
+        covers.index_select(0, part).to(dtype).sub_(covered).clamp_min_(0).sum(dim=1)
+        for part in index.split(_batch_rows(covers))
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _batch_rows(covers: Tensor) -> int:
+    return max(_BATCH_ELEMENTS // covers.shape[1], 8)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What choosing tokens costs: the greedy selections against their textbook loops, and the selectors inside the LLM
+against the prefill of a 7B-shaped model.
+
+    python scripts/bench_selection.py [--repeats 3] [--large] [--part selection|prefill]
+
+Everything runs on the CPU in float32. Torch's number of threads is used as it is (OMP_NUM_THREADS sets it).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import vtprune
+from vtprune.ops.coverage import coverage_matrices, max_coverage
+from vtprune.ops.diversity import max_min_diversity
+
+console = Console()
+
+
+class Part(StrEnum):
+    SELECTION = "selection"
+    PREFILL = "prefill"
+
+
+# -- greedy selections ------------------------------------------------------------------------------------------------
+
+
+def dense_coverage(features: Tensor, encoder_features: Tensor, text: Tensor, k: int, alpha: float = 0.5) -> Tensor:
+    """The textbook greedy: the gain of every candidate at every step."""
+    by_text, by_visual = coverage_matrices(features, encoder_features, text)
+    covers = torch.cat((by_text, alpha * by_visual))
+    covered = torch.zeros(len(covers))
+    available = torch.ones(len(features), dtype=torch.bool)
+    chosen = []
+    for _ in range(k):
+        gains = (covers - covered[:, None]).clamp(min=0).sum(dim=0)
+        gains[~available] = -torch.inf
+        best = int(gains.argmax())
+        chosen.append(best)
+        available[best] = False
+        covered = torch.maximum(covered, covers[:, best])
+    return torch.tensor(sorted(chosen))
+
+
+def dense_diversity(features: Tensor, k: int) -> Tensor:
+    """The textbook loop: every step looks up the distances of all candidates to all chosen tokens."""
+    directions = torch.nn.functional.normalize(features, dim=-1)
+    distances = 1 - directions @ directions.T
+    others = distances + torch.diag(torch.full((len(features),), torch.inf))
+    chosen = [int(others.min(dim=0).values.argmax())]
+    while len(chosen) < k:
+        nearest = distances[chosen].min(dim=0).values
+        nearest[chosen] = -torch.inf
+        chosen.append(int(nearest.argmax()))
+    return torch.tensor(sorted(chosen))
+
+
+def seconds(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def compare(table: Table, name: str, size: str, ours: Callable, textbook: Callable, repeats: int) -> None:
+    """Time both in turn; one row with medians, their ratio, and whether they chose the same tokens."""
+    ours()
+    times: tuple[list[float], list[float]] = ([], [])
+    equal = True
+    for _ in range(repeats):
+        ours_seconds, ours_chosen = seconds(ours)
+        textbook_seconds, textbook_chosen = seconds(textbook)
+        times[0].append(ours_seconds)
+        times[1].append(textbook_seconds)
+        equal &= torch.equal(ours_chosen, textbook_chosen)
+    fast, slow = map(statistics.median, times)
+    table.add_row(
+        name,
+        size,
+        f"{slow * 1e3:,.1f} ms",
+        f"{fast * 1e3:,.1f} ms",
+        f"{slow / fast:.1f} x",
+        "yes" if equal else "[red]NO[/red]",
+    )
+
+
+def image_like(n: int, text_tokens: int = 20, dim: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """Visual tokens that resemble each other in groups, as patches of an image do, and text near some of them."""
+    generator = torch.Generator().manual_seed(n)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    groups = noise(40, dim)[torch.randint(40, (n,), generator=generator)]
+    features = groups + noise(n, dim)
+    text = features[torch.randint(n, (text_tokens,), generator=generator)] + noise(text_tokens, dim)
+    return features, features + 0.5 * noise(n, dim), text
+
+
+def selection(repeats: int, large: bool) -> None:
+    table = Table(title=f"Greedy selection, medians of {repeats}, {torch.get_num_threads()} threads")
+    for heading in ("selection", "tokens, kept", "textbook loop", "vtprune", "ratio", "same indices"):
+        table.add_column(heading, justify="left" if heading == "selection" else "right")
+    for n, k in [(576, 64), (2000, 400)] + [(2880, 640)] * large:
+        inputs = image_like(n)
+        compare(
+            table,
+            "max_coverage",
+            f"{n}, {k}",
+            lambda inputs=inputs, k=k: max_coverage(*inputs, k),
+            lambda inputs=inputs, k=k: dense_coverage(*inputs, k),
+            repeats,
+        )
+        compare(
+            table,
+            "max_min_diversity",
+            f"{n}, {k}",
+            lambda features=inputs[0], k=k: max_min_diversity(features, k),
+            lambda features=inputs[0], k=k: dense_diversity(features, k),
+            repeats,
+        )
+    console.print(table)
+    console.print("Both columns of max_coverage include the similarity matrices.\n")
+
+
+# -- selectors inside the LLM -----------------------------------------------------------------------------------------
+
+VISUAL, TEXT_BEFORE, TEXT_AFTER, DEPTH = 576, 35, 29, 32
+IMAGE_TOKEN = 63
+
+
+def model_of_7b_width(layers: int) -> LlavaForConditionalGeneration:
+    """LLaVA with a small encoder and `layers` decoder layers of Vicuna-7B's shape.
+
+    The layers share one set of weights: 0.8 GB, far beyond any cache, so that they cost what layers of their own do.
+    """
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=96,
+            patch_size=4,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=64, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=1
+        ),
+        image_token_index=IMAGE_TOKEN,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    decoder = model.model.language_model
+    first = decoder.layers[0]
+    for index in range(1, layers):
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(decoder.config, layer_idx=index)
+        layer.load_state_dict(first.state_dict(), assign=True)
+        decoder.layers.append(layer.eval())
+    decoder.config.num_hidden_layers = layers
+    return model
+
+
+class SessionClock:
+    """Seconds that a session spends in its hooks, and each decoder layer's own seconds.
+
+    Hooks run in the order of their registration, so one registered before the session's and one after them enclose
+    all that the session does there: cuts, attention rows, transitions, masks, bookkeeping.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        decoder = model.model.language_model
+        self.layers = list(decoder.layers)
+        self.modules: list[nn.Module] = [model.model, decoder, *self.layers]
+        for layer in self.layers:
+            self.modules += [layer.self_attn, layer.mlp, layer.self_attn.q_proj, layer.self_attn.k_proj]
+        self.session = 0.0
+        self.own: list[float] = []
+        self._handles: list = []
+        self._enclosing = 0
+
+    def _open(self, module: nn.Module, *_) -> None:
+        self._enclosing += 1
+        if self._enclosing == 1:
+            self._started = time.perf_counter()
+
+    def _close(self, module: nn.Module, *_) -> None:
+        self._enclosing -= 1
+        if not self._enclosing:  # hooks inside a hook of the session are part of it
+            self.session += time.perf_counter() - self._started
+
+    def _enter_layer(self, module: nn.Module, *_) -> None:
+        self._layer_started = time.perf_counter() - self.session
+
+    def _leave_layer(self, module: nn.Module, *_) -> None:
+        self.own.append(time.perf_counter() - self.session - self._layer_started)
+
+    def _register(self, function: Callable, modules: list[nn.Module], before: bool) -> None:
+        for module in modules:
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            self._handles.append(register(function))
+
+    def before_session(self) -> None:
+        self._register(self._leave_layer, self.layers, before=False)
+        self._register(self._open, self.modules, before=True)
+        self._register(self._open, self.modules, before=False)
+
+    def after_session(self) -> None:
+        self._register(self._close, self.modules, before=True)
+        self._register(self._close, self.modules, before=False)
+        self._register(self._enter_layer, self.layers, before=True)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def prefill(model: LlavaForConditionalGeneration, method: vtprune.Method) -> SessionClock:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(IMAGE_TOKEN, (TEXT_BEFORE + TEXT_AFTER,), generator=generator)
+    ids = torch.cat((text[:TEXT_BEFORE], torch.full((VISUAL,), IMAGE_TOKEN), text[TEXT_BEFORE:]))[None]
+    pixels = torch.randn(1, 3, 96, 96, generator=generator)
+    clock = SessionClock(model)
+    clock.before_session()
+    try:
+        with vtprune.prune(model, method):
+            clock.after_session()
+            model(input_ids=ids, pixel_values=pixels)
+    finally:
+        clock.remove()
+    return clock
+
+
+def selectors(repeats: int) -> None:
+    columns = TEXT_BEFORE + VISUAL + TEXT_AFTER
+    table = Table(title=f"Selectors inside a 7B-shaped LLM: {columns} columns, {VISUAL} of them visual, float32")
+    for heading in ("method", "layers run", "session", "one full layer", "of unpruned prefill", "of pruned prefill"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    lines = []
+    # All cuts and measured layers of the published settings lie within the layers run.
+    methods = ((vtprune.TransPrune(layers=(7, 9, 12)), 13), (vtprune.FastV(layer=2), 3))
+    for method, layers in methods:
+        model = model_of_7b_width(layers)
+        first_cut = method.layers[0] if isinstance(method, vtprune.TransPrune) else method.layer
+        prefill(model, method)
+        clocks = [prefill(model, method) for _ in range(repeats)]
+        session = statistics.median(clock.session for clock in clocks)
+        full = statistics.median(seconds for clock in clocks for seconds in clock.own[:first_cut])
+        run = statistics.median(sum(clock.own) for clock in clocks)
+        last = statistics.median(clock.own[-1] for clock in clocks)
+        unpruned, pruned = DEPTH * full, run + (DEPTH - layers) * last
+        table.add_row(
+            method.name,
+            str(layers),
+            f"{session * 1e3:,.0f} ms",
+            f"{full * 1e3:,.0f} ms",
+            f"{session / unpruned:.2%}",
+            f"{session / pruned:.2%}",
+        )
+        lines.append(
+            f"{method.name}: unpruned prefill = {DEPTH} layers x {full:.3f} s = {unpruned:.1f} s; pruned prefill = "
+            f"{run:.2f} s for the {layers} layers run + {DEPTH - layers} more x {last:.3f} s = {pruned:.1f} s; "
+            f"session {session:.3f} s"
+        )
+        del model
+    console.print(table)
+    console.print(
+        f"'session' is everything that happens in the session's hooks. Later layers hold no cut and measure nothing, "
+        f"so the rest of a {DEPTH}-layer model adds to the denominators only:"
+    )
+    for line in lines:
+        console.print(f"  {line}", highlight=False)
+
+
+def main(repeats: int = 3, large: bool = False, part: Part | None = None) -> None:
+    """Time the selections (`--large` adds 2,880 tokens, minutes) and the selectors inside the LLM."""
+    if part != Part.PREFILL:
+        selection(repeats, large)
+    if part != Part.SELECTION:
+        selectors(repeats)
+
+
+if __name__ == "__main__":
+    typer.run(main)
