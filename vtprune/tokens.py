@@ -53,8 +53,8 @@ class VisualTokens:
     grids: tuple[Grid | None, ...] = ()
     """One layout a group; None where the tokens are no longer a full grid."""
     keys: tuple[int, ...] = ()
-    """One integer a group, a function of its sample's prompt and its place in it alone: for seeded randomness that
-    does not depend on the rest of the batch."""
+    """One integer a group, a function of its sample's prompt and image alone: for seeded randomness that does not
+    depend on the rest of the batch."""
     shape: ModelShape | None = None
     layer: int | None = None
     """Decoder layer that will run next; None before the LLM."""

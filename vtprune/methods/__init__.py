@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.config import load_method_file, nearest
-from vtprune.errors import ConfigError
+from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.base import BeforeLLM, InLLM, Method, Progressive, Scorer
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastv import FastV
@@ -103,7 +103,10 @@ def build_methods(spec: MethodLike, **parameters) -> list[Method]:
     A string that ends in .yaml or .yml, or a Path, is read as a file. `parameters` are for a single method only.
     """
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
-        spec = load_method_file(spec)
+        try:
+            return build_methods(load_method_file(spec), **parameters)
+        except (ConfigError, BudgetError) as error:
+            raise error if str(spec) in str(error) else type(error)(f"{spec}: {error}") from None
     if isinstance(spec, (str, Mapping, Method)):
         return [build_method(spec, **parameters)]
     if not isinstance(spec, Sequence) or not spec:

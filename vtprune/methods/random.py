@@ -18,8 +18,8 @@ from vtprune.tokens import VisualTokens
 class Random(Scorer, BeforeLLM):
     """Keeps a uniformly random subset of each image's tokens.
 
-    Stage: before the LLM. The draw depends on the seed, the prompt's text and the image's place in it, never on the
-    rest of the batch or the global generators.
+    Stage: before the LLM. The draw depends on the seed, the image's pixels and the prompt's text, never on the rest of
+    the batch or the global generators.
 
     Fields
         seed: >= 0, default 0.

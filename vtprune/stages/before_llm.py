@@ -38,19 +38,16 @@ def prune_before_llm(
             grid if grid is not None and length == len(grid) else None
             for grid, length in zip(images.grids, lengths.tolist(), strict=True)
         )
-        first = {}
-        keys = []
-        for row in groups.rows.tolist():
-            first[row] = first.get(row, -1) + 1
-            keys.append(call.prompt_key(row) + first[row])
-
         tokens = VisualTokens(
             features=groups.gather(hidden),
             valid=groups.valid,
             budget=budget.to(hidden.device),
             signals=functools.partial(_signal, call, groups, tap, text),
             grids=whole,
-            keys=tuple(keys),
+            keys=tuple(
+                call.prompt_key(row) + tap.image_key(image)
+                for row, image in zip(groups.rows.tolist(), images.encoded.tolist(), strict=True)
+            ),
             shape=call.adapter.shape,
         )
         selection = choose(method, tokens, call, groups)

@@ -36,6 +36,7 @@ class EncoderTap:
         """(images, tokens, dim): the projector's input; only with `keep_features`."""
         self.projected: Tensor | None = None
         """(images, tokens, LLM dim): its output; only with `keep_features`."""
+        self._pixels: Tensor | None = None
         self.seconds = 0.0
         self._rows: dict[int, Tensor] = {}
         self._queries: dict[int, Tensor] = {}
@@ -56,6 +57,7 @@ class EncoderTap:
 
     def _before_tower(self, module, args):
         self.images, self.tokens, self.features, self.projected = 0, None, None, None
+        self._pixels = args[0] if args else None
         self._rows.clear()
         self._started = time.perf_counter() if self.profile else 0.0
 
@@ -85,6 +87,14 @@ class EncoderTap:
             self._rows[layer] = rows[:, :, 0]
 
         return hook
+
+    def image_key(self, image: int) -> int:
+        """A number that depends on one encoded image's pixels alone; 0 if they were not seen."""
+        if self._pixels is None or not image < len(self._pixels):
+            return 0
+        # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self._pixels.element_size()]
+        return int(self._pixels[image].contiguous().view(bits).sum(dtype=torch.int64)) % 2**31
 
     def check(self, embeddings: Tensor, images: Tensor, slots: Tensor) -> None:
         """Raise unless `embeddings` (visual tokens, dim) are the features seen last, of these images and slots."""
