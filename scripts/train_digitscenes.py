@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the DigitScenes checkpoint, on a CPU or a GPU.
+
+    python scripts/train_digitscenes.py OUT            # start, or go on where a killed run stopped
+    python scripts/train_digitscenes.py OUT --save-to eval/digitscenes/model
+
+Four stages, each in its own file of OUT (weights, optimiser, step; replaced atomically), so that one can be repeated by
+deleting its file and those after it:
+
+1. encoder: the CLIP ViT alone. Each patch names its digit, its colour and the digit's place at the feature layer, and
+   CLS lists the digits and colours of the image, so that its attention comes to mean something.
+2. captions: projector and decoder, the encoder frozen and its features cached. Lists of what is in the scene: pairs of
+   colour and digit (binding), digits in spatial order, colours in order of value. The language-model head also
+   names what each visual token lies on. Without this stage binding is not learned.
+3. questions: many questions share one scene in one sequence. A block mask shows each question the prompt, the visual
+   tokens and itself, so training sees exactly what a test prompt looks like.
+4. variable: as before, mostly with a random part of the visual tokens, so that pruned inputs are nothing new.
+"""
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from digitscenes_data import (
+    COLOUR_NAMES,
+    IGNORE,
+    PREFIX,
+    WORD,
+    Block,
+    Data,
+    Pack,
+    caption_blocks,
+    diverse_tokens,
+    model_input,
+    question_blocks,
+    random_tokens,
+    strided_tokens,
+)
+from torch import nn
+
+from vtprune.eval import digitscenes
+from vtprune.eval.digitscenes.model import VISUAL_TOKENS, build_model, build_processor
+from vtprune.eval.digitscenes.questions import FAMILIES
+
+log = logging.getLogger("digitscenes")
+
+
+class EncoderHeads(nn.Module):
+    """What the encoder is asked while it is trained; not part of the model."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.digit, self.colour, self.centre = nn.Linear(dim, 11), nn.Linear(dim, 9), nn.Linear(dim, 2)
+        self.shape, self.bag, self.bag_last = nn.Linear(dim, 64), nn.Linear(dim, 18), nn.Linear(dim, 18)
+
+    def loss(self, tower, data: Data, rows, kept, device) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss on images `rows`, of which the encoder sees only the patches `kept` (rows, count)."""
+        kept = kept.to(device)
+        hidden = tower.pre_layrnorm(tower.embeddings(model_input(data.pixels[rows], device)))
+        patches = hidden[:, 1:].gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden = torch.cat([hidden[:, :1], patches], 1)
+        for layer in tower.encoder.layers:
+            before, hidden = hidden, layer(hidden, None)
+        patches = before[:, 1:]  # the layer that the projector reads
+
+        def named(head: nn.Linear, target: torch.Tensor) -> torch.Tensor:
+            weight = torch.ones(head.out_features, device=device)
+            weight[0] = 0.3
+            return F.cross_entropy(head(patches).flatten(0, 1), target.flatten(), weight=weight)
+
+        digit, colour, source = (t[rows].to(device).gather(1, kept) for t in (data.digit, data.colour, data.source))
+        on, bag = digit > 0, data.bag[rows].to(device)
+        centre = data.centre[rows].to(device).gather(1, kept[..., None].expand(-1, -1, 2))
+        losses = dict(
+            digit=2 * named(self.digit, digit),
+            colour=named(self.colour, colour),
+            centre=4 * F.mse_loss(self.centre(patches)[on], centre[on]),
+            shape=10 * F.mse_loss(self.shape(patches[on]), data.images.to(device)[source[on]]),
+            cls=F.binary_cross_entropy_with_logits(self.bag(before[:, 0]), bag),
+            last=F.binary_cross_entropy_with_logits(self.bag_last(hidden[:, 0]), bag),
+        )
+        right = (self.digit(patches)[on].argmax(-1) == digit[on]).float().mean()
+        return sum(losses.values()), dict(right=right.item(), **{name: value.item() for name, value in losses.items()})
+
+
+@dataclass
+class Stage:
+    """One stage of training: its loss of a step number, and how it is optimised."""
+
+    name: str
+    steps: int
+    rate: float
+    loss: object
+    check: object = None
+    every: int = 300
+
+
+def train(stage: Stage, module: nn.Module, out: Path) -> None:
+    """Runs or resumes a stage. Random draws are seeded by the step, so an interrupted run repeats nothing else."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.03, betas=(0.9, 0.98))
+    path, step = out / f"{stage.name}.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        step = state["step"]
+        log.info("%s: resumed at step %d of %d", stage.name, step, stage.steps)
+    module.train()
+    start, first = time.time(), step
+    while step < stage.steps:
+        warm = min(1, (step + 1) / 100)
+        for group in optimiser.param_groups:
+            group["lr"] = stage.rate * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / stage.steps)))
+        loss, parts = stage.loss(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        if step % 50 == 0:
+            shown = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            log.info(
+                "%s %d/%d %.2f s/step loss %.3f  %s",
+                stage.name,
+                step,
+                stage.steps,
+                (time.time() - start) / (step - first),
+                loss.item(),
+                shown,
+            )
+        if step % 100 == 0 or step == stage.steps:
+            torch.save(dict(module=module.state_dict(), optimiser=optimiser.state_dict(), step=step), out / "new.pt")
+            os.replace(out / "new.pt", path)
+        if stage.check and (step % stage.every == 0 or step == stage.steps):
+            stage.check()
+            module.train()
+
+
+@torch.no_grad()
+def encode(tower, pixels: torch.Tensor, device) -> torch.Tensor:
+    """The features that the projector reads, (images, 144, dim), as the model takes them: without CLS."""
+    tower.eval()
+    hidden = [tower(model_input(p, device), output_hidden_states=True).hidden_states[-2] for p in pixels.split(128)]
+    return torch.cat([h[:, 1:] for h in hidden])
+
+
+class Decoder:
+    """Projector and language model over cached encoder features."""
+
+    def __init__(self, model, device):
+        self.model, self.device = model, device
+        self.digit_word = torch.tensor([0] + [WORD[str(k)] for k in range(10)], device=device)
+        self.colour_word = torch.tensor([0] + [WORD[name] for name in COLOUR_NAMES], device=device)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.model.multi_modal_projector(features)
+
+    def hidden(self, visual: torch.Tensor, kept: torch.Tensor, pack: Pack, compact: bool) -> torch.Tensor:
+        """Last hidden states, (scenes, prefix + kept + text, dim). visual: projected kept tokens. kept: their indices.
+
+        `compact` renumbers the positions of the kept tokens; else they keep theirs and text follows the full image.
+        """
+        scenes, count = visual.shape[:2]
+        device, before = self.device, len(PREFIX)
+        kept, ids, block, place = (t.to(device) for t in (kept, pack.ids, pack.block, pack.place))
+        embed = self.model.get_input_embeddings()
+        prefix = torch.tensor([WORD[w] for w in PREFIX], device=device).expand(scenes, -1)
+        embeddings = torch.cat([embed(prefix), visual, embed(ids)], 1)
+        if compact:
+            kept = torch.arange(count, device=device).expand(scenes, -1)
+        text = before + (count if compact else VISUAL_TOKENS) + place
+        position = torch.cat([torch.arange(before, device=device).expand(scenes, -1), before + kept, text], 1)
+        shared = torch.zeros(scenes, before + count, dtype=torch.long, device=device)
+        block = torch.cat([shared, block.where(block > 0, -1)], 1)
+        length = block.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        mask = causal & ((block[:, None] == 0) | (block[:, None] == block[:, :, None]))
+        return self.model.model.language_model(
+            inputs_embeds=embeddings, attention_mask=mask[:, None], position_ids=position, use_cache=False
+        ).last_hidden_state
+
+    def loss(self, features, data: Data, rows, kept, pack: Pack, compact: bool, naming: float):
+        """Cross-entropy of the answers, and `naming` times that of the words for what each visual token lies on."""
+        count, before, head = kept.shape[1], len(PREFIX), self.model.lm_head
+        gathered = features[rows].gather(1, kept.to(features.device)[..., None].expand(-1, -1, features.shape[-1]))
+        hidden = self.hidden(self.project(gathered.to(self.device)), kept, pack, compact)
+        target = pack.target.to(self.device)
+        wanted = target != IGNORE
+        each = F.cross_entropy(head(hidden[:, before + count :][wanted]), target[wanted], reduction="none")
+        answers = pack.answers.to(self.device)[wanted]
+        parts, families = {}, np.array(pack.families)
+        for family in sorted(set(pack.families)):
+            parts[family] = each[answers].detach().cpu().numpy()[families == family].mean()
+        loss = each[answers].mean() + 0.1 * each[~answers].mean()
+        if naming:
+            digit, colour = (t[rows].gather(1, kept).to(self.device) for t in (data.digit, data.colour))
+            logs, on = head(hidden[:, before : before + count]).log_softmax(-1), digit > 0
+            said = -(
+                logs.gather(-1, self.digit_word[digit][..., None])
+                + logs.gather(-1, self.colour_word[colour][..., None])
+            )
+            said = said[..., 0] / 2
+            name = (said * on).sum() / on.sum().clamp(min=1) + 0.2 * (said * ~on).sum() / (~on).sum().clamp(min=1)
+            parts["naming"] = name.item()
+            loss = loss + naming * name
+        return loss, parts
+
+    @torch.no_grad()
+    def accuracy(self, features, blocks: list[list[Block]], kept: torch.Tensor) -> dict[str, float]:
+        """Share of right answers over "all" and per family. blocks: one list a scene. kept: (scenes, count)."""
+        self.model.eval()
+        right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+        for rows in torch.arange(len(blocks)).split(50):
+            pack = Pack.of([blocks[i] for i in rows])
+            gathered = features[rows].gather(1, kept[rows][..., None].expand(-1, -1, features.shape[-1]))
+            hidden = self.hidden(self.project(gathered.to(self.device)), kept[rows], pack, compact=False)
+            text = hidden[:, len(PREFIX) + kept.shape[1] :]
+            said = self.model.lm_head(text[pack.answers.to(self.device)]).argmax(-1).cpu()
+            for family, ok in zip(pack.families, (said == pack.target[pack.answers]).tolist(), strict=True):
+                right[family].append(ok)
+        return {"all": float(np.mean(sum(right.values(), []))), **{f: float(np.mean(v)) for f, v in right.items()}}
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
+    save_to: Annotated[Path | None, typer.Option(help="Where the model goes; default OUT/model.")] = None,
+    scenes: Annotated[int, typer.Option(help="Training scenes, held in memory.")] = 14000,
+    encoder_steps: int = 1500,
+    caption_steps: int = 700,
+    question_steps: int = 1200,
+    variable_steps: int = 1500,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: int = 2,
+    seed: int = 0,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(), logging.FileHandler(out / "train.log")],
+    )
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = build_model().to(device)
+    data = Data.draw(scenes, "train", seed)
+    log.info("%d scenes drawn", scenes)
+    tower = model.model.vision_tower
+    heads = EncoderHeads(model.config.vision_config.hidden_size).to(device)
+
+    def encoder_loss(step: int):
+        rng = np.random.RandomState([seed, 1, step])
+        rows = torch.from_numpy(rng.randint(0, scenes, 64))
+        on_digit = data.digit[rows] > 0
+        some = max(48, int(on_digit.sum(1).max()))  # most background is left out at first, for speed
+        kept = random_tokens(rng, on_digit, some if step < 0.9 * encoder_steps else VISUAL_TOKENS, bias=1.0)
+        return heads.loss(tower, data, rows, kept, device)
+
+    train(Stage("encoder", encoder_steps, 1.5e-3, encoder_loss), nn.ModuleDict(dict(tower=tower, heads=heads)), out)
+
+    tower.requires_grad_(False).eval()
+    features = encode(tower, data.pixels, device)
+    log.info("features cached")
+    decoder = Decoder(model, device)
+    families = list(FAMILIES)
+
+    def decoder_loss(step: int, stage: int, captions: float, naming: float, vary: float):
+        rng = np.random.RandomState([seed, stage, step])
+        rows = torch.from_numpy(rng.randint(0, scenes, 32))
+        on_digit = data.digit[rows] > 0
+        captioned = rng.rand() < captions
+        if captioned:
+            pack = Pack.of([caption_blocks(rng, data.digits[i]) for i in rows])
+        else:
+            pack = Pack.of([question_blocks(rng, data.digits[i], families * 2) for i in rows])
+        if captioned and stage == 2:  # background is dropped for speed, no digit is
+            count = rng.randint(int(on_digit.sum(1).max()), VISUAL_TOKENS)
+            kept = random_tokens(rng, on_digit, count, bias=1.0)
+        elif rng.rand() < vary:
+            count = int(np.exp(rng.uniform(np.log(5), np.log(VISUAL_TOKENS))))
+            if rng.randint(4) == 0:
+                kept = strided_tokens(len(rows), count, rng.rand())
+            else:
+                kept = random_tokens(rng, on_digit, count, bias=rng.choice([0.0, rng.uniform(0.2, 1.2)]))
+        else:
+            kept = strided_tokens(len(rows), VISUAL_TOKENS)
+        return decoder.loss(features, data, rows, kept, pack, bool(rng.randint(2)), naming)
+
+    validation = Data.draw(200, "validation", seed + 1)
+    validation_features = encode(tower, validation.pixels, device)
+    blocks = [question_blocks(np.random.RandomState(i), d, families) for i, d in enumerate(validation.digits)]
+
+    def check():
+        log_table(decoder, validation_features, blocks, (16,))
+
+    stages = (
+        Stage("captions", caption_steps, 1e-3, lambda step: decoder_loss(step, 2, 1.0, 0.5, 0.0)),
+        Stage("questions", question_steps, 1e-3, lambda step: decoder_loss(step, 3, 0.2, 0.1, 0.4), check),
+        Stage("variable", variable_steps, 6e-4, lambda step: decoder_loss(step, 4, 0.12, 0.0, 0.75), check),
+    )
+    for stage in stages:
+        train(stage, nn.ModuleList([model.model.multi_modal_projector, model.model.language_model]), out)
+
+    folder = save_to or out / "model"
+    model.eval().save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    log.info("saved to %s; accuracy on the test set:", folder)
+    test = digitscenes.examples()
+    pixels = torch.stack([torch.from_numpy(np.asarray(e.image)).permute(2, 0, 1) for e in test])
+    questions = [[Block.make(e.question, [e.answer], e.family)] for e in test]
+    log_table(decoder, encode(tower, pixels, device), questions, (72, 36, 16, 8))
+
+
+def log_table(decoder: Decoder, features: torch.Tensor, blocks: list[list[Block]], counts: tuple[int, ...]) -> None:
+    """Logs the accuracy per family with all visual tokens, with none, and with `counts` of them chosen simply."""
+    scenes = len(blocks)
+    nothing = torch.zeros(scenes, VISUAL_TOKENS, dtype=torch.bool)
+    selections = {"full": strided_tokens(scenes, VISUAL_TOKENS), "zero": strided_tokens(scenes, 0)}
+    with torch.no_grad():
+        visual = torch.cat([decoder.project(f.to(decoder.device)).cpu() for f in features.split(128)])
+    for count in counts:
+        selections[f"random {count}"] = random_tokens(np.random.RandomState(0), nothing, count)
+        selections[f"stride {count}"] = strided_tokens(scenes, count)
+        selections[f"diverse {count}"] = diverse_tokens(visual, count)
+    for name, kept in selections.items():
+        scores = decoder.accuracy(features, blocks, kept)
+        log.info("%-12s %s", name, "  ".join(f"{family} {value:.3f}" for family, value in scores.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
