@@ -253,7 +253,6 @@ def selectors(repeats: int) -> None:
     for method, layers in methods:
         model = model_of_7b_width(layers)
         first_cut = method.layers[0] if isinstance(method, vtprune.TransPrune) else method.layer
-        prefill(model, method)
         clocks = [prefill(model, method) for _ in range(repeats)]
         session = statistics.median(clock.session for clock in clocks)
         full = statistics.median(seconds for clock in clocks for seconds in clock.own[:first_cut])

@@ -61,15 +61,16 @@ def coverage_order(
         ``(chosen,)`` long indices and ``(chosen,)`` float32 marginal gains, both in order of choice.
     """
     by_text, by_visual = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
-    covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1)
-    if exclude is None or len(exclude) == 0:
-        order, gains = _greedy(covers, k)
-        return torch.tensor(order, dtype=torch.long, device=covers.device), torch.tensor(gains, device=covers.device)
-    allowed = torch.ones(len(covers), dtype=torch.bool, device=covers.device)
-    allowed[torch.as_tensor(exclude, dtype=torch.long, device=covers.device)] = False
-    allowed = allowed.nonzero().flatten()
-    order, gains = _greedy(covers.index_select(0, allowed), k)
-    return allowed[order], torch.tensor(gains, device=covers.device)
+    # The search goes step by step and looks at little in each: on an accelerator it would do nothing but wait.
+    covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1).cpu()
+    allowed = torch.arange(len(covers))
+    if exclude is not None and len(exclude):
+        candidates = torch.ones(len(covers), dtype=torch.bool)
+        candidates[torch.as_tensor(exclude, dtype=torch.long, device="cpu")] = False
+        allowed = candidates.nonzero().flatten()
+        covers = covers.index_select(0, allowed)
+    order, gains = _greedy(covers, k)
+    return allowed[order].to(features.device), torch.tensor(gains, device=features.device)
 
 
 def max_coverage(
@@ -142,7 +143,7 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
             return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
             near.sort()
-            exact = _gains(covers, covered, torch.tensor(near, device=covers.device), torch.float64)
+            exact = _gains(covers, covered, torch.tensor(near), torch.float64)
             near = [near[exact.argmax()]]
             gain = exact.max().item()
         order.append(near[0])
