@@ -93,12 +93,12 @@ class Session:
     """
 
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+        self.adapter: Adapter = adapter_for(model)
         if any(module._compiled_call_impl is not None for module in model.modules()) or hasattr(model, "_orig_mod"):
             raise UnsupportedModelError(
                 "this model is compiled: its graph was traced without the hooks that pruning needs; prune the "
                 "uncompiled model"
             )
-        self.adapter: Adapter = adapter_for(model)
         self.methods = methods
         self.strict = strict
         self.text = text
@@ -124,6 +124,7 @@ class Session:
         reads_encoder = any(isinstance(r, EncoderFeatures) for r in requests)
         self._tap = EncoderTap(self.adapter, cls_layers, keep_features=reads_encoder, profile=profile)
         self._in_llm = InLLMStage(self.adapter, [m for m in active if m.stage == "in_llm"], shape, self._choose)
+        self._prunes = bool(active)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +192,7 @@ class Session:
         cache = kwargs.get("past_key_values")
         held = pruned_layers(cache)
         has_images = incoming is not None and incoming.features is not None
-        if cache is not None and (held or has_images):
+        if cache is not None and (held or (has_images and self._prunes)):
             check_cache(cache, self._owner)
         if not has_images:
             if not held:
@@ -203,7 +204,12 @@ class Session:
                 if hidden.shape[1] == 1 or given is None or bool(torch.as_tensor(given)[:, -hidden.shape[1] :].all()):
                     return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
-        call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
+        try:
+            call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
+        except UnsupportedStageError:
+            if self._prunes or held:
+                raise
+            return None  # nothing will be pruned, so there is nothing to refuse; only the report goes without
         if has_images:
             self._start_prefill(call, incoming)
             hidden = prune_before_llm(
@@ -298,7 +304,7 @@ class Session:
             self._last = None if call.ids is None else (incoming.features, call.ids)
         self._selector_seconds, self._started = 0.0, time.perf_counter()
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
-        if (self._before or self._in_llm.cuts) and not bool(features.isfinite().all()):
+        if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
 
     def _after_decoder(self, module, args, kwargs, output):
