@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
-from vtprune.cache import Owner, check_cache, pruned_layers
+from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.layout import Groups
 from vtprune.methods import MethodLike, build_methods
@@ -198,11 +198,8 @@ class Session:
             if not held:
                 self._report_text_only(hidden, kwargs, cache)
                 return None
-            if all(layer.layout.real is None and layer.layout.shift is None for layer in held):
-                # Every column of every layer is real and positions run on: only the mask's length would be wrong.
-                given = kwargs.get("attention_mask")
-                if hidden.shape[1] == 1 or given is None or bool(torch.as_tensor(given)[:, -hidden.shape[1] :].all()):
-                    return args, {**kwargs, "attention_mask": None}
+            if self._needs_no_mask(hidden.shape[1], kwargs.get("attention_mask"), held):
+                return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
         try:
             call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
@@ -222,6 +219,19 @@ class Session:
         kwargs["position_ids"] = call.positions_at(0)
         kwargs["attention_mask"] = call.padding_mask(0)
         return args, kwargs
+
+    def _needs_no_mask(self, length: int, mask: Tensor | None, held: list[PrunedLayer]) -> bool:
+        """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.
+
+        They are if every column is real, positions run on, and one mask (or none at all) fits every layer.
+        """
+        if any(layer.layout.real is not None or layer.layout.shift is not None for layer in held):
+            return False
+        back_end = self.adapter.text_config._attn_implementation
+        unmasked = length == 1 and (back_end == "sdpa" or "flash" in back_end)
+        if not unmasked and len({layer.layout.dropped for layer in held}) > 1:
+            return False
+        return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
 
     def _open_call(self, hidden: Tensor, kwargs: dict, incoming: _Incoming | None) -> Call:
         """The state of a call that carries images (`incoming`), or continues a pruned cache (None)."""
