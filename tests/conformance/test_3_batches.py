@@ -12,13 +12,15 @@ from .models import IMAGE_TOKEN, batch_of_three, prompts
 from .reference import ATOL, assert_recomputed, depth, generate, kept_columns, recompute
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
 @on_every_model()
-def test_left_padded_batch(model_name, name):
+def test_padded_batch(model_name, name, padding_side):
+    """Right padding, too: a pruned call drops padding, so that generation goes on from the last real token."""
     model = models.shared(model_name)
     batch = batch_of_three(model)
     with vtprune.prune(model, spec(name)) as session:
-        together = generate(model, batch.inputs())
-        kept = [kept_columns(session.report, batch, sample, depth(model)) for sample in range(3)]
+        together = generate(model, batch.inputs(padding_side))
+        kept = [kept_columns(session.report, batch, sample, depth(model), padding_side) for sample in range(3)]
         for sample in range(3):
             single = batch.one(sample)
             alone = generate(model, single.inputs())
