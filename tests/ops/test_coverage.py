@@ -53,6 +53,19 @@ def test_duplicates_are_taken_lowest_index_first(seed):
     assert coverage_order(*inputs, 30)[0].tolist() == dense_greedy(stacked(inputs), 30)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_near_ties_below_rounding_cost_nothing(seed):
+    """Clusters a thousandth wide: after one of each, gains differ by less than rounding, which then decides."""
+    generator = torch.Generator().manual_seed(seed)
+    of = torch.randint(20, (320,), generator=generator)
+    centres = torch.randn(20, 64, generator=generator)[of]
+    noise = torch.randn(2, 320, 64, generator=generator) / 1000
+    inputs = (centres + noise[0], centres + noise[1], torch.randn(12, 64, generator=generator))
+    matrix = stacked(inputs)
+    ours, dense = (matrix[:, order].amax(1).sum() for order in (max_coverage(*inputs, 60), dense_greedy(matrix, 60)))
+    assert ours == pytest.approx(dense.item(), rel=1e-6)
+
+
 def test_all_tokens_alike_gives_the_first_ones():
     alike = torch.ones(300, 8)
     assert max_coverage(alike, alike, alike[:3], 20).tolist() == list(range(20))

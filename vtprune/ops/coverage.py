@@ -12,9 +12,11 @@ from vtprune.errors import VTPruneError
 # Elements of one batch of candidates: below the size from which torch splits an operation over threads. Waking them
 # costs more than the work; on a busy machine, many times more.
 _BATCH_ELEMENTS = 16_000
-# Float32 gains closer than this (relative to the best one) are compared again in float64: far above the rounding
-# error of a sum of a few thousand positive terms, far below the usual distance of two candidates.
-_TIE = 1e-5
+# Gains closer than this (relative to the best one) are computed again, in the order of summation of a dense greedy: far
+# above the rounding error (cascaded float32 sums of positive terms), far below the usual distance of two gains.
+_TIE = 1e-6
+# Columns that torch sums side by side; it sums those left over at the end of a row in another order.
+_COLUMN_BLOCK = 64
 _REFERENCE_TARGET = 64
 
 
@@ -143,9 +145,8 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
             return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
             near.sort()
-            exact = _gains(covers, covered, torch.tensor(near), torch.float64)
-            near = [near[exact.argmax()]]
-            gain = exact.max().item()
+            close = _gains_by_column(covers, covered, near)
+            near, gain = [near[close.argmax()]], close.max().item()
         order.append(near[0])
         gains.append(gain)
         torch.maximum(covered, covers[near[0]], out=covered)
@@ -172,14 +173,22 @@ def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[l
         batch *= 2
 
 
-def _gains(covers: Tensor, covered: Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What each of the candidates ``index`` would add to ``covered``: ``(candidates,)`` of ``dtype``."""
-    covered = covered.to(dtype)
+def _gains(covers: Tensor, covered: Tensor, index: Tensor) -> Tensor:
+    """What each of the candidates ``index`` would add to ``covered``: ``(candidates,)``."""
     parts = [
-        covers.index_select(0, part).to(dtype).sub_(covered).clamp_min_(0).sum(dim=1)
-        for part in index.split(_batch_rows(covers))
+        covers.index_select(0, part).sub_(covered).clamp_min_(0).sum(dim=1) for part in index.split(_batch_rows(covers))
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _gains_by_column(covers: Tensor, covered: Tensor, near: list[int]) -> Tensor:
+    """The same, summed in the order in which torch sums the columns of a wide matrix.
+
+    Candidates closer than float32 rounding are then ranked as by a dense greedy on the ``(rows, n)`` matrix.
+    """
+    filled = near + near[:1] * (-len(near) % _COLUMN_BLOCK)
+    columns = covers.index_select(0, torch.tensor(filled)).T.contiguous()
+    return columns.sub_(covered[:, None]).clamp_min_(0).sum(dim=0)[: len(near)]
 
 
 def _batch_rows(covers: Tensor) -> int:
