@@ -17,10 +17,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ``x`` rotated, same shape. With ``rotary_dim < head_dim`` the remaining dimensions pass unchanged.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1).to(x.dtype)
+    rotary_dim = cos.shape[-1]
+    half = rotary_dim // 2
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    # In place on the one new tensor: keys of a whole prompt are large, and each temporary would cost a pass over them.
+    result = turned * cos
+    result[..., :half].addcmul_(turned[..., half:], sin[..., :half], value=-1)
+    result[..., half:].addcmul_(turned[..., :half], sin[..., half:])
+    result = result.to(x.dtype)
+    return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
 
 
 def attention_rows(queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
