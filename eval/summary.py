@@ -144,7 +144,8 @@ def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _by_ratio(results: Sequence[Record], show: Callable[[Entry], str]) -> str:
+def budget_table(results: Sequence[Record], show: Callable[[Entry], str]) -> str:
+    """Markdown table of methods by budgets; `show` fills a place."""
     columns = ratios(results)
     body = []
     for label, by_ratio in rows(results).items():
@@ -197,10 +198,10 @@ def summary_markdown(results: Sequence[Record]) -> str:
     parts = [
         f"# {first['task']}: {first['config']['model']}, {first['n']} examples",
         "![accuracy against visual tokens and FLOPs](pareto.png)",
-        *("## Accuracy", _ON_ACCURACY, _by_ratio(results, accuracy)),
-        *("## Retention", _ON_RETENTION, _by_ratio(results, retention)),
-        *("## Visual tokens, measured", _ON_TOKENS, _by_ratio(results, tokens)),
-        *("## Prefill cost", _ON_COST, _by_ratio(results, cost)),
+        *("## Accuracy", _ON_ACCURACY, budget_table(results, accuracy)),
+        *("## Retention", _ON_RETENTION, budget_table(results, retention)),
+        *("## Visual tokens, measured", _ON_TOKENS, budget_table(results, tokens)),
+        *("## Prefill cost", _ON_COST, budget_table(results, cost)),
         *("## By kind of question", _ON_FAMILIES),
     ]
     for ratio in ratios(results):
