@@ -251,10 +251,11 @@ class Session:
                 "chunked prefill); pass a 2D padding mask"
             )
         real = hidden.new_ones(batch, length, dtype=torch.bool)
-        past_real = None
-        if mask is not None:
+        past_real, unpadded = None, True
+        if mask is not None and (incoming is not None or length > 1):  # a single decoded token is never padding
             mask = mask.to(device=hidden.device, dtype=torch.bool)
             real = mask[:, -length:]
+            unpadded = bool(real.all())
             if past and not bool(mask[:, :past].all()):
                 past_real = mask[:, :past]
         positions = kwargs.get("position_ids")
@@ -278,6 +279,7 @@ class Session:
             ids=None if incoming is None else incoming.ids,
             embeddings=hidden,
             past_real=past_real,
+            unpadded=unpadded,
         )
 
     def _visual(self, incoming: _Incoming, hidden: Tensor) -> Tensor:

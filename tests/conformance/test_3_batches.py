@@ -50,9 +50,11 @@ def test_padded_forward(gqa, name, padding_side):
         torch.testing.assert_close(got[alive], expected[alive], atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("longest", [15, 90])
 @pytest.mark.parametrize("name", SPECS)
-def test_samples_with_and_without_images(gqa, name):
-    batch = prompts(gqa, "ttItttt", "tttt", "ttttttttttttttt", "tItIttt")
+def test_samples_with_and_without_images(gqa, name, longest):
+    """Also where the longest sample has no image, so that the batch gets no shorter."""
+    batch = prompts(gqa, "ttItttt", "tttt", "t" * longest, "tItIttt")
     with vtprune.prune(gqa, spec(name, positions="compact")) as session:
         output = generate(gqa, batch.inputs())
     assert session.report.counts[1:3].sum() == 0

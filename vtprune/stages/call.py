@@ -92,6 +92,10 @@ class Call:
     """(batch, length, dim): what came in, visual features in place."""
     past_real: Tensor | None
     """(batch, past) bool: padding already in a cache that was never pruned; None if there is none."""
+    unpadded: bool
+    """Whether `real` is known to be all True; asking a tensor would make an accelerator wait at every step."""
+    whole: Segment = field(init=False)
+    """The layout before any cut."""
     segments: list[Segment] = field(init=False)
     starts: list[int] = field(init=False)
     """First decoder layer of each segment."""
@@ -104,7 +108,8 @@ class Call:
 
     def __post_init__(self):
         labels = self.images.labels if self.images else torch.full_like(self.real, -1, dtype=torch.long)
-        self.segments, self.starts = [Segment.whole(self.real, labels)], [0]
+        self.whole = Segment.whole(self.real, labels)
+        self.segments, self.starts = [self.whole], [0]
         layers = pruned_layers(self.cache)
         self.wrapped = bool(layers)
         if self.wrapped:
@@ -121,7 +126,8 @@ class Call:
     @property
     def pruned(self) -> bool:
         """Whether this call has dropped anything so far."""
-        return self.segment.dropped > 0
+        # Not by length: the longest sample of a batch may have lost nothing.
+        return self.segment is not self.whole
 
     def segment_at(self, layer: int) -> Segment:
         return self.segments[bisect_right(self.starts, layer) - 1]
@@ -197,9 +203,9 @@ class Call:
             if key not in memo:
                 layout, physical = self.before[i]
                 segment = self.segment_at(i)
-                memo[key] = layout.extend(
-                    segment.columns.shape[1], segment.padding(), segment.dropped, self._shift(segment), physical
-                )
+                plain = self.unpadded and segment is self.whole
+                padding, shift = (None, None) if plain else (segment.padding(), self._shift(segment))
+                memo[key] = layout.extend(segment.columns.shape[1], padding, segment.dropped, shift, physical)
             self.cache.layers[i].layout = memo[key]
 
     def _shift(self, segment: Segment) -> Tensor | None:
