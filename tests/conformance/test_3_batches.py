@@ -32,13 +32,16 @@ def test_padded_batch(model_name, name, padding_side):
             assert torch.equal(together.sequences[sample, -new:], alone.sequences[0, -new:])
 
 
+@pytest.mark.parametrize(
+    "layouts", [("tItttt", "ttIttItttttt"), ("tItttt", "t" * 90)], ids=["images", "longest-has-none"]
+)
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("name", SPECS)
-def test_padded_forward(gqa, name, padding_side):
-    """Logits of all surviving columns, in place, for scoring."""
-    batch = batch_of_three(gqa)
+def test_padded_forward(gqa, name, padding_side, layouts):
+    """Logits of all surviving columns, in place, for scoring; also where the batch gets no shorter."""
+    batch = prompts(gqa, *layouts)
     with vtprune.prune(gqa, spec(name, positions="original")) as session:
-        logits = gqa(**batch.inputs(padding_side)).logits
+        logits = gqa(**batch.inputs(padding_side), use_cache=False).logits
     assert logits.shape[:2] == batch.inputs()["input_ids"].shape
     for sample, ids in enumerate(batch.ids):
         kept = kept_columns(session.report, batch, sample, depth(gqa), padding_side)
