@@ -48,7 +48,7 @@ class InLLMStage:
                 self.cuts.setdefault(layer, []).append((method, number))
         self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
         self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
-        self.call: Call | None = None
+        self.end()
 
     def install(self) -> list[RemovableHandle]:
         handles = []
@@ -65,14 +65,15 @@ class InLLMStage:
     def begin(self, call: Call) -> None:
         """Follow a forward call of the language model until `end`."""
         self.call = call
-        self._transitions: dict[int, Tensor] = {}
-        self._projected: dict[tuple[int, str], Tensor] = {}
-        self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
         self._entering = call.segment.visual.sum(1).cpu()
         self._selecting = call.images is not None and bool(self.cuts)
 
     def end(self) -> None:
-        self.call = None
+        """Forget the call and everything measured in it."""
+        self.call: Call | None = None
+        self._transitions: dict[int, Tensor] = {}
+        self._projected: dict[tuple[int, str], Tensor] = {}
+        self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
