@@ -47,7 +47,7 @@ from digitscenes_data import (
 from torch import nn
 
 from vtprune.eval import digitscenes
-from vtprune.eval.digitscenes.model import VISUAL_TOKENS, build_model, build_processor
+from vtprune.eval.digitscenes.model import GRID, VISUAL_TOKENS, build_model, build_processor
 from vtprune.eval.digitscenes.questions import FAMILIES
 
 log = logging.getLogger("digitscenes")
@@ -111,8 +111,9 @@ def train(stage: Stage, module: nn.Module, out: Path) -> None:
     if path.exists():
         state = torch.load(path, weights_only=True)
         module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
+        if step < stage.steps:
+            optimiser.load_state_dict(state["optimiser"])
         log.info("%s: resumed at step %d of %d", stage.name, step, stage.steps)
     module.train()
     start, first = time.time(), step
@@ -154,18 +155,28 @@ def encode(tower, pixels: torch.Tensor, device) -> torch.Tensor:
 
 
 class Decoder:
-    """Projector and language model over cached encoder features."""
+    """Projector and language model over cached encoder features.
+
+    places: the question after the first decoder layers in which row and column of the grid the digit under a visual
+    token has its centre; not part of the model. Without it the outermost digit is not found (positions are then a small
+    and smooth part of a token, over which attention does not learn to be sharp).
+    """
+
+    PLACE_LAYER = 3
 
     def __init__(self, model, device):
         self.model, self.device = model, device
+        self.places = nn.Linear(model.config.text_config.hidden_size, 2 * GRID, device=device)
         self.digit_word = torch.tensor([0] + [WORD[str(k)] for k in range(10)], device=device)
         self.colour_word = torch.tensor([0] + [WORD[name] for name in COLOUR_NAMES], device=device)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.model.model.multi_modal_projector(features)
 
-    def hidden(self, visual: torch.Tensor, kept: torch.Tensor, pack: Pack, compact: bool) -> torch.Tensor:
-        """Last hidden states, (scenes, prefix + kept + text, dim). visual: projected kept tokens. kept: their indices.
+    def hidden(self, visual: torch.Tensor, kept: torch.Tensor, pack: Pack, compact: bool) -> tuple[torch.Tensor, ...]:
+        """Hidden states of every layer, each (scenes, prefix + kept + text, dim), the last one normalised.
+
+        visual: projected kept tokens, (scenes, kept, dim). kept: their indices.
 
         `compact` renumbers the positions of the kept tokens; else they keep theirs and text follows the full image.
         """
@@ -185,14 +196,20 @@ class Decoder:
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         mask = causal & ((block[:, None] == 0) | (block[:, None] == block[:, :, None]))
         return self.model.model.language_model(
-            inputs_embeds=embeddings, attention_mask=mask[:, None], position_ids=position, use_cache=False
-        ).last_hidden_state
+            inputs_embeds=embeddings,
+            attention_mask=mask[:, None],
+            position_ids=position,
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
 
     def loss(self, features, data: Data, rows, kept, pack: Pack, compact: bool, naming: float):
-        """Cross-entropy of the answers, and `naming` times that of the words for what each visual token lies on."""
+        """Cross-entropy of the answers, and `naming` times that of the words for what each visual token lies on, and of
+        where that digit is."""
         count, before, head = kept.shape[1], len(PREFIX), self.model.lm_head
         gathered = features[rows].gather(1, kept.to(features.device)[..., None].expand(-1, -1, features.shape[-1]))
-        hidden = self.hidden(self.project(gathered.to(self.device)), kept, pack, compact)
+        states = self.hidden(self.project(gathered.to(self.device)), kept, pack, compact)
+        hidden = states[-1]
         target = pack.target.to(self.device)
         wanted = target != IGNORE
         each = F.cross_entropy(head(hidden[:, before + count :][wanted]), target[wanted], reduction="none")
@@ -210,8 +227,12 @@ class Decoder:
             )
             said = said[..., 0] / 2
             name = (said * on).sum() / on.sum().clamp(min=1) + 0.2 * (said * ~on).sum() / (~on).sum().clamp(min=1)
-            parts["naming"] = name.item()
-            loss = loss + naming * name
+            middle = states[self.PLACE_LAYER][:, before : before + count][on]
+            logits = self.places(F.rms_norm(middle, middle.shape[-1:])).unflatten(-1, (2, GRID))
+            centre = data.centre[rows].gather(1, kept[..., None].expand(-1, -1, 2)).to(self.device)[on]
+            place = F.cross_entropy(logits.flatten(0, 1), (centre * GRID).long().flatten())
+            parts |= dict(naming=name.item(), place=place.item())
+            loss = loss + naming * (name + 2 * place)
         return loss, parts
 
     @torch.no_grad()
@@ -222,7 +243,7 @@ class Decoder:
         for rows in torch.arange(len(blocks)).split(50):
             pack = Pack.of([blocks[i] for i in rows])
             gathered = features[rows].gather(1, kept[rows][..., None].expand(-1, -1, features.shape[-1]))
-            hidden = self.hidden(self.project(gathered.to(self.device)), kept[rows], pack, compact=False)
+            hidden = self.hidden(self.project(gathered.to(self.device)), kept[rows], pack, compact=False)[-1]
             text = hidden[:, len(PREFIX) + kept.shape[1] :]
             said = self.model.lm_head(text[pack.answers.to(self.device)]).argmax(-1).cpu()
             for family, ok in zip(pack.families, (said == pack.target[pack.answers]).tolist(), strict=True):
@@ -281,7 +302,7 @@ def main(
         if captioned:
             pack = Pack.of([caption_blocks(rng, data.digits[i]) for i in rows])
         else:
-            pack = Pack.of([question_blocks(rng, data.digits[i], families * 2) for i in rows])
+            pack = Pack.of([question_blocks(rng, data.digits[i], families * 2 + ["position"] * 3) for i in rows])
         if captioned and stage == 2:  # background is dropped for speed, no digit is
             count = rng.randint(int(on_digit.sum(1).max()), VISUAL_TOKENS)
             kept = random_tokens(rng, on_digit, count, bias=1.0)
@@ -304,11 +325,13 @@ def main(
 
     stages = (
         Stage("captions", caption_steps, 1e-3, lambda step: decoder_loss(step, 2, 1.0, 0.5, 0.0)),
-        Stage("questions", question_steps, 1e-3, lambda step: decoder_loss(step, 3, 0.2, 0.1, 0.4), check),
-        Stage("variable", variable_steps, 6e-4, lambda step: decoder_loss(step, 4, 0.12, 0.0, 0.75), check),
+        Stage("questions", question_steps, 1e-3, lambda step: decoder_loss(step, 3, 0.15, 0.3, 0.4), check),
+        Stage("variable", variable_steps, 8e-4, lambda step: decoder_loss(step, 4, 0.12, 0.3, 0.75), check),
     )
     for stage in stages:
-        train(stage, nn.ModuleList([model.model.multi_modal_projector, model.model.language_model]), out)
+        train(
+            stage, nn.ModuleList([model.model.multi_modal_projector, model.model.language_model, decoder.places]), out
+        )
 
     folder = save_to or out / "model"
     model.eval().save_pretrained(folder)

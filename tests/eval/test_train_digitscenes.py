@@ -34,7 +34,7 @@ def test_packed_questions_see_what_a_prompt_sees(script):
     pack = script.Pack.of([[script.Block.make(e.question, [e.answer], e.family) for e in examples]])
     decoder = script.Decoder(model, "cpu")
     visual = decoder.project(script.encode(model.model.vision_tower, pixels, "cpu"))
-    hidden = decoder.hidden(visual, script.strided_tokens(1, VISUAL_TOKENS), pack, compact=False)
+    hidden = decoder.hidden(visual, script.strided_tokens(1, VISUAL_TOKENS), pack, compact=False)[-1]
     packed = model.lm_head(hidden[:, len(script.PREFIX) + VISUAL_TOKENS :])[pack.answers]
 
     texts = [f"USER: <image> {e.question} ASSISTANT:" for e in examples]
