@@ -7,11 +7,13 @@
 Four stages, each in its own file of OUT (weights, optimiser, step; replaced atomically), so that one can be repeated by
 deleting its file and those after it:
 
-1. encoder: the CLIP ViT alone. Each patch names its digit, its colour and the digit's place at the feature layer, and
-   CLS lists the digits and colours of the image, so that its attention comes to mean something.
+1. encoder: the CLIP ViT alone. At the feature layer each patch on a digit names the digit, its colour and its centre
+   and draws its 8 x 8 original, and CLS lists the digits and colours of the image, so that its attention comes to mean
+   something. Most background patches are left out of the first 90 % of the steps, for speed.
 2. captions: projector and decoder, the encoder frozen and its features cached. Lists of what is in the scene: pairs of
    colour and digit (binding), digits in spatial order, colours in order of value. The language-model head also
-   names what each visual token lies on. Without this stage binding is not learned.
+   names what each visual token lies on, and an early decoder layer where that digit is. Without this stage binding is
+   not learned.
 3. questions: many questions share one scene in one sequence. A block mask shows each question the prompt, the visual
    tokens and itself, so training sees exactly what a test prompt looks like.
 4. variable: as before, mostly with a random part of the visual tokens, so that pruned inputs are nothing new.
@@ -254,11 +256,11 @@ class Decoder:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
     save_to: Annotated[Path | None, typer.Option(help="Where the model goes; default OUT/model.")] = None,
-    scenes: Annotated[int, typer.Option(help="Training scenes, held in memory.")] = 14000,
-    encoder_steps: int = 1500,
-    caption_steps: int = 700,
+    scenes: Annotated[int, typer.Option(help="Training scenes, held in memory.")] = 16000,
+    encoder_steps: int = 2000,
+    caption_steps: int = 500,
     question_steps: int = 1200,
-    variable_steps: int = 1500,
+    variable_steps: int = 1250,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: int = 2,
     seed: int = 0,
@@ -338,7 +340,7 @@ def main(
     build_processor().save_pretrained(folder)
     log.info("saved to %s; accuracy on the test set:", folder)
     test = digitscenes.examples()
-    pixels = torch.stack([torch.from_numpy(np.asarray(e.image)).permute(2, 0, 1) for e in test])
+    pixels = torch.stack([torch.from_numpy(np.array(e.image)).permute(2, 0, 1) for e in test])
     questions = [[Block.make(e.question, [e.answer], e.family)] for e in test]
     log_table(decoder, encode(tower, pixels, device), questions, (72, 36, 16, 8))
 
