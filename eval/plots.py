@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pareto.png`: accuracy against measured visual tokens and against FLOPs. Importing this module imports matplotlib."""
+"""`pareto.png`, accuracy against measured visual tokens and FLOPs, and `families.png`, the same by kind of question.
+
+Importing this module imports matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    _panel(left, results, lambda entry: entry.mean("measured_keep_ratio") * entry.mean("visual_tokens"))
+    _panel(left, results, _average_tokens)
     _panel(right, results, lambda entry: entry.mean("prefill_flops"))
     first = results[0]
     left.set_ylabel("accuracy (%)")
@@ -56,7 +59,44 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]) -> None:
+def families(results: Sequence[Record], path: Path) -> None:
+    """Draws accuracy against visual tokens to a PNG, one panel a kind of question; without intervals, for legibility.
+
+    Args:
+        results: lines of `results.jsonl`; cells without numbers are left out.
+        path: the PNG.
+    """
+    names = list(results[0]["family_scores"])
+    lines = -(-len(names) // 3)
+    figure = Figure(figsize=(12.5, 3.3 * lines), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        _panel(axes, results, _average_tokens, family=name)
+        axes.set_title(name, fontsize=10)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("visual tokens measured, averaged over decoder layers", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _average_tokens(entry: Entry) -> float:
+    return entry.mean("measured_keep_ratio") * entry.mean("visual_tokens")
+
+
+def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:
+    """One plot of score against cost: over all questions with intervals, or over one family without."""
+
+    def points(entry: Entry) -> tuple[float, float, float]:
+        if family is not None:
+            score = 100 * entry.family(family)
+            return score, score, score
+        low, high = entry.interval
+        return 100 * entry.mean("score"), 100 * low, 100 * high
+
     axes.set_xscale("log")
     colours = iter(_COLOURS * len(results))
     marker = iter(_MARKERS * len(results))
@@ -65,21 +105,22 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
         entries = sorted((entry for entry in by_ratio.values() if entry.ok), key=cost)
         if label in ("full", "zero"):
             style = {"color": "black", "linestyle": "-" if label == "full" else "--", "linewidth": 1.2}
-            axes.axhline(100 * entries[0].mean("score"), label=label, zorder=1, **style)
-            axes.axhspan(*(100 * bound for bound in entries[0].interval), color="black", alpha=0.06, linewidth=0)
+            score, low, high = points(entries[0])
+            axes.axhline(score, label=label, zorder=1, **style)
+            axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
             continue
         colour = _PLAIN.get(label) or next(colours)
         shape = next(marker)
         if not entries:  # every budget under its floor: the legend still says that the method was asked for
             axes.plot([], [], color=colour, marker=shape, label=f"{label} (no cell)")
             continue
-        score = [100 * entry.mean("score") for entry in entries]
-        below = [y - 100 * entry.interval[0] for y, entry in zip(score, entries, strict=True)]
-        above = [100 * entry.interval[1] - y for y, entry in zip(score, entries, strict=True)]
+        score, low, high = zip(*map(points, entries), strict=True)
+        below = [y - bound for y, bound in zip(score, low, strict=True)]
+        above = [bound - y for y, bound in zip(score, high, strict=True)]
         axes.errorbar(
             [cost(entry) * _DODGE**place for entry in entries],
             score,
-            yerr=[below, above],
+            yerr=None if family else [below, above],
             label=label,
             color=colour,
             marker=shape,

@@ -31,7 +31,7 @@ _NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
-    """Runs every cell that `config.output` does not hold yet; writes `results.jsonl`, `summary.md`, `pareto.png` there.
+    """Runs every cell that `config.output` does not hold yet; writes `results.jsonl`, `summary.md` and plots there.
 
     Args:
         config: what to run, from `load_config`.
@@ -56,7 +56,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
 
 
 def _run(config: EvalConfig, console: Console) -> list[Record]:
-    from vtprune.eval.plots import pareto
+    from vtprune.eval.plots import families, pareto
     from vtprune.eval.summary import summary_markdown
 
     cells = expand(config)
@@ -79,6 +79,7 @@ def _run(config: EvalConfig, console: Console) -> list[Record]:
     write_atomically(config.output / "results.jsonl", b"".join(map(to_line, results)))
     write_atomically(config.output / "summary.md", summary_markdown(results).encode())
     pareto(results, config.output / "pareto.png")
+    families(results, config.output / "families.png")
     return results
 
 

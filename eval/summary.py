@@ -39,6 +39,10 @@ class Entry:
         values = [cell[key] for cell in self.cells]
         return None if None in values else mean(values)
 
+    def family(self, name: str) -> float:
+        """Mean score over the seeds in one kind of question."""
+        return mean(cell["family_scores"][name] for cell in self.cells)
+
     @property
     def spread(self) -> float | None:
         """Standard deviation of the score over the seeds, None for a single one."""
@@ -164,7 +168,7 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
         entry = by_ratio.get(ratio) or by_ratio.get(1.0) or by_ratio.get(0.0)  # the last two: full and zero
         if entry is None or not entry.ok:
             continue
-        body.append([label, *(percent(mean(c["family_scores"][f] for c in entry.cells)) for f in families)])
+        body.append([label, *(percent(entry.family(f)) for f in families)])
     return _markdown_table(["method", *families], body)
 
 
@@ -202,7 +206,7 @@ def summary_markdown(results: Sequence[Record]) -> str:
         *("## Retention", _ON_RETENTION, budget_table(results, retention)),
         *("## Visual tokens, measured", _ON_TOKENS, budget_table(results, tokens)),
         *("## Prefill cost", _ON_COST, budget_table(results, cost)),
-        *("## By kind of question", _ON_FAMILIES),
+        *("## By kind of question", _ON_FAMILIES, "![accuracy by kind of question](families.png)"),
     ]
     for ratio in ratios(results):
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]

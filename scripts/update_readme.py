@@ -27,7 +27,7 @@ def main(
     records = read_results(results / "results.jsonl")
     docs = ROOT / "docs" / "quickstart"
     docs.mkdir(parents=True, exist_ok=True)
-    for name in ("pareto.png", "summary.md"):
+    for name in ("pareto.png", "families.png", "summary.md"):
         shutil.copyfile(results / name, docs / name)
     first = records[0]
     text = (

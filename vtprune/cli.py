@@ -52,7 +52,7 @@ def evaluate(
     results = run(settings, Console(stderr=True))
     console = Console()
     console.print(terminal_table(results))
-    console.print(f"results.jsonl, summary.md and pareto.png are in {settings.output}", highlight=False)
+    console.print(f"results.jsonl, summary.md, pareto.png and families.png are in {settings.output}", highlight=False)
 
 
 @app.command()

@@ -118,7 +118,8 @@ def test_the_folder_holds_a_summary_and_a_plot(finished):
     for record in results:
         assert f"| {record['label']} |" in summary
     assert results[0]["versions"]["torch"] in summary
-    assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("pareto.png", "families.png"):
+        assert (output / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_killed_and_started_again_gives_the_same_file(finished, config_file, tmp_path):
