@@ -158,12 +158,12 @@ class Progressive(InLLM):
         return torch.tensor(rows, dtype=torch.long).T
 
 
-class Scorer:
+class Scorer(ABC):
     """Mixin for methods that give every token a score and keep the best of each group."""
 
+    @abstractmethod
     def scores(self, tokens: VisualTokens) -> Tensor:
         """(groups, tokens) float, larger is better; padding is ignored."""
-        raise NotImplementedError  # abstract
 
     def select(self, tokens: VisualTokens) -> Selection:
         return Selection(top_k_mask(self.scores(tokens), tokens.valid, tokens.budget))
