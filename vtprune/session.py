@@ -79,7 +79,6 @@ class _Incoming:
 
     ids: Tensor | None
     embeddings: Tensor | None
-    mask: Any
     features: Any
     """The object that stands for this call's pixels or encoded images; None if there are none."""
     encoded: bool
@@ -177,7 +176,6 @@ class Session:
         self._incoming = _Incoming(
             ids=kwargs.get("input_ids", args[0] if args else None),
             embeddings=kwargs.get("inputs_embeds"),
-            mask=kwargs.get("attention_mask"),
             features=(encoded or pixels or [None])[0],
             encoded=bool(encoded),
         )
@@ -198,6 +196,7 @@ class Session:
             if not held:
                 self._report_text_only(hidden, kwargs, cache)
                 return None
+            self._refuse_window(held[0].get_seq_length() + hidden.shape[1])
             if self._needs_no_mask(hidden.shape[1], kwargs.get("attention_mask"), held):
                 return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
@@ -303,21 +302,24 @@ class Session:
 
     def _start_prefill(self, call: Call, incoming: _Incoming) -> None:
         """Check what is about to be pruned, and find out whether its choices were made before."""
-        self._replayed, replay = [], False
-        if incoming.encoded and call.cache is None and call.ids is not None and self._last is not None:
-            # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
-            features, ids = self._last
-            same_shape = len(ids) == call.batch and ids.shape[1] < call.length
-            replay = features is incoming.features and same_shape and torch.equal(call.ids[:, : ids.shape[1]], ids)
-        if replay:
+        # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
+        replayable = incoming.encoded and call.cache is None and call.ids is not None
+        if replayable and self._last is not None and self._continues(incoming.features, call.ids, *self._last):
             self._replayed = list(self._choices)
         else:
-            self._choices = []
-            self._last = None if call.ids is None else (incoming.features, call.ids)
+            self._replayed, self._choices = [], []
+            self._last = (incoming.features, call.ids) if replayable else None
         self._selector_seconds, self._started = 0.0, time.perf_counter()
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
+
+    @staticmethod
+    def _continues(features: Any, ids: Tensor, earlier_features: Any, earlier_ids: Tensor) -> bool:
+        """Whether a call holds the same images and longer prompts than an earlier one."""
+        length = earlier_ids.shape[1]
+        same_batch = features is earlier_features and len(ids) == len(earlier_ids) and ids.shape[1] > length
+        return same_batch and torch.equal(ids[:, :length], earlier_ids)
 
     def _after_decoder(self, module, args, kwargs, output):
         call = self._call
