@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every target sets up what it needs. PYTHON is the interpreter that a missing .venv is made with.
+# ARGS goes to pytest: make test ARGS="tests/ops -x".
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ quickstart: $(VENV)/.installed-eval
 	$(BIN)/vtprune eval eval/configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
