@@ -10,7 +10,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from vtprune.config import load_method_file, nearest
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.base import BeforeLLM, InLLM, Method, Progressive, Scorer
 from vtprune.methods.divprune import DivPrune
@@ -79,6 +78,8 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters) -> Method
 
     Raises ConfigError (unknown name or parameter, with the nearest known ones) or BudgetError.
     """
+    from vtprune.config import nearest  # brings pydantic, which is slow to import
+
     if isinstance(spec, Method):
         name, given = spec.name, {}
         cls, fields = type(spec), {f.name for f in dataclasses.fields(spec)}
@@ -103,6 +104,8 @@ def build_methods(spec: MethodLike, **parameters) -> list[Method]:
     A string that ends in .yaml or .yml, or a Path, is read as a file. `parameters` are for a single method only.
     """
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
+        from vtprune.config import load_method_file
+
         try:
             return build_methods(load_method_file(spec), **parameters)
         except (ConfigError, BudgetError) as error:

@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
@@ -20,14 +20,16 @@ from vtprune.errors import BudgetError, ConfigError
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
-KeepRatio = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+KeepRatio = Annotated[float, Interval(gt=0, le=1)]
+Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 @functools.cache
-def _checks(cls: type) -> dict[str, TypeAdapter]:
+def _checks(cls: type) -> dict[str, Callable]:
+    from pydantic import TypeAdapter  # slow to import, and not needed before the first method is made
+
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {field.name: TypeAdapter(hints[field.name]).validate_python for field in dataclasses.fields(cls)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,15 @@ class Method(ABC):
     """Whether keep_ratio or keep_tokens must be given (a published schedule makes it optional)."""
 
     keep_ratio: KeepRatio | None = None
-    keep_tokens: Annotated[int, Field(ge=0)] | None = None
+    keep_tokens: Annotated[int, Ge(0)] | None = None
     positions: Literal["original", "compact"] = "compact"
 
     def __post_init__(self):
+        from pydantic import ValidationError
+
         for name, check in _checks(type(self)).items():
             try:
-                object.__setattr__(self, name, check.validate_python(getattr(self, name)))
+                object.__setattr__(self, name, check(getattr(self, name)))
             except ValidationError as error:
                 kind = BudgetError if name in ("keep_ratio", "keep_tokens") else ConfigError
                 first = error.errors()[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import Progressive, Scorer, Share
@@ -31,7 +31,7 @@ class FastV(Scorer, Progressive):
     signal: ClassVar[str] = "attention in the LLM"
     paper: ClassVar[str] = "arXiv 2403.06764"
 
-    layer: Annotated[int, Field(ge=1)] | None = None
+    layer: Annotated[int, Ge(1)] | None = None
     share: Share = 0.5
     positions: Literal["original", "compact"] = "original"
 

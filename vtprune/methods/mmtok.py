@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from annotated_types import Ge, Gt
 
 from vtprune.methods.base import BeforeLLM
 from vtprune.ops.coverage import max_coverage
@@ -33,9 +33,9 @@ class MMTok(BeforeLLM):
     signal: ClassVar[str] = "coverage of text and image"
     paper: ClassVar[str] = "arXiv 2508.18264"
 
-    alpha: Annotated[float, Field(ge=0)] = 0.5
-    tau_text: Annotated[float, Field(gt=0)] = 0.02
-    tau_visual: Annotated[float, Field(gt=0)] = 0.2
+    alpha: Annotated[float, Ge(0)] = 0.5
+    tau_text: Annotated[float, Gt(0)] = 0.02
+    tau_visual: Annotated[float, Gt(0)] = 0.2
 
     def signals(self, shape: ModelShape):
         return EncoderFeatures(), TextEmbeddings(keywords=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
@@ -28,7 +28,7 @@ class Random(Scorer, BeforeLLM):
     name: ClassVar[str] = "random"
     signal: ClassVar[str] = "none"
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Ge(0)] = 0
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         groups, width = tokens.valid.shape
