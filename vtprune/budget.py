@@ -59,7 +59,7 @@ def check_floor(name: str, cuts: Sequence[int], depth: int, keep_ratio: float) -
         raise BudgetError(
             f"{name} keeps all visual tokens up to layer {cuts[0]} of {depth}, so its keep ratio cannot go under "
             f"{floor:.1%}; {keep_ratio:.1%} was asked for. Choose earlier layers, or compose it with a method before "
-            f"the LLM, e.g. ['mmtok', '{name}']",
+            f"the LLM: [{{'name': 'mmtok', 'keep_ratio': 0.25}}, '{name}']",
             floor=floor,
         )
 
