@@ -23,7 +23,7 @@ PAD, BOS, IMAGE_TOKEN, VOCABULARY = 0, 1, 120, 121
 INIT_STD = 0.2
 
 _VISION = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=INIT_STD)
-_TEXT = dict(
+TEXT = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
     intermediate_size=96,
@@ -40,7 +40,7 @@ def _config(name: str) -> LlavaConfig:
     if name == "mha":  # multi-head attention below a CLIP encoder, 36 visual tokens
         return LlavaConfig(
             vision_config=CLIPVisionConfig(**_VISION, num_hidden_layers=5, image_size=42, patch_size=7),
-            text_config=LlamaConfig(**_TEXT, num_hidden_layers=8, num_key_value_heads=4),
+            text_config=LlamaConfig(**TEXT, num_hidden_layers=8, num_key_value_heads=4),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
@@ -48,7 +48,7 @@ def _config(name: str) -> LlavaConfig:
     if name == "gqa":  # grouped-query attention with its own head width, several feature layers, 25 visual tokens
         return LlavaConfig(
             vision_config=CLIPVisionConfig(**_VISION, num_hidden_layers=6, image_size=40, patch_size=8),
-            text_config=LlamaConfig(**_TEXT, num_hidden_layers=6, num_key_value_heads=2, head_dim=24),
+            text_config=LlamaConfig(**TEXT, num_hidden_layers=6, num_key_value_heads=2, head_dim=24),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=[-3, -2],
             vision_feature_select_strategy="default",
@@ -58,7 +58,7 @@ def _config(name: str) -> LlavaConfig:
             vision_config=SiglipVisionConfig(
                 **_VISION, num_hidden_layers=4, image_size=32, patch_size=8, vision_use_head=False
             ),
-            text_config=Qwen2Config(**_TEXT, num_hidden_layers=6, num_key_value_heads=2),
+            text_config=Qwen2Config(**TEXT, num_hidden_layers=6, num_key_value_heads=2),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
@@ -68,16 +68,28 @@ def _config(name: str) -> LlavaConfig:
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A freshly built model; the same name gives the same weights."""
+    return _initialised(_config(name), attention, seed=sum(map(ord, name))).to(dtype)
+
+
+def with_text_tower(text_config) -> LlavaForConditionalGeneration:
+    """A model with a language model of any kind below a CLIP encoder, 16 visual tokens."""
+    vision = CLIPVisionConfig(**_VISION, num_hidden_layers=4, image_size=32, patch_size=8)
+    return _initialised(
+        LlavaConfig(vision_config=vision, text_config=text_config, image_token_index=IMAGE_TOKEN), "sdpa", seed=0
+    )
+
+
+def _initialised(config: LlavaConfig, attention: str, seed: int) -> LlavaForConditionalGeneration:
     with torch.random.fork_rng():
-        torch.manual_seed(sum(map(ord, name)))
-        model = LlavaForConditionalGeneration._from_config(_config(name), attn_implementation=attention)
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
         # Some modules are initialised by fixed rules or to zero (biases): the range above does not reach them.
         for parameter_name, parameter in model.named_parameters():
             if "norm" not in parameter_name:
                 torch.nn.init.normal_(parameter, std=INIT_STD)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return model.eval().to(dtype)
+    return model.eval()
 
 
 @functools.cache

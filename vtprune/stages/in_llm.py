@@ -46,9 +46,22 @@ class InLLMStage:
             requests.update(method.signals(shape))
             for number, layer in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(layer, []).append((method, number))
+        if any(isinstance(r, (InstructionAttention, LastQueryAttention)) for r in requests):
+            self._check_attention()
         self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
         self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
         self.end()
+
+    def _check_attention(self) -> None:
+        """Raise unless rows of attention can be recomputed from the layers' own projections."""
+        layer = self.adapter.decoder_layers[0]
+        missing = [name for name in ("q_proj", "k_proj") if not hasattr(layer.self_attn, name)]
+        missing += [name for name in ("input_layernorm",) if not hasattr(layer, name)]
+        if missing:
+            raise UnsupportedStageError(
+                f"this method needs attention inside the LLM, which cannot be recomputed for a {type(layer).__name__} "
+                f"(no {', '.join(missing)}); methods before the LLM work: mmtok, divprune"
+            )
 
     def install(self) -> list[RemovableHandle]:
         handles = []
