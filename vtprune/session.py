@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
-from vtprune.layout import Groups
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import Method
 from vtprune.question import Text, embed_question
@@ -25,7 +23,7 @@ from vtprune.report import Report, Stretch, Timings
 from vtprune.signals import ClsAttention, EncoderFeatures
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call, Images
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.tokens import Selection, VisualTokens
 
@@ -309,7 +307,7 @@ class Session:
         else:
             self._replayed, self._choices = [], []
             self._last = (incoming.features, call.ids) if replayable else None
-        self._selector_seconds, self._started = 0.0, time.perf_counter()
+        self._selector_seconds, self._started = 0.0, self._clock()
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
@@ -338,7 +336,7 @@ class Session:
     # -- selection ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _choose(self, method: Method, tokens: VisualTokens, call: Call, groups: Groups) -> Selection:
+    def _choose(self, method: Method, tokens: VisualTokens) -> Selection:
         if self._replayed:
             selection = self._replayed.pop(0)
             self._replayed.append(selection)
@@ -355,9 +353,7 @@ class Session:
         return selection
 
     def _clock(self) -> float:
-        if self._profile and self.adapter.model.device.type == "cuda":
-            torch.cuda.synchronize(self.adapter.model.device)
-        return time.perf_counter()
+        return clock(self.adapter.model) if self._profile else 0.0
 
     # -- report -------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,14 @@ class TextEmbeddings:
 
 
 @dataclass(frozen=True)
+class SampleKeys:
+    """A list with one integer a group, a function of its sample's prompt and (before the LLM) its image alone.
+
+    For seeded randomness that does not depend on the rest of the batch.
+    """
+
+
+@dataclass(frozen=True)
 class LastQueryAttention:
     """(groups, heads, tokens): attention of the prompt's last token over the visual tokens in a decoder layer."""
 

@@ -52,9 +52,6 @@ class VisualTokens:
     """What `tokens[request]` looks up: see `vtprune.signals` for the requests."""
     grids: tuple[Grid | None, ...] = ()
     """One layout a group; None where the tokens are no longer a full grid."""
-    keys: tuple[int, ...] = ()
-    """One integer a group, a function of its sample's prompt and image alone: for seeded randomness that does not
-    depend on the rest of the batch."""
     shape: ModelShape | None = None
     layer: int | None = None
     """Decoder layer that will run next; None before the LLM."""

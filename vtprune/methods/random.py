@@ -11,7 +11,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
-from vtprune.tokens import VisualTokens
+from vtprune.signals import SampleKeys
+from vtprune.tokens import ModelShape, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,11 @@ class Random(Scorer, BeforeLLM):
 
     seed: Annotated[int, Ge(0)] = 0
 
+    def signals(self, shape: ModelShape):
+        return (SampleKeys(),)
+
     def scores(self, tokens: VisualTokens) -> Tensor:
-        groups, width = tokens.valid.shape
-        keys = tokens.keys or (0,) * groups
+        width = tokens.valid.shape[1]
         # The first `n` draws do not depend on how far a row is padded.
-        generators = (torch.Generator().manual_seed(self.seed * 1_000_003 + key) for key in keys)
+        generators = (torch.Generator().manual_seed(self.seed * 1_000_003 + key) for key in tokens[SampleKeys()])
         return torch.stack([torch.rand(width, generator=g) for g in generators]).to(tokens.valid.device)

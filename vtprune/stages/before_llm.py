@@ -12,12 +12,12 @@ from torch import Tensor
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM, Method
-from vtprune.signals import ClsAttention, EncoderFeatures, TextEmbeddings
+from vtprune.signals import ClsAttention, EncoderFeatures, SampleKeys, TextEmbeddings
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 from vtprune.tokens import Selection, VisualTokens
 
-Chooser = Callable[[Method, VisualTokens, Call, Groups], Selection]
+Chooser = Callable[[Method, VisualTokens], Selection]
 
 
 def prune_before_llm(
@@ -44,13 +44,9 @@ def prune_before_llm(
             budget=budget.to(hidden.device),
             signals=functools.partial(_signal, call, groups, tap, text),
             grids=whole,
-            keys=tuple(
-                call.prompt_key(row) + tap.image_key(image)
-                for row, image in zip(groups.rows.tolist(), images.encoded.tolist(), strict=True)
-            ),
             shape=call.adapter.shape,
         )
-        selection = choose(method, tokens, call, groups)
+        selection = choose(method, tokens)
         cut = call.apply(hidden, groups, selection, layer=0, compact=method.positions == "compact")
         if cut is not None:
             hidden = cut[0]
@@ -60,6 +56,9 @@ def prune_before_llm(
 def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):
     if isinstance(request, TextEmbeddings):
         return text(call, groups, request)
+    if isinstance(request, SampleKeys):
+        pairs = zip(groups.rows.tolist(), call.images.encoded.tolist(), strict=True)
+        return [call.prompt_key(row) + tap.image_key(image) for row, image in pairs]
     if not isinstance(request, (EncoderFeatures, ClsAttention)):
         raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
     images = call.images

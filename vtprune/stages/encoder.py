@@ -59,12 +59,11 @@ class EncoderTap:
         self.images, self.tokens, self.features, self.projected = 0, None, None, None
         self._pixels = args[0] if args else None
         self._rows.clear()
-        self._started = time.perf_counter() if self.profile else 0.0
+        self._started = clock(self.adapter.model) if self.profile else 0.0
 
     def _after_tower(self, module, args, output):
         if self.profile:
-            _synchronize(self.adapter.model)
-            self.seconds = time.perf_counter() - self._started
+            self.seconds = clock(self.adapter.model) - self._started
 
     def _after_projector(self, module, args, output):
         self.images, self.tokens = output.shape[:2]
@@ -113,6 +112,8 @@ class EncoderTap:
         return rows[..., rows.shape[-1] - self.tokens :]
 
 
-def _synchronize(model) -> None:
+def clock(model) -> float:
+    """Seconds, once everything queued on the model's device has run."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -24,6 +24,7 @@ from vtprune.signals import (
     InstructionAttention,
     LastQueryAttention,
     RowContext,
+    SampleKeys,
     Transition,
     decoder_attention_rows,
 )
@@ -148,11 +149,10 @@ class InLLMStage:
                 budget=torch.minimum(budget, alive).to(hidden.device),
                 signals=functools.partial(self._signal, i, hidden, groups),
                 grids=(None,) * len(alive),
-                keys=tuple(call.prompt_key(row) for row in range(call.batch)),
                 shape=self.shape,
                 layer=i,
             )
-            selection = self.choose(method, tokens, call, groups)
+            selection = self.choose(method, tokens)
             cut = call.apply(hidden, groups, selection, layer=i, compact=method.positions == "compact")
             if cut is not None:
                 hidden, index = cut
@@ -164,7 +164,7 @@ class InLLMStage:
                 }
         return hidden
 
-    def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor:
+    def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor | list[int]:
         if isinstance(request, Transition):
             done = [self._transitions[layer] for layer in request.layers if layer in self._transitions]
             if not done:
@@ -187,6 +187,8 @@ class InLLMStage:
             weights = decoder_attention_rows(queries, keys, rows, self._context(i, rope)).mean(1)
             valid = valid.to(weights.device)[..., None]
             return groups.gather((weights * valid).sum(1) / valid.sum(1))
+        if isinstance(request, SampleKeys):
+            return [self.call.prompt_key(row) for row in range(self.call.batch)]
         raise UnsupportedStageError(f"{type(request).__name__} is not available inside the LLM")
 
     def _over_groups(self, weights: Tensor, groups: Groups) -> Tensor:
