@@ -4,25 +4,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vtprune.tokens import Grid, ModelShape
+from vtprune.tokens import Grid, Medium, ModelShape
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Kind of medium -> the argument that carries its pixels."""
 
 
 class Adapter(ABC):
     """Facts about one loaded model. One subclass a model family; it holds the model and changes nothing in it.
 
-    Subclasses set `model_types` and implement the abstract properties; the defaults fit models whose encoder layers
-    have an attention module with separate `q_proj` and `k_proj`.
+    A *kind* is "image" or "video". transformers encodes all media of a kind of a batch in one call of the base model's
+    `get_image_features` or `get_video_features`; the *inputs* below are that call's arguments by name. The defaults fit
+    models with one tower (CLIP's or SigLIP's), whose tokens pass the projector one by one, one block an image.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of `model.config.model_type` this adapter is for."""
     family: ClassVar[str]
     """What people call the family, for tables."""
+    layout: ClassVar[str]
+    """The visual tokens of an image (and a video) in a few words, for tables."""
+    cls_token: ClassVar[str] = "no"
+    """Whether the encoder has a CLS token, for tables: "yes", "no", or when."""
+    tiles_adjoin: ClassVar[bool] = False
+    """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -32,6 +43,8 @@ class Adapter(ABC):
     def refuses(cls, config) -> str | None:
         """Why a config of this family is not supported after all; None if it is."""
         return None
+
+    # -- the language model -------------------------------------------------------------------------------------
 
     @property
     def base(self) -> nn.Module:
@@ -52,35 +65,107 @@ class Adapter(ABC):
         return self.config.get_text_config()
 
     @property
-    @abstractmethod
-    def vision_tower(self) -> nn.Module:
-        """The vision encoder; called once for all images of a batch."""
+    def visual_token_ids(self) -> Mapping[str, int]:
+        """Kind -> the placeholder id that stands for its visual tokens in `input_ids`."""
+        return {"image": self.config.image_token_id}
 
     @property
-    @abstractmethod
-    def encoder_layers(self) -> Sequence[nn.Module]:
-        """The encoder's transformer layers."""
+    def marker_token_ids(self) -> tuple[int, ...]:
+        """Ids of tokens around images that are neither visual nor language, such as "start of image"."""
+        names = ("vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
+        return tuple(value for name in names if (value := getattr(self.config, name, None)) is not None)
+
+    def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (batch, n, rotary dim) of a decoder layer at positions (..., batch, n)."""
+        # Of four rows the first one is for masks alone; the others are the axes of M-RoPE.
+        has_text_row = positions.ndim == 3 and len(positions) == 4
+        return self.language_model.rotary_emb(hidden, positions[1:] if has_text_row else positions)
+
+    def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(batch, length) long: the block of each column whose tokens all see one another, -1 for none.
+
+        inputs: arguments of the base model's forward in a prefill. None: attention is causal throughout.
+        """
+        return None
+
+    # -- the vision encoder -------------------------------------------------------------------------------------
+
+    def vision_tower(self, kind: str = "image") -> nn.Module:
+        """The vision encoder."""
+        return self.base.vision_tower
+
+    def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
+        """The encoder's transformer layers; with `self_attn.q_proj` and `.k_proj` if there is a CLS token."""
+        return self.vision_tower(kind).encoder.layers
+
+    def encoder_attention(self, layer: nn.Module) -> nn.Module:
+        """The attention module of an encoder layer."""
+        return layer.self_attn
 
     @property
-    @abstractmethod
     def projector(self) -> nn.Module:
-        """Maps encoder features (images, tokens, dim) to the LLM's width, token by token."""
+        """Maps encoder features, its first argument, to the LLM's width; called once for all media of a call."""
+        return self.base.multi_modal_projector
 
     @property
-    @abstractmethod
-    def visual_token_ids(self) -> tuple[int, ...]:
-        """Placeholder ids that stand for visual tokens in `input_ids`."""
+    def vision_config(self):
+        return self.config.vision_config
 
     @property
     @abstractmethod
     def shape(self) -> ModelShape:
         """Depths, and whether there is a CLS token."""
 
-    @abstractmethod
-    def grid(self, tokens: int) -> Grid | None:
-        """Layout of an image that has this many visual tokens; None if it has no grid."""
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
+        """Length, in patches without CLS, of every sequence that the encoder ran for a call; for counting FLOPs."""
+        crops = inputs[PIXELS[kind]].flatten(0, -4)
+        return [(crops.shape[-2] // self._patch) * (crops.shape[-1] // self._patch)] * len(crops)
 
     @property
+    def _patch(self) -> int:
+        return self.vision_config.patch_size
+
+    @property
+    def image_grid(self) -> Grid | None:
+        """The one grid that every image, all of it, is laid out in; None where images differ or are cut into crops.
+
+        With it, features that were encoded outside a session can be placed, too.
+        """
+        return None
+
+    # -- what was encoded ---------------------------------------------------------------------------------------
+
     @abstractmethod
-    def tokens_per_image(self) -> int:
-        """Visual tokens of one image according to the config."""
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
+        """Layouts of the images or videos that one call encoded, in order.
+
+        inputs: the call's arguments. features: what it returned as `pooler_output`: tensors (tokens, dim), or one
+        (images, tokens, dim).
+        """
+
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
+        """The pixels of each medium of a call; all-zero padding makes no difference."""
+        return inputs[PIXELS[kind]]
+
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
+        """The projector's input as one row a visual token: (tokens of all media, dim), zeros for separators.
+
+        Where several encoder tokens become one visual token, their mean.
+        """
+        return features.flatten(0, 1)
+
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
+        """Values of the encoder's patches (crops, patches, dim) as one row a visual token, like `projector_inputs`.
+
+        Patches are those the projector reads: without the CLS token if that is cut off. Only used with a CLS token.
+        """
+        return values.flatten(0, 1)
+
+    def cuts_cls(self, kind: str) -> bool:
+        """Whether the CLS token, if there is one, is cut off before the projector."""
+        return True
+
+
+def stack_sizes(sizes: Any) -> list[tuple[int, int]]:
+    """Heights and widths as processors give them, tensors or lists, as pairs of ints."""
+    return [(int(height), int(width)) for height, width in torch.as_tensor(sizes).tolist()]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vtprune.adapters.base import Adapter
-from vtprune.tokens import Grid, ModelShape
+from vtprune.tokens import Grid, Medium, ModelShape
 
 
 class Llava(Adapter):
@@ -17,6 +17,8 @@ class Llava(Adapter):
 
     model_types = ("llava",)
     family = "LLaVA-1.5"
+    layout = "one grid an image"
+    cls_token = "with CLIP"
     towers = {"clip_vision_model": 1, "siglip_vision_model": 0}
     """Supported vision towers and their number of CLS tokens."""
 
@@ -28,50 +30,42 @@ class Llava(Adapter):
         return None
 
     @property
-    def vision_tower(self):
-        return self.base.vision_tower
-
-    @property
-    def encoder_layers(self):
-        return self.vision_tower.encoder.layers
-
-    @property
-    def projector(self):
-        return self.base.multi_modal_projector
-
-    @property
-    def visual_token_ids(self):
-        return (self.config.image_token_id,)
-
-    @property
     def shape(self):
-        depth = self.config.vision_config.num_hidden_layers
-        chosen = self.config.vision_feature_layer
-        chosen = [chosen] if isinstance(chosen, int) else chosen
-        # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
-        deepest = max(layer if layer >= 0 else depth + 1 + layer for layer in chosen) - 1
         return ModelShape(
-            encoder_layers=depth,
+            encoder_layers=self.vision_config.num_hidden_layers,
             decoder_layers=len(self.decoder_layers),
-            feature_layer=max(deepest, 0),
-            has_cls=bool(self._cls_tokens),
+            feature_layer=feature_layer(self.config),
+            has_cls=bool(self.cls_tokens),
         )
 
     @property
-    def _cls_tokens(self) -> int:
-        return self.towers[self.config.vision_config.model_type]
+    def cls_tokens(self) -> int:
+        """CLS tokens that the tower puts before the patches."""
+        return self.towers[self.vision_config.model_type]
+
+    def cuts_cls(self, kind):
+        return self.config.vision_feature_select_strategy == "default"
 
     @property
-    def _side(self) -> int:
-        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+    def image_grid(self):
+        if self.cuts_cls("image") and not self.cls_tokens:
+            return None
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return Grid(side, side, prefix=0 if self.cuts_cls("image") else self.cls_tokens)
 
-    @property
-    def tokens_per_image(self):
-        cut = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        return self._side**2 + self._cls_tokens - cut
+    def media(self, kind, inputs, features):
+        grid = self.image_grid
+        fits = [grid is not None and len(image) == len(grid) for image in features]
+        return [
+            Medium.of_grids(grid) if fit else Medium.without_grid(len(image))
+            for fit, image in zip(fits, features, strict=True)
+        ]
 
-    def grid(self, tokens):
-        patches = self._side**2
-        if tokens == patches + self._cls_tokens:
-            return Grid(self._side, self._side, prefix=self._cls_tokens)
-        return Grid(self._side, self._side) if tokens == patches else None
+
+def feature_layer(config) -> int:
+    """0-based index of the deepest encoder layer that the projector reads, from `vision_feature_layer`."""
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    depth = config.vision_config.num_hidden_layers
+    # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
+    return max(max(layer if layer >= 0 else depth + 1 + layer for layer in chosen) - 1, 0)

@@ -55,8 +55,8 @@ class Downsampler:
     def __init__(self, model: Any, processor: Any, keep_ratio: float):
         self.processor = processor
         adapter = vtprune.adapter_for(model)
-        self.tower = adapter.vision_tower
-        full = adapter.grid(adapter.tokens_per_image)
+        self.tower = adapter.vision_tower()
+        full = adapter.image_grid
         if full is None or "interpolate_pos_encoding" not in inspect.signature(self.tower.forward).parameters:
             raise UnsupportedStageError(
                 f"downsample needs one grid of patches an image and an encoder that interpolates its position "

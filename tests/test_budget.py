@@ -9,17 +9,17 @@ from vtprune.errors import BudgetError
 
 
 def test_a_ratio_keeps_its_share_of_every_group_and_at_least_one_token():
-    assert budget.group_counts(torch.tensor([576, 100, 3, 0]), 0.1, None).tolist() == [58, 10, 1, 0]
+    assert budget.group_counts(torch.tensor([576, 100, 3, 0]), torch.arange(4), 0.1, None).tolist() == [58, 10, 1, 0]
 
 
 def test_a_count_is_the_same_for_every_group():
-    assert budget.group_counts(torch.tensor([576, 100]), None, 64).tolist() == [64, 64]
-    assert budget.group_counts(torch.tensor([64, 100]), None, 0).tolist() == [0, 0]
+    assert budget.group_counts(torch.tensor([576, 100]), torch.arange(2), None, 64).tolist() == [64, 64]
+    assert budget.group_counts(torch.tensor([64, 100]), torch.arange(2), None, 0).tolist() == [0, 0]
 
 
 def test_a_count_larger_than_the_image_is_refused():
     with pytest.raises(BudgetError, match="keep_tokens=65 is larger than the image: it has 64"):
-        budget.group_counts(torch.tensor([64, 100]), None, 65)
+        budget.group_counts(torch.tensor([64, 100]), torch.arange(2), None, 65)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ def _registries(monkeypatch):
 def test_the_example_method_prunes():
     run_example("method")
     model = models.build("mha")
-    tokens = vtprune.adapter_for(model).tokens_per_image
-    ids = torch.tensor([[models.BOS, *[models.IMAGE_TOKEN] * tokens, 5, 6]])
+    ids = torch.tensor([[models.BOS, *[models.IMAGE_TOKEN] * models.tokens_per_image(model), 5, 6]])
     pixels = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), vtprune.prune(model, "feature_norm", keep_tokens=5) as session:
         model(input_ids=ids, pixel_values=pixels)

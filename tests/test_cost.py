@@ -97,9 +97,9 @@ def test_lm_head_is_what_torch_counts():
     ],
 )
 def test_encoder_is_what_torch_counts(model_class, config):
-    images = 2
-    counted = counted_flops(model_class(config), torch.randn(images, 3, config.image_size, config.image_size))
-    assert cost.encoder_flops(config, images) == counted[""]
+    counted = counted_flops(model_class(config), torch.randn(2, 3, config.image_size, config.image_size))
+    patches = (config.image_size // config.patch_size) ** 2
+    assert cost.encoder_flops(config, [patches] * 2) == counted[""]
 
 
 @pytest.mark.parametrize("feature_layer", [-2, [-2, -1]])

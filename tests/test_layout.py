@@ -18,15 +18,18 @@ def test_compaction_keeps_order_and_aligns_right(rows):
         assert real[row].tolist() == sorted(real[row].tolist())  # padding on the left
 
 
+IMAGES = torch.tensor([[-1, -1, -1, 0, 0, 0, -1, -1], [1, 1, -1, -1, 2, -1, -1, -1]])
+
+
 def segment() -> Segment:
     """Two samples of 8 columns: left padding and one image of 3; two images of 2 and 1."""
     real = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8]).bool()
-    images = torch.tensor([[-1, -1, -1, 0, 0, 0, -1, -1], [1, 1, -1, -1, 2, -1, -1, -1]])
-    return Segment.whole(real, images)
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]])
+    return Segment.whole(real, IMAGES >= 0, positions)
 
 
 def groups() -> Groups:
-    return Groups.of_labels(segment().images, torch.tensor([0, 1, 1]))
+    return Groups.of_labels(IMAGES, torch.tensor([0, 1, 1]), torch.arange(3))
 
 
 def test_groups_gather_and_scatter():
@@ -44,7 +47,7 @@ def cut(before: Segment, keep_rows, sources=None, compact=True) -> tuple[Segment
     selection = Selection(torch.tensor(keep_rows).bool() & found.valid, sources=sources)
     keep = found.scatter(selection.keep, before.real)
     fate = before.fates_after(found, selection, keep)
-    return before.cut(keep, fate, compact=compact, whole_real=segment().real)
+    return before.cut(keep, fate, compact=compact)
 
 
 def test_a_cut_drops_tokens_and_padding():
@@ -56,12 +59,25 @@ def test_a_cut_drops_tokens_and_padding():
     assert after.visual[0][after.real[0]].tolist() == [False, True, False, False]
 
 
-def test_compact_positions_lag_by_what_was_dropped_before():
+def test_compact_positions_are_ranks():
     after, _ = cut(segment(), [[0, 1, 0], [1, 0, 0], [0, 0, 0]])
-    assert after.lag[1].tolist() == [0, 1, 1, 2, 2, 2] and after.end_lag.tolist() == [[2], [2]]
-    assert after.lag[0][after.real[0]].tolist() == [0, 1, 2, 2]
+    assert after.positions[1].tolist() == [0, 1, 2, 3, 4, 5] and after.end.tolist() == [[3], [5]]
+    assert after.positions[0][after.real[0]].tolist() == [0, 1, 2, 3]
     kept, _ = cut(segment(), [[0, 1, 0], [1, 0, 0], [0, 0, 0]], compact=False)
-    assert not kept.lag.any() and not kept.end_lag.any()
+    assert kept.positions[1].tolist() == [0, 2, 3, 5, 6, 7] and kept.end.tolist() == [[5], [7]]
+
+
+def test_compact_positions_on_the_axes_of_m_rope():
+    """Text has one position on all axes; compacted visual tokens, too, stand at their rank on each of them."""
+    before = segment()
+    axes = torch.stack([before.positions, before.positions // 2, before.positions - before.positions // 3])
+    before = Segment.whole(before.real, before.visual, axes)
+    keep = before.real & (torch.arange(8) != 3)
+    after, index = before.cut(keep, before.fate, compact=True)
+    assert after.positions.shape == (3, 2, 7)
+    assert (after.positions[:, 1] == torch.arange(7)).all()
+    kept, _ = before.cut(keep, before.fate, compact=False)
+    assert torch.equal(kept.positions[:, 1], axes[:, 1][:, index[1]])
 
 
 def test_merged_tokens_share_the_fate_of_their_representative():

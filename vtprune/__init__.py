@@ -36,7 +36,7 @@ from vtprune.methods import (
 )
 from vtprune.report import Report
 from vtprune.session import Session, patch, prune
-from vtprune.tokens import Grid, ModelShape, Selection, VisualTokens
+from vtprune.tokens import Grid, Medium, ModelShape, Selection, VisualTokens
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "DivPrune",
     "FastV",
     "Grid",
+    "Medium",
     "InLLM",
     "MMTok",
     "Method",

@@ -2,8 +2,8 @@
 """One vocabulary for "how many tokens": counts before the LLM, schedules inside it, and the floor of a schedule.
 
 `keep_ratio` is the share of visual tokens kept, averaged over the LLM's layers; `keep_tokens` is the same as a count
-per image (crop, frame). A method before the LLM keeps that share of each group. A progressive method holds everything
-up to its first cut, so it scales its schedule until the *average* over the layers meets the budget.
+per crop (an image, a tile or a frame). A method before the LLM keeps that share of each group. A progressive method
+holds everything up to its first cut, so it scales its schedule until the *average* over the layers meets the budget.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from torch import Tensor
 from vtprune.errors import BudgetError
 
 
-def group_counts(lengths: Tensor, keep_ratio: float | None, keep_tokens: int | None) -> Tensor:
+def group_counts(lengths: Tensor, images: Tensor, keep_ratio: float | None, keep_tokens: int | None) -> Tensor:
     """How many tokens of each group to keep before the LLM.
 
-    lengths: (groups,) long. Returns (groups,) long. A ratio keeps at least one token of every group; a count keeps
-    exactly that many. Raises BudgetError if a count exceeds a group.
+    lengths, images: (groups,) long, the tokens of each group and the image it is of. Returns (groups,) long. A ratio
+    keeps at least one token of every group; a count keeps exactly that many, or all of a smaller crop of an image that
+    has a larger one (tiles at the border may hold just a strip). Raises BudgetError if a count exceeds every crop of
+    an image.
     """
     if keep_ratio is not None:
         return torch.tensor([max(1, round(keep_ratio * n)) if n else 0 for n in lengths.tolist()], dtype=torch.long)
-    smallest = int(lengths.min()) if len(lengths) else keep_tokens
-    if keep_tokens > smallest:
-        raise BudgetError(f"keep_tokens={keep_tokens} is larger than the image: it has {smallest} visual tokens")
-    return torch.full_like(lengths, keep_tokens, device="cpu")
+    lengths, images = lengths.cpu(), images.cpu()
+    if len(lengths):
+        largest = lengths.new_zeros(int(images.max()) + 1).scatter_reduce(0, images, lengths, "amax")[images]
+        smallest = int(largest.min())
+        if keep_tokens > smallest:
+            raise BudgetError(f"keep_tokens={keep_tokens} is larger than the image: it has {smallest} visual tokens")
+    return lengths.clamp(max=keep_tokens)
 
 
 def rescale_layers(layers: Sequence[int], published_depth: int, depth: int) -> tuple[int, ...]:

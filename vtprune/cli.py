@@ -93,6 +93,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
     """Answer one question about one image with pruning, and report what went."""
+    import torch
     from PIL import Image, UnidentifiedImageError
 
     import vtprune
@@ -115,18 +116,9 @@ def run(
     typer.echo(answer.strip())
     typer.echo(str(report))
     if show is not None:
-        kept = _kept_in_image(vlm, inputs["input_ids"][0], report)
-        adapter = vtprune.adapter_for(vlm)
-        overlay(processed_view(processor, picture), kept, adapter.grid(adapter.tokens_per_image)).save(show)
+        grid = vtprune.adapter_for(vlm).image_grid
+        if grid is None:
+            raise ConfigError("--show needs a model that lays every image out in one grid; no picture was written")
+        kept = torch.searchsorted(report.visual[0], report.kept(0))
+        overlay(processed_view(processor, picture), kept, grid).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")
-
-
-def _kept_in_image(model: Any, input_ids: Any, report: Any) -> Any:
-    """Indices within the only image's tokens of those alive at the last layer."""
-    import torch
-
-    import vtprune
-
-    ids = torch.tensor(vtprune.adapter_for(model).visual_token_ids, device=input_ids.device)
-    columns = torch.isin(input_ids, ids).nonzero()[:, 0].cpu()
-    return torch.searchsorted(columns, report.kept(0).cpu())

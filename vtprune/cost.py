@@ -118,26 +118,39 @@ def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
     return 2 * tokens * text_config.hidden_size * text_config.vocab_size
 
 
-def encoder_flops(vision_config: Any, images: float = 1) -> float:
-    """FLOPs of a CLIP or SigLIP vision encoder, two per multiply-add: patch embedding and all its layers.
+def encoder_flops(vision_config: Any, sequences: Sequence[int]) -> int:
+    """FLOPs of a vision encoder, two per multiply-add: patch embedding and all its layers.
 
     All layers count, also those after `vision_feature_layer`: transformers runs them. So does the attention-pooling
-    head of a SigLIP encoder that has one.
+    head of a SigLIP encoder that has one. Mergers, resamplers and projectors do not. Attention is counted over whole
+    sequences, also in the layers of Qwen2.5-VL that look at windows only.
 
     Args:
-        vision_config: `CLIPVisionConfig`, `SiglipVisionConfig` or one with the same fields.
-        images: images (or crops, or frames) that pass through it.
+        vision_config: config of a ViT-shaped encoder (CLIP, SigLIP, InternVL, Pixtral, Qwen-VL).
+        sequences: patches, without CLS, of each sequence that passes through it: an image, a tile, a frame.
     """
-    d, m = vision_config.hidden_size, vision_config.intermediate_size
-    patches = (vision_config.image_size // vision_config.patch_size) ** 2
-    has_cls = vision_config.model_type.startswith("clip")
-    n = patches + has_cls
+    d = getattr(vision_config, "embed_dim", None) or vision_config.hidden_size
+    m = getattr(vision_config, "intermediate_size", None) or int(d * vision_config.mlp_ratio)
+    layers = getattr(vision_config, "depth", None) or vision_config.num_hidden_layers
+    kind = vision_config.model_type
+    has_cls = kind.startswith("clip") or kind == "internvl_vision"
+    matrices = 3 if kind in _GATED_ENCODERS else 2
+    patch = vision_config.patch_size
+    area = patch[0] * patch[1] if isinstance(patch, (list, tuple)) else patch**2
+    channels = getattr(vision_config, "num_channels", None) or vision_config.in_channels
+    pixels = area * channels * getattr(vision_config, "temporal_patch_size", 1)
+    total = 0
+    for patches in sequences:
+        n = patches + has_cls
+        total += 2 * patches * pixels * d + layers * (8 * n * d**2 + 4 * n**2 * d + 2 * matrices * n * d * m)
+        if getattr(vision_config, "vision_use_head", False):
+            # A single learned query attends to all tokens, then passes an MLP.
+            total += 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m
+    return total
 
-    embedding = 2 * patches * vision_config.num_channels * vision_config.patch_size**2 * d
-    layer = 8 * n * d**2 + 4 * n**2 * d + 4 * n * d * m
-    # A single learned query attends to all tokens, then passes an MLP.
-    head = 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m if getattr(vision_config, "vision_use_head", False) else 0
-    return images * (embedding + vision_config.num_hidden_layers * layer + head)
+
+_GATED_ENCODERS = ("pixtral", "qwen2_5_vl", "qwen2_5_vl_vision")
+"""Encoders whose MLP has three matrices, like a language model's."""
 
 
 def projector_flops(config: Any, tokens: float) -> float:

@@ -37,10 +37,12 @@ class Groups:
     """(groups, tokens) long: where each token stands in its sample's current sequence; 0 for padding."""
     valid: Tensor
     """(groups, tokens) bool."""
+    images: Tensor
+    """(groups,) long: the image or video each group is of; -1 for groups of several."""
 
     @classmethod
-    def of_labels(cls, labels: Tensor, rows: Tensor) -> Groups:
-        """From labels (batch, n), -1 or a group's number, and the sample of every group (groups,)."""
+    def of_labels(cls, labels: Tensor, rows: Tensor, images: Tensor) -> Groups:
+        """From labels (batch, n), -1 or a group's number, and every group's sample and image, (groups,) each."""
         row, column = (labels >= 0).nonzero(as_tuple=True)
         group = labels[row, column]
         order = group.argsort(stable=True)
@@ -51,7 +53,7 @@ class Groups:
         valid = torch.zeros_like(columns, dtype=torch.bool)
         columns[group, slot] = column
         valid[group, slot] = True
-        return cls(rows, columns, valid)
+        return cls(rows, columns, valid, images)
 
     def gather(self, x: Tensor) -> Tensor:
         """x (batch, n) or (batch, n, dim) -> (groups, tokens) or (groups, tokens, dim); padding becomes zero."""
@@ -77,28 +79,24 @@ class Segment:
     """(batch, n) long: the call's column that each current column was."""
     real: Tensor
     """(batch, n) bool: False for padding."""
-    images: Tensor
-    """(batch, n) long: number of the image a visual token belongs to, -1 for all other tokens."""
-    lag: Tensor
-    """(batch, n) long: how far compact positions lie behind those that came in."""
-    end_lag: Tensor
-    """(batch, 1) long: the same for tokens still to come."""
+    visual: Tensor
+    """(batch, n) bool: the visual tokens alive, separators included."""
+    positions: Tensor
+    """(..., batch, n) long: position ids, as the call gave them or compacted since; M-RoPE has leading axes."""
+    end: Tensor
+    """(batch, 1) long: position of the last token, after which those still to come count on."""
     fate: Tensor
     """(batch, call length) long: the column each column of the call went into (itself while alive), -1 if dropped."""
     dropped: int = 0
     """Call length minus n."""
 
     @classmethod
-    def whole(cls, real: Tensor, images: Tensor) -> Segment:
-        """Nothing cut yet."""
+    def whole(cls, real: Tensor, visual: Tensor, positions: Tensor) -> Segment:
+        """Nothing cut yet. positions (..., batch | 1, length)."""
         columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        zero = torch.zeros_like(columns)
-        return cls(columns, real, images, zero, zero[:, :1], columns)
-
-    @property
-    def visual(self) -> Tensor:
-        """(batch, n) bool: the visual tokens alive."""
-        return self.images >= 0
+        positions = positions.expand(*positions.shape[:-2], *real.shape)
+        last = torch.where(real, columns, 0).amax(1, keepdim=True)
+        return cls(columns, real, visual, positions, last_axis(positions).gather(1, last.to(positions.device)), columns)
 
     def padding(self) -> Tensor | None:
         """`real`, or None if every column is real."""
@@ -116,24 +114,34 @@ class Segment:
         after = torch.full_like(self.fate, -1).scatter(1, self.columns, target)
         return torch.where(self.fate >= 0, after.gather(1, self.fate.clamp(min=0)), -1)
 
-    def cut(self, keep: Tensor, fate: Tensor, *, compact: bool, whole_real: Tensor) -> tuple[Segment, Tensor]:
+    def cut(self, keep: Tensor, fate: Tensor, *, compact: bool) -> tuple[Segment, Tensor]:
         """Keep the columns `keep` (batch, n) bool; padding always goes.
 
-        compact: renumber positions. whole_real: (batch, call length), `real` before any cut.
+        compact: renumber positions from that of the first token on; all axes of M-RoPE then hold a token's rank.
         Returns the new segment and the indices (batch, m) into the current columns.
         """
         index, real = compact_columns(keep & self.real)
-        columns = take_columns(self.columns, index)
+        place = index.to(self.positions.device)
         if compact:
-            lag = take_columns(whole_real.cumsum(1), columns) - real.cumsum(1)
-            end_lag = whole_real.sum(1, keepdim=True) - real.sum(1, keepdim=True)
+            first = self.real.to(torch.uint8).argmax(1, keepdim=True).to(self.positions.device)
+            start, rank = last_axis(self.positions).gather(1, first), real.to(self.positions.device).cumsum(1) - 1
+            positions = (start + rank).clamp(min=0).expand(*self.positions.shape[:-2], *rank.shape)
+            end = start + rank[:, -1:]
         else:
-            lag, end_lag = take_columns(self.lag, index), self.end_lag
-        images = take_columns(self.images, index).masked_fill(~real, -1)
-        dropped = self.dropped + self.columns.shape[1] - columns.shape[1]
-        return replace(
-            self, columns=columns, real=real, images=images, lag=lag, end_lag=end_lag, fate=fate, dropped=dropped
-        ), index
+            positions = self.positions.gather(-1, place.expand(*self.positions.shape[:-2], *place.shape))
+            end = self.end
+        columns = take_columns(self.columns, index)
+        after = replace(
+            self,
+            columns=columns,
+            real=real,
+            visual=take_columns(self.visual, index) & real,
+            positions=positions,
+            end=end,
+            fate=fate,
+            dropped=self.dropped + self.columns.shape[1] - columns.shape[1],
+        )
+        return after, index
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving
@@ -147,3 +155,8 @@ class Segment:
         held = held.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values
         restored = take_columns(hidden, (held - 1).clamp(min=0))
         return restored.masked_fill((held == 0)[..., None], 0)
+
+
+def last_axis(positions: Tensor) -> Tensor:
+    """(..., batch, n) -> (batch, n): the only axis, or the last one of M-RoPE; text has the same position on all."""
+    return positions.reshape(-1, *positions.shape[-2:])[-1]

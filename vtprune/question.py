@@ -25,7 +25,7 @@ def embed_question(text: Text | None, call: Call, groups: Groups, request: TextE
     if text is None:
         return _from_prompt(call, groups)
     texts = list(text) if isinstance(text, (list, tuple)) else [text]
-    copies = call.images.copies
+    copies = call.media.copies
     if len(texts) not in (1, call.batch // copies):
         raise ConfigError(f"text: got {len(texts)} questions for {call.batch // copies} samples")
     embed, device = call.adapter.base.get_input_embeddings(), call.embeddings.device
@@ -34,15 +34,15 @@ def embed_question(text: Text | None, call: Call, groups: Groups, request: TextE
 
 
 def _from_prompt(call: Call, groups: Groups) -> list[Tensor]:
-    """The text after each group's last visual token, or all text of its sample if none follows."""
-    text = call.real & (call.images.labels < 0)
-    special = _special_ids(call.adapter)
+    """The text after the last visual token of each group's image, or all text of its sample if none follows."""
+    text = call.real & ~call.media.visual
+    special = (*_special_ids(call.adapter), *call.adapter.marker_token_ids)
     if call.ids is not None and special:
         text = text & ~torch.isin(call.ids, torch.tensor(special, device=call.ids.device)).to(text.device)
     columns = torch.arange(call.length, device=text.device)
     questions = []
-    for group, row in enumerate(groups.rows.tolist()):
-        end = columns[call.images.labels[row] == group].max()
+    for row, image in zip(groups.rows.tolist(), groups.images.tolist(), strict=True):
+        end = columns[call.media.images[row] == image].max()
         after = text[row] & (columns > end)
         chosen = after if bool(after.any()) else text[row]
         questions.append(call.embeddings[row][chosen.to(call.embeddings.device)])

@@ -49,9 +49,10 @@ class Report:
     """A sample each: columns of all its visual tokens."""
     text_tokens: tuple[int, ...]
     """A sample each: its real tokens that are not visual."""
-    images: int
     text_config: object
     vision_config: object
+    encoder_sequences: tuple[int, ...]
+    """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill."""
     kv_dtype_bytes: int
     timings: Timings | None = None
 
@@ -134,8 +135,8 @@ class Report:
 
     @cached_property
     def encoder_flops(self) -> float:
-        """FLOPs of the vision encoder for all images of the batch."""
-        return float(cost.encoder_flops(self.vision_config, self.images))
+        """FLOPs of the vision encoder for the whole batch; zero if it did not run in this session."""
+        return float(cost.encoder_flops(self.vision_config, self.encoder_sequences))
 
     def _kv_bytes(self, counts: list[list[int]]) -> int:
         lengths = [[n + text for n in row] for row, text in zip(counts, self.text_tokens, strict=True)]

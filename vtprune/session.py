@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vtprune.adapters import adapter_for
-from vtprune.adapters.base import Adapter
+from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
@@ -22,9 +22,10 @@ from vtprune.question import Text, embed_question
 from vtprune.report import Report, Stretch, Timings
 from vtprune.signals import ClsAttention, EncoderFeatures
 from vtprune.stages.before_llm import prune_before_llm
-from vtprune.stages.call import Call, Images
+from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
+from vtprune.stages.media import Media
 from vtprune.tokens import Selection, VisualTokens
 
 _ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -77,10 +78,18 @@ class _Incoming:
 
     ids: Tensor | None
     embeddings: Tensor | None
-    features: Any
-    """The object that stands for this call's pixels or encoded images; None if there are none."""
-    encoded: bool
-    """Whether the features came ready-made, as `generate()` passes them."""
+    mask: Any
+    """The attention mask; some models build their layers' masks from it before they call the language model."""
+    blocks: Tensor | None
+    """See `Adapter.blocks`."""
+    pixels: tuple[str, ...]
+    """Kinds of media that come as pixels."""
+    encoded: dict[str, Any]
+    """Kind -> encoded features that came ready-made, as `generate()` passes them."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (*self.pixels, *self.encoded)
 
 
 class Session:
@@ -151,6 +160,7 @@ class Session:
         if _ACTIVE.get(self.adapter.language_model) is self:
             del _ACTIVE[self.adapter.language_model]
         self._owner.active = False
+        self._tap.forget()
         self._end_call()
 
     def __enter__(self) -> Session:
@@ -169,13 +179,15 @@ class Session:
 
     def _before_base(self, module, args, kwargs):
         given = kwargs.get("mm_encoder_outputs") or {}
-        encoded = [value for value in given.values() if value is not None]
-        pixels = [kwargs[key] for key in ("pixel_values", "pixel_values_videos") if kwargs.get(key) is not None]
+        encoded = {kind: given[kind] for kind in PIXELS if given.get(kind) is not None}
+        pixels = tuple(kind for kind, key in PIXELS.items() if kwargs.get(key) is not None)
         self._incoming = _Incoming(
             ids=kwargs.get("input_ids", args[0] if args else None),
             embeddings=kwargs.get("inputs_embeds"),
-            features=(encoded or pixels or [None])[0],
-            encoded=bool(encoded),
+            mask=kwargs.get("attention_mask"),
+            blocks=self.adapter.blocks(kwargs) if encoded or pixels else None,
+            pixels=pixels,
+            encoded=encoded,
         )
 
     def _before_decoder(self, module, args, kwargs):
@@ -187,19 +199,19 @@ class Session:
             return None
         cache = kwargs.get("past_key_values")
         held = pruned_layers(cache)
-        has_images = incoming is not None and incoming.features is not None
+        mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
+        has_images = incoming is not None and bool(incoming.kinds)
         if cache is not None and (held or (has_images and self._prunes)):
             check_cache(cache, self._owner)
         if not has_images:
             if not held:
-                self._report_text_only(hidden, kwargs, cache)
+                self._report_text_only(hidden, mask, cache)
                 return None
-            self._refuse_window(held[0].get_seq_length() + hidden.shape[1])
-            if self._needs_no_mask(hidden.shape[1], kwargs.get("attention_mask"), held):
+            if self._needs_no_mask(hidden.shape[1], mask, held):
                 return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
         try:
-            call = self._call = self._open_call(hidden, kwargs, incoming if has_images else None)
+            call = self._call = self._open_call(hidden, kwargs, mask, incoming if has_images else None)
         except UnsupportedStageError:
             if self._prunes or held:
                 raise
@@ -209,13 +221,24 @@ class Session:
             hidden = prune_before_llm(
                 call, hidden, self._before, self._tap, functools.partial(embed_question, self.text), self._choose
             )
+            self._take_planes(call, kwargs)
         self._in_llm.begin(call)
         if not call.pruned and not call.wrapped:
-            return (args, kwargs) if call.cache is not cache else None
+            return (args, kwargs) if call.cache is not cache or call.planes else None
         kwargs["inputs_embeds"] = hidden
         kwargs["position_ids"] = call.positions_at(0)
-        kwargs["attention_mask"] = call.padding_mask(0)
+        kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
+
+    def _take_planes(self, call: Call, kwargs: dict) -> None:
+        """Take over the planes that the model adds to its first layers' outputs (DeepStack) if tokens go missing there.
+
+        The language model would add them where the visual tokens stood before any was dropped.
+        """
+        planes = kwargs.get("deepstack_visual_embeds")
+        if planes and (call.pruned or self._in_llm.cuts_before(len(planes))):
+            call.planes = kwargs.pop("deepstack_visual_embeds")
+            kwargs.pop("visual_pos_masks", None)
 
     def _needs_no_mask(self, length: int, mask: Tensor | None, held: list[PrunedLayer]) -> bool:
         """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.
@@ -230,7 +253,7 @@ class Session:
             return False
         return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
 
-    def _open_call(self, hidden: Tensor, kwargs: dict, incoming: _Incoming | None) -> Call:
+    def _open_call(self, hidden: Tensor, kwargs: dict, mask: Any, incoming: _Incoming | None) -> Call:
         """The state of a call that carries images (`incoming`), or continues a pruned cache (None)."""
         batch, length = hidden.shape[:2]
         config = self.adapter.text_config
@@ -239,9 +262,6 @@ class Session:
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.language_model.config)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self._refuse_window(past + length)
-
-        mask = kwargs.get("attention_mask")
         if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
             raise UnsupportedStageError(
                 "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
@@ -259,10 +279,7 @@ class Session:
         if positions is None:
             positions = torch.arange(past, past + length, device=hidden.device)[None]
 
-        images = None
-        if incoming is not None:
-            visual = self._visual(incoming, hidden) & real
-            images = Images.find(visual, self.adapter, self._tap.images, self._tap.tokens)
+        media = None if incoming is None else self._place(incoming, hidden, real)
         return Call(
             adapter=self.adapter,
             owner=self._owner,
@@ -272,51 +289,54 @@ class Session:
             cache=cache,
             real=real,
             positions=positions,
-            images=images,
+            media=media,
+            blocks=None if incoming is None else incoming.blocks,
+            masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
+            planes=(),
             ids=None if incoming is None else incoming.ids,
             embeddings=hidden,
             past_real=past_real,
             unpadded=unpadded,
         )
 
-    def _visual(self, incoming: _Incoming, hidden: Tensor) -> Tensor:
-        """(batch, length) bool: columns that hold image features."""
-        ids = torch.tensor(self.adapter.visual_token_ids, device=hidden.device)
-        if incoming.ids is not None:
-            return torch.isin(incoming.ids.to(hidden.device), ids)
-        # The caller gave embeddings: transformers, too, then finds the places by the placeholder's embedding.
-        placeholders = self.adapter.base.get_input_embeddings()(ids)
-        return (incoming.embeddings[:, :, None].to(hidden.device) == placeholders).all(-1).any(-1)
+    def _place(self, incoming: _Incoming, hidden: Tensor, real: Tensor) -> Media:
+        """Where the media of a call stand in it. Raises UnsupportedStageError if that cannot be told."""
+        # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
+        kinds = [kind for kind in self.adapter.visual_token_ids if kind in incoming.kinds]
+        visual = [self._columns(incoming, kind, hidden) & real for kind in kinds]
+        encodings = [self._tap.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
+        return Media.find(visual, encodings, self.adapter.tiles_adjoin)
 
-    def _refuse_window(self, length: int) -> None:
-        config = self.adapter.text_config
-        window = getattr(config, "sliding_window", None)
-        types = getattr(config, "layer_types", None)
-        if window and (types is None or "sliding_attention" in types) and length > window:
-            raise UnsupportedStageError(
-                f"a sequence of {length} tokens exceeds the model's sliding window of {window}: distances between "
-                "pruned tokens would no longer be those the window was trained with"
-            )
+    def _columns(self, incoming: _Incoming, kind: str, hidden: Tensor) -> Tensor:
+        """(batch, length) bool: columns that hold features of a kind."""
+        placeholder = self.adapter.visual_token_ids[kind]
+        if incoming.ids is not None:
+            return incoming.ids.to(hidden.device) == placeholder
+        # The caller gave embeddings: transformers, too, then finds the places by the placeholder's embedding.
+        embedding = self.adapter.base.get_input_embeddings()(torch.tensor(placeholder, device=hidden.device))
+        return (incoming.embeddings.to(hidden.device) == embedding).all(-1)
 
     def _start_prefill(self, call: Call, incoming: _Incoming) -> None:
         """Check what is about to be pruned, and find out whether its choices were made before."""
         # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
-        replayable = incoming.encoded and call.cache is None and call.ids is not None
-        if replayable and self._last is not None and self._continues(incoming.features, call.ids, *self._last):
+        replayable = not incoming.pixels and call.cache is None and call.ids is not None
+        features = tuple(incoming.encoded.values())
+        if replayable and self._last is not None and self._continues(features, call.ids, *self._last):
             self._replayed = list(self._choices)
         else:
             self._replayed, self._choices = [], []
-            self._last = (incoming.features, call.ids) if replayable else None
+            self._last = (features, call.ids) if replayable else None
         self._selector_seconds, self._started = 0.0, self._clock()
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
 
     @staticmethod
-    def _continues(features: Any, ids: Tensor, earlier_features: Any, earlier_ids: Tensor) -> bool:
+    def _continues(features: tuple, ids: Tensor, earlier_features: tuple, earlier_ids: Tensor) -> bool:
         """Whether a call holds the same images and longer prompts than an earlier one."""
         length = earlier_ids.shape[1]
-        same_batch = features is earlier_features and len(ids) == len(earlier_ids) and ids.shape[1] > length
+        same_features = list(map(id, features)) == list(map(id, earlier_features))
+        same_batch = same_features and len(ids) == len(earlier_ids) and ids.shape[1] > length
         return same_batch and torch.equal(ids[:, :length], earlier_ids)
 
     def _after_decoder(self, module, args, kwargs, output):
@@ -324,7 +344,7 @@ class Session:
         if call is None:
             return None
         self._end_call()
-        if call.images is not None and not self._replayed:
+        if call.media is not None and not self._replayed:
             self._finish_prefill(call)
         if not call.pruned:
             return None
@@ -357,19 +377,18 @@ class Session:
 
     # -- report -------------------------------------------------------------------------------------------------
 
-    def _report_text_only(self, hidden: Tensor, kwargs: dict, cache) -> None:
+    def _report_text_only(self, hidden: Tensor, mask: Any, cache) -> None:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
         if (cache is not None and cache.get_seq_length()) or hidden.shape[1] == 1:
             return
-        mask = kwargs.get("attention_mask")
         lengths = mask.sum(1) if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
         empty = (torch.empty(0, dtype=torch.long),) * len(hidden)
         stretch = Stretch(0, len(self.adapter.decoder_layers), empty, empty)
-        self._set_report((stretch,), empty, tuple(int(n) for n in lengths), 0, hidden.element_size(), None)
+        self._set_report((stretch,), empty, tuple(int(n) for n in lengths), (), hidden.element_size(), None)
 
     def _finish_prefill(self, call: Call) -> None:
-        rows = range(0, call.batch, call.images.copies)
-        whole = call.images.labels >= 0
+        rows = range(0, call.batch, call.media.copies)
+        whole = call.media.visual
         visual = [whole[row].nonzero()[:, 0] for row in rows]
         ends = [*call.starts[1:], len(self.adapter.decoder_layers)]
         stretches = tuple(
@@ -387,12 +406,18 @@ class Session:
         text = tuple(int((call.real[row] & ~whole[row]).sum()) for row in rows)
         timings = None
         if self._profile:
-            timings = Timings(self._tap.seconds, self._selector_seconds, self._clock() - self._started)
-        images = len(call.images.rows) // call.images.copies
+            encoding = sum(encoding.seconds for encoding in call.media.encodings)
+            timings = Timings(encoding, self._selector_seconds, self._clock() - self._started)
+        sequences = tuple(
+            patches
+            for encoding in call.media.encodings
+            if encoding.inputs is not None
+            for patches in self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+        )
         columns = tuple((v + call.past).cpu() for v in visual)
-        self._set_report(stretches, columns, text, images, call.embeddings.element_size(), timings)
+        self._set_report(stretches, columns, text, sequences, call.embeddings.element_size(), timings)
         wants_less = not all(self._asks_for_everything(method, call) for method in self.methods)
-        if self.strict and wants_less and images and self.report.keep_ratio == 1.0:
+        if self.strict and wants_less and any(map(len, visual)) and self.report.keep_ratio == 1.0:
             raise NothingPrunedError(
                 f"{', '.join(m.name for m in self.methods)}: {sum(self.report.original_tokens)} visual tokens came "
                 "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
@@ -400,22 +425,22 @@ class Session:
 
     def _asks_for_everything(self, method: Method, call: Call) -> bool:
         """A count budget that equals the image asks for nothing to be dropped."""
-        per_image = call.images.per_sample.clamp(min=1)
-        visual = (call.images.labels >= 0).sum(1)
+        crops = call.media.crops_per_sample.clamp(min=1)
+        content = (call.media.labels >= 0).sum(1)
         return method.keep_ratio == 1.0 or (
-            method.keep_tokens is not None and bool((method.keep_tokens * per_image >= visual).all())
+            method.keep_tokens is not None and bool((method.keep_tokens * crops >= content).all())
         )
 
-    def _set_report(self, stretches, visual, text, images, dtype_bytes, timings) -> None:
+    def _set_report(self, stretches, visual, text, sequences, dtype_bytes, timings) -> None:
         self.report = Report(
             model_name=type(self.adapter.model).__name__,
             methods=tuple(method.name for method in self.methods),
             stretches=stretches,
             visual=visual,
             text_tokens=text,
-            images=images,
             text_config=self.adapter.text_config,
-            vision_config=self.adapter.config.vision_config,
+            vision_config=self.adapter.vision_config,
+            encoder_sequences=sequences,
             kv_dtype_bytes=dtype_bytes,
             timings=timings,
         )

@@ -88,6 +88,10 @@ class RowContext:
     """(batch, kv heads, past, head dim), rotated; None if nothing was cached before."""
     past_real: Tensor | None
     """(batch, past) bool; None if all are real."""
+    blocks: Tensor | None = None
+    """(batch, n) long: columns of one block, numbered from 0, see one another both ways; None: causal throughout."""
+    window: int | None = None
+    """How many columns, itself included, a row of a sliding layer looks back on; None for all."""
 
 
 def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> Tensor:
@@ -110,11 +114,20 @@ def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context:
     index = rows[..., None].expand(-1, -1, cos.shape[-1])
     q = rotate(q, cos.gather(1, index), sin.gather(1, index))
     k = rotate(k, cos, sin)
-    allowed = real[:, None, :] & (torch.arange(n, device=k.device) <= rows[..., None])
+    columns = torch.arange(n, device=k.device)
+    seen = columns <= rows[..., None]
+    if context.window is not None:
+        seen &= columns > rows[..., None] - context.window
+    if context.blocks is not None:
+        blocks = context.blocks.to(k.device)
+        own = blocks.gather(1, rows)[..., None]
+        seen |= (blocks[:, None] == own) & (own >= 0)
+    allowed = real[:, None, :] & seen
     if context.past_keys is not None:
         past = context.past_keys.shape[2]
         k = torch.cat([context.past_keys.to(k.device), k], 2)
         past_real = real.new_ones(batch, past) if context.past_real is None else context.past_real.to(k.device)
         allowed = torch.cat([past_real[:, None].expand(-1, rows.shape[1], -1), allowed], 2)
     scale = getattr(context.attention, "scaling", context.head_dim**-0.5)
-    return attention_rows(q, k, scale=scale, mask=allowed[:, None])[..., -n:]
+    cap = getattr(context.attention, "attn_logit_softcapping", None)
+    return attention_rows(q, k, scale=scale, mask=allowed[:, None], softcap=cap)[..., -n:]

@@ -24,6 +24,34 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Medium:
+    """Layout of one image or video: what each of its visual tokens, in the order of the prompt, stands for."""
+
+    crops: Tensor
+    """(tokens,) long: the crop, tile or frame of each token, numbered from 0 without gaps; -1 for separators, i.e.
+    newline tokens, which are no content."""
+    grids: tuple[Grid | None, ...]
+    """One layout a crop; its tokens in raster order. None if it has no grid."""
+    lines: Tensor | None = None
+    """(tokens,) long: number of the separator that ends each token's line, a separator's own number, -1 without one. A
+    separator goes when all the content of its line is gone. None: there are no separators."""
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    @classmethod
+    def of_grids(cls, *grids: Grid) -> Medium:
+        """Crops one after another, no separators."""
+        lengths = torch.tensor([len(grid) for grid in grids])
+        return cls(torch.arange(len(grids)).repeat_interleave(lengths), grids)
+
+    @classmethod
+    def without_grid(cls, tokens: int) -> Medium:
+        """One crop of so many tokens whose places are unknown."""
+        return cls(torch.zeros(tokens, dtype=torch.long), (None,))
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a method may know of a model before it runs: depths and the encoder's make, never modules."""
 
@@ -38,8 +66,9 @@ class ModelShape:
 class VisualTokens:
     """A padded batch of groups of visual tokens, as one method sees them at one stage.
 
-    Before the LLM a group is one image (crop, frame: the adapter's layout says which); inside the LLM it is one
-    sample, i.e. all visual tokens of a prompt together.
+    Before the LLM a group is one crop (an image, a tile or a frame: the adapter's layout says which) or, as the method
+    wishes, one whole image or video; inside the LLM it is one sample, i.e. all visual tokens of a prompt together.
+    Separators (newline tokens) are in no group.
     """
 
     features: Tensor

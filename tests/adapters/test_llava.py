@@ -39,8 +39,10 @@ def test_facts_agree_with_what_the_model_computes(tower, strategy, layer):
     adapter = vtprune.adapter_for(model)
     with torch.no_grad():
         features = model.get_image_features(torch.randn(1, 3, 32, 32)).pooler_output[0]
-    assert adapter.tokens_per_image == len(features)
-    grid = adapter.grid(len(features))
+    medium = adapter.media("image", {}, [features])[0]
+    assert len(medium) == len(features) and medium.lines is None
+    (grid,) = medium.grids
+    assert adapter.image_grid == grid
     if tower is siglip and strategy == "default":
         assert grid is None  # a patch is missing
     else:
@@ -49,7 +51,7 @@ def test_facts_agree_with_what_the_model_computes(tower, strategy, layer):
     assert adapter.shape.decoder_layers == 3 and adapter.shape.encoder_layers == 4
     deepest = {-1: 3, -2: 2, 2: 1}.get(layer) if isinstance(layer, int) else {-2: 2, 1: 3}[layer[0]]
     assert adapter.shape.feature_layer == deepest
-    assert len(adapter.encoder_layers) == 4 and adapter.visual_token_ids == (31,)
+    assert len(adapter.encoder_layers()) == 4 and adapter.visual_token_ids == {"image": 31}
 
 
 def test_other_towers_and_models_are_refused_by_name():

@@ -11,7 +11,7 @@ from . import Vector, handles, kept, one_group, same
 @handles("divprune_*")
 def selection(v: Vector) -> None:
     features, method = v["features"], DivPrune(keep_ratio=v["ratio"])
-    k = int(method.budgets(torch.tensor([len(features)])))
+    k = int(method.budgets(torch.tensor([len(features)]), torch.tensor([0])))
     assert k == len(v["keep_idx"])
     same(diversity_order(features, k), v["select_order"])
     shape = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)

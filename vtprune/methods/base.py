@@ -38,7 +38,8 @@ class Method(ABC):
 
     Fields (all methods)
         keep_ratio: share of the visual tokens kept, averaged over the LLM's layers; in (0, 1], 1.0 prunes nothing.
-        keep_tokens: the same as a count per image (crop, frame); >= 0. Give one of the two, never both.
+        keep_tokens: the same as a count per crop (an image, a tile or a frame: `vtprune models` says which); >= 0. Give
+            one of the two, never both. Newline tokens between rows are no content and never count.
         positions: "original" keeps the position ids of the surviving tokens; "compact" renumbers: at every layer a
             token's position is its rank in that layer's sequence.
     Raises BudgetError (budget fields) or ConfigError (all others) on construction.
@@ -83,14 +84,22 @@ class Method(ABC):
         """Choose `tokens.budget[g]` of the valid tokens of each group g."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class BeforeLLM(Method):
-    """A method that acts once on the projected features, before the first decoder layer; a group is one image."""
+    """A method that acts once on the projected features, before the first decoder layer.
+
+    Fields (all methods before the LLM)
+        scope: "crop" (default) gives every crop of an image, or frame of a video, a budget and a choice of its own;
+            "image" gives one to the whole image or video, whose crops then compete.
+    """
 
     stage = "before_llm"
 
-    def budgets(self, lengths: Tensor) -> Tensor:
-        """(groups,) lengths -> (groups,) long counts to keep."""
-        return budget.group_counts(lengths, self.keep_ratio, self.keep_tokens)
+    scope: Literal["crop", "image"] = "crop"
+
+    def budgets(self, lengths: Tensor, images: Tensor) -> Tensor:
+        """(groups,) lengths and the image each group is of -> (groups,) long counts to keep."""
+        return budget.group_counts(lengths, images, self.keep_ratio, self.keep_tokens)
 
 
 class InLLM(Method):
@@ -103,8 +112,8 @@ class InLLM(Method):
         """0-based decoder layers on whose input tokens are dropped, ascending, each in 1..decoder_layers-1."""
 
     @abstractmethod
-    def budgets(self, shape: ModelShape, entering: Tensor, images: Tensor) -> Tensor:
-        """(samples,) visual tokens entering the LLM, (samples,) images -> (cuts, samples) long counts to keep."""
+    def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
+        """(samples,) visual tokens entering the LLM, (samples,) crops -> (cuts, samples) long counts to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +151,10 @@ class Progressive(InLLM):
         if self.keep_ratio is not None:
             budget.check_floor(self.name, cuts, shape.decoder_layers, self.keep_ratio)
 
-    def budgets(self, shape: ModelShape, entering: Tensor, images: Tensor) -> Tensor:
+    def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
         cuts, shares, depth = self.cuts(shape), self.shares(), shape.decoder_layers
         rows = []
-        for n, count in zip(entering.tolist(), images.tolist(), strict=True):
+        for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
             if n == 0:
                 rows.append([0] * len(cuts))
             elif self.keep_ratio is not None:
@@ -153,7 +162,7 @@ class Progressive(InLLM):
             elif self.keep_tokens is not None:
                 if self.keep_tokens * count > n:
                     raise BudgetError(
-                        f"keep_tokens={self.keep_tokens} is larger than the image: {n} tokens in {count} image(s)"
+                        f"keep_tokens={self.keep_tokens} is larger than the image: {n} tokens in {count} crop(s)"
                     )
                 ratio = self.keep_tokens * count / n
                 rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))

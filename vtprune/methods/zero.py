@@ -24,7 +24,7 @@ class Zero(BeforeLLM):
     signal: ClassVar[str] = "none"
     needs_budget: ClassVar[bool] = False
 
-    def budgets(self, lengths: Tensor) -> Tensor:
+    def budgets(self, lengths: Tensor, images: Tensor) -> Tensor:
         return torch.zeros_like(lengths)
 
     def select(self, tokens: VisualTokens) -> Selection:

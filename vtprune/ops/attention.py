@@ -28,7 +28,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
 
 
-def attention_rows(queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+def attention_rows(
+    queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     """Post-softmax attention of some query rows over all keys, in float32.
 
     Costs ``rows * keys``, not ``keys ** 2``; grouped key heads (GQA, MQA) are read in place, not repeated.
@@ -38,6 +40,7 @@ def attention_rows(queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor 
         keys: ``(batch, kv_heads, keys, head_dim)``; ``heads`` is a multiple of ``kv_heads`` and query head ``h``
             reads key head ``h // (heads // kv_heads)``.
         scale: factor on the dot products, usually ``head_dim ** -0.5``.
+        softcap: bound ``c`` of the scores, which become ``c * tanh(score / c)`` (Gemma 2); None for none.
         mask: bool, broadcastable to ``(batch, 1 | heads, rows, keys)``, True where a row may attend.
 
     Returns:
@@ -48,6 +51,8 @@ def attention_rows(queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor 
     # The query heads of one key head become further rows of it.
     grouped = (queries.float() * scale).reshape(batch, kv_heads, -1, head_dim)
     scores = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, rows, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         return scores.softmax(dim=-1)
     weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)

@@ -14,8 +14,8 @@ from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM, Method
 from vtprune.signals import ClsAttention, EncoderFeatures, SampleKeys, TextEmbeddings
 from vtprune.stages.call import Call
-from vtprune.stages.encoder import EncoderTap
-from vtprune.tokens import Selection, VisualTokens
+from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
+from vtprune.tokens import Grid, Selection, VisualTokens
 
 Chooser = Callable[[Method, VisualTokens], Selection]
 
@@ -28,22 +28,17 @@ def prune_before_llm(
     text: `text(call, groups, request)` -> one (text tokens, dim) tensor a group, see `vtprune.question`.
     """
     for method in methods:
-        groups = call.image_groups()
+        groups = call.crop_groups() if method.scope == "crop" else call.image_groups()
         lengths = groups.valid.sum(1).cpu()
-        budget = method.budgets(lengths)
+        budget = method.budgets(lengths, groups.images.cpu())
         if bool((budget >= lengths).all()):
             continue
-        images = call.images
-        whole = tuple(
-            grid if grid is not None and length == len(grid) else None
-            for grid, length in zip(images.grids, lengths.tolist(), strict=True)
-        )
         tokens = VisualTokens(
             features=groups.gather(hidden),
             valid=groups.valid,
             budget=budget.to(hidden.device),
             signals=functools.partial(_signal, call, groups, tap, text),
-            grids=whole,
+            grids=_whole_grids(call, groups, lengths),
             shape=call.adapter.shape,
         )
         selection = choose(method, tokens)
@@ -53,28 +48,47 @@ def prune_before_llm(
     return hidden
 
 
+def _whole_grids(call: Call, groups: Groups, lengths: Tensor) -> tuple[Grid | None, ...]:
+    """The layout of each group that is a crop of which nothing is gone; None for the others."""
+    media = call.media
+    columns = call.segment.columns[groups.rows, groups.columns[:, 0]] if len(groups.rows) else groups.rows
+    grids = []
+    for row, column, length in zip(groups.rows.tolist(), columns.tolist(), lengths.tolist(), strict=True):
+        grid = media.grids[int(media.labels[row, column])] if length else None
+        grids.append(grid if grid is not None and length == len(grid) else None)
+    return tuple(grids)
+
+
 def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):
+    media = call.media
     if isinstance(request, TextEmbeddings):
         return text(call, groups, request)
     if isinstance(request, SampleKeys):
-        pairs = zip(groups.rows.tolist(), call.images.encoded.tolist(), strict=True)
-        return [call.prompt_key(row) + tap.image_key(image) for row, image in pairs]
+        return _keys(call, groups, tap)
     if not isinstance(request, (EncoderFeatures, ClsAttention)):
         raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
-    images = call.images
-    visual = images.labels >= 0
-    embeddings = call.embeddings[visual.to(call.embeddings.device)]
-    tap.check(embeddings, images.encoded[images.labels[visual]], images.slots[visual])
+    if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
+        raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
     if isinstance(request, EncoderFeatures):
-        return _per_image(tap.features, call, groups)
-    rows = rearrange(tap.cls_rows(request.layers), "images layers heads tokens -> images tokens layers heads")
-    return rearrange(_per_image(rows, call, groups), "groups tokens layers heads -> groups layers heads tokens")
+        return _per_group(tap.projector_inputs(media.encodings), call, groups)
+    rows = _per_group(tap.cls_rows(media.encodings, request.layers), call, groups)
+    return rearrange(rows, "groups tokens layers heads -> groups layers heads tokens")
 
 
-def _per_image(values: Tensor, call: Call, groups: Groups) -> Tensor:
-    """Values (encoded images, tokens, ...) of the encoder for the tokens alive: (groups, tokens, ...)."""
-    slots = groups.gather(call.slots()).to(values.device)
-    images = call.images.encoded.to(values.device)
-    taken = values[images[:, None], slots]
+def _keys(call: Call, groups: Groups, tap: EncoderTap) -> list[int]:
+    media = call.media
+    by_medium = [key for encoding in media.encodings for key in tap.image_keys(encoding)]
+    if len(groups.rows) == len(media.crop_rows):
+        crops = zip(media.crop_media.tolist(), media.crop_ranks.tolist(), strict=True)
+        # Crops of one image draw apart; the factor is an arbitrary prime.
+        keys = [by_medium[medium] + 7919 * rank for medium, rank in crops]
+    else:
+        keys = [by_medium[medium] for medium in media.image_media.tolist()]
+    return [call.prompt_key(row) + key for row, key in zip(groups.rows.tolist(), keys, strict=True)]
+
+
+def _per_group(values: Tensor, call: Call, groups: Groups) -> Tensor:
+    """Values (encoded tokens, ...) of the encoder for the tokens alive: (groups, tokens, ...)."""
+    taken = values[groups.gather(call.encoded_tokens()).to(values.device)]
     valid = groups.valid.to(values.device)
     return taken.masked_fill(~valid.view(*valid.shape, *[1] * (taken.ndim - 2)), 0)

@@ -5,68 +5,19 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache import CacheLayout, Owner, pruned_layers, wrap_cache
-from vtprune.errors import UnsupportedStageError
-from vtprune.layout import Groups, Segment, take_columns
-from vtprune.tokens import Grid, Selection
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a call: where each stands and which encoded image it is."""
-
-    labels: Tensor
-    """(batch, length) long: image number of each visual column, -1 elsewhere."""
-    slots: Tensor
-    """(batch, length) long: place of each visual column in its image."""
-    rows: Tensor
-    """(images,) long: the sample of each image."""
-    encoded: Tensor
-    """(images,) long: its number in the encoder's batch (beams share one)."""
-    grids: tuple[Grid | None, ...]
-    copies: int
-    """How many consecutive samples share their images (beams, several returned sequences)."""
-
-    @property
-    def per_sample(self) -> Tensor:
-        """(batch,) long: number of images of each sample."""
-        return torch.bincount(self.rows, minlength=len(self.labels))
-
-    @classmethod
-    def find(cls, visual: Tensor, adapter: Adapter, encoded: int, tokens: int | None) -> Images:
-        """visual (batch, length) bool; `encoded` images of `tokens` tokens were seen by the encoder (None: unseen)."""
-        tokens = tokens or adapter.tokens_per_image
-        counts = visual.sum(1)
-        if bool((counts % tokens).any()):
-            raise UnsupportedStageError(
-                f"a prompt carries {counts.tolist()} visual tokens (one count a sample), which is no multiple of the "
-                f"{tokens} tokens of an image; chunked prefill cannot be pruned: pass the whole prompt at once"
-            )
-        per_sample = counts // tokens
-        total = int(per_sample.sum())
-        copies = max(total // encoded, 1) if encoded else 1
-        grouped = per_sample.view(-1, copies) if len(per_sample) % copies == 0 else None
-        if encoded and (total != encoded * copies or grouped is None or bool((grouped != grouped[:, :1]).any())):
-            raise UnsupportedStageError(
-                f"{encoded} images were encoded, but the prompts of this call hold {total}; "
-                "pass the prompts together with the images they are about"
-            )
-        rank = visual.cumsum(1) - 1
-        first = (per_sample.cumsum(0) - per_sample)[:, None]
-        labels = torch.where(visual, rank // tokens + first, -1)
-        slots = torch.where(visual, rank % tokens, 0)
-        rows = torch.repeat_interleave(torch.arange(len(visual), device=visual.device), per_sample)
-        within = torch.arange(total, device=visual.device) - first[rows, 0]
-        distinct = per_sample[::copies]
-        base = (distinct.cumsum(0) - distinct).repeat_interleave(copies)
-        return cls(labels, slots, rows, base[rows] + within, (adapter.grid(tokens),) * total, copies)
+from vtprune.layout import Groups, Segment, last_axis, take_columns
+from vtprune.stages.media import Media
+from vtprune.tokens import Selection
 
 
 @dataclass
@@ -84,12 +35,18 @@ class Call:
     """(batch, length) bool, before any cut."""
     positions: Tensor
     """(..., batch | 1, length): position ids that came in."""
-    images: Images | None
+    media: Media | None
     """None if the call carries no visual tokens."""
     ids: Tensor | None
     """(batch, length) input ids; None if the caller gave embeddings."""
     embeddings: Tensor
     """(batch, length, dim): what came in, visual features in place."""
+    blocks: Tensor | None
+    """(batch, length) long: see `Adapter.blocks`."""
+    masks_by_type: bool
+    """Whether the call came with a mapping from kinds of attention to masks."""
+    planes: Sequence[Tensor]
+    """One (visual tokens of the batch, dim) a decoder layer, which the model adds to its output (DeepStack)."""
     past_real: Tensor | None
     """(batch, past) bool: padding already in a cache that was never pruned; None if there is none."""
     unpadded: bool
@@ -107,8 +64,8 @@ class Call:
     """Masks and rotary embeddings already built, by `key`."""
 
     def __post_init__(self):
-        labels = self.images.labels if self.images else torch.full_like(self.real, -1, dtype=torch.long)
-        self.whole = Segment.whole(self.real, labels)
+        visual = self.media.visual if self.media else torch.zeros_like(self.real)
+        self.whole = Segment.whole(self.real, visual, self.positions)
         self.segments, self.starts = [self.whole], [0]
         layers = pruned_layers(self.cache)
         self.wrapped = bool(layers)
@@ -139,24 +96,36 @@ class Call:
 
     # -- groups -------------------------------------------------------------------------------------------------
 
+    def _alive(self, labels: Tensor) -> Tensor:
+        """Labels (batch, length) of the current columns; -1 where no visual token is."""
+        return take_columns(labels, self.segment.columns).masked_fill(~self.segment.visual, -1)
+
+    def crop_groups(self) -> Groups:
+        """One group a crop, over the visual tokens alive."""
+        return Groups.of_labels(self._alive(self.media.labels), self.media.crop_rows, self.media.crop_images)
+
     def image_groups(self) -> Groups:
-        """One group an image, over the visual tokens alive."""
-        return Groups.of_labels(self.segment.images, self.images.rows)
+        """One group an image or video, over the visual tokens alive; separators are in none."""
+        content = self._alive(self.media.labels) >= 0
+        rows = self.media.image_rows
+        images = torch.arange(len(rows), device=rows.device)
+        return Groups.of_labels(self._alive(self.media.images).masked_fill(~content, -1), rows, images)
 
     def sample_groups(self) -> Groups:
-        """One group a sample, over the visual tokens alive."""
+        """One group a sample, over the visual tokens alive; separators are in none."""
         rows = torch.arange(self.batch, device=self.real.device)
-        return Groups.of_labels(torch.where(self.segment.visual, rows[:, None], -1), rows)
+        content = self._alive(self.media.labels) >= 0
+        return Groups.of_labels(torch.where(content, rows[:, None], -1), rows, torch.full_like(rows, -1))
 
-    def slots(self) -> Tensor:
-        """(batch, n): place in its image of every current column."""
-        return take_columns(self.images.slots, self.segment.columns)
+    def encoded_tokens(self) -> Tensor:
+        """(batch, n): number among the encoded tokens of every current column."""
+        return take_columns(self.media.tokens, self.segment.columns)
 
     def prompt_key(self, row: int) -> int:
         """A number that depends on the text of one sample's prompt alone."""
         if self.ids is None:
             return 0
-        text = self.ids[row][(self.real[row] & (self.images.labels[row] < 0)).to(self.ids.device)]
+        text = self.ids[row][(self.real[row] & ~self.media.visual[row]).to(self.ids.device)]
         return zlib.crc32(str(text.tolist()).encode())
 
     # -- cutting ------------------------------------------------------------------------------------------------
@@ -176,8 +145,9 @@ class Call:
             kept = selection.keep[..., None].to(hidden.device)
             hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
         keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
+        keep &= ~self._idle_separators(keep)
         fate = segment.fates_after(groups, selection, keep)
-        after, index = segment.cut(keep, fate, compact=compact, whole_real=self.real)
+        after, index = segment.cut(keep, fate, compact=compact)
         hidden = take_columns(hidden, index)
         # A masked key still multiplies its value by zero, and 0 * NaN is NaN.
         hidden = hidden.masked_fill(~after.real.to(hidden.device)[..., None], 0)
@@ -189,6 +159,16 @@ class Call:
         self.memo.clear()
         self.announce(layer)
         return hidden, index
+
+    def _idle_separators(self, keep: Tensor) -> Tensor:
+        """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept."""
+        lines, content = self._alive(self.media.lines), self._alive(self.media.labels) >= 0
+        separators = self.segment.visual & ~content
+        if not bool(separators.any()):
+            return separators
+        ended = lines.new_zeros(int(lines.max()) + 1, dtype=torch.bool)
+        ended[lines[keep & content & (lines >= 0)]] = True
+        return separators & ~ended[lines.clamp(min=0)]
 
     def announce(self, first_layer: int) -> None:
         """Tell the cache layers from `first_layer` on (all of them, if never wrapped) what is about to arrive."""
@@ -209,36 +189,41 @@ class Call:
             self.cache.layers[i].layout = memo[key]
 
     def _shift(self, segment: Segment) -> Tensor | None:
-        """(batch, 1) positions that tokens to come must be moved back by; None for none."""
-        shift = segment.end_lag
-        # Callers count on from the last column's position; after right padding that is not the last token's.
-        last = self.length - 1 - self.real.flip(1).to(torch.uint8).argmax(1)
-        if bool((last < self.length - 1).any()):
-            positions = self._expanded_positions()
-            while positions.ndim > 2:
-                positions = positions[0]
-            shift = shift + positions[:, -1:] - positions.gather(1, last[:, None].to(positions.device))
+        """(batch, 1) positions that tokens to come must be moved back by; None for none.
+
+        Callers count on from the last column's position, which after right padding is not the last token's.
+        """
+        shift = last_axis(self.whole.positions)[:, -1:] - segment.end
         return shift if bool(shift.any()) else None
+
+    def add_plane(self, layer: int, hidden: Tensor) -> Tensor:
+        """A decoder layer's output (batch, n, dim) with the plane that is due there, cut and merged like its tokens."""
+        if not 0 <= layer < len(self.planes):
+            return hidden
+        segment, device = self.segment, hidden.device
+        row, column = self.whole.visual.to(device).nonzero(as_tuple=True)
+        into = segment.fate.to(device)[row, column]
+        alive = into >= 0
+        here = torch.arange(segment.columns.shape[1], device=segment.columns.device).expand_as(segment.columns)
+        place = torch.zeros_like(segment.fate).scatter(1, segment.columns, here).to(device)
+        index = (row[alive], place[row[alive], into[alive]])
+        plane = self.planes[layer].to(hidden)[alive]
+        total = torch.zeros_like(hidden).index_put(index, plane, accumulate=True)
+        count = hidden.new_zeros(hidden.shape[:2]).index_put(index, plane.new_ones(len(plane)), accumulate=True)
+        return hidden + total / count.clamp(min=1)[..., None]
 
     # -- what a layer sees --------------------------------------------------------------------------------------
 
-    def _expanded_positions(self) -> Tensor:
-        return self.positions.expand(*self.positions.shape[:-2], self.batch, -1)
-
     def positions_at(self, layer: int) -> Tensor:
         """(..., batch, n): position ids in force at a layer."""
-        segment, shift = self.segment_at(layer), self.before[layer][0].shift
-        positions = self._expanded_positions()
-        columns = segment.columns.to(positions.device)
-        positions = positions.gather(-1, columns.expand(*positions.shape[:-2], *columns.shape))
-        lag = segment.lag if shift is None else segment.lag + shift.to(segment.lag.device)
-        return (positions - lag.to(positions.device)).clamp(min=0)
+        positions, shift = self.segment_at(layer).positions, self.before[layer][0].shift
+        return positions if shift is None else (positions - shift.to(positions.device)).clamp(min=0)
 
     def rope_at(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of a layer's positions."""
-        key = ("rope", self.key(layer))
+        key = ("rope", layer_type(self.text_config, layer), self.key(layer))
         if key not in self.memo:
-            self.memo[key] = self.adapter.language_model.rotary_emb(hidden, self.positions_at(layer).to(hidden.device))
+            self.memo[key] = self.adapter.rope(layer, hidden, self.positions_at(layer).to(hidden.device))
         return self.memo[key]
 
     def padding_mask(self, layer: int) -> Tensor | None:
@@ -247,21 +232,52 @@ class Call:
             return self.segment_at(layer).real
         return self.cache.layers[layer].layout.mask()
 
+    def blocks_at(self, layer: int) -> Tensor | None:
+        """(batch, n) long: the block of each column of a layer whose tokens all see one another, -1 for none."""
+        if self.blocks is None:
+            return None
+        segment = self.segment_at(layer)
+        return take_columns(self.blocks, segment.columns).masked_fill(~segment.real, -1)
+
     def mask_at(self, layer: int, hidden: Tensor):
         """Attention mask of a layer in the form its attention back end wants, from transformers' own factory."""
         # Importing this takes seconds (it pulls in the compiler) and any loaded model has done it already.
         from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
-        config = self.adapter.language_model.config
-        types = getattr(config, "layer_types", None)
-        kind = types[layer] if types else "full_attention"
+        kind = layer_type(self.text_config, layer)
         key = ("mask", kind, self.key(layer))
         if key not in self.memo:
+            blocks = self.blocks_at(layer)
+            if blocks is not None and self.cache is not None:
+                # The factories count columns from the start of the unpruned sequence.
+                blocks = pad(blocks, (self.cache.layers[layer].get_seq_length(), 0), value=-1)
             self.memo[key] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
-                config=config,
+                config=self.text_config,
                 inputs_embeds=hidden,
                 attention_mask=self.padding_mask(layer),
                 past_key_values=self.cache,
+                block_sequence_ids=None if blocks is None else blocks.to(hidden.device),
                 layer_idx=layer,
             )
         return self.memo[key]
+
+    def model_mask(self, hidden: Tensor) -> Tensor | dict | None:
+        """What the language model is called with, whose own masks then fit layer 0: a 2D mask, or ready-made ones where
+        it cannot know all they depend on."""
+        if self.blocks is None:
+            return self.padding_mask(0)
+        kinds = [layer_type(self.text_config, layer) for layer in range(len(self.adapter.decoder_layers))]
+        masks = {kind: self.mask_at(kinds.index(kind), hidden) for kind in kinds}
+        return masks if len(masks) > 1 or self.masks_by_type else masks[kinds[0]]
+
+    @property
+    def text_config(self):
+        return self.adapter.language_model.config
+
+
+def layer_type(config, layer: int) -> str:
+    """Kind of attention of a decoder layer, as transformers names it."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[layer]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

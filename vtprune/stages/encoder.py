@@ -1,115 +1,224 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision encoder: watches what it computes for each image, for methods that act later on the path."""
+"""The vision encoder: watches what it computes for each image or video, for methods that act later on the path."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
 from vtprune.ops.attention import attention_rows
+from vtprune.tokens import Medium
+
+COMPUTED_ELSEWHERE = "the image features of this call were computed elsewhere; pass the pixels inside the session"
+
+
+@dataclass
+class Encoding:
+    """What one call of the base model's `get_image_features` or `get_video_features` took and gave."""
+
+    kind: str
+    inputs: Mapping[str, Any] | None
+    """The call's arguments by name; None if it was not seen."""
+    output: Any = None
+    """The object it returned."""
+    pooled: Tensor | Sequence[Tensor] = ()
+    """The projected features in it, as they were then: `generate()` repeats them in place for beams."""
+    media: list[Medium] = field(default_factory=list)
+    """The layout of each image or video, in order."""
+    projector_input: Tensor | None = None
+    """The projector's input; only if asked for."""
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, heads, tokens), the CLS query's attention; only for the layers asked for."""
+    seconds: float = 0.0
+
+    @property
+    def features(self) -> Tensor:
+        """(tokens of all media, dim): what goes to the language model."""
+        pooled = self.pooled
+        return pooled.flatten(0, -2) if torch.is_tensor(pooled) else torch.cat([f.flatten(0, -2) for f in pooled])
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of all media."""
+        return sum(map(len, self.media))
+
+
+def _pooled(output: Any) -> Tensor | tuple[Tensor, ...]:
+    pooled = output.pooler_output
+    return pooled if torch.is_tensor(pooled) else tuple(pooled)
+
+
+def _shares_rows(features: Tensor, known: Tensor) -> bool:
+    return features.shape[1:] == known.shape[1:] and bool((known.to(features) == features[0]).all(-1).any())
 
 
 class EncoderTap:
-    """Keeps, for the images encoded last, what goes through the projector and the CLS rows of chosen layers.
+    """Keeps the encodings computed last, one a kind, and what their projector and CLS tokens saw.
 
-    `generate()` encodes images long before the language model runs, and only once for all beams, so the tap
-    remembers until the tower runs again.
+    `generate()` encodes long before the language model runs, and only once for all beams, so the tap remembers until
+    the next call of the same kind. The encode methods are no modules: while the tap is installed, a wrapper of the
+    bound method stands in the base model's own `__dict__` and hides the class's.
     """
 
     def __init__(self, adapter: Adapter, cls_layers: Sequence[int], *, keep_features: bool, profile: bool):
         self.adapter = adapter
         self.cls_layers = tuple(cls_layers)
-        self.keep_features = keep_features or bool(cls_layers)
+        self.keep_features = keep_features
         self.profile = profile
-        self.images = 0
-        """Images encoded last; 0 if none was encoded in this session."""
-        self.tokens: int | None = None
-        """Visual tokens of each of them."""
-        self.features: Tensor | None = None
-        """(images, tokens, dim): the projector's input; only with `keep_features`."""
-        self.projected: Tensor | None = None
-        """(images, tokens, LLM dim): its output; only with `keep_features`."""
-        self._pixels: Tensor | None = None
-        self.seconds = 0.0
-        self._rows: dict[int, Tensor] = {}
+        self.last: dict[str, Encoding] = {}
+        """Kind -> the encoding computed last in this session."""
+        self._open: Encoding | None = None
         self._queries: dict[int, Tensor] = {}
 
-    def install(self) -> list[RemovableHandle]:
-        tower = self.adapter.vision_tower
-        handles = [
-            tower.register_forward_pre_hook(self._before_tower),
-            tower.register_forward_hook(self._after_tower),
-            self.adapter.projector.register_forward_hook(self._after_projector),
-        ]
-        for index in self.cls_layers:
-            attention = self.adapter.encoder_layers[index].self_attn
-            # `prepend` is not needed here: these hooks read and never replace.
-            handles.append(attention.q_proj.register_forward_hook(self._take_query(index)))
-            handles.append(attention.k_proj.register_forward_hook(self._take_row(index)))
+    def install(self) -> list[RemovableHandle | _Wrapped]:
+        kinds = self.adapter.visual_token_ids
+        handles = [_Wrapped(self.adapter.base, f"get_{kind}_features", self._encode(kind)) for kind in kinds]
+        if self.keep_features:
+            handles.append(self.adapter.projector.register_forward_pre_hook(self._before_projector))
+        # Hooks that read and never replace need no particular order; towers may be shared between kinds.
+        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if self.cls_layers else {}
+        for kind in towers.values():
+            layers = self.adapter.encoder_layers(kind)
+            for index in self.cls_layers:
+                attention = self.adapter.encoder_attention(layers[index])
+                handles.append(attention.q_proj.register_forward_hook(self._take_query(index)))
+                handles.append(attention.k_proj.register_forward_hook(self._take_row(index, attention)))
         return handles
 
-    def _before_tower(self, module, args):
-        self.images, self.tokens, self.features, self.projected = 0, None, None, None
-        self._pixels = args[0] if args else None
-        self._rows.clear()
-        self._started = clock(self.adapter.model) if self.profile else 0.0
+    def forget(self) -> None:
+        self.last = {}
 
-    def _after_tower(self, module, args, output):
-        if self.profile:
-            self.seconds = clock(self.adapter.model) - self._started
+    def _encode(self, kind: str):
+        def make(method):
+            signature = inspect.signature(method)
 
-    def _after_projector(self, module, args, output):
-        self.images, self.tokens = output.shape[:2]
-        if self.keep_features:
-            self.features, self.projected = args[0].detach(), output.detach()
+            @functools.wraps(method)
+            def encode(*args, **kwargs):
+                started = clock(self.adapter.model) if self.profile else 0.0
+                # A call that fails leaves nothing behind.
+                self.last.pop(kind, None)
+                self._open = encoding = Encoding(kind, signature.bind(*args, **kwargs).arguments)
+                try:
+                    encoding.output = method(*args, **kwargs)
+                finally:
+                    self._open = None
+                if self.profile:
+                    encoding.seconds = clock(self.adapter.model) - started
+                if hasattr(encoding.output, "pooler_output"):  # a tuple, on request, is nothing a model is fed with
+                    encoding.pooled = _pooled(encoding.output)
+                    self.last[kind] = encoding
+                return encoding.output
+
+            return encode
+
+        return make
+
+    def _before_projector(self, module, args):
+        if self._open is not None:
+            self._open.projector_input = args[0].detach()
 
     def _take_query(self, layer: int):
         def hook(module, args, output):
-            self._queries[layer] = output[:, :1].detach()
+            if self._open is not None:
+                self._queries[layer] = output[:, :1].detach()
 
         return hook
 
-    def _take_row(self, layer: int):
+    def _take_row(self, layer: int, attention: nn.Module):
         def hook(module, args, output):
-            heads = self.adapter.config.vision_config.num_attention_heads
-            query, key = (
-                rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (self._queries.pop(layer), output.detach())
-            )
-            rows = attention_rows(query, key, scale=query.shape[-1] ** -0.5)
-            self._rows[layer] = rows[:, :, 0]
+            if self._open is None:
+                return
+            query, key = self._queries.pop(layer), output.detach()
+            # Some towers normalise queries and keys over all heads together.
+            if (norm := getattr(attention, "q_norm", None)) is not None:
+                query = norm(query)
+            if (norm := getattr(attention, "k_norm", None)) is not None:
+                key = norm(key)
+            heads = self.adapter.vision_config.num_attention_heads
+            query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
+            self._open.rows[layer] = attention_rows(query, key, scale=query.shape[-1] ** -0.5)[:, :, 0]
 
         return hook
 
-    def image_key(self, image: int) -> int:
-        """A number that depends on one encoded image's pixels alone; 0 if they were not seen."""
-        if self._pixels is None or not image < len(self._pixels):
-            return 0
-        # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self._pixels.element_size()]
-        return int(self._pixels[image].contiguous().view(bits).sum(dtype=torch.int64)) % 2**31
+    # -- what was encoded ---------------------------------------------------------------------------------------
 
-    def check(self, embeddings: Tensor, images: Tensor, slots: Tensor) -> None:
-        """Raise unless `embeddings` (visual tokens, dim) are the features seen last, of these images and slots."""
-        seen = self.projected
-        if seen is None or not torch.equal(
-            seen[images.to(seen.device), slots.to(seen.device)].to(embeddings), embeddings
-        ):
-            raise UnsupportedStageError(
-                "this method reads the vision encoder, but the image features of this call were computed elsewhere; "
-                "pass pixel_values inside the session"
-            )
+    def encoding(self, kind: str, output: Any | None) -> Encoding:
+        """The encoding that a call's features come from; `output` is what was handed in, None if computed within.
 
-    def cls_rows(self, layers: Sequence[int]) -> Tensor:
-        """(images, layers, heads, tokens): CLS attention over the tokens that the projector reads."""
-        rows = torch.stack([self._rows[layer].to(self.features.device) for layer in layers], 1)
-        return rows[..., rows.shape[-1] - self.tokens :]
+        Raises UnsupportedStageError if the layout of its tokens cannot be told.
+        """
+        encoding = self.last.get(kind)
+        if output is not None and (encoding is None or encoding.output is not output):
+            given = Encoding(kind, None, output, _pooled(output))
+            if encoding is not None and _shares_rows(given.features, encoding.features):
+                raise UnsupportedStageError(
+                    "the prompt comes in pieces, with pieces of the features encoded last; chunked prefill cannot be "
+                    "pruned: pass the whole prompt at once"
+                )
+            return self._place_unseen(given)
+        if not encoding.media:
+            encoding.media = self.adapter.media(kind, encoding.inputs, encoding.pooled)
+        return encoding
+
+    def _place_unseen(self, encoding: Encoding) -> Encoding:
+        grid = self.adapter.image_grid
+        if grid is None or any(len(image) != len(grid) for image in encoding.pooled):
+            raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")
+        encoding.media = [Medium.of_grids(grid) for _ in encoding.pooled]
+        return encoding
+
+    def projector_inputs(self, encodings: Iterable[Encoding]) -> Tensor:
+        """(tokens of all encodings, dim): the encoder's feature of each visual token."""
+        return torch.cat([self.adapter.projector_inputs(e.kind, e.inputs, e.projector_input) for e in encodings])
+
+    def cls_rows(self, encodings: Iterable[Encoding], layers: Sequence[int]) -> Tensor:
+        """(tokens of all encodings, layers, heads): what the CLS query pays to each visual token."""
+        values = []
+        for e in encodings:
+            rows = torch.stack([e.rows[layer].to(e.rows[layers[0]].device) for layer in layers], 1)
+            patches = rows[..., 1:] if self.adapter.cuts_cls(e.kind) else rows
+            flat = rearrange(patches, "crops layers heads patches -> crops patches (layers heads)")
+            flat = self.adapter.patch_values(e.kind, e.inputs, flat)
+            values.append(rearrange(flat, "tokens (layers heads) -> tokens layers heads", layers=len(layers)))
+        return torch.cat(values)
+
+    def image_keys(self, encoding: Encoding) -> list[int]:
+        """One number a medium that depends on its pixels alone; zeros if they were not seen."""
+        if encoding.inputs is None:
+            return [0] * len(encoding.media)
+        return [_bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)]
+
+
+def _bit_sum(pixels: Tensor) -> int:
+    # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
+    return int(pixels.contiguous().view(bits).sum(dtype=torch.int64)) % 2**31
+
+
+class _Wrapped:
+    """A method of one object, wrapped until `remove`."""
+
+    def __init__(self, owner: nn.Module, name: str, wrap):
+        self.owner, self.name = owner, name
+        self.before = owner.__dict__.get(name)
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+    def remove(self) -> None:
+        if self.before is None:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)
 
 
 def clock(model) -> float:

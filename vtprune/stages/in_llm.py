@@ -29,7 +29,7 @@ from vtprune.signals import (
     decoder_attention_rows,
 )
 from vtprune.stages.before_llm import Chooser
-from vtprune.stages.call import Call
+from vtprune.stages.call import Call, layer_type
 from vtprune.tokens import ModelShape, VisualTokens
 
 
@@ -76,11 +76,16 @@ class InLLMStage:
                     handles.append(getattr(layer.self_attn, name).register_forward_hook(self._watch(i, name)))
         return handles
 
+    def cuts_before(self, layer: int) -> bool:
+        """Whether something may be dropped on the input of a decoder layer up to this one."""
+        return any(cut <= layer for cut in self.cuts)
+
     def begin(self, call: Call) -> None:
         """Follow a forward call of the language model until `end`."""
         self.call = call
-        self._entering = call.segment.visual.sum(1).cpu()
-        self._selecting = call.images is not None and bool(self.cuts)
+        self._selecting = call.media is not None and bool(self.cuts)
+        if self._selecting:
+            self._entering = call.sample_groups().valid.sum(1).cpu()
 
     def end(self) -> None:
         """Forget the call and everything measured in it."""
@@ -97,11 +102,12 @@ class InLLMStage:
             if call is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = call.add_plane(i - 1, hidden)
             if self._selecting and i in self.cuts:
                 hidden = self._cut(i, hidden)
             if self._selecting and i in self.watched:
                 self._ropes[i] = call.rope_at(i, hidden)
-            if not call.pruned and not call.wrapped:
+            if not call.pruned and not call.wrapped and not call.planes:
                 return None
             # Layers read position ids only to detect packed sequences, for which gaps would be mistaken.
             kwargs = {**kwargs, "position_ids": None}
@@ -139,7 +145,7 @@ class InLLMStage:
         call = self.call
         for method, number in self.cuts[i]:
             groups = call.sample_groups()
-            budget = method.budgets(self.shape, self._entering, call.images.per_sample.cpu())[number]
+            budget = method.budgets(self.shape, self._entering, call.media.crops_per_sample.cpu())[number]
             alive = groups.valid.sum(1).cpu()
             if bool((budget >= alive).all()):
                 continue
@@ -216,11 +222,18 @@ class InLLMStage:
     def _context(self, layer: int, rope: tuple[Tensor, Tensor]) -> RowContext:
         call = self.call
         layout, past = call.before[layer]
+        config = call.text_config
+        sliding = layer_type(config, layer) == "sliding_attention"
+        window = config.sliding_window if sliding else None
         keys = None
         if call.cache is not None and past:
+            if window is not None and past + call.segment.real.shape[1] > window:
+                raise UnsupportedStageError(
+                    f"attention in decoder layer {layer} cannot be recomputed: its sliding window of {window} tokens "
+                    "no longer holds all of the conversation so far"
+                )
             held = call.cache.layers[layer]
             keys = (held.inner if isinstance(held, PrunedLayer) else held).keys[:, :, :past]
-        config = self.adapter.text_config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return RowContext(
             attention=self.adapter.decoder_layers[layer].self_attn,
@@ -229,4 +242,6 @@ class InLLMStage:
             real=call.segment.real,
             past_keys=keys,
             past_real=layout.real,
+            blocks=call.blocks_at(layer),
+            window=window,
         )
