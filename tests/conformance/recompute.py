@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruned generation has to compute, for every family, written without a line of the library.
+
+One sample at a time, without padding and without a cache: a plain loop over the decoder layers runs over the prompt and
+everything that was generated, and takes visual tokens out of the sequence where it is told to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """What the encoder gave for a prompt."""
+
+    columns: Tensor
+    """(visual tokens,) columns of the prompt that hold features"""
+    features: Tensor
+    """(visual tokens, dim)"""
+    planes: list[Tensor]
+    """(visual tokens, dim) each, added after decoder layer 0, 1, ...; empty for most models"""
+
+
+@torch.no_grad()
+def recompute(
+    model, inputs: dict[str, Tensor], generated: Tensor, kept: list[Tensor], positions: str = "original"
+) -> Tensor:
+    """Logits (tokens, vocabulary) of one sample; rows of dropped columns are NaN.
+
+    Args:
+        inputs: of a single prompt without padding.
+        generated: (new tokens,), what followed the prompt.
+        kept: one LongTensor a layer, the visual columns of the prompt alive in it.
+        positions: "original" (those of the unpruned model) or "compact" (a token's rank in the layer's sequence).
+    """
+    decoder = model.get_decoder()
+    ids = torch.cat([inputs["input_ids"][0], generated])
+    hidden = model.get_input_embeddings()(ids)
+    vision = _look(model, inputs)
+    hidden[vision.columns] = vision.features
+    original = _positions(model, inputs, len(generated))
+    blocks = _blocks(model, inputs, len(generated))
+
+    columns = torch.arange(len(ids))
+    text = columns[~torch.isin(columns, vision.columns)]
+    for index, (layer, alive) in enumerate(zip(decoder.layers, kept, strict=True)):
+        assert torch.isin(alive, vision.columns).all(), "these are not visual columns"
+        wanted = torch.cat([text, alive])
+        rows = torch.isin(columns, wanted)
+        assert int(rows.sum()) == len(wanted), "a dropped token came back in a later layer"
+        columns, hidden = columns[rows], hidden[rows]
+
+        kind = _layer_type(decoder.config, index)
+        ranks = torch.arange(len(columns))
+        place = {"original": original[..., columns], "compact": ranks.expand(*original.shape[:-1], -1)}[positions]
+        per_type = (
+            {"layer_type": kind} if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters else {}
+        )
+        hidden = layer(
+            hidden[None],
+            attention_mask=_mask(model, kind, blocks[columns], hidden.dtype),
+            position_embeddings=decoder.rotary_emb(hidden[None], place, **per_type),
+            position_ids=ranks[None],
+        )[0]
+        if index < len(vision.planes):
+            plane = torch.zeros(len(ids), hidden.shape[-1], dtype=hidden.dtype)
+            plane[vision.columns] = vision.planes[index]
+            hidden = hidden + plane[columns]
+
+    last = model.lm_head(decoder.norm(hidden))
+    cap = getattr(decoder.config, "final_logit_softcapping", None)
+    if cap is not None:
+        last = cap * torch.tanh(last / cap)
+    logits = torch.full((len(ids), last.shape[-1]), float("nan"), dtype=last.dtype)
+    logits[columns] = last
+    return logits
+
+
+def visual_columns(model, inputs: dict[str, Tensor]) -> Tensor:
+    """(visual tokens,) columns of a single prompt that hold features."""
+    return torch.isin(inputs["input_ids"][0], torch.tensor(list(_placeholders(model).values()))).nonzero().flatten()
+
+
+def keep_all(model, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """`kept` of a model that prunes nothing."""
+    return [visual_columns(model, inputs)] * len(model.get_decoder().layers)
+
+
+def _placeholders(model) -> dict[str, int]:
+    ids = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
+    return {kind: value for kind, value in ids.items() if value is not None}
+
+
+def _look(model, inputs: dict[str, Tensor]) -> _Vision:
+    """Features from the model's own `get_image_features` and `get_video_features`."""
+    ids = inputs["input_ids"][0]
+    columns, features, planes = [], [], []
+    for kind, placeholder in _placeholders(model).items():
+        if {"image": "pixel_values", "video": "pixel_values_videos"}[kind] not in inputs:
+            continue
+        encode = getattr(model.model, f"get_{kind}_features")
+        accepted = inspect.signature(encode).parameters
+        output = encode(**{key: value for key, value in inputs.items() if key in accepted}, return_dict=True)
+        columns.append((ids == placeholder).nonzero().flatten())
+        features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
+        planes.append([torch.cat(list(plane)) for plane in getattr(output, "deepstack_features", [])])
+    return _Vision(torch.cat(columns), torch.cat(features), [torch.cat(plane) for plane in zip(*planes, strict=True)])
+
+
+def _positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
+    """(1, tokens), or (3, 1, tokens) for three axes: positions of the unpruned sequence."""
+    length = inputs["input_ids"].shape[1]
+    if hasattr(model.model, "get_rope_index"):
+        accepted = inspect.signature(model.model.get_rope_index).parameters
+        prompt, _ = model.model.get_rope_index(**{key: value for key, value in inputs.items() if key in accepted})
+        return torch.cat([prompt, prompt[..., -1:] + 1 + torch.arange(generated)], -1)
+    first = 1 if model.config.model_type == "paligemma" else 0
+    return torch.arange(first, first + length + generated)[None]
+
+
+def _blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
+    """(tokens,) number of the block of tokens that all see one another; -1 for none."""
+    types = inputs.get("token_type_ids")
+    none = torch.full((inputs["input_ids"].shape[1] + generated,), -1)
+    if model.config.model_type == "paligemma":  # the prompt is one block
+        none[: types.shape[1]][types[0] == 0] = 0
+    elif model.config.model_type == "gemma3":  # every image is one
+        block = -1
+        for column, kind in enumerate(types[0].tolist()):
+            if kind == 1:
+                block += column == 0 or types[0, column - 1] != 1
+                none[column] = block
+    return none
+
+
+def _layer_type(config, index: int) -> str:
+    if getattr(config, "layer_types", None) is not None:
+        return config.layer_types[index]
+    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+
+
+def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1, 1, n, n) additive mask over the tokens that are there. blocks: (n,), as in `_blocks`."""
+    ranks = torch.arange(len(blocks))
+    distance = ranks[:, None] - ranks
+    causal = distance >= 0
+    together = (blocks[:, None] == blocks) & (blocks >= 0)
+    window = torch.ones_like(causal)
+    if kind == "sliding_attention":
+        window = distance < model.get_decoder().config.sliding_window
+    # Gemma 3's window also cuts through images; PaliGemma's prefix is whole whatever the window.
+    allowed = (window & (causal | together)) if model.config.model_type == "gemma3" else (window & causal) | together
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
