@@ -23,7 +23,7 @@ from vtprune.report import Report, Stretch, Timings
 from vtprune.signals import ClsAttention, EncoderFeatures
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
-from vtprune.stages.encoder import EncoderTap, clock
+from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.media import Media
 from vtprune.tokens import Selection, VisualTokens
@@ -305,7 +305,10 @@ class Session:
         kinds = [kind for kind in self.adapter.visual_token_ids if kind in incoming.kinds]
         visual = [self._columns(incoming, kind, hidden) & real for kind in kinds]
         encodings = [self._tap.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
-        return Media.find(visual, encodings, self.adapter.tiles_adjoin)
+        media = Media.find(visual, encodings, self.adapter.tiles_adjoin)
+        if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
+            raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")
+        return media
 
     def _columns(self, incoming: _Incoming, kind: str, hidden: Tensor) -> Tensor:
         """(batch, length) bool: columns that hold features of a kind."""

@@ -161,12 +161,12 @@ class EncoderTap:
         encoding = self.last.get(kind)
         if output is not None and (encoding is None or encoding.output is not output):
             given = Encoding(kind, None, output, _pooled(output))
-            if encoding is not None and _shares_rows(given.features, encoding.features):
-                raise UnsupportedStageError(
-                    "the prompt comes in pieces, with pieces of the features encoded last; chunked prefill cannot be "
-                    "pruned: pass the whole prompt at once"
-                )
-            return self._place_unseen(given)
+            if encoding is None or not _shares_rows(given.features, encoding.features):
+                return self._place_unseen(given)
+            # `generate()` cuts features for chunked prefill, and then hands on nothing else of the encoder's output.
+            # Copies of all of it come from wrappers that move arguments between devices.
+            if output.last_hidden_state is None and encoding.output.last_hidden_state is not None:
+                raise UnsupportedStageError("chunked prefill cannot be pruned; pass the whole prompt at once")
         if not encoding.media:
             encoding.media = self.adapter.media(kind, encoding.inputs, encoding.pooled)
         return encoding
