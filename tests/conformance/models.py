@@ -71,11 +71,11 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     return _initialised(_config(name), attention, seed=sum(map(ord, name))).to(dtype)
 
 
-def with_text_tower(text_config) -> LlavaForConditionalGeneration:
+def with_text_tower(text_config, attention: str = "sdpa") -> LlavaForConditionalGeneration:
     """A model with a language model of any kind below a CLIP encoder, 16 visual tokens."""
     vision = CLIPVisionConfig(**_VISION, num_hidden_layers=4, image_size=32, patch_size=8)
     return _initialised(
-        LlavaConfig(vision_config=vision, text_config=text_config, image_token_index=IMAGE_TOKEN), "sdpa", seed=0
+        LlavaConfig(vision_config=vision, text_config=text_config, image_token_index=IMAGE_TOKEN), attention, seed=0
     )
 
 

@@ -17,7 +17,13 @@ ATOL = 1e-4
 
 @torch.no_grad()
 def recompute(
-    model, ids: Tensor, images: Tensor, kept: list[Tensor], positions: str, sources: Tensor | None = None
+    model,
+    ids: Tensor,
+    images: Tensor,
+    kept: list[Tensor],
+    positions: str,
+    sources: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Logits (tokens, vocabulary) of one sample; rows of dropped columns are NaN.
 
@@ -29,6 +35,7 @@ def recompute(
             rank in the first layer's sequence: a compact method before the LLM, then one that keeps positions).
         sources: (visual tokens,) where features were merged before the LLM: index in `kept[0]` that each visual token
             was averaged into.
+        window: how many columns, its own included, a token looks back on; None for all.
     """
     language_model = model.model.language_model
     hidden = language_model.embed_tokens(ids)
@@ -55,6 +62,8 @@ def recompute(
         place = {"original": columns, "compact": ranks, "compact once": torch.searchsorted(first, columns)}[positions]
         rotary = language_model.rotary_emb(hidden[None], place[None])
         causal = torch.zeros(1, 1, n, n, dtype=hidden.dtype).masked_fill(ranks > ranks[:, None], float("-inf"))
+        if window is not None:
+            causal = causal.masked_fill(ranks <= ranks[:, None] - window, float("-inf"))
         hidden = layer(hidden[None], attention_mask=causal, position_embeddings=rotary, position_ids=place[None])[0]
 
     logits = torch.full((len(ids), model.config.text_config.vocab_size), float("nan"), dtype=hidden.dtype)
@@ -72,22 +81,26 @@ def depth(model) -> int:
     return model.config.text_config.num_hidden_layers
 
 
-def expected_steps(model, prompts: Prompts, report, sample: int, generated: Tensor, positions: str, *, merged=False):
+def expected_steps(
+    model, prompts: Prompts, report, sample: int, generated: Tensor, positions: str, *, merged=False, window=None
+):
     """Recomputed logits (steps, vocabulary) of one sample of a left-padded generation."""
     ids = torch.cat([prompts.ids[sample], generated[:-1]])
     kept = kept_columns(report, prompts, sample, depth(model))
     sources = report.sources(sample, 0) if merged else None
-    logits = recompute(model, ids, prompts.images[sample], kept, positions, sources)
+    logits = recompute(model, ids, prompts.images[sample], kept, positions, sources, window)
     return logits[len(prompts.ids[sample]) - 1 :]
 
 
-def assert_recomputed(model, prompts: Prompts, report, output, positions: str, *, merged: bool = False) -> None:
+def assert_recomputed(
+    model, prompts: Prompts, report, output, positions: str, *, merged: bool = False, window: int | None = None
+) -> None:
     """Every step's logits, and the ids for greedy decoding, of a left-padded generation are the recomputed ones."""
     length = max(map(len, prompts.ids))
     got = torch.stack(output.logits, 1)
     for sample in range(len(prompts)):
         generated = output.sequences[sample, length:]
-        expected = expected_steps(model, prompts, report, sample, generated, positions, merged=merged)
+        expected = expected_steps(model, prompts, report, sample, generated, positions, merged=merged, window=window)
         torch.testing.assert_close(got[sample], expected, atol=ATOL, rtol=0, msg=lambda m, s=sample: f"sample {s}: {m}")
         allowed = expected.clone()
         allowed[:, IMAGE_TOKEN] = float("-inf")

@@ -3,6 +3,7 @@
 rotary positions; and a clear refusal where attention rows cannot be recomputed."""
 
 import pytest
+import torch
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen3Config
 
 import vtprune
@@ -44,13 +45,14 @@ def test_generation_equals_recompute(request, tower, method, positions):
     assert_recomputed(tower, batch, session.report, output, positions, merged=False)
 
 
-def test_a_sequence_beyond_the_sliding_window_is_refused():
-    model = models.with_text_tower(MistralConfig(**SMALL, sliding_window=30))
-    inputs = models.batch_of_three(model).inputs()
-    with (
-        vtprune.prune(model, "divprune", keep_ratio=0.4),
-        pytest.raises(UnsupportedStageError, match="sliding window of 30"),
-    ):
-        model(**inputs)
-    with vtprune.prune(model, "divprune", keep_ratio=1.0):
-        model(**inputs)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("method", ["divprune", "fastv", "transprune"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_sliding_window_counts_the_tokens_that_are_there(attention, method, positions):
+    """Prompts and what is left of them are longer than the window, and the cache forgets what left it."""
+    model = models.with_text_tower(MistralConfig(**SMALL, sliding_window=12), attention)
+    batch = models.batch_of_three(model)
+    with vtprune.prune(model, method, keep_ratio=0.6, positions=positions) as session:
+        output = generate(model, batch.inputs())
+    assert max(session.report.counts[:, -1] + torch.tensor(session.report.text_tokens)) > 12
+    assert_recomputed(model, batch, session.report, output, positions, window=12)

@@ -84,8 +84,8 @@ def _alone(score: str, method: TransPrune) -> TransPrune:
     return TransPrune(layers=method.layers, schedule=method.schedule, score=score)
 
 
-def llava_around(v: Vector) -> tuple[LlavaForConditionalGeneration, Tensor, dict]:
-    """The recorded Llama inside a LLaVA model, the prompt, and the recorded image embeddings as encoded images."""
+def llava_around(v: Vector) -> tuple[LlavaForConditionalGeneration, Tensor]:
+    """The recorded Llama inside a LLaVA model that encodes any pixels to the recorded embeddings, and the prompt."""
     weights = v.weights()
     vocabulary, dim = weights["model.embed_tokens.weight"].shape
     mlp = weights["model.layers.0.mlp.gate_proj.weight"].shape[0]
@@ -116,13 +116,17 @@ def llava_around(v: Vector) -> tuple[LlavaForConditionalGeneration, Tensor, dict
     model.model.language_model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     ids = torch.cat((text_ids[:start], torch.full((n,), image_token), text_ids[start:]))[None]
     features = v["inputs_embeds"][start : start + n]
-    return model, ids, {"image": BaseModelOutputWithPooling(pooler_output=[features])}
+    model.model.get_image_features = lambda pixel_values, **options: BaseModelOutputWithPooling(
+        pooler_output=[features]
+    )
+    return model, ids
 
 
 @handles("transprune_e2e_*")
 @torch.no_grad()
 def through_a_session(v: Vector) -> None:
-    model, ids, images = llava_around(v)
+    model, ids = llava_around(v)
+    pixels = torch.zeros(1, 3, 8, 8)
     cuts, start, n = tuple(v["pruning_layers_1based"].tolist()), v["image_start"], v["n_img"]
     parameters = dict(
         layers=cuts,
@@ -131,7 +135,7 @@ def through_a_session(v: Vector) -> None:
     )
     RecordingTransPrune, recorded = recording(TransPrune)
     with vtprune.prune(model, RecordingTransPrune(**parameters)) as session:
-        output = model(input_ids=ids, mm_encoder_outputs=images, use_cache=True, output_hidden_states=False)
+        output = model(input_ids=ids, pixel_values=pixels, use_cache=True, output_hidden_states=False)
         report = session.report
     same(torch.tensor([layer.keys.shape[-2] for layer in output.past_key_values.layers]), v["kv_len_per_layer_prefill"])
     alive = torch.arange(start, start + n)
@@ -148,7 +152,7 @@ def through_a_session(v: Vector) -> None:
     with vtprune.prune(model, method):
         answer = model.generate(
             input_ids=ids,
-            mm_encoder_outputs=images,
+            pixel_values=pixels,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=len(v["gen_ids"]),
             do_sample=False,
