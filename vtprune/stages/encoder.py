@@ -105,6 +105,8 @@ class EncoderTap:
 
             @functools.wraps(method)
             def encode(*args, **kwargs):
+                if self._open is not None:  # called by another one: Qwen3-VL encodes videos as images
+                    return method(*args, **kwargs)
                 started = clock(self.adapter.model) if self.profile else 0.0
                 # A call that fails leaves nothing behind.
                 self.last.pop(kind, None)
