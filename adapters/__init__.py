@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava import Llava
+from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
 from vtprune.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Adapter", "adapter_for", "list_adapters", "register_adapter"]
@@ -24,7 +25,7 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-for _adapter in (Llava,):
+for _adapter in (Llava, Qwen2VL, Qwen2_5_VL, Qwen3VL):
     register_adapter(_adapter)
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size as patches, merged 2x2 before the LLM."""
+
+from __future__ import annotations
+
+import torch
+from transformers.vision_utils import get_vision_window_index
+
+from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.tokens import Grid, Medium, ModelShape
+
+
+class Qwen2VL(Adapter):
+    """`Qwen2VLForConditionalGeneration` (arXiv 2409.12191).
+
+    The patches of all media of a call arrive packed in one sequence; four neighbours stand together, and the merger
+    makes one token of them. Tokens of an image: one grid in raster order, half as high and wide as that of the patches.
+    A video: one such grid for every two frames, one after another. No CLS token. Positions have three axes (M-RoPE).
+    """
+
+    model_types = ("qwen2_vl",)
+    family = "Qwen2-VL"
+    layout = "one grid an image or two frames"
+
+    @property
+    def visual_token_ids(self):
+        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
+
+    def vision_tower(self, kind="image"):
+        return self.base.visual
+
+    def encoder_layers(self, kind="image"):
+        return self.base.visual.blocks
+
+    def encoder_attention(self, layer):
+        return layer.attn
+
+    @property
+    def projector(self):
+        return self.base.visual.merger
+
+    @property
+    def shape(self):
+        depth = len(self.encoder_layers())
+        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
+
+    def encoder_sequences(self, kind, inputs):
+        # Attention does not cross frames.
+        return [rows * columns for frames, rows, columns in patch_grids(kind, inputs).tolist() for _ in range(frames)]
+
+    def media(self, kind, inputs, features):
+        side = self.vision_config.spatial_merge_size
+        return [
+            Medium.of_grids(*[Grid(rows // side, columns // side)] * frames)
+            for frames, rows, columns in patch_grids(kind, inputs).tolist()
+        ]
+
+    def pixels(self, kind, inputs):
+        return inputs[PIXELS[kind]].split(patch_grids(kind, inputs).prod(1).tolist())
+
+    def projector_inputs(self, kind, inputs, features):
+        return features.unflatten(0, (-1, self.vision_config.spatial_merge_size**2)).mean(1)
+
+
+class Qwen2_5_VL(Qwen2VL):
+    """`Qwen2_5_VLForConditionalGeneration` (arXiv 2502.13923).
+
+    As Qwen2-VL, but most encoder layers attend within windows, for which the encoder sorts the merged tokens; they are
+    put back in raster order behind the merger.
+    """
+
+    model_types = ("qwen2_5_vl",)
+    family = "Qwen2.5-VL"
+
+    def projector_inputs(self, kind, inputs, features):
+        vision = self.vision_config
+        order, _ = get_vision_window_index(
+            patch_grids(kind, inputs), vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        return super().projector_inputs(kind, inputs, features)[order.argsort().to(features.device)]
+
+
+class Qwen3VL(Qwen2VL):
+    """`Qwen3VLForConditionalGeneration` (arXiv 2511.21631).
+
+    As Qwen2-VL, but text with a time stamp stands before each grid of a video, and features of earlier encoder layers
+    are added to the visual tokens behind the first decoder layers (DeepStack).
+    """
+
+    model_types = ("qwen3_vl",)
+    family = "Qwen3-VL"
+
+
+def patch_grids(kind: str, inputs) -> torch.Tensor:
+    """(media, 3) long: temporal patches, rows and columns of patches of each medium of a call."""
+    return torch.as_tensor(inputs[f"{kind}_grid_thw"])
