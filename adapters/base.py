@@ -28,12 +28,16 @@ class Adapter(ABC):
     """Values of `model.config.model_type` this adapter is for."""
     family: ClassVar[str]
     """What people call the family, for tables."""
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    """Kinds of media the family takes: "image", "video"."""
     layout: ClassVar[str]
     """The visual tokens of an image (and a video) in a few words, for tables."""
     cls_token: ClassVar[str] = "no"
     """Whether the encoder has a CLS token, for tables: "yes", "no", or when."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
+    window_cuts_blocks: ClassVar[bool] = False
+    """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -43,6 +47,17 @@ class Adapter(ABC):
     def refuses(cls, config) -> str | None:
         """Why a config of this family is not supported after all; None if it is."""
         return None
+
+    @classmethod
+    def stages(cls) -> tuple[str, ...]:
+        """Stages at which methods can act on the family."""
+        return ("before_llm", "in_llm")
+
+    @classmethod
+    def signals(cls) -> tuple[str, ...]:
+        """What methods can ask of the family (`vtprune.signals`), in words."""
+        cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention ({cls.cls_token})",))
+        return (*cls_attention, "encoder features", "text embeddings", "attention in the LLM", "token transition")
 
     # -- the language model -------------------------------------------------------------------------------------
 
@@ -67,7 +82,7 @@ class Adapter(ABC):
     @property
     def visual_token_ids(self) -> Mapping[str, int]:
         """Kind -> the placeholder id that stands for its visual tokens in `input_ids`."""
-        return {"image": self.config.image_token_id}
+        return {kind: getattr(self.config, f"{kind}_token_id") for kind in self.kinds}
 
     @property
     def marker_token_ids(self) -> tuple[int, ...]:
@@ -82,9 +97,10 @@ class Adapter(ABC):
         return self.language_model.rotary_emb(hidden, positions[1:] if has_text_row else positions)
 
     def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """(batch, length) long: the block of each column whose tokens all see one another, -1 for none.
+        """(batch, tokens) long: the block of each token whose tokens all see one another, -1 for none.
 
-        inputs: arguments of the base model's forward in a prefill. None: attention is causal throughout.
+        inputs: arguments of the base model's forward in a prefill. Tokens are counted from the start of the sequence,
+        cached ones included, as transformers does. None: attention is causal throughout.
         """
         return None
 

@@ -170,3 +170,11 @@ def wrap_cache(cache: Cache, owner: Owner, num_layers: int) -> None:
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, PrunedLayer):
             cache.layers[i] = PrunedLayer(layer, owner)
+
+
+def layer_type(config, layer: int) -> str:
+    """Kind of attention of a decoder layer, as transformers names it: "full_attention", "sliding_attention", ..."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[layer]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

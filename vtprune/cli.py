@@ -72,12 +72,17 @@ def methods() -> None:
 @app.command()
 @_plain_errors
 def models() -> None:
-    """List the supported model families."""
+    """List the supported model families: what they take, how they lay it out, which stages and signals methods get."""
     from vtprune.adapters import list_adapters
 
-    table = Table("family", "model type", "notes")
-    for model_type, adapter in sorted(list_adapters().items()):
-        table.add_row(adapter.family, model_type, (adapter.__doc__ or "").strip().partition("\n")[0])
+    types: dict[type, list[str]] = {}
+    for model_type, adapter in list_adapters().items():
+        types.setdefault(adapter, []).append(model_type)
+    table = Table("family", "model type", "media", "visual tokens", "stages", "signals", show_lines=True)
+    for adapter, names in sorted(types.items(), key=lambda item: item[0].family):
+        media = ", ".join(f"{kind}s" for kind in adapter.kinds)
+        stages, signals = ", ".join(adapter.stages()), ", ".join(adapter.signals())
+        table.add_row(adapter.family, ", ".join(names), media, adapter.layout, stages, signals)
     Console().print(table)
 
 

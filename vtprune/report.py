@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune import cost
+from vtprune.cache import layer_type
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,16 @@ class Report:
         return float(cost.encoder_flops(self.vision_config, self.encoder_sequences))
 
     def _kv_bytes(self, counts: list[list[int]]) -> int:
-        lengths = [[n + text for n in row] for row, text in zip(counts, self.text_tokens, strict=True)]
+        config = self.text_config
+        # A sliding layer forgets what the next token cannot see.
+        limits = [
+            config.sliding_window - 1 if layer_type(config, layer) == "sliding_attention" else None
+            for layer in range(self.depth)
+        ]
+        lengths = [
+            [n + text if limit is None else min(n + text, limit) for n, limit in zip(row, limits, strict=True)]
+            for row, text in zip(counts, self.text_tokens, strict=True)
+        ]
         return sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths)
 
     @cached_property

@@ -72,6 +72,17 @@ def patch(model, method: MethodLike, **options) -> Session:
     return session
 
 
+COMPILED = "this model is compiled; pruning works by hooks, which a graph leaves out: prune the uncompiled model"
+
+
+def _is_compiled(module) -> bool:
+    return (
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
 @dataclass(frozen=True)
 class _Incoming:
     """What the outer model was called with, noted before it calls the language model."""
@@ -100,11 +111,8 @@ class Session:
 
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
         self.adapter: Adapter = adapter_for(model)
-        if any(module._compiled_call_impl is not None for module in model.modules()) or hasattr(model, "_orig_mod"):
-            raise UnsupportedModelError(
-                "this model is compiled: its graph was traced without the hooks that pruning needs; prune the "
-                "uncompiled model"
-            )
+        if any(map(_is_compiled, model.modules())):
+            raise UnsupportedModelError(COMPILED)
         self.methods = methods
         self.strict = strict
         self.text = text

@@ -92,6 +92,8 @@ class RowContext:
     """(batch, n) long: columns of one block, numbered from 0, see one another both ways; None: causal throughout."""
     window: int | None = None
     """How many columns, itself included, a row of a sliding layer looks back on; None for all."""
+    window_cuts_blocks: bool = False
+    """Whether that holds within a block, too."""
 
 
 def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> Tensor:
@@ -116,12 +118,14 @@ def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context:
     k = rotate(k, cos, sin)
     columns = torch.arange(n, device=k.device)
     seen = columns <= rows[..., None]
-    if context.window is not None:
-        seen &= columns > rows[..., None] - context.window
+    near = columns > rows[..., None] - (n if context.window is None else context.window)
     if context.blocks is not None:
         blocks = context.blocks.to(k.device)
         own = blocks.gather(1, rows)[..., None]
-        seen |= (blocks[:, None] == own) & (own >= 0)
+        together = (blocks[:, None] == own) & (own >= 0)
+        seen = (seen | together) & near if context.window_cuts_blocks else (seen & near) | together
+    else:
+        seen &= near
     allowed = real[:, None, :] & seen
     if context.past_keys is not None:
         past = context.past_keys.shape[2]

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache import CacheLayout, Owner, pruned_layers, wrap_cache
+from vtprune.cache import CacheLayout, Owner, layer_type, pruned_layers, wrap_cache
 from vtprune.layout import Groups, Segment, last_axis, take_columns
 from vtprune.stages.media import Media
 from vtprune.tokens import Selection
@@ -42,7 +42,7 @@ class Call:
     embeddings: Tensor
     """(batch, length, dim): what came in, visual features in place."""
     blocks: Tensor | None
-    """(batch, length) long: see `Adapter.blocks`."""
+    """(batch, any length) long: see `Adapter.blocks`."""
     masks_by_type: bool
     """Whether the call came with a mapping from kinds of attention to masks."""
     planes: Sequence[Tensor]
@@ -65,6 +65,9 @@ class Call:
 
     def __post_init__(self):
         visual = self.media.visual if self.media else torch.zeros_like(self.real)
+        if self.blocks is not None:
+            missing = max(self.past + self.length - self.blocks.shape[1], 0)
+            self.blocks = pad(self.blocks, (0, missing), value=-1)[:, self.past : self.past + self.length]
         self.whole = Segment.whole(self.real, visual, self.positions)
         self.segments, self.starts = [self.whole], [0]
         layers = pruned_layers(self.cache)
@@ -242,22 +245,36 @@ class Call:
     def mask_at(self, layer: int, hidden: Tensor):
         """Attention mask of a layer in the form its attention back end wants, from transformers' own factory."""
         # Importing this takes seconds (it pulls in the compiler) and any loaded model has done it already.
-        from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+        from transformers.masking_utils import (
+            LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+            blockwise_overlay,
+            sliding_window_overlay,
+        )
 
         kind = layer_type(self.text_config, layer)
         key = ("mask", kind, self.key(layer))
         if key not in self.memo:
             blocks = self.blocks_at(layer)
-            if blocks is not None and self.cache is not None:
-                # The factories count columns from the start of the unpruned sequence.
-                blocks = pad(blocks, (self.cache.layers[layer].get_seq_length(), 0), value=-1)
-            self.memo[key] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+            if blocks is not None:
+                blocks = blocks.to(hidden.device)
+                if self.cache is not None:
+                    # The factories count columns from the start of the unpruned sequence.
+                    blocks = pad(blocks, (self.cache.layers[layer].get_seq_length(), 0), value=-1)
+            factory, deviation = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind], {"block_sequence_ids": blocks}
+            if blocks is not None and kind == "sliding_attention" and self.adapter.window_cuts_blocks:
+                # The factory of sliding masks would let tokens see their whole block.
+                factory = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["full_attention"]
+                deviation = {
+                    "or_mask_function": blockwise_overlay(blocks),
+                    "and_mask_function": sliding_window_overlay(self.text_config.sliding_window),
+                }
+            self.memo[key] = factory(
                 config=self.text_config,
                 inputs_embeds=hidden,
                 attention_mask=self.padding_mask(layer),
                 past_key_values=self.cache,
-                block_sequence_ids=None if blocks is None else blocks.to(hidden.device),
                 layer_idx=layer,
+                **deviation,
             )
         return self.memo[key]
 
@@ -273,11 +290,3 @@ class Call:
     @property
     def text_config(self):
         return self.adapter.language_model.config
-
-
-def layer_type(config, layer: int) -> str:
-    """Kind of attention of a decoder layer, as transformers names it."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return types[layer]
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache import PrunedLayer
+from vtprune.cache import PrunedLayer, layer_type
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, take_columns
 from vtprune.methods.base import InLLM
@@ -29,7 +29,7 @@ from vtprune.signals import (
     decoder_attention_rows,
 )
 from vtprune.stages.before_llm import Chooser
-from vtprune.stages.call import Call, layer_type
+from vtprune.stages.call import Call
 from vtprune.tokens import ModelShape, VisualTokens
 
 
@@ -244,4 +244,5 @@ class InLLMStage:
             past_real=layout.real,
             blocks=call.blocks_at(layer),
             window=window,
+            window_cuts_blocks=self.adapter.window_cuts_blocks,
         )
