@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-NeXT: an overview of the image, then the tiles it was cut into as one mosaic with a newline token a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.adapters.base import stack_sizes
+from vtprune.adapters.llava import Llava
+from vtprune.tokens import Grid, Medium
+
+
+class LlavaNext(Llava):
+    """`LlavaNextForConditionalGeneration` (LLaVA-1.6, built on arXiv 2310.03744) with a CLIP or SigLIP vision tower.
+
+    Tokens of an image: the overview in raster order, then the mosaic of all tiles, row by row across tiles, less what
+    lies in the padding around the image; a newline token ends each row. Crops are the overview and each tile, as far
+    as something of it is left. CLIP's CLS token is cut off.
+    """
+
+    model_types = ("llava_next",)
+    family = "LLaVA-NeXT"
+    layout = "overview, mosaic of tiles, a newline token a row"
+    image_grid = None
+
+    @classmethod
+    def refuses(cls, config):
+        if (reason := super().refuses(config)) is not None:
+            return reason
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if (strategy == "default") != bool(cls.towers[tower]):
+            return f"with {tower!r}, vision_feature_select_strategy={strategy!r} gives no grid to make a mosaic of"
+        return None
+
+    @property
+    def side(self) -> int:
+        """Patches in a row, and in a column, of a crop."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def crops(self, inputs: Mapping[str, Any]) -> list[int]:
+        """How many crops the encoder ran for each image of a call: the overview and the tiles."""
+        # Importing this takes seconds, and any loaded model has done it already.
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        pinpoints, size = self.config.image_grid_pinpoints, self.vision_config.image_size
+        return [image_size_to_num_patches(image, pinpoints, size) for image in stack_sizes(inputs["image_sizes"])]
+
+    def pack(self, inputs: Mapping[str, Any], values: Tensor, newline: float) -> Sequence[Tensor]:
+        """Values (crops of all images, patches, dim) where the model puts features: (tokens, dim) an image."""
+        return self.base.pack_image_features(
+            values.split(self.crops(inputs)),
+            stack_sizes(inputs["image_sizes"]),
+            image_newline=values.new_full(values.shape[-1:], newline),
+            **self.pack_options(inputs),
+        )[0]
+
+    def pack_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments of the model's `pack_image_features`."""
+        return {"vision_feature_select_strategy": self.config.vision_feature_select_strategy}
+
+    def crop_numbers(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """(tokens,) long an image: 0 for the overview, then the tiles, -1 for newlines."""
+        numbers = torch.cat([torch.arange(count, dtype=torch.float) for count in self.crops(inputs)])
+        packed = self.pack(inputs, numbers[:, None, None].expand(-1, self.side**2, 1), newline=-1)
+        return [image[:, 0].round().long() for image in packed]
+
+    def media(self, kind, inputs, features):
+        tiled = [count > 1 for count in self.crops(inputs)]
+        return [_medium(*image, self.side) for image in zip(self.crop_numbers(inputs), tiled, strict=True)]
+
+    def pixels(self, kind, inputs):
+        pixels, counts = inputs["pixel_values"], self.crops(inputs)
+        if pixels.ndim == 4:  # the crops of all images, one after another
+            return pixels.split(counts)
+        return [image[:count] for image, count in zip(pixels, counts, strict=True)]
+
+    def encoder_sequences(self, kind, inputs):
+        return [self.side**2] * sum(map(len, self.pixels(kind, inputs)))
+
+    def projector_inputs(self, kind, inputs, features):
+        return torch.cat(list(self.pack(inputs, features, newline=0)))
+
+    def patch_values(self, kind, inputs, values):
+        return torch.cat(list(self.pack(inputs, values, newline=0)))
+
+
+def _medium(numbers: Tensor, tiled: bool, side: int) -> Medium:
+    """numbers (tokens,) long: each token's crop, -1 for newlines. tiled: whether the overview is not all there is."""
+    newline = numbers < 0
+    lines = newline.cumsum(0) - newline.long()
+    if tiled:
+        lines[numbers == 0] = -1
+    # Nothing may be left of a tile far off the centre.
+    found, crops = numbers.unique(return_inverse=True)
+    crops = crops - int(newline.any())
+    grids = [Grid(side, side)]
+    for crop in range(1, int((found >= 0).sum())):
+        rows = lines[crops == crop].unique(return_counts=True)[1]
+        grids.append(Grid(len(rows), int(rows[0])))
+    return Medium(crops, tuple(grids), lines)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video-LLaVA: an encoder for images and one for the frames of videos, whose CLS tokens go to the LLM, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.adapters.base import PIXELS
+from vtprune.adapters.llava import Llava
+from vtprune.tokens import Grid, Medium
+
+
+class VideoLlava(Llava):
+    """`VideoLlavaForConditionalGeneration` (arXiv 2311.10122) with CLIP or SigLIP vision towers.
+
+    Two towers of one make, for images and for frames. Tokens of an image: as in LLaVA-1.5. Tokens of a video: for each
+    frame the CLS token, which is never cut off here, and then the patches in raster order. No newline tokens.
+    """
+
+    model_types = ("video_llava",)
+    family = "Video-LLaVA"
+    kinds = ("image", "video")
+    layout = "images: one grid; videos: CLS token and one grid a frame"
+
+    def vision_tower(self, kind="image"):
+        return self.base.image_tower if kind == "image" else self.base.video_tower
+
+    def cuts_cls(self, kind):
+        return kind == "image" and super().cuts_cls(kind)
+
+    def media(self, kind, inputs, features):
+        if kind == "image":
+            return super().media(kind, inputs, features)
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        videos, frames = inputs[PIXELS[kind]].shape[:2]
+        return [Medium.of_grids(*[Grid(side, side, prefix=self.cls_tokens)] * frames)] * videos
+
+    def pixels(self, kind, inputs):
+        return _pixels(kind, inputs)
+
+    def encoder_sequences(self, kind, inputs):
+        return super().encoder_sequences(kind, {PIXELS[kind]: _pixels(kind, inputs)})
+
+
+def _pixels(kind: str, inputs: Mapping[str, Any]) -> Tensor:
+    pixels = inputs.get(PIXELS[kind])
+    # The processor still gives images their old name.
+    return inputs["pixel_values_images"] if pixels is None else pixels
