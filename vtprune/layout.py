@@ -96,7 +96,7 @@ class Segment:
         columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
         positions = positions.expand(*positions.shape[:-2], *real.shape)
         last = torch.where(real, columns, 0).amax(1, keepdim=True)
-        return cls(columns, real, visual, positions, last_axis(positions).gather(1, last.to(positions.device)), columns)
+        return cls(columns, real, visual, positions, counted_from(positions, last), columns)
 
     def padding(self) -> Tensor | None:
         """`real`, or None if every column is real."""
@@ -117,19 +117,20 @@ class Segment:
     def cut(self, keep: Tensor, fate: Tensor, *, compact: bool) -> tuple[Segment, Tensor]:
         """Keep the columns `keep` (batch, n) bool; padding always goes.
 
-        compact: renumber positions from that of the first token on; all axes of M-RoPE then hold a token's rank.
+        compact: renumber positions from that of the first token on; all axes of M-RoPE then hold a token's rank. A
+        sample that loses nothing keeps its positions, as it would alone.
         Returns the new segment and the indices (batch, m) into the current columns.
         """
         index, real = compact_columns(keep & self.real)
         place = index.to(self.positions.device)
+        positions = self.positions.gather(-1, place.expand(*self.positions.shape[:-2], *place.shape))
+        end = self.end
         if compact:
-            first = self.real.to(torch.uint8).argmax(1, keepdim=True).to(self.positions.device)
-            start, rank = last_axis(self.positions).gather(1, first), real.to(self.positions.device).cumsum(1) - 1
-            positions = (start + rank).clamp(min=0).expand(*self.positions.shape[:-2], *rank.shape)
-            end = start + rank[:, -1:]
-        else:
-            positions = self.positions.gather(-1, place.expand(*self.positions.shape[:-2], *place.shape))
-            end = self.end
+            first = self.real.to(torch.uint8).argmax(1, keepdim=True).to(positions.device)
+            start, rank = last_axis(self.positions).gather(1, first), real.to(positions.device).cumsum(1) - 1
+            shorter = (self.real & ~keep).any(1, keepdim=True).to(positions.device)
+            positions = torch.where(shorter, (start + rank).clamp(min=0), positions)
+            end = torch.where(shorter, start + rank[:, -1:], end)
         columns = take_columns(self.columns, index)
         after = replace(
             self,
@@ -155,6 +156,18 @@ class Segment:
         held = held.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values
         restored = take_columns(hidden, (held - 1).clamp(min=0))
         return restored.masked_fill((held == 0)[..., None], 0)
+
+
+def counted_from(positions: Tensor, last: Tensor) -> Tensor:
+    """(batch, 1): the position from which callers count on, for positions (..., batch, n) whose last token stands in
+    the columns `last` (batch, 1).
+
+    `generate()` hands in a row of text positions beside the axes of M-RoPE and adds one to each. Calls without it go on
+    behind the largest position of all axes, which a long video's can be.
+    """
+    if positions.ndim == 3 and len(positions) == 3:
+        return positions.amax(0).amax(1, keepdim=True)
+    return last_axis(positions).gather(1, last.to(positions.device))
 
 
 def last_axis(positions: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache import CacheLayout, Owner, layer_type, pruned_layers, wrap_cache
-from vtprune.layout import Groups, Segment, last_axis, take_columns
+from vtprune.layout import Groups, Segment, counted_from, take_columns
 from vtprune.stages.media import Media
 from vtprune.tokens import Selection
 
@@ -194,9 +194,11 @@ class Call:
     def _shift(self, segment: Segment) -> Tensor | None:
         """(batch, 1) positions that tokens to come must be moved back by; None for none.
 
-        Callers count on from the last column's position, which after right padding is not the last token's.
+        Callers count on from the last column, which after right padding is not the last token's.
         """
-        shift = last_axis(self.whole.positions)[:, -1:] - segment.end
+        positions = self.whole.positions
+        last = torch.full((self.batch, 1), self.length - 1, device=positions.device)
+        shift = counted_from(positions, last) - segment.end
         return shift if bool(shift.any()) else None
 
     def add_plane(self, layer: int, hidden: Tensor) -> Tensor:
