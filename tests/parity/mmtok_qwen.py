@@ -2,10 +2,10 @@
 import json
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.vision_utils import get_vision_window_index
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import vtprune
+from vtprune import MMTok
 from vtprune.ops.coverage import max_coverage
 
 from . import Vector, close, handles, same
@@ -19,71 +19,66 @@ def recorded_model(v: Vector) -> Qwen2_5_VLForConditionalGeneration:
     text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
     model.load_state_dict(v.weights())
+    model.generation_config.eos_token_id = None
     return model
-
-
-def encode(model: Qwen2_5_VLForConditionalGeneration, v: Vector) -> tuple[Tensor, Tensor]:
-    """Merged tokens and the mean of the patches behind each, both (tokens, dim) in raster order."""
-    visual = model.model.visual
-    blocks = []
-    handle = visual.merger.register_forward_pre_hook(lambda module, args: blocks.append(args[0]))
-    merged = visual(v["pixel_values"], grid_thw=v["image_grid_thw"]).pooler_output
-    handle.remove()
-    # The encoder works in window order; merged tokens leave it in raster order.
-    vision = model.config.vision_config
-    window_order, _ = get_vision_window_index(
-        v["image_grid_thw"], vision.spatial_merge_size, vision.window_size, vision.patch_size
-    )
-    pooled = blocks[0].reshape(len(merged), -1, blocks[0].shape[-1]).mean(1)
-    return merged, pooled[window_order.argsort()]
 
 
 @handles("mmtok_qwen_e2e_*")
 @torch.no_grad()
-def prefill_and_decode(v: Vector) -> None:
-    model = recorded_model(v)
+def generation(v: Vector) -> None:
+    model, steps = recorded_model(v), len(v["gen_ids"])
     ids, grid = v["input_ids"][None], v["image_grid_thw"]
-    merged, pooled = encode(model, v)
-    close(merged, v["merged_embeds"], rtol=1e-4, atol=1e-5)
-    close(pooled, v["pooled_premerger"], rtol=1e-4, atol=1e-5)
-
-    embed = model.get_input_embeddings()
-    requested = int(v["retain_ratio"] * len(merged))
+    is_image = ids == model.config.image_token_id
+    inputs = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=is_image.int(),
+        pixel_values=v["pixel_values"],
+        image_grid_thw=grid,
+    )
+    n = int(is_image.sum())
+    requested = int(v["retain_ratio"] * n)
     assert requested == v["requested_k"]
-    inputs = (merged, pooled, embed(v["text_ids"]), requested)
-    chosen = max_coverage(*inputs, tau_text=0.01, reference_quirks=True)
-    same(chosen, v["selected_sorted"])
-    assert len(max_coverage(*inputs, tau_text=0.01)) == requested
+    # The reference keeps everything of small images, whatever was asked for.
+    asked = n if v.case == "mmtok_qwen_e2e_nopr48" else requested
+    received, hidden, lengths, pooled = [], [], [], []
+    decoder = model.model.language_model
+    with vtprune.prune(
+        model, MMTok(keep_tokens=asked, tau_text=0.01, positions="original"), text=v["text_ids"]
+    ) as session:
+        handles = [
+            model.model.visual.merger.register_forward_hook(lambda module, args, out: pooled.append(args[0])),
+            decoder.register_forward_pre_hook(lambda module, args, given: received.append(given), with_kwargs=True),
+            decoder.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0])),
+            model.register_forward_hook(
+                lambda module, args, out: lengths.append([layer.keys.shape[-2] for layer in out.past_key_values.layers])
+            ),
+        ]
+        output = model.generate(
+            **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        for handle in handles:
+            handle.remove()
+        features = model.get_image_features(inputs["pixel_values"], grid).pooler_output[0]
+    close(features, v["merged_embeds"], rtol=1e-4, atol=1e-5)
+    of_tokens = session.adapter.projector_inputs("image", {"image_grid_thw": grid}, pooled[0])
+    close(of_tokens, v["pooled_premerger"], rtol=1e-4, atol=1e-5)
 
-    visual = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
-    alive = torch.ones(ids.shape[1], dtype=torch.bool)
-    alive[visual] = False
-    alive[visual[chosen]] = True
-    embeddings = embed(ids)
-    embeddings[0, visual] = merged
-    embeddings = embeddings[:, alive]
-    close(embeddings[0], v["lm_inputs_embeds"], rtol=1e-4, atol=1e-5)
-    assert v["lm_attention_mask"].all() and len(v["lm_attention_mask"]) == alive.sum()
-    token_types = (ids == model.config.image_token_id).int()
-    positions, deltas = model.model.get_rope_index(ids, image_grid_thw=grid, mm_token_type_ids=token_types)
-    same(deltas, v["rope_deltas"])
-    positions = positions[:, :, alive]
-    same(positions[:, 0], v["lm_position_ids"])
+    first = int(is_image[0].int().argmax())
+    same(session.report.kept(0) - first, v["selected_sorted"])
+    prefill = received[0]
+    close(prefill["inputs_embeds"][0], v["lm_inputs_embeds"], rtol=1e-4, atol=1e-5)
+    assert v["lm_attention_mask"].all() and len(v["lm_attention_mask"]) == prefill["inputs_embeds"].shape[1]
+    same(prefill["position_ids"][1:, 0], v["lm_position_ids"])
+    same(model.model.rope_deltas, v["rope_deltas"])
+    # Decoded tokens are counted as if nothing had been pruned.
+    same(torch.stack([given["position_ids"][1:, 0, 0] for given in received[1:]]), v["decode_position_ids"])
+    same(torch.tensor(lengths), v["kv_len"])
+    close(hidden[0], v["prefill_last_hidden"], rtol=1e-4, atol=2e-4)
+    same(output.sequences[0, -steps:], v["gen_ids"])
+    close(torch.cat(output.logits), v["gen_logits"], rtol=1e-4, atol=2e-4)
 
-    cache, answer, logits = DynamicCache(config=model.config.text_config), [], []
-    for step in range(len(v["gen_ids"])):
-        if step:
-            embeddings = embed(torch.tensor([[answer[-1]]]))
-            # Counted as if nothing had been pruned.
-            positions = (deltas + ids.shape[1] + step - 1).expand(3, 1, 1)
-            same(positions[:, 0, 0], v["decode_position_ids"][step - 1])
-        hidden = model.model.language_model(
-            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        if step == 0:
-            close(hidden[0], v["prefill_last_hidden"], rtol=1e-4, atol=2e-4)
-        logits.append(model.lm_head(hidden[0, -1]))
-        answer.append(int(logits[-1].argmax()))
-        same(torch.tensor([layer.keys.shape[-2] for layer in cache.layers]), v["kv_len"][step])
-    same(torch.tensor(answer), v["gen_ids"])
-    close(torch.stack(logits), v["gen_logits"], rtol=1e-4, atol=2e-4)
+    # The quirk itself, and that a request is met without it.
+    choice = (features, of_tokens, model.get_input_embeddings()(v["text_ids"]), requested)
+    same(max_coverage(*choice, tau_text=0.01, reference_quirks=True), v["selected_sorted"])
+    assert len(max_coverage(*choice, tau_text=0.01)) == requested
