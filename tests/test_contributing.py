@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worked examples of CONTRIBUTING.md are run as they are printed."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,13 @@ from vtprune import adapters, methods
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
+def example(name: str) -> str:
+    return re.search(rf"<!-- tested: {name} -->\n```\w+\n(.*?)```", TEXT, re.DOTALL).group(1)
+
+
 def run_example(name: str) -> dict:
-    code = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", TEXT, re.DOTALL).group(1)
     namespace = {"__name__": f"contributing_{name}"}
-    exec(compile(code, "CONTRIBUTING.md", "exec"), namespace)
+    exec(compile(example(name), "CONTRIBUTING.md", "exec"), namespace)
     return namespace
 
 
@@ -56,3 +62,39 @@ def test_the_example_adapter_prunes():
         with torch.no_grad(), vtprune.prune(model, name, keep_ratio=0.5) as session:
             model.generate(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), max_new_tokens=2)
         assert session.report.keep_ratio == pytest.approx(0.5, abs=0.03)
+
+
+USE_OF_THE_PACKAGE = """
+import torch, vtprune
+from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+from vtprune.cli import app
+
+small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
+config = VipLlavaConfig(
+    vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8),
+    text_config=LlamaConfig(**small, vocab_size=32),
+    image_token_index=31,
+    vision_feature_layers=[-2, -3],
+)
+model = VipLlavaForConditionalGeneration(config).eval()
+print(type(vtprune.adapter_for(model)).__module__)
+with vtprune.prune(model, "divprune", keep_ratio=0.25) as session:
+    ids, pixels = torch.tensor([[1, *[31] * 16, 5]]), torch.randn(1, 3, 32, 32)
+    model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=2)
+print(session.report.final_tokens)
+app(["models"])
+"""
+
+
+def test_an_adapter_in_a_package_of_its_own_is_found(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(example("package"))
+    (source / "vtprune_vipllava.py").write_text(example("adapter"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--target", site, source], check=True)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", USE_OF_THE_PACKAGE]
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines()[:2] == ["vtprune_vipllava", "[4]"]
+    assert "VipLLaVA" in result.stdout
