@@ -256,7 +256,9 @@ class Session:
         if any(layer.layout.real is not None or layer.layout.shift is not None for layer in held):
             return False
         back_end = self.adapter.text_config._attn_implementation
-        unmasked = length == 1 and (back_end == "sdpa" or "flash" in back_end)
+        # A window that is full is masked, although nothing in it is.
+        windows = any(layer.is_sliding for layer in held)
+        unmasked = length == 1 and not windows and (back_end == "sdpa" or "flash" in back_end)
         if not unmasked and len({layer.layout.dropped for layer in held}) > 1:
             return False
         return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
