@@ -7,8 +7,18 @@ import functools
 from importlib.metadata import entry_points
 
 from vtprune.adapters.base import Adapter
+from vtprune.adapters.gemma3 import Gemma3
+from vtprune.adapters.idefics3 import Idefics3
+from vtprune.adapters.internvl import InternVL
 from vtprune.adapters.llava import Llava
+from vtprune.adapters.llava_next import LlavaNext
+from vtprune.adapters.llava_next_video import LlavaNextVideo
+from vtprune.adapters.llava_onevision import LlavaOnevision
+from vtprune.adapters.mistral3 import Mistral3
+from vtprune.adapters.paligemma import PaliGemma
+from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
+from vtprune.adapters.video_llava import VideoLlava
 from vtprune.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Adapter", "adapter_for", "list_adapters", "register_adapter"]
@@ -25,7 +35,22 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-for _adapter in (Llava, Qwen2VL, Qwen2_5_VL, Qwen3VL):
+for _adapter in (
+    Llava,
+    LlavaNext,
+    LlavaNextVideo,
+    LlavaOnevision,
+    VideoLlava,
+    Pixtral,
+    Qwen2VL,
+    Qwen2_5_VL,
+    Qwen3VL,
+    InternVL,
+    Idefics3,
+    Gemma3,
+    PaliGemma,
+    Mistral3,
+):
     register_adapter(_adapter)
 
 
@@ -45,7 +70,9 @@ def adapter_for(model) -> Adapter:
     """The adapter of a loaded model. Raises UnsupportedModelError naming what is supported."""
     config = getattr(model, "config", None)
     known = list_adapters()
-    adapter = known.get(getattr(config, "model_type", None))
+    model_type = getattr(config, "model_type", None)
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    adapter = known.get(f"{model_type}/{tower}", known.get(model_type))
     if adapter is None:
         supported = ", ".join(f"{a.family} ({t})" for t, a in sorted(known.items()))
         raise UnsupportedModelError(f"no adapter for {type(model).__name__}; supported: {supported}")

@@ -25,7 +25,8 @@ class Adapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
-    """Values of `model.config.model_type` this adapter is for."""
+    """Values of `model.config.model_type` this adapter is for; "type/tower" with the vision config's model type for
+    families that share a model class, before which an adapter for "type" stands back."""
     family: ClassVar[str]
     """What people call the family, for tables."""
     kinds: ClassVar[tuple[str, ...]] = ("image",)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 3: images of 256 tokens that see one another both ways, in a decoder with sliding windows."""
+
+from __future__ import annotations
+
+from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
+from vtprune.adapters.base import Adapter
+from vtprune.tokens import Grid, Medium, ModelShape
+
+
+class Gemma3(Adapter):
+    """`Gemma3ForConditionalGeneration` (arXiv 2503.19786).
+
+    Tokens of an image: one grid in raster order; the projector averages 4x4 patches of the SigLIP encoder to one token.
+    "Start of image" and "end of image" stand around it. With "pan and scan", crops of an image are images of their own.
+    No CLS token. The tokens of an image see one another both ways, in sliding layers within the window only. Sliding
+    and full layers have rotary embeddings of their own.
+    """
+
+    model_types = ("gemma3",)
+    family = "Gemma 3"
+    layout = "one grid an image"
+    window_cuts_blocks = True
+
+    def rope(self, layer, hidden, positions):
+        return self.language_model.rotary_emb(hidden, positions, self.language_model.config.layer_types[layer])
+
+    def blocks(self, inputs):
+        types = inputs.get("token_type_ids")
+        return None if types is None else get_block_sequence_ids_for_mask(types)
+
+    @property
+    def shape(self):
+        depth = len(self.encoder_layers())
+        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
+
+    @property
+    def image_grid(self):
+        side = self.projector.tokens_per_side
+        return Grid(side, side)
+
+    def media(self, kind, inputs, features):
+        return [Medium.of_grids(self.image_grid) for _ in features]
+
+    def projector_inputs(self, kind, inputs, features):
+        side = self.projector.patches_per_image
+        grid = features.mT.unflatten(-1, (side, side))
+        return self.projector.avg_pool(grid).flatten(2).mT.flatten(0, 1)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Idefics3 and SmolVLM: square tiles with text between them, several patches to a token."""
+
+from __future__ import annotations
+
+from vtprune.adapters.base import Adapter
+from vtprune.tokens import Grid, Medium, ModelShape
+
+
+class Idefics3(Adapter):
+    """`Idefics3ForConditionalGeneration` (arXiv 2408.12637), `SmolVLMForConditionalGeneration` (arXiv 2504.05299).
+
+    An image is cut into tiles of one size, followed by the whole of it, smaller. Text tokens that name its row and
+    column stand before each tile, so that every tile is a medium of its own. Tokens of a tile: one grid in raster
+    order; the connector stacks neighbouring patches, `scale_factor` each way (pixel shuffle), and projects them to one
+    token. Samples are filled up to the same number of tiles with all-zero ones, which the model leaves out. No CLS
+    token. Frames of videos come as tiles.
+    """
+
+    model_types = ("idefics3", "smolvlm")
+    family = "Idefics3, SmolVLM"
+    layout = "one grid a tile, text between tiles"
+
+    def vision_tower(self, kind="image"):
+        return self.base.vision_model
+
+    @property
+    def projector(self):
+        return self.base.connector
+
+    @property
+    def shape(self):
+        depth = len(self.encoder_layers())
+        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
+
+    def encoder_sequences(self, kind, inputs):
+        return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
+
+    def media(self, kind, inputs, features):
+        side = inputs["pixel_values"].shape[-1] // self._patch // self.config.scale_factor
+        grid = Grid(side, side)
+        return [Medium.of_grids(grid) for sample in features for _ in range(len(sample) // len(grid))]
+
+    def pixels(self, kind, inputs):
+        tiles = inputs["pixel_values"].flatten(0, 1)
+        return tiles[(tiles != 0).flatten(1).any(1)]
+
+    def projector_inputs(self, kind, inputs, features):
+        stacked = self.projector.pixel_shuffle(features, self.config.scale_factor)
+        return stacked.unflatten(-1, (-1, features.shape[-1])).mean(-2).flatten(0, 1)

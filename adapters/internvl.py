@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InternVL: square tiles side by side, four neighbouring patches to a token."""
+
+from __future__ import annotations
+
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.llava import feature_layer
+from vtprune.tokens import Grid, Medium, ModelShape
+
+
+class InternVL(Adapter):
+    """`InternVLForConditionalGeneration` (InternVL3, arXiv 2504.10479; InternVL 2.5, arXiv 2412.05271).
+
+    An image is cut into tiles of one size, with a thumbnail of the whole behind them if there are several; their tokens
+    follow one another without text between them. Tokens of a tile: one grid in raster order. The encoder has a CLS
+    token, which is cut off; then neighbouring patches, 2x2 of them, are stacked (pixel shuffle) and projected to one
+    token. Frames of videos come as images with text between them.
+    """
+
+    model_types = ("internvl",)
+    family = "InternVL"
+    layout = "one grid a tile, tiles side by side"
+    cls_token = "yes"
+    tiles_adjoin = True
+
+    @classmethod
+    def refuses(cls, config):
+        if config.vision_feature_select_strategy != "default":
+            return "its vision_feature_select_strategy keeps the CLS token, which is then mixed with patches"
+        return None
+
+    def encoder_layers(self, kind="image"):
+        return self.base.vision_tower.encoder.layer
+
+    def encoder_attention(self, layer):
+        return layer.attention
+
+    @property
+    def shape(self):
+        return ModelShape(
+            encoder_layers=len(self.encoder_layers()),
+            decoder_layers=len(self.decoder_layers),
+            feature_layer=feature_layer(self.config),
+            has_cls=True,
+        )
+
+    @property
+    def _patch(self):
+        return self.vision_config.patch_size[0]
+
+    @property
+    def image_grid(self):
+        rows, columns = (
+            int(size // patch * self.config.downsample_ratio)
+            for size, patch in zip(self.vision_config.image_size, self.vision_config.patch_size, strict=True)
+        )
+        return Grid(rows, columns)
+
+    def media(self, kind, inputs, features):
+        # The model takes every tile for a square.
+        return [Medium.of_grids(square(len(tile))) for tile in features]
+
+    def projector_inputs(self, kind, inputs, features):
+        return features.unflatten(-1, (-1, self.vision_config.hidden_size)).mean(-2).flatten(0, 1)
+
+    def patch_values(self, kind, inputs, values):
+        side = square(values.shape[1]).rows
+        grid = values.contiguous().unflatten(1, (side, side))
+        stacked = self.base.pixel_shuffle(grid, self.config.downsample_ratio)
+        return stacked.unflatten(-1, (-1, values.shape[-1])).mean(-2).flatten(0, 2)
+
+
+def square(tokens: int) -> Grid:
+    """The grid of a square image of so many tokens."""
+    side = round(tokens**0.5)
+    return Grid(side, side)

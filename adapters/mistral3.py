@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistral Small 3.1 and later: Pixtral's tower, patches merged 2x2 before the LLM."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import avg_pool2d
+
+from vtprune.adapters.pixtral import Pixtral
+from vtprune.tokens import Grid, Medium
+
+
+class Mistral3(Pixtral):
+    """`Mistral3ForConditionalGeneration` (Mistral Small 3.1 and 3.2; no paper).
+
+    As Pixtral-12B, but the projector merges neighbouring patches, `spatial_merge_size` each way, into one token; rows
+    and columns left over are cut off.
+    """
+
+    model_types = ("mistral3",)
+    family = "Mistral 3"
+
+    @classmethod
+    def refuses(cls, config):
+        return None
+
+    def media(self, kind, inputs, features):
+        side = self.config.spatial_merge_size
+        return [Medium.of_grids(Grid(grid.rows // side, grid.cols // side)) for grid in self.patch_grids(inputs)]
+
+    def projector_inputs(self, kind, inputs, features):
+        grids = self.patch_grids(inputs)
+        means = [
+            avg_pool2d(patches.T.unflatten(1, (grid.rows, grid.cols)), self.config.spatial_merge_size).flatten(1).T
+            for patches, grid in zip(features.split([len(grid) for grid in grids]), grids, strict=True)
+        ]
+        return torch.cat(means)

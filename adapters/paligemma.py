@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PaliGemma and PaliGemma 2: images first, and a prompt whose tokens all see one another."""
+
+from __future__ import annotations
+
+import torch
+
+from vtprune.adapters.base import Adapter
+from vtprune.tokens import Grid, Medium, ModelShape
+
+
+class PaliGemma(Adapter):
+    """`PaliGemmaForConditionalGeneration` (arXiv 2407.07726; PaliGemma 2, arXiv 2412.03555).
+
+    Tokens of an image: the patches of the SigLIP encoder in raster order, projected one by one. Images stand before all
+    text. No CLS token. The whole prompt is one block whose tokens see one another both ways, whatever the window of
+    PaliGemma 2's sliding layers; what is generated (or, in training, the answer) is causal. Positions count from 1.
+    """
+
+    model_types = ("paligemma",)
+    family = "PaliGemma"
+    layout = "one grid an image"
+
+    def blocks(self, inputs):
+        types, cache = inputs.get("token_type_ids"), inputs.get("past_key_values")
+        # With encoded images, on a cache that holds something, the model takes a prompt for a continuation.
+        continued = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
+        return None if types is None or continued else torch.where(types == 0, 0, -1)
+
+    @property
+    def shape(self):
+        depth = len(self.encoder_layers())
+        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
+
+    @property
+    def image_grid(self):
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return Grid(side, side)
+
+    def media(self, kind, inputs, features):
+        return [Medium.of_grids(self.image_grid) for _ in features]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixtral-12B: LLaVA's class with a tower that takes images of any size."""
+
+from __future__ import annotations
+
+from vtprune.adapters.base import Adapter, stack_sizes
+from vtprune.adapters.llava import feature_layer
+from vtprune.tokens import Grid, Medium, ModelShape
+
+
+class Pixtral(Adapter):
+    """`LlavaForConditionalGeneration` with a Pixtral tower (Pixtral-12B, arXiv 2410.07073).
+
+    Tokens of an image: its patches in raster order, as many rows and columns as the image has, projected one by one.
+    After each row stands `[IMG_BREAK]`, after the last `[IMG_END]`: text tokens. The tower runs over the patches of all
+    images of a call in one sequence, in which images do not see one another. No CLS token.
+    """
+
+    model_types = ("llava/pixtral",)
+    family = "Pixtral-12B"
+    layout = "one grid an image, text after each row"
+
+    @classmethod
+    def refuses(cls, config):
+        if config.vision_feature_select_strategy == "default":
+            return "its vision_feature_select_strategy cuts off the first patch, as if it were a CLS token"
+        return None
+
+    def encoder_layers(self, kind="image"):
+        return self.base.vision_tower.transformer.layers
+
+    def encoder_attention(self, layer):
+        return layer.attention
+
+    @property
+    def shape(self):
+        return ModelShape(
+            encoder_layers=len(self.encoder_layers()),
+            decoder_layers=len(self.decoder_layers),
+            feature_layer=feature_layer(self.config),
+            has_cls=False,
+        )
+
+    def encoder_sequences(self, kind, inputs):
+        return [len(grid) for grid in self.patch_grids(inputs)]
+
+    def patch_grids(self, inputs) -> list[Grid]:
+        """The encoder's patches of each image of a call."""
+        return [Grid(height // self._patch, width // self._patch) for height, width in sizes(inputs)]
+
+    def media(self, kind, inputs, features):
+        return [Medium.of_grids(grid) for grid in self.patch_grids(inputs)]
+
+    def pixels(self, kind, inputs):
+        images = zip(inputs["pixel_values"], sizes(inputs), strict=True)
+        return [image[:, :height, :width] for image, (height, width) in images]
+
+
+def sizes(inputs) -> list[tuple[int, int]]:
+    """Height and width of each image of a call, without the padding to the largest one."""
+    pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
+    return [tuple(pixels.shape[-2:])] * len(pixels) if given is None else stack_sizes(given)
