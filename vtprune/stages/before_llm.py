@@ -51,11 +51,14 @@ def prune_before_llm(
 def _whole_grids(call: Call, groups: Groups, lengths: Tensor) -> tuple[Grid | None, ...]:
     """The layout of each group that is a crop of which nothing is gone; None for the others."""
     media = call.media
+    # An image's group may by chance be as long as its first crop.
+    alive = call.crop_groups().valid.sum(1).tolist()
     columns = call.segment.columns[groups.rows, groups.columns[:, 0]] if len(groups.rows) else groups.rows
     grids = []
     for row, column, length in zip(groups.rows.tolist(), columns.tolist(), lengths.tolist(), strict=True):
-        grid = media.grids[int(media.labels[row, column])] if length else None
-        grids.append(grid if grid is not None and length == len(grid) else None)
+        crop = int(media.labels[row, column])
+        grid = media.grids[crop] if length else None
+        grids.append(grid if grid is not None and length == alive[crop] == len(grid) else None)
     return tuple(grids)
 
 

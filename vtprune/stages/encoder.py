@@ -174,7 +174,7 @@ class EncoderTap:
         return encoding
 
     def _place_unseen(self, encoding: Encoding) -> Encoding:
-        grid = self.adapter.image_grid
+        grid = self.adapter.image_grid if encoding.kind == "image" else None
         if grid is None or any(len(image) != len(grid) for image in encoding.pooled):
             raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")
         encoding.media = [Medium.of_grids(grid) for _ in encoding.pooled]
