@@ -14,6 +14,7 @@ from vtprune.signals import EncoderFeatures, TextEmbeddings
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, kept, one_group, same
+from .mmtok_llava_next import through_a_session
 
 
 def settings(v: Vector) -> dict[str, float]:
@@ -116,9 +117,10 @@ def llava_path(v: Vector) -> None:
     patches = torch.cat(chosen)
     if len(chosen) > 1:
         pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-        _, resolution_across = select_best_resolution((height, width), pinpoints)
-        order = mosaic_order(crops, patches, tiles_across=resolution_across // 336, side=24)
+        resolution = select_best_resolution((height, width), pinpoints)
+        order = mosaic_order(crops, patches, tiles_across=resolution[1] // 336, side=24)
         crops, patches = crops[order], patches[order]
+        through_a_session(v, resolution)
     tokens = projected[crops, patches]
     sources = torch.stack((crops, patches), dim=1)
     if v.case == "mmtok_llava_next_single":
