@@ -57,8 +57,8 @@ class Adapter(ABC):
     @classmethod
     def signals(cls) -> tuple[str, ...]:
         """What methods can ask of the family (`vtprune.signals`), in words."""
-        cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention ({cls.cls_token})",))
-        return (*cls_attention, "encoder features", "text embeddings", "attention in the LLM", "token transition")
+        cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention {cls.cls_token}",))
+        return (*cls_attention, "encoder features", "text", "LLM attention", "transition")
 
     # -- the language model -------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Adapter(ABC):
     @property
     def marker_token_ids(self) -> tuple[int, ...]:
         """Ids of tokens around images that are neither visual nor language, such as "start of image"."""
-        names = ("vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
+        names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
         return tuple(value for name in names if (value := getattr(self.config, name, None)) is not None)
 
     def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
-
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium, ModelShape
 
@@ -27,6 +25,9 @@ class Gemma3(Adapter):
         return self.language_model.rotary_emb(hidden, positions, self.language_model.config.layer_types[layer])
 
     def blocks(self, inputs):
+        # Importing this takes seconds, and any loaded model has done it already.
+        from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
         types = inputs.get("token_type_ids")
         return None if types is None else get_block_sequence_ids_for_mask(types)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-from transformers.vision_utils import get_vision_window_index
 
 from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.tokens import Grid, Medium, ModelShape
@@ -20,11 +19,8 @@ class Qwen2VL(Adapter):
 
     model_types = ("qwen2_vl",)
     family = "Qwen2-VL"
+    kinds = ("image", "video")
     layout = "one grid an image or two frames"
-
-    @property
-    def visual_token_ids(self):
-        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
     def vision_tower(self, kind="image"):
         return self.base.visual
@@ -73,6 +69,9 @@ class Qwen2_5_VL(Qwen2VL):
     family = "Qwen2.5-VL"
 
     def projector_inputs(self, kind, inputs, features):
+        # Importing this takes seconds, and any loaded model has done it already.
+        from transformers.vision_utils import get_vision_window_index
+
         vision = self.vision_config
         order, _ = get_vision_window_index(
             patch_grids(kind, inputs), vision.spatial_merge_size, vision.window_size, vision.patch_size
