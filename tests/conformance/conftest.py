@@ -5,6 +5,10 @@ import torch
 from . import models
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-support", action="store_true", help="write docs/support.md instead of comparing with it")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_no_gradients():
     # Models this small run faster on one thread, and results do not depend on how work is split.

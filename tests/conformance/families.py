@@ -254,11 +254,13 @@ _TOKEN_TYPES: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
 _TOKEN_TYPES |= {"paligemma2": _TOKEN_TYPES["paligemma"]}
 _TOKEN_TYPES |= {name: _TOKEN_TYPES["qwen2_vl"] for name in ("qwen2_5_vl", "qwen3_vl")}
 
-# A prompt a string: `t` is a text token, `I` an image, `V` a video. The last mixed prompt has no video.
+# A prompt a string: `t` is a text token, `I` an image, `V` a video. The last mixed prompt has no video, the
+# second sparse one nothing but text.
 _PROMPTS = {
     "image": ("tttIttt", "tIItttttttttt", "ttItttttt"),
     "video": ("ttVtttt", "tVtVttttttttt", "tttVttttt"),
     "mixed": ("tItVttttt", "ttVtIttttttttt", "tItttttt"),
+    "sparse": ("ttItttt", "ttttttttt", "tIttttttttt"),
 }
 
 

@@ -169,7 +169,8 @@ def _marked_tiles(model, shape, siblings, generator):
 
 def _collate_marked_tiles(samples):
     most = max(sum(len(item.pixels) for item in items) for items in samples)
-    padded = [torch.cat([item.pixels for item in items]) for items in samples]
+    none = torch.empty(0, 3, TILE, TILE)
+    padded = [torch.cat([none, *(item.pixels for item in items)]) for items in samples]
     padded = torch.stack([pad(pixels, (0, 0, 0, 0, 0, 0, 0, most - len(pixels))) for pixels in padded])
     return {"pixel_values": padded, "pixel_attention_mask": (padded != 0).any(2).long()}
 

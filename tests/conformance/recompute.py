@@ -19,16 +19,32 @@ class _Vision:
     """What the encoder gave for a prompt."""
 
     columns: Tensor
-    """(visual tokens,) columns of the prompt that hold features"""
+    """(visual tokens,) ascending columns of the prompt that hold features"""
     features: Tensor
     """(visual tokens, dim)"""
     planes: list[Tensor]
     """(visual tokens, dim) each, added after decoder layer 0, 1, ...; empty for most models"""
 
+    def averaged(self, kept: Tensor, sources: Tensor) -> _Vision:
+        """Each kept token, and what is added to it later, as the mean of the tokens that went into it."""
+
+        def mean(values: Tensor) -> Tensor:
+            values = values.clone()
+            means = [values[sources == index].mean(0) for index in range(len(kept))]
+            values[torch.searchsorted(self.columns, kept)] = torch.stack(means)
+            return values
+
+        return _Vision(self.columns, mean(self.features), [mean(plane) for plane in self.planes])
+
 
 @torch.no_grad()
 def recompute(
-    model, inputs: dict[str, Tensor], generated: Tensor, kept: list[Tensor], positions: str = "original"
+    model,
+    inputs: dict[str, Tensor],
+    generated: Tensor,
+    kept: list[Tensor],
+    positions: str = "original",
+    sources: Tensor | None = None,
 ) -> Tensor:
     """Logits (tokens, vocabulary) of one sample; rows of dropped columns are NaN.
 
@@ -36,12 +52,17 @@ def recompute(
         inputs: of a single prompt without padding.
         generated: (new tokens,), what followed the prompt.
         kept: one LongTensor a layer, the visual columns of the prompt alive in it.
-        positions: "original" (those of the unpruned model) or "compact" (a token's rank in the layer's sequence).
+        positions: "original" (those of the unpruned model) or "compact" (once anything is removed, a token's rank in
+            the layer's sequence).
+        sources: (visual tokens,), if features were averaged before the LLM: index in `kept[0]` that each went into, or
+            -1.
     """
     decoder = model.get_decoder()
     ids = torch.cat([inputs["input_ids"][0], generated])
     hidden = model.get_input_embeddings()(ids)
     vision = _look(model, inputs)
+    if sources is not None:
+        vision = vision.averaged(kept[0], sources)
     hidden[vision.columns] = vision.features
     original = _positions(model, inputs, len(generated))
     blocks = _blocks(model, inputs, len(generated))
@@ -57,7 +78,8 @@ def recompute(
 
         kind = _layer_type(decoder.config, index)
         ranks = torch.arange(len(columns))
-        place = {"original": original[..., columns], "compact": ranks.expand(*original.shape[:-1], -1)}[positions]
+        renumbered = positions == "compact" and len(columns) < len(ids)
+        place = ranks.expand(*original.shape[:-1], -1) if renumbered else original[..., columns]
         per_type = (
             {"layer_type": kind} if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters else {}
         )
@@ -99,7 +121,8 @@ def _placeholders(model) -> dict[str, int]:
 def _look(model, inputs: dict[str, Tensor]) -> _Vision:
     """Features from the model's own `get_image_features` and `get_video_features`."""
     ids = inputs["input_ids"][0]
-    columns, features, planes = [], [], []
+    columns, planes = [ids[:0]], []
+    features = [model.get_input_embeddings()(ids[:0])]
     for kind, placeholder in _placeholders(model).items():
         if {"image": "pixel_values", "video": "pixel_values_videos"}[kind] not in inputs:
             continue
@@ -109,7 +132,8 @@ def _look(model, inputs: dict[str, Tensor]) -> _Vision:
         columns.append((ids == placeholder).nonzero().flatten())
         features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
         planes.append([torch.cat(list(plane)) for plane in getattr(output, "deepstack_features", [])])
-    return _Vision(torch.cat(columns), torch.cat(features), [torch.cat(plane) for plane in zip(*planes, strict=True)])
+    where, order = torch.cat(columns).sort()
+    return _Vision(where, torch.cat(features)[order], [torch.cat(plane)[order] for plane in zip(*planes, strict=True)])
 
 
 def _positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which method, model and input make a cell of the matrix, whether it is refused, and the page that shows all this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vtprune
+
+from . import families
+
+BUDGETS = {"zero": {}}
+"""Methods that are not given the budget of all others."""
+BUDGET = {"keep_ratio": 0.3}
+
+# What the library itself brings: a test may have registered more.
+_OWN = [name for name, cls in vtprune.list_methods().items() if cls.__module__.startswith("vtprune.methods")]
+METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | BUDGETS.get(name, BUDGET)] for name in _OWN}
+METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
+MERGING = {"pool"}
+"""What averages features, so that a recompute has to average, too."""
+NEEDS_CLS = {"vtc_cls"}
+"""What must be refused where the encoder has no CLS token; nothing else may be refused anywhere."""
+CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
+
+
+def spec(method: str, **fields) -> list[dict[str, Any]]:
+    """The method (list) of a column, with fields such as `positions` set for all its parts."""
+    return [part | fields for part in METHODS[method]]
+
+
+def keep_everything(method: str) -> list[dict[str, Any]]:
+    return [part | {"keep_ratio": 1.0} for part in METHODS[method]]
+
+
+def refusal(model, methods: list[dict[str, Any]]) -> str | None:
+    """Why a session with these methods cannot even be made; None if it can."""
+    try:
+        vtprune.prune(model, methods)
+    except (vtprune.UnsupportedStageError, vtprune.BudgetError) as error:
+        return str(error)
+    return None
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+_HEAD = """<!-- Written by `pytest tests/conformance/test_matrix.py --update-support`; a test fails when stale. -->
+
+# What works on what
+
+The tests run every cell below on tiny random-weight models, with sdpa (positions kept) and eager attention (positions
+renumbered), for single prompts and for a padded batch of three that differ in length and in the number and size of
+their images. Families that take videos run with images, with videos, and with both in one prompt. The language model
+under `paligemma2`, Gemma 2, caps attention logits, which sdpa cannot: it is eager in either case.
+
+A cell that *works* keeps these promises:
+
+* keeping everything gives the logits and ids of the model without vtprune, bit by bit;
+* generation with a pruned KV cache gives the logits (within 1e-4) and ids of a recompute without a cache;
+* a batch gives each sample what it gets alone;
+* afterwards no hook, attribute or changed setting is left on the model;
+* the attention back end stays;
+* text is never dropped, and the report counts what every cache layer holds.
+
+Any other cell is refused when the session is made, before anything is computed, for the reason under the table.
+"""
+
+
+def page() -> str:
+    """The text of docs/support.md, from what sessions accept now."""
+    names = list(METHODS)
+    reasons: list[str] = []
+    table = [["family", "tested as", *(f"`{name}`" for name in names)]]
+    facts = [["family", "tested as", "media", "visual tokens", "stages", "signals", "CLS token in the tests"]]
+    for name in families.NAMES:
+        model = families.shared(name)
+        adapter = vtprune.adapter_for(model)
+        cells = []
+        for method in names:
+            reason = refusal(model, spec(method))
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            cells.append("works" if reason is None else f"refused [{reasons.index(reason) + 1}]")
+        table.append([adapter.family, f"`{name}`", *cells])
+        media = ", ".join(f"{kind}s" for kind in adapter.kinds)
+        stages, signals = ", ".join(f"`{stage}`" for stage in adapter.stages()), ", ".join(adapter.signals())
+        has_cls = "yes" if adapter.shape.has_cls else "no"
+        facts.append([adapter.family, f"`{name}`", media, adapter.layout, stages, signals, has_cls])
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([_HEAD, *_markdown(table), "", *notes, "", "## Families", "", *_markdown(facts), ""])
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promises 1 to 6 for every method on every family, with both attention back ends, alone and in a padded batch."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtprune
+
+from . import families, matrix
+from .matrix import CELLS, MERGING, keep_everything, refusal, spec
+from .recompute import recompute, visual_columns
+from .test_4_removal import fingerprint
+
+ATOL = 1e-4
+NEW = 6
+POSITIONS = {"sdpa": "original", "eager": "compact"}
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+
+both_attentions = pytest.mark.parametrize("attention", list(POSITIONS))
+
+
+class Unpatched(NamedTuple):
+    """A model that ran once, and what it gave: transformers installs its own hooks on first use, for good."""
+
+    model: Any
+    batch: families.Batch
+    output: Any
+    state: dict
+
+
+def generate(model, batch: families.Batch, inputs: dict[str, Tensor]):
+    """Greedy; placeholders, which have no meaning in an answer, suppressed."""
+    return model.generate(
+        **inputs,
+        max_new_tokens=NEW,
+        suppress_tokens=list(batch.visual_ids),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+@functools.cache
+def unpatched(name: str, attention: str, media: str) -> Unpatched:
+    model = families.shared(name, attention)
+    batch = families.batch(name, model, media=media)
+    output = generate(model, batch, batch.inputs)
+    return Unpatched(model, batch, output, fingerprint(model))
+
+
+def steps(output) -> Tensor:
+    """(batch, new tokens, vocabulary)"""
+    return torch.stack(output.logits, 1)
+
+
+def back_ends(model) -> list[str]:
+    return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+
+
+def asserts_no_attentions_are_asked_for(module, args, kwargs):
+    assert not kwargs.get("output_attentions")
+
+
+def kept_columns(report, sample: int, first: int) -> list[Tensor]:
+    """`report.kept` of one sample in every layer, as columns of its own unpadded prompt."""
+    return [report.kept(sample, layer) - first for layer in range(report.depth)]
+
+
+def check_cache(output, report, batch: families.Batch, samples: range) -> None:
+    """Every cache layer holds the visual tokens that the report counts there, all text, and nothing else."""
+    assert report.counts.shape == (len(samples), len(output.past_key_values.layers))
+    text = [batch.singles[s]["input_ids"].shape[1] - len(report.visual[i]) for i, s in enumerate(samples)]
+    for layer, counts in zip(output.past_key_values.layers, report.counts.T.tolist(), strict=True):
+        longest = max(count + n for count, n in zip(counts, text, strict=True))
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == longest + NEW - 1
+
+
+def check_sample(run: Unpatched, sample: int, logits: Tensor, generated: Tensor, kept, positions, sources) -> None:
+    """Every step of one sample's generation is the recomputed one."""
+    inputs = run.batch.singles[sample]
+    visual = visual_columns(run.model, inputs)
+    for earlier, later in zip([visual, *kept], kept, strict=False):
+        assert torch.isin(later, earlier).all() and (later.diff() > 0).all()
+    expected = recompute(run.model, inputs, generated[:-1], kept, positions, sources)[-NEW:]
+    torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
+    expected[:, list(run.batch.visual_ids)] = float("-inf")
+    assert generated.tolist() == expected.argmax(-1).tolist()
+
+
+@both_attentions
+@pytest.mark.parametrize(("name", "media", "method"), CELLS, ids=["-".join(cell) for cell in CELLS])
+def test_cell(name, media, method, attention):
+    run = unpatched(name, attention, media)
+    model, batch, positions = run.model, run.batch, POSITIONS[attention]
+    methods = spec(method, positions=positions)
+    if refusal(model, methods) is not None:
+        assert fingerprint(model) == run.state
+        return
+
+    with vtprune.prune(model, keep_everything(method)):
+        untouched = generate(model, batch, batch.inputs)
+    assert torch.equal(untouched.sequences, run.output.sequences)
+    assert torch.equal(steps(untouched), steps(run.output))
+
+    before = back_ends(model)
+    with vtprune.prune(model, methods) as session:
+        watches = [
+            module.register_forward_pre_hook(asserts_no_attentions_are_asked_for, with_kwargs=True)
+            for module in (model.model, model.get_decoder())
+        ]
+        together, report = generate(model, batch, batch.inputs), session.report
+        alone = [(generate(model, batch, inputs), session.report) for inputs in batch.singles]
+        assert back_ends(model) == before
+        for watch in watches:
+            watch.remove()
+    assert fingerprint(model) == run.state
+
+    assert report.keep_ratio < 0.75
+    check_cache(together, report, batch, range(len(batch)))
+    for sample, (single, own_report) in enumerate(alone):
+        kept = kept_columns(report, sample, batch.first_column(sample))
+        own_kept = kept_columns(own_report, 0, 0)
+        assert [k.tolist() for k in kept] == [k.tolist() for k in own_kept], "alone, other tokens are kept"
+        check_cache(single, own_report, batch, range(sample, sample + 1))
+        sources = report.sources(sample, 0) if method in MERGING else None
+        for logits, ids in (
+            (steps(together)[sample], together.sequences[sample, -NEW:]),
+            (steps(single)[0], single.sequences[0, -NEW:]),
+        ):
+            check_sample(run, sample, logits, ids, kept, positions, sources)
+
+
+@pytest.mark.parametrize("method", ["uniform", "transprune"])
+@pytest.mark.parametrize("name", [name for name in families.NAMES if not name.startswith("paligemma")])
+def test_samples_with_and_without_images(name, method):
+    """PaliGemma's processor takes no prompt without an image."""
+    run = unpatched(name, "sdpa", "sparse")
+    with vtprune.prune(run.model, spec(method, positions="compact")) as session:
+        output = generate(run.model, run.batch, run.batch.inputs)
+    assert session.report.counts[1].sum() == 0
+    for sample in range(len(run.batch)):
+        kept = kept_columns(session.report, sample, run.batch.first_column(sample))
+        logits, ids = steps(output)[sample], output.sequences[sample, -NEW:]
+        check_sample(run, sample, logits, ids, kept, "compact", None)
+
+
+@functools.cache
+def windowed(name: str, attention: str) -> Unpatched:
+    model = families.build(name, attention, sliding_window=12)
+    batch = families.batch(name, model)
+    return Unpatched(model, batch, None, {})
+
+
+@both_attentions
+@pytest.mark.parametrize("keep_ratio", [0.3, 0.9])
+@pytest.mark.parametrize("method", ["uniform", "fastv", "transprune"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2", "pixtral", "mistral3"])
+def test_sliding_windows_count_the_tokens_that_are_there(name, method, keep_ratio, attention):
+    """Prompts, and at 0.9 also images, longer than the window after pruning, too."""
+    run, positions = windowed(name, attention), POSITIONS[attention]
+    methods = spec(method, positions=positions, keep_ratio=keep_ratio)
+    with vtprune.prune(run.model, methods) as session:
+        output = generate(run.model, run.batch, run.batch.inputs)
+    for sample in range(len(run.batch)):
+        kept = kept_columns(session.report, sample, run.batch.first_column(sample))
+        logits, ids = steps(output)[sample], output.sequences[sample, -NEW:]
+        check_sample(run, sample, logits, ids, kept, positions, None)
+
+
+@pytest.mark.parametrize("method", ["uniform", "transprune"])
+@pytest.mark.parametrize("name", families.NAMES)
+def test_right_padding(name, method):
+    """Logits of all surviving columns of a forward call, in place, as one scores with."""
+    model = families.shared(name)
+    batch = families.batch(name, model, media=families.MEDIA[name][-1], padding_side="right")
+    with vtprune.prune(model, spec(method, positions="original")) as session:
+        logits = model(**batch.inputs).logits
+    for sample, inputs in enumerate(batch.singles):
+        kept = kept_columns(session.report, sample, 0)
+        expected = recompute(model, inputs, torch.empty(0, dtype=torch.long), kept)
+        alive = ~expected.isnan().any(-1)
+        assert 0 < int(alive.sum()) < len(alive)
+        got = logits[sample, : len(expected)][alive]
+        torch.testing.assert_close(got, expected[alive], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_only_what_needs_a_cls_token_is_refused(name):
+    """The matrix would be easy to pass if everything were refused."""
+    model = families.shared(name)
+    refused = {method for method in matrix.METHODS if refusal(model, spec(method)) is not None}
+    has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
+    assert refused == (set() if has_cls else matrix.NEEDS_CLS)
+
+
+def test_support_page_is_current(request):
+    if request.config.getoption("--update-support", default=False):
+        assert not request.session.testsfailed, "not written: the page would call cells working that failed"
+        PAGE.write_text(matrix.page())
+    current = PAGE.read_text() if PAGE.exists() else ""
+    assert current == matrix.page(), f"{PAGE} is stale: pytest tests/conformance/test_matrix.py --update-support"
