@@ -79,8 +79,11 @@ class VisualTokens:
     """(groups,) long: how many tokens of each group to keep."""
     signals: Mapping[Hashable, Any] | Callable[[Hashable], Any] = field(default_factory=dict)
     """What `tokens[request]` looks up: see `vtprune.signals` for the requests."""
-    grids: tuple[Grid | None, ...] = ()
-    """One layout a group; None where the tokens are no longer a full grid."""
+    crops: Tensor | None = None
+    """(groups, tokens) long: number of the crop (tile, frame) of each token within its group, -1 for padding. None
+    inside the LLM."""
+    layouts: tuple[tuple[Grid | None, ...], ...] = ()
+    """For each group the layout of each of its crops; None where tokens of it are missing. Empty inside the LLM."""
     shape: ModelShape | None = None
     layer: int | None = None
     """Decoder layer that will run next; None before the LLM."""
@@ -93,6 +96,11 @@ class VisualTokens:
     def lengths(self) -> Tensor:
         """(groups,) long: number of real tokens of each group."""
         return self.valid.sum(1)
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        """One layout a group; None where it has several crops, or its tokens are no full grid."""
+        return tuple(layout[0] if len(layout) == 1 else None for layout in self.layouts)
 
     def each(self):
         """Yield `(group, length, k)` as ints, for methods that select one group at a time."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -33,12 +34,14 @@ def prune_before_llm(
         budget = method.budgets(lengths, groups.images.cpu())
         if bool((budget >= lengths).all()):
             continue
+        crops, layouts = _crops(call, groups)
         tokens = VisualTokens(
             features=groups.gather(hidden),
             valid=groups.valid,
             budget=budget.to(hidden.device),
             signals=functools.partial(_signal, call, groups, tap, text),
-            grids=_whole_grids(call, groups, lengths),
+            crops=crops,
+            layouts=layouts,
             shape=call.adapter.shape,
         )
         selection = choose(method, tokens)
@@ -48,18 +51,23 @@ def prune_before_llm(
     return hidden
 
 
-def _whole_grids(call: Call, groups: Groups, lengths: Tensor) -> tuple[Grid | None, ...]:
-    """The layout of each group that is a crop of which nothing is gone; None for the others."""
+def _crops(call: Call, groups: Groups) -> tuple[Tensor, tuple[tuple[Grid | None, ...], ...]]:
+    """Number of each token's crop within its group, and each crop's layout: see `VisualTokens`."""
     media = call.media
-    # An image's group may by chance be as long as its first crop.
+    labels = groups.gather(call.crop_labels()).masked_fill(~groups.valid, -1)
     alive = call.crop_groups().valid.sum(1).tolist()
-    columns = call.segment.columns[groups.rows, groups.columns[:, 0]] if len(groups.rows) else groups.rows
-    grids = []
-    for row, column, length in zip(groups.rows.tolist(), columns.tolist(), lengths.tolist(), strict=True):
-        crop = int(media.labels[row, column])
-        grid = media.grids[crop] if length else None
-        grids.append(grid if grid is not None and length == alive[crop] == len(grid) else None)
-    return tuple(grids)
+    grids = [
+        grid if grid is not None and count == len(grid) else None
+        for grid, count in zip(media.grids, alive, strict=True)
+    ]
+    # The crops of an image are numbered one after another.
+    if len(groups.rows) == len(grids):
+        first, layouts = torch.arange(len(grids)), tuple((grid,) for grid in grids)
+    else:
+        counts = torch.bincount(media.crop_images, minlength=len(groups.rows)).cpu()
+        first, parts = counts.cumsum(0) - counts, torch.arange(len(grids)).split(counts.tolist())
+        layouts = tuple(tuple(grids[crop] for crop in part.tolist()) for part in parts)
+    return torch.where(labels >= 0, labels - first.to(labels.device)[:, None], -1), layouts
 
 
 def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):

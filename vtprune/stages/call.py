@@ -103,13 +103,17 @@ class Call:
         """Labels (batch, length) of the current columns; -1 where no visual token is."""
         return take_columns(labels, self.segment.columns).masked_fill(~self.segment.visual, -1)
 
+    def crop_labels(self) -> Tensor:
+        """(batch, n) long: the crop of each current column; -1 for separators and all other columns."""
+        return self._alive(self.media.labels)
+
     def crop_groups(self) -> Groups:
         """One group a crop, over the visual tokens alive."""
-        return Groups.of_labels(self._alive(self.media.labels), self.media.crop_rows, self.media.crop_images)
+        return Groups.of_labels(self.crop_labels(), self.media.crop_rows, self.media.crop_images)
 
     def image_groups(self) -> Groups:
         """One group an image or video, over the visual tokens alive; separators are in none."""
-        content = self._alive(self.media.labels) >= 0
+        content = self.crop_labels() >= 0
         rows = self.media.image_rows
         images = torch.arange(len(rows), device=rows.device)
         return Groups.of_labels(self._alive(self.media.images).masked_fill(~content, -1), rows, images)
@@ -117,7 +121,7 @@ class Call:
     def sample_groups(self) -> Groups:
         """One group a sample, over the visual tokens alive; separators are in none."""
         rows = torch.arange(self.batch, device=self.real.device)
-        content = self._alive(self.media.labels) >= 0
+        content = self.crop_labels() >= 0
         return Groups.of_labels(torch.where(content, rows[:, None], -1), rows, torch.full_like(rows, -1))
 
     def encoded_tokens(self) -> Tensor:
@@ -165,7 +169,7 @@ class Call:
 
     def _idle_separators(self, keep: Tensor) -> Tensor:
         """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept."""
-        lines, content = self._alive(self.media.lines), self._alive(self.media.labels) >= 0
+        lines, content = self._alive(self.media.lines), self.crop_labels() >= 0
         separators = self.segment.visual & ~content
         if not bool(separators.any()):
             return separators

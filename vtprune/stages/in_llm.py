@@ -154,7 +154,6 @@ class InLLMStage:
                 valid=groups.valid,
                 budget=torch.minimum(budget, alive).to(hidden.device),
                 signals=functools.partial(self._signal, i, hidden, groups),
-                grids=(None,) * len(alive),
                 shape=self.shape,
                 layer=i,
             )
