@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor of each family, as transformers has it, for the models of `families`, and requests to call it with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import transformers as hf
+from PIL import Image
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+
+from . import families
+from .media import (
+    BOS,
+    BREAK,
+    END,
+    FIRST_WORD,
+    GLOBAL,
+    IMAGE,
+    MERGE,
+    NEWLINE,
+    PAD,
+    PATCH,
+    ROW_COLUMN,
+    START,
+    TILE,
+    VIDEO,
+    VOCABULARY,
+)
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+_KNOWN_WORDS = """
+: ? . < > 0 1 2 3 4 5 6 7 8 9 a and answer are better bigger compare crops first Frame1 Frame2 Frame3 Frame4 happens
+help here Here image in is look me now one original picture seconds see some tell the then there this to two what which
+who with word you
+"""
+
+_IMAGE, _VIDEO = {"image_token": ("<image>", IMAGE)}, {"video_token": ("<video>", VIDEO)}
+_QWEN = {
+    "image_token": ("<|image_pad|>", IMAGE),
+    "video_token": ("<|video_pad|>", VIDEO),
+    "vision_start_token": ("<|vision_start|>", START),
+    "vision_end_token": ("<|vision_end|>", END),
+}
+_PIXTRAL = {
+    "image_token": ("[IMG]", IMAGE),
+    "image_break_token": ("[IMG_BREAK]", BREAK),
+    "image_end_token": ("[IMG_END]", END),
+}
+_IDEFICS = {
+    **_IMAGE,
+    "fake_image_token": ("<fake_token_around_image>", BREAK),
+    "global_image_token": ("<global-img>", GLOBAL),
+    "end_of_utterance_token": ("<end_of_utterance>", ROW_COLUMN),
+} | {f"row_{row}_col_{col}": (f"<row_{row}_col_{col}>", 120 + 6 * row + col) for row in (1, 2) for col in (1, 2, 3)}
+_INTERN = {
+    "context_image_token": ("<IMG_CONTEXT>", IMAGE),
+    "start_image_token": ("<img>", START),
+    "end_image_token": ("</img>", END),
+    **_VIDEO,
+}
+_GEMMA = {
+    "image_token": ("<image_soft_token>", IMAGE),
+    "boi_token": ("<start_of_image>", START),
+    "eoi_token": ("<end_of_image>", END),
+}
+
+
+def _tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast:
+    """special: attribute -> token and id, beyond those that every family has."""
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "\n": NEWLINE} | dict(special.values())
+    words = ["</s>", "<unk>", *_KNOWN_WORDS.split()]
+    vocabulary |= {word: FIRST_WORD + index for index, word in enumerate(words)}
+    # Without gaps: tokens that a processor adds must not get an id twice.
+    vocabulary |= {f"<unused{index}>": index for index in set(range(VOCABULARY)) - set(vocabulary.values())}
+    assert len(vocabulary) == VOCABULARY
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
+    if special not in (_QWEN, _INTERN):
+        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={name: token for name, (token, _) in special.items()},
+    )
+
+
+# -- processors -------------------------------------------------------------------------------------------------------
+
+
+def _square(size: int) -> dict[str, dict[str, int]]:
+    return {"size": {"height": size, "width": size}}
+
+
+def _cropped(size: int) -> dict[str, dict[str, int]]:
+    return {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+
+
+def _clip_tokens(patch: int) -> dict:
+    return {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+
+def _llava():
+    return hf.LlavaProcessor(hf.CLIPImageProcessor(**_cropped(42)), _tokenizer(_IMAGE), **_clip_tokens(7))
+
+
+def _llava_next():
+    tiles = hf.LlavaNextImageProcessor(**_cropped(TILE), image_grid_pinpoints=_pinpoints("llava_next"))
+    return hf.LlavaNextProcessor(tiles, _tokenizer(_IMAGE), **_clip_tokens(8))
+
+
+def _llava_next_video():
+    tiles = hf.LlavaNextImageProcessor(**_cropped(32), image_grid_pinpoints=_pinpoints("llava_next_video"))
+    frames = hf.LlavaNextVideoVideoProcessor(**_cropped(32))
+    return hf.LlavaNextVideoProcessor(frames, tiles, _tokenizer(_IMAGE | _VIDEO), **_clip_tokens(8))
+
+
+def _llava_onevision():
+    tiles = hf.LlavaOnevisionImageProcessor(**_square(TILE), image_grid_pinpoints=_pinpoints("llava_onevision"))
+    return hf.LlavaOnevisionProcessor(
+        tiles,
+        _tokenizer(_IMAGE | _VIDEO),
+        hf.LlavaOnevisionVideoProcessor(**_square(TILE)),
+        num_image_tokens=(TILE // 8) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+    )
+
+
+def _video_llava():
+    images, frames = hf.VideoLlavaImageProcessor(**_cropped(32)), hf.VideoLlavaVideoProcessor(**_cropped(32))
+    return hf.VideoLlavaProcessor(images, frames, _tokenizer(_IMAGE | _VIDEO), **_clip_tokens(8))
+
+
+def _qwen(processor: type, videos: type) -> Callable:
+    patches = {"patch_size": PATCH, "merge_size": MERGE, "size": {"shortest_edge": 300, "longest_edge": 2000}}
+    frames = videos(**patches, cap_pixels_per_frame=False)
+    return lambda: processor(hf.Qwen2VLImageProcessor(**patches), _tokenizer(_QWEN), frames)
+
+
+def _internvl():
+    return hf.InternVLProcessor(
+        hf.GotOcr2ImageProcessor(**_square(TILE), max_patches=4),
+        _tokenizer(_INTERN),
+        hf.InternVLVideoProcessor(**_square(TILE)),
+        image_seq_length=(TILE // PATCH // MERGE) ** 2,
+    )
+
+
+def _idefics3():
+    tiles = hf.Idefics3ImageProcessor(size={"longest_edge": 2 * TILE}, max_image_size={"longest_edge": TILE})
+    return hf.Idefics3Processor(tiles, _tokenizer(_IDEFICS), image_seq_len=(TILE // PATCH // MERGE) ** 2)
+
+
+def _gemma3():
+    return hf.Gemma3Processor(hf.Gemma3ImageProcessor(**_square(32)), _tokenizer(_GEMMA), image_seq_length=16)
+
+
+def _paligemma():
+    images = hf.SiglipImageProcessor(**_square(35))
+    images.image_seq_length = 25
+    return hf.PaliGemmaProcessor(images, _tokenizer(_IMAGE))
+
+
+def _pixtral(merge: int) -> Callable:
+    images = hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=PATCH)
+    return lambda: hf.PixtralProcessor(images, _tokenizer(_PIXTRAL), patch_size=PATCH, spatial_merge_size=merge)
+
+
+def _pinpoints(name: str) -> list[list[int]]:
+    return families.shared(name).config.image_grid_pinpoints
+
+
+_PROCESSORS: dict[str, Callable] = {
+    "llava": _llava,
+    "pixtral": _pixtral(1),
+    "llava_next": _llava_next,
+    "llava_next_video": _llava_next_video,
+    "llava_onevision": _llava_onevision,
+    "video_llava": _video_llava,
+    "qwen2_vl": _qwen(hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
+    "qwen2_5_vl": _qwen(hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
+    "qwen3_vl": _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+    "internvl": _internvl,
+    "idefics3": _idefics3,
+    "gemma3": _gemma3,
+    "paligemma": _paligemma,
+    "paligemma2": _paligemma,
+    "mistral3": _pixtral(MERGE),
+}
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+# Placeholders as people, or chat templates, write them.
+_DEFAULT = {"image": "<image>", "video": "<video>"}
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+_WRITTEN: dict[str, dict[str, str]] = {
+    "pixtral": {"image": "[IMG]"},
+    "mistral3": {"image": "[IMG]"},
+    "internvl": {"image": "<IMG_CONTEXT>", "video": "<video>"},
+    "gemma3": {"image": "<start_of_image>"},
+    "qwen2_vl": {"image": _QWEN_IMAGE, "video": _QWEN_VIDEO},
+    "qwen2_5_vl": {"image": _QWEN_IMAGE, "video": _QWEN_VIDEO},
+    "qwen3_vl": {"image": _QWEN_IMAGE, "video": "<|video_pad|>"},
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with its media."""
+
+    text: str
+    """with {image} and {video} for the media"""
+    images: tuple[tuple[int, int], ...] = ()
+    """width and height of each"""
+    videos: tuple[tuple[int, int, int], ...] = ()
+    """frames, width and height of each"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, the requests of a batch, and how its processor is called with them."""
+
+    family: str
+    requests: tuple[Request, ...]
+    nested: bool = False
+    """whether images come as a list a prompt; some processors tell by this which images belong together"""
+    fps: float | None = None
+    """of videos that come as one array with metadata; None: as lists of images"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the call"""
+
+    def inputs(self, *numbers: int, **options) -> hf.BatchFeature:
+        """What the processor makes of some of the requests."""
+        requests = [self.requests[number] for number in numbers]
+        text = [request.text.format(**_WRITTEN.get(self.family, _DEFAULT)) for request in requests]
+        images = [[picture(*size) for size in request.images] for request in requests]
+        videos = [[picture(*size, i) for i in range(count)] for request in requests for count, *size in request.videos]
+        media: dict[str, Any] = {}
+        if any(images):
+            media["images"] = images if self.nested else [image for own in images for image in own]
+        if videos:
+            media["videos"] = videos
+        if videos and self.fps is not None:
+            media["videos"] = [np.stack([np.asarray(frame) for frame in video]) for video in videos]
+            media["video_metadata"] = [{"fps": self.fps, "total_num_frames": len(video)} for video in videos]
+        return processor(self.family)(text=text, **media, return_tensors="pt", **self.options, **options)
+
+
+@functools.cache
+def processor(family: str) -> hf.ProcessorMixin:
+    return _PROCESSORS[family]()
+
+
+def picture(width: int, height: int, number: int = 0) -> Image.Image:
+    """Coarse noise, the same for the same arguments."""
+    pixels = np.random.default_rng([width, height, number]).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+_NO_MEDIA = Request("who are you ?")
+_IMAGES = (
+    Request("look : {image} what is in this picture ?", ((50, 31),)),
+    Request("compare {image} and {image} which one is bigger ? answer with a word", ((23, 60), (41, 41))),
+    _NO_MEDIA,
+)
+_IMAGES_FIRST = (  # and in every prompt, as PaliGemma has it
+    Request("{image}what is in this picture ?", ((50, 31),)),
+    Request("{image}{image}which one is bigger ? answer with a word", ((23, 60), (41, 41))),
+)
+_VIDEOS = (
+    Request("{video} what happens ?", (), ((8, 33, 24),)),
+    Request("look : {video} then {video} compare the two . what happens first ?", (), ((8, 20, 44), (12, 30, 30))),
+    _NO_MEDIA,
+)
+_MIXED = (
+    Request("{image} who is this ? {video} what happens ?", ((50, 31),), ((4, 33, 24),)),
+    Request("look : {video} is this {image} in there ?", ((23, 60),), ((7, 20, 44),)),
+    _NO_MEDIA,
+)
+# Where videos are stacked.
+_MIXED_4 = (
+    _MIXED[0],
+    Request("look : {video} now tell me is this {image} in there ?", ((23, 60),), ((4, 20, 44),)),
+    _NO_MEDIA,
+)
+_PAN_AND_SCAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 12,
+    "pan_and_scan_max_num_crops": 3,
+    "pan_and_scan_min_ratio_to_activate": 1.3,
+}
+
+CASES: dict[str, Case] = {
+    "llava": Case("llava", _IMAGES),
+    "pixtral": Case("pixtral", _IMAGES),
+    "llava_next": Case("llava_next", _IMAGES),
+    "llava_next_video": Case("llava_next_video", _MIXED_4),
+    "llava_onevision": Case("llava_onevision", _IMAGES),
+    "llava_onevision, nested": Case("llava_onevision", _IMAGES, nested=True),
+    "llava_onevision, videos": Case("llava_onevision", _MIXED_4),
+    "video_llava": Case("video_llava", _MIXED_4),
+    "qwen2_vl": Case("qwen2_vl", _MIXED),
+    "qwen2_5_vl": Case("qwen2_5_vl", _MIXED),
+    "qwen2_5_vl, videos": Case("qwen2_5_vl", _VIDEOS, fps=4.0, options={"fps": 2.0, "do_sample_frames": True}),
+    "qwen3_vl": Case("qwen3_vl", _MIXED, options={"do_sample_frames": False}),
+    "qwen3_vl, videos": Case("qwen3_vl", _VIDEOS, fps=4.0),
+    "internvl": Case("internvl", _IMAGES),
+    "internvl, videos": Case("internvl", _MIXED_4),
+    "idefics3": Case("idefics3", _IMAGES),
+    "gemma3": Case("gemma3", _IMAGES, nested=True),
+    "gemma3, crops": Case("gemma3", _IMAGES, nested=True, options=_PAN_AND_SCAN),
+    "paligemma": Case("paligemma", _IMAGES_FIRST),
+    "paligemma2": Case("paligemma2", _IMAGES_FIRST),
+    "mistral3": Case("mistral3", _IMAGES),
+}
