@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of several families share: pruned generation against a recompute, and where visual tokens come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conformance import families
+from conformance.recompute import recompute
+from torch import Tensor
+
+import vtprune
+
+ATOL = 1e-4
+NEW = 5
+METHODS = ("random", "divprune", "mmtok", "pool", "vtc_cls", "fastv", "transprune")
+
+
+def every_cell(name: str, *, cls_token: bool):
+    """Parametrises `media`, `method`, `attention` and `positions` over what the family `name` can do."""
+    methods = [method for method in METHODS if cls_token or method != "vtc_cls"]
+    both = [("sdpa", "compact"), ("eager", "original")]
+    cells = [(media, method, *pair) for media in families.MEDIA[name] for method in methods for pair in both]
+    return pytest.mark.parametrize(
+        ("media", "method", "attention", "positions"), cells, ids=["-".join(cell) for cell in cells]
+    )
+
+
+def generate(model, batch: families.Batch):
+    return model.generate(
+        **batch.inputs,
+        max_new_tokens=NEW,
+        suppress_tokens=list(batch.visual_ids),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+@torch.no_grad()
+def check_pruned(name: str, media: str, method: str, attention: str = "sdpa", positions: str = "compact", **options):
+    """A padded batch of three, pruned, gives the recomputed logits and ids. Returns the session's report."""
+    model = families.shared(name, attention)
+    batch = families.batch(name, model, media=media)
+    with vtprune.prune(model, method, positions=positions, **{"keep_ratio": 0.3} | options) as session:
+        output = generate(model, batch)
+    report = session.report
+    assert report.keep_ratio < 0.6
+    for sample, inputs in enumerate(batch.singles):
+        kept = [report.kept(sample, layer) - batch.first_column(sample) for layer in range(report.depth)]
+        sources = report.sources(sample, 0) if method == "pool" else None
+        generated = output.sequences[sample, -NEW:]
+        expected = recompute(model, inputs, generated[:-1], kept, positions, sources)[-NEW:]
+        torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
+        expected[:, list(batch.visual_ids)] = float("-inf")
+        assert generated.tolist() == expected.argmax(-1).tolist()
+    return report
+
+
+@torch.no_grad()
+def check_untouched(name: str, media: str, attention: str):
+    """Methods that are asked to keep everything change no bit."""
+    model = families.shared(name, attention)
+    batch = families.batch(name, model, media=media)
+    before = generate(model, batch)
+    with vtprune.prune(model, [{"name": "mmtok", "keep_ratio": 1.0}, {"name": "fastv", "keep_ratio": 1.0}]):
+        after = generate(model, batch)
+    assert torch.equal(before.sequences, after.sequences)
+    assert torch.equal(torch.stack(before.logits), torch.stack(after.logits))
+
+
+def blinkered(name: str):
+    """A fresh model in whose vision encoder no patch sees another one: a feature depends on its own pixels alone."""
+    model = families.build(name)
+    towers = [module for key, module in model.model.named_children() if key.endswith("_tower")]
+    for tower in towers:
+        for layer in tower.encoder.layers:
+            layer.self_attn.out_proj.weight.data.zero_()
+    return model
+
+
+@torch.no_grad()
+def origins(encode: Callable[[Tensor], Tensor], pixels: Tensor, patch: int) -> Tensor:
+    """(tokens, crops, patches) bool: the patches that each visual token of a blinkered model depends on.
+
+    encode: pixels (crops, 3, height, width) -> (tokens, dim). patch: side of a patch in pixels.
+    """
+    before = encode(pixels)
+    rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    depends = torch.zeros(len(before), len(pixels), rows * columns, dtype=torch.bool)
+    for crop in range(len(pixels)):
+        for place in range(rows * columns):
+            top, left = place // columns * patch, place % columns * patch
+            changed = pixels.clone()
+            changed[crop, :, top : top + patch, left : left + patch] += 1
+            depends[:, crop, place] = (encode(changed) != before).any(-1)
+    return depends
+
+
+@torch.no_grad()
+def projector_input(model, encode: Callable[[], object]) -> Tensor:
+    """What the projector was called with meanwhile."""
+    seen = []
+    handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    encode()
+    handle.remove()
+    (features,) = seen
+    return features
