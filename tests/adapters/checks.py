@@ -73,10 +73,11 @@ def check_untouched(name: str, media: str, attention: str):
 def blinkered(name: str):
     """A fresh model in whose vision encoder no patch sees another one: a feature depends on its own pixels alone."""
     model = families.build(name)
-    towers = [module for key, module in model.model.named_children() if key.endswith("_tower")]
-    for tower in towers:
-        for layer in tower.encoder.layers:
-            layer.self_attn.out_proj.weight.data.zero_()
+    adapter = vtprune.adapter_for(model)
+    for layer in (layer for kind in adapter.kinds for layer in adapter.encoder_layers(kind)):
+        parts = dict(adapter.encoder_attention(layer).named_children())
+        (output,) = [parts[key] for key in ("out_proj", "o_proj", "projection_layer") if key in parts]
+        output.weight.data.zero_()
     return model
 
 

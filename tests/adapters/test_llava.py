@@ -7,8 +7,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PixtralVisionConfig,
     SiglipVisionConfig,
+    ViTConfig,
 )
 
 import vtprune
@@ -55,8 +55,8 @@ def test_facts_agree_with_what_the_model_computes(tower, strategy, layer):
 
 
 def test_other_towers_and_models_are_refused_by_name():
-    pixtral = PixtralVisionConfig(**SMALL, image_size=32, patch_size=8)
-    with pytest.raises(UnsupportedModelError, match="pixtral.*supported: clip_vision_model"):
-        vtprune.adapter_for(llava(pixtral, vision_feature_select_strategy="full"))
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM; supported: LLaVA-1\.5 \(llava\)"):
+    vit = ViTConfig(**SMALL, image_size=32, patch_size=8)
+    with pytest.raises(UnsupportedModelError, match="'vit'; supported: clip_vision_model"):
+        vtprune.adapter_for(llava(vit))
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM; supported: .*LLaVA-1\.5 \(llava\)"):
         vtprune.adapter_for(LlamaForCausalLM(TEXT))
