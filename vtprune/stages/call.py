@@ -67,7 +67,8 @@ class Call:
         visual = self.media.visual if self.media else torch.zeros_like(self.real)
         if self.blocks is not None:
             missing = max(self.past + self.length - self.blocks.shape[1], 0)
-            self.blocks = pad(self.blocks, (0, missing), value=-1)[:, self.past : self.past + self.length]
+            here = slice(self.past, self.past + self.length)
+            self.blocks = pad(self.blocks, (0, missing), value=-1)[:, here].to(self.real.device)
         self.whole = Segment.whole(self.real, visual, self.positions)
         self.segments, self.starts = [self.whole], [0]
         layers = pruned_layers(self.cache)
