@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed-eval
 	$(BIN)/vtprune eval eval/configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -35,6 +35,8 @@ class Adapter(ABC):
     """The visual tokens of an image (and a video) in a few words, for tables."""
     cls_token: ClassVar[str] = "no"
     """Whether the encoder has a CLS token, for tables: "yes", "no", or when."""
+    plain_encoder_attention: ClassVar[bool] = True
+    """Whether all patches of a crop see one another in the encoder, without masks or rotary embeddings."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     window_cuts_blocks: ClassVar[bool] = False
@@ -58,7 +60,8 @@ class Adapter(ABC):
     def signals(cls) -> tuple[str, ...]:
         """What methods can ask of the family (`vtprune.signals`), in words."""
         cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention {cls.cls_token}",))
-        return (*cls_attention, "encoder features", "text", "LLM attention", "transition")
+        received = ("encoder attention",) if cls.plain_encoder_attention else ()
+        return (*cls_attention, *received, "encoder features", "text", "LLM attention", "transition")
 
     # -- the language model -------------------------------------------------------------------------------------
 
@@ -174,7 +177,7 @@ class Adapter(ABC):
     def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         """Values of the encoder's patches (crops, patches, dim) as one row a visual token, like `projector_inputs`.
 
-        Patches are those the projector reads: without the CLS token if that is cut off. Only used with a CLS token.
+        Patches are those the projector reads: without the CLS token if that is cut off.
         """
         return values.flatten(0, 1)
 

@@ -44,6 +44,9 @@ class Gemma3(Adapter):
     def media(self, kind, inputs, features):
         return [Medium.of_grids(self.image_grid) for _ in features]
 
+    def patch_values(self, kind, inputs, values):
+        return self.projector_inputs(kind, inputs, values)
+
     def projector_inputs(self, kind, inputs, features):
         side = self.projector.patches_per_image
         grid = features.mT.unflatten(-1, (side, side))

@@ -20,6 +20,7 @@ class Idefics3(Adapter):
     model_types = ("idefics3", "smolvlm")
     family = "Idefics3, SmolVLM"
     layout = "one grid a tile, text between tiles"
+    plain_encoder_attention = False  # the padding of images of different sizes is masked
 
     def vision_tower(self, kind="image"):
         return self.base.vision_model

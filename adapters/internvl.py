@@ -48,14 +48,6 @@ class InternVL(Adapter):
     def _patch(self):
         return self.vision_config.patch_size[0]
 
-    @property
-    def image_grid(self):
-        rows, columns = (
-            int(size // patch * self.config.downsample_ratio)
-            for size, patch in zip(self.vision_config.image_size, self.vision_config.patch_size, strict=True)
-        )
-        return Grid(rows, columns)
-
     def media(self, kind, inputs, features):
         # The model takes every tile for a square.
         return [Medium.of_grids(square(len(tile))) for tile in features]

@@ -19,6 +19,7 @@ class Pixtral(Adapter):
     model_types = ("llava/pixtral",)
     family = "Pixtral-12B"
     layout = "one grid an image, text after each row"
+    plain_encoder_attention = False
 
     @classmethod
     def refuses(cls, config):

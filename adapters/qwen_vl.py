@@ -20,6 +20,7 @@ class Qwen2VL(Adapter):
     model_types = ("qwen2_vl",)
     family = "Qwen2-VL"
     kinds = ("image", "video")
+    plain_encoder_attention = False
     layout = "one grid an image or two frames"
 
     def vision_tower(self, kind="image"):

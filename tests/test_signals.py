@@ -14,6 +14,7 @@ import vtprune
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.eval import digitscenes
 from vtprune.signals import (
+    AttentionReceived,
     ClsAttention,
     EncoderFeatures,
     InstructionAttention,
@@ -100,6 +101,19 @@ def test_cls_rows_and_encoder_features(name):
     torch.testing.assert_close(
         tokens.features, torch.stack(model.get_image_features(pixels).pooler_output), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", ["mha", "siglip"])
+def test_attention_received_in_the_encoder(name):
+    """With a CLS token its query counts among the rows, and what it receives is left out."""
+    model, eager = models.shared(name), models.shared(name, "eager")
+    batch = batch_of_three(model)
+    request = AttentionReceived(2)
+    run(model, batch, BeforeProbe(keep_ratio=0.9, requests=(request,)))
+    _, signals = SEEN[0]
+    attention = eager.model.vision_tower(batch.inputs()["pixel_values"], output_attentions=True).attentions[2]
+    expected = attention.mean((1, 2))[:, int(name == "mha") :]
+    torch.testing.assert_close(signals[request], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "siglip"])

@@ -20,7 +20,6 @@ from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import Method
 from vtprune.question import Text, embed_question
 from vtprune.report import Report, Stretch, Timings
-from vtprune.signals import ClsAttention, EncoderFeatures
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap, clock
@@ -128,15 +127,13 @@ class Session:
         self._selector_seconds = self._started = 0.0
 
         shape = self.adapter.shape
-        requests = []
         for method in methods:
             method.check_budget(shape)
-            requests.extend(method.signals(shape))
-        cls_layers = sorted({layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers})
-        active = [m for m in methods if m.keep_ratio != 1.0]
+        parts = [part for method in methods for part in method.parts(shape)]
+        requests = [request for part in parts for request in part.signals(shape)]
+        active = [part for part in parts if part.keep_ratio != 1.0]
         self._before = [m for m in active if m.stage == "before_llm"]
-        reads_encoder = any(isinstance(r, EncoderFeatures) for r in requests)
-        self._tap = EncoderTap(self.adapter, cls_layers, keep_features=reads_encoder, profile=profile)
+        self._tap = EncoderTap(self.adapter, requests, profile=profile)
         self._in_llm = InLLMStage(self.adapter, [m for m in active if m.stage == "in_llm"], shape, self._choose)
         self._prunes = bool(active)
 

@@ -30,6 +30,17 @@ class ClsAttention:
 
 
 @dataclass(frozen=True)
+class AttentionReceived:
+    """(groups, tokens): attention that each visual token receives in an encoder layer, the mean over heads and queries.
+
+    For encoders without a CLS token, too. Where several patches become one visual token: their mean.
+    """
+
+    layer: int
+    """0-based encoder layer."""
+
+
+@dataclass(frozen=True)
 class TextEmbeddings:
     """A list with one (text tokens, dim) tensor a group: input embeddings of the question.
 

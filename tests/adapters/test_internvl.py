@@ -7,6 +7,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 
 import vtprune
 from vtprune.errors import UnsupportedModelError
+from vtprune.signals import ClsAttention
 from vtprune.stages.encoder import EncoderTap
 from vtprune.tokens import Grid, ModelShape
 
@@ -31,7 +32,7 @@ def test_tokens_stand_for_squares_of_four_patches():
     tiles = pixels(3)
     inputs, output = {"pixel_values": tiles}, features(model, tiles)
     media = adapter.media("image", inputs, output)
-    assert [medium.grids for medium in media] == [(Grid(3, 3),)] * 3 and adapter.image_grid == Grid(3, 3)
+    assert [medium.grids for medium in media] == [(Grid(3, 3),)] * 3 and adapter.image_grid is None
     depends = check_layout(media, lambda tiles: features(model, tiles).flatten(0, 1), tiles, PATCH, side=2)
 
     model, adapter = families.shared(NAME), vtprune.adapter_for(families.shared(NAME))
@@ -79,7 +80,7 @@ def test_cls_rows_are_those_of_the_encoder(normalised):
             parameter += torch.rand_like(parameter)
     adapter, tiles, layers = vtprune.adapter_for(model), pixels(2), (0, 2)
     assert adapter.shape == ModelShape(4, 4, 3, has_cls=True) and adapter.cuts_cls("image")
-    tap = EncoderTap(adapter, layers, keep_features=False, profile=False)
+    tap = EncoderTap(adapter, [ClsAttention(layers)], profile=False)
     handles = tap.install()
     output = model.model.get_image_features(tiles, return_dict=True)
     for handle in handles:

@@ -34,7 +34,7 @@ def _checks(cls: type) -> dict[str, Callable]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM` or `Progressive`, not this.
+    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM`, `Progressive` or `Composite`, not this.
 
     Fields (all methods)
         keep_ratio: share of the visual tokens kept, averaged over the LLM's layers; in (0, 1], 1.0 prunes nothing.
@@ -46,7 +46,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    stage: ClassVar[Literal["before_llm", "in_llm"]]
+    stage: ClassVar[Literal["before_llm", "in_llm", "before_llm, in_llm"]]
     signal: ClassVar[str]
     """What the method looks at, in a few words, for tables."""
     paper: ClassVar[str] = "-"
@@ -74,6 +74,10 @@ class Method(ABC):
         """Raise BudgetError if the budget is missing or cannot be met on a model of this shape."""
         if self.needs_budget and self.keep_ratio is None and self.keep_tokens is None:
             raise BudgetError(f"{self.name} needs a budget: keep_ratio=0.25 or keep_tokens=64, for example")
+
+    def parts(self, shape: ModelShape) -> tuple[Method, ...]:
+        """The methods of one stage each that this one consists of on a model of this shape; usually itself alone."""
+        return (self,)
 
     def signals(self, shape: ModelShape) -> tuple[Hashable, ...]:
         """The requests of `vtprune.signals` that `select` will look up; none by default."""
@@ -169,6 +173,19 @@ class Progressive(InLLM):
             else:
                 rows.append([self.count(n, share) for share in shares])
         return torch.tensor(rows, dtype=torch.long).T
+
+
+class Composite(Method):
+    """A method that acts before the LLM and then inside it. Subclasses state `parts`, with budgets that meet theirs."""
+
+    stage = "before_llm, in_llm"
+
+    @abstractmethod
+    def parts(self, shape: ModelShape) -> tuple[Method, ...]:
+        """The methods it consists of, in the order of the path."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        raise NotImplementedError(f"{self.name} selects through its parts")
 
 
 class Scorer(ABC):

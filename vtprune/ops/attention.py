@@ -57,3 +57,20 @@ def attention_rows(
         return scores.softmax(dim=-1)
     weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
     return weights.masked_fill_(~mask.any(dim=-1, keepdim=True), 0.0)
+
+
+def attention_received(queries: Tensor, keys: Tensor, *, scale: float, rows_at_once: int = 128) -> Tensor:
+    """Mean attention that each key receives, over heads and all query rows.
+
+    Args:
+        queries, keys: ``(batch, heads, tokens, head_dim)``, all of them seeing one another.
+        scale: factor on the dot products.
+        rows_at_once: query rows held in memory at a time; the attention matrix never is.
+
+    Returns:
+        ``(batch, tokens)`` float32; each row sums to one.
+    """
+    total = keys.new_zeros(len(keys), keys.shape[2], dtype=torch.float32)
+    for rows in queries.split(rows_at_once, dim=2):
+        total += attention_rows(rows, keys, scale=scale).mean(1).sum(1)
+    return total / queries.shape[2]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM, Method
-from vtprune.signals import ClsAttention, EncoderFeatures, SampleKeys, TextEmbeddings
+from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures, SampleKeys, TextEmbeddings
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
 from vtprune.tokens import Grid, Selection, VisualTokens
@@ -76,12 +76,14 @@ def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request
         return text(call, groups, request)
     if isinstance(request, SampleKeys):
         return _keys(call, groups, tap)
-    if not isinstance(request, (EncoderFeatures, ClsAttention)):
+    if not isinstance(request, (EncoderFeatures, ClsAttention, AttentionReceived)):
         raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
     if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
         raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
     if isinstance(request, EncoderFeatures):
         return _per_group(tap.projector_inputs(media.encodings), call, groups)
+    if isinstance(request, AttentionReceived):
+        return _per_group(tap.attention_received(media.encodings, request.layer), call, groups)
     rows = _per_group(tap.cls_rows(media.encodings, request.layers), call, groups)
     return rearrange(rows, "groups tokens layers heads -> groups layers heads tokens")
 

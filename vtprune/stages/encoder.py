@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
-from vtprune.ops.attention import attention_rows
+from vtprune.ops.attention import attention_received, attention_rows
+from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures
 from vtprune.tokens import Medium
 
 COMPUTED_ELSEWHERE = "the image features of this call were computed elsewhere; pass the pixels inside the session"
@@ -40,6 +41,8 @@ class Encoding:
     """The projector's input; only if asked for."""
     rows: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, heads, tokens), the CLS query's attention; only for the layers asked for."""
+    received: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
     seconds: float = 0.0
 
     @property
@@ -71,10 +74,18 @@ class EncoderTap:
     bound method stands in the base model's own `__dict__` and hides the class's.
     """
 
-    def __init__(self, adapter: Adapter, cls_layers: Sequence[int], *, keep_features: bool, profile: bool):
+    def __init__(self, adapter: Adapter, requests: Iterable[Hashable], *, profile: bool):
         self.adapter = adapter
-        self.cls_layers = tuple(cls_layers)
-        self.keep_features = keep_features
+        requests = list(requests)
+        self.cls_layers = {layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers}
+        self.received_layers = {r.layer for r in requests if isinstance(r, AttentionReceived)}
+        self.keep_features = any(isinstance(r, EncoderFeatures) for r in requests)
+        if self.received_layers and not adapter.plain_encoder_attention:
+            raise UnsupportedStageError(
+                f"this method needs the attention inside the vision encoder, which cannot be recomputed for "
+                f"{adapter.family} (packed images, or queries and keys of one projection); methods that need none: "
+                "mmtok, divprune, fastv, transprune"
+            )
         self.profile = profile
         self.last: dict[str, Encoding] = {}
         """Kind -> the encoding computed last in this session."""
@@ -87,13 +98,14 @@ class EncoderTap:
         if self.keep_features:
             handles.append(self.adapter.projector.register_forward_pre_hook(self._before_projector))
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
-        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if self.cls_layers else {}
+        watched = self.cls_layers | self.received_layers
+        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if watched else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
-            for index in self.cls_layers:
+            for index in watched:
                 attention = self.adapter.encoder_attention(layers[index])
-                handles.append(attention.q_proj.register_forward_hook(self._take_query(index)))
-                handles.append(attention.k_proj.register_forward_hook(self._take_row(index, attention)))
+                handles.append(attention.q_proj.register_forward_hook(self._take_queries(index)))
+                handles.append(attention.k_proj.register_forward_hook(self._take_attention(index, attention)))
         return handles
 
     def forget(self) -> None:
@@ -130,14 +142,14 @@ class EncoderTap:
         if self._open is not None:
             self._open.projector_input = args[0].detach()
 
-    def _take_query(self, layer: int):
+    def _take_queries(self, layer: int):
         def hook(module, args, output):
             if self._open is not None:
-                self._queries[layer] = output[:, :1].detach()
+                self._queries[layer] = (output if layer in self.received_layers else output[:, :1]).detach()
 
         return hook
 
-    def _take_row(self, layer: int, attention: nn.Module):
+    def _take_attention(self, layer: int, attention: nn.Module):
         def hook(module, args, output):
             if self._open is None:
                 return
@@ -149,7 +161,11 @@ class EncoderTap:
                 key = norm(key)
             heads = self.adapter.vision_config.num_attention_heads
             query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
-            self._open.rows[layer] = attention_rows(query, key, scale=query.shape[-1] ** -0.5)[:, :, 0]
+            scale = query.shape[-1] ** -0.5
+            if layer in self.cls_layers:
+                self._open.rows[layer] = attention_rows(query[:, :, :1], key, scale=scale)[:, :, 0]
+            if layer in self.received_layers:
+                self._open.received[layer] = attention_received(query, key, scale=scale)
 
         return hook
 
@@ -193,6 +209,15 @@ class EncoderTap:
             flat = rearrange(patches, "crops layers heads patches -> crops patches (layers heads)")
             flat = self.adapter.patch_values(e.kind, e.inputs, flat)
             values.append(rearrange(flat, "tokens (layers heads) -> tokens layers heads", layers=len(layers)))
+        return torch.cat(values)
+
+    def attention_received(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
+        """(tokens of all encodings,): see `AttentionReceived`."""
+        values = []
+        for e in encodings:
+            has_cls = self.adapter.shape.has_cls and self.adapter.cuts_cls(e.kind)
+            patches = e.received[layer][:, int(has_cls) :, None]
+            values.append(self.adapter.patch_values(e.kind, e.inputs, patches)[:, 0])
         return torch.cat(values)
 
     def image_keys(self, encoding: Encoding) -> list[int]:
