@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from vtprune.ops.attention import rotate
+from vtprune.ops.bipartite_merging import bipartite_match, bipartite_merging
+from vtprune.ops.page_rank import attention_page_rank
+from vtprune.ops.schedules import linear_decay
+from vtprune.ops.selection import top_k_mask
+
+from . import Vector, close, handles, same
+
+MERGES = ("p4375_", "p125_", "n169_", "n196r24_", "n7r1_", "n2r1_", "n5r99_", "b1n49_", "")
+
+
+@handles("aim_merge_*")
+def merging(v: Vector) -> None:
+    prefixes = [prefix for prefix in MERGES if f"{prefix}round0_out" in v]
+    assert prefixes
+    for prefix in prefixes:
+        features, metric = v[f"{prefix}x" if f"{prefix}x" in v else "x"], None
+        if v.case == "aim_merge_image":
+            metric = v["metric"]
+        tokens, compared, index = features, features if metric is None else metric, 0
+        while (key := f"{prefix}round{index}") + "_out" in v:
+            # With a metric of its own the reference's next round compares what only its merged metric shows.
+            if metric is None or index == 0:
+                partner, similarity = bipartite_match(compared)
+                order = similarity.argsort(dim=1, descending=True)
+                same(order, v[f"{key}_src_order"])
+                same(partner, v[f"{key}_best_dst"])
+                close(similarity, v[f"{key}_best_sim"], atol=1e-6)
+            left = tokens.shape[1] - v[f"{key}_r"]
+            merged = bipartite_merging(features, left, metric=metric, reference_quirks=True)
+            close(merged.features, v[f"{key}_out"], atol=1e-6)
+            assert merged.sizes.sum(1).eq(features.shape[1]).all()
+            tokens = compared = v[f"{key}_out"]
+            index += 1
+        # By default the first round leaves the same tokens, in the order in which they were.
+        left = features.shape[1] - v[f"{prefix}round0_r"]
+        ordered = bipartite_merging(features, left, metric=metric)
+        assert (ordered.places.diff(dim=1) > 0).all()
+        recorded = bipartite_merging(features, left, metric=metric, reference_quirks=True).places.argsort(dim=1)
+        expected = v[f"{prefix}round0_out"].gather(1, recorded.unsqueeze(-1).expand_as(ordered.features))
+        close(ordered.features, expected, atol=1e-6)
+
+
+@handles("aim_importance")
+def importance(v: Vector) -> None:
+    settings = {"": {}, "_tau1_it3_d015": dict(temperature=1.0, iterations=3, damping=0.15)}
+    for prefix in "abcdm":
+        logits = v[f"{prefix}_logits"]
+        mask = logits > -1e30
+        # Scores of these "queries" and "keys" are the recorded ones.
+        inputs = logits.masked_fill(~mask, 0), torch.eye(logits.shape[-1]).expand_as(logits)
+        if prefix == "m":
+            assert not mask[..., ~v["m_keep"]].any()
+        for suffix, setting in settings.items():
+            if f"{prefix}_importance{suffix}" in v:
+                scores = attention_page_rank(*inputs, scale=1.0, mask=mask[:, :1], **setting)
+                close(scores, v[f"{prefix}_importance{suffix}"])
+
+
+@handles("aim_select")
+def selection(v: Vector) -> None:
+    for full, empty, depth, key in ((14, 22, 28, "qwen28"), (13, 21, 32, "llama32")):
+        # Recorded for layers counted from 1: the rate after one is that of the next.
+        assert linear_decay(full, empty, depth + 1, 1000)[1:] == (v[f"retain_rate_{key}"] * 1000).long().tolist()
+    for prefix in ("qwen", "llama", "odd", "one_visual", "batch2"):
+        scores = v[f"{prefix}_scores"]
+        depth, batch, length = scores.shape
+        columns = torch.arange(length)
+        begin, end, _ = v[f"{prefix}_boundaries"].unbind(1)
+        visual = (columns >= begin[:, None]) & (columns < end[:, None])
+        entering = int(visual[0].sum())
+        full = 13 if prefix == "llama" else 14
+        counts = linear_decay(full, full + 8, depth + 1, entering)
+        alive = visual
+        for layer in range(depth):
+            assert counts[layer + 1] + length - entering == v[f"{prefix}_keep_num"][layer]
+            alive = top_k_mask(scores[layer], alive, torch.tensor([counts[layer + 1]] * batch))
+            same(alive | ~visual, v[f"{prefix}_mask_after_layer"][layer])
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, n, heads * head_dim) -> (batch, heads, n, head_dim)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+@handles("aim_e2e_qwen2")
+@torch.no_grad()
+def through_a_decoder(v: Vector) -> None:
+    """Prefill and decode in one pass over the prompt and its recorded answer, tokens being masked and never removed."""
+    settings = json.loads(v["params_json"])
+    begin, end, length = settings["boundaries"]
+    weights = v.weights()
+    config = Qwen2Config(
+        vocab_size=len(weights["lm_head.weight"]),
+        rope_parameters={"rope_type": "default", "rope_theta": settings["rope_theta"]},
+        tie_word_embeddings=False,
+        **{
+            key: value
+            for key, value in settings.items()
+            if key.startswith(("num_", "hidden_", "intermediate_", "rms_"))
+        },
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    model.load_state_dict(weights)
+    prompt, answer = v["inputs_embeds"], v["generated_ids"][:, :-1]
+    hidden = torch.cat((prompt, model.model.embed_tokens(answer)), dim=1)
+    # In the reference's decoding the positions fall back to the number of text tokens after the first step, and the
+    # first layer loses sight of the visual tokens. Neither reaches the prefill or the first step.
+    positions = torch.cat((torch.arange(length), v["step_position_ids"][1:]))[None]
+    total = positions.shape[1]
+    columns = torch.arange(total)
+    visual = (columns >= begin) & (columns < end)
+    causal = columns <= columns[:, None]
+    defect = visual & (columns > length)[:, None]
+    depth, head_dim = config.num_hidden_layers, config.hidden_size // config.num_attention_heads
+    counts = [*linear_decay(14, 22, depth, end - begin), 0]
+    cos, sin = model.model.rotary_emb(hidden, positions)
+
+    alive = visual
+    for index, layer in enumerate(model.model.layers):
+        visible = alive | ~visual
+        same(visible[:length], v["visible_keys_prefill"][index])
+        mask = causal & visible & ~defect if index == 0 else causal & visible
+        same(mask[length:].sum(1), v["decode_visible_key_count"][:, index])
+        if f"layer{index}_input" in v:
+            close(hidden[:, :length], v[f"layer{index}_input"], rtol=1e-4, atol=1e-5)
+        normed = layer.input_layernorm(hidden[:, :length])
+        queries, keys = (
+            rotate(heads(project(normed), head_dim), cos[:, :length], sin[:, :length])
+            for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
+        scores = attention_page_rank(queries, keys, scale=head_dim**-0.5, mask=mask[None, None, :length, :length])
+        hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=(cos, sin))
+        alive = torch.nn.functional.pad(
+            top_k_mask(scores, alive[None, :length], torch.tensor([counts[index + 1]]))[0], (0, total - length)
+        )
+    logits = model.lm_head(model.model.norm(hidden))[:, length - 1 :]
+    close(logits, v["logits_per_step"], rtol=1e-4, atol=1e-5)
+    same(logits.argmax(-1), v["generated_ids"])

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Iterative bipartite merging: every other token may go into the most similar one of the rest."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune.errors import VTPruneError
+from vtprune.ops.merging import Merged
+
+# Similarities held at a time, so that memory grows with the tokens and not with their square.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def bipartite_match(metric: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The most similar odd token (by cosine) of every even one.
+
+    Args:
+        metric: ``(groups, tokens, dim)``, at least two tokens.
+        valid: ``(groups, tokens)`` bool, False for padding; by default all tokens are real.
+
+    Returns:
+        ``(groups, ceil(tokens / 2))`` long, the partner of tokens 0, 2, 4, ... counted in odd tokens (0 means token 1,
+        1 means token 3), the first of equal ones; and float32 of the same shape, their cosine, -inf for padding and
+        where there is no partner.
+    """
+    directions = normalize(metric.float(), dim=-1, eps=1e-8)
+    evens, odds = directions[:, ::2], directions[:, 1::2]
+    partners, similarities = [], []
+    for rows in evens.split(max(_BLOCK_ELEMENTS // odds[..., 0].numel(), 1), dim=1):
+        similarity = rows @ odds.transpose(1, 2)
+        if valid is not None:
+            similarity.masked_fill_(~valid[:, None, 1::2], -torch.inf)
+        best = similarity.max(dim=2)
+        partners.append(best.indices)
+        similarities.append(best.values)
+    partner, similarity = torch.cat(partners, dim=1), torch.cat(similarities, dim=1)
+    return partner, similarity if valid is None else similarity.masked_fill(~valid[:, ::2], -torch.inf)
+
+
+@torch.no_grad()
+def bipartite_merging(
+    features: Tensor,
+    k: int | Tensor,
+    *,
+    metric: Tensor | None = None,
+    valid: Tensor | None = None,
+    reference_quirks: bool = False,
+) -> Merged:
+    """Merge the tokens of each group down to exactly ``k`` (AIM, arXiv 2412.03248).
+
+    In rounds: the even tokens with the most similar partners (:func:`bipartite_match`) go into these, half of all
+    tokens or, in the last round, as many as are still too many. The partner keeps its place and becomes the plain mean
+    of itself and what went into it, however many tokens each of them stood for already.
+
+    Deviations: tokens keep their order, where the reference puts those that found no partner in order of similarity;
+    where nothing is to be merged the tokens come back as they are, not as None; zero vectors have similarity 0.
+
+    Args:
+        features: ``(groups, tokens, dim)``.
+        k: tokens to leave, at least 0, one number or ``(groups,)`` long; a group that has no more stays as it is.
+        metric: ``(groups, tokens, metric_dim)`` to compare tokens by, merged along; default: the features.
+        valid: ``(groups, tokens)`` bool, padding at the end of rows; by default all tokens are real.
+        reference_quirks: the reference's order: after each round unmerged even tokens by falling similarity, then the
+            odd ones. Who is even in the next round, and so the result, depends on it.
+
+    Returns:
+        The tokens left, features in their dtype (means are taken in float32).
+
+    Raises:
+        VTPruneError: a feature is NaN or infinite.
+    """
+    groups, tokens, dim = features.shape
+    device = features.device
+    alive = torch.ones(groups, tokens, dtype=torch.bool, device=device) if valid is None else valid
+    # The metric undergoes what the features undergo.
+    state = features.float() if metric is None else torch.cat((features.float(), metric.float()), dim=-1)
+    if not (state.isfinite().all(dim=-1) | ~alive).all():
+        raise VTPruneError("features hold NaN or infinite values: similarities are not defined on them")
+    targets = torch.as_tensor(k).expand(groups)
+    places = torch.arange(tokens, device=device).expand(groups, tokens)
+    # Which of the tokens left each original one is in by now.
+    into = places
+    for counts, lengths in _rounds(alive.sum(1).tolist(), targets.tolist()):
+        left = max(lengths)
+        matches = bipartite_match(state if metric is None else state[..., dim:], alive)
+        order, joins = _assign(*matches, alive, torch.tensor(counts, device=device), left, reference_quirks)
+        state = _means(state, joins, alive, left)
+        into, places = joins.gather(1, into), places.gather(1, order)
+        alive = torch.arange(left, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+
+    # Merging leaves one token at least.
+    emptied = (targets == 0).to(device).unsqueeze(1)
+    sources = places.gather(1, into).masked_fill(emptied if valid is None else emptied | ~valid, -1)
+    alive = alive & ~emptied
+    merged = state[..., :dim].masked_fill(~alive.unsqueeze(-1), 0).to(features.dtype)
+    return Merged(merged, places.masked_fill(~alive, -1), sources)
+
+
+def _rounds(lengths: list[int], targets: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """For each round, how many tokens every group merges, and how many it has then."""
+    while True:
+        counts = [max(min(n // 2, n - k), 0) for n, k in zip(lengths, targets, strict=True)]
+        if not any(counts):
+            return
+        lengths = [n - count for n, count in zip(lengths, counts, strict=True)]
+        yield counts, lengths
+
+
+def _assign(
+    partner: Tensor, similarity: Tensor, alive: Tensor, counts: Tensor, left: int, reference_quirks: bool
+) -> tuple[Tensor, Tensor]:
+    """Who stays after a round, and which of these each token is in then.
+
+    Args:
+        partner, similarity: ``(groups, ceil(tokens / 2))`` as :func:`bipartite_match` returns them.
+        alive: ``(groups, tokens)`` bool.
+        counts: ``(groups,)`` long, how many tokens to merge.
+
+    Returns:
+        ``(groups, left)`` long, the tokens that stay, in their new order; ``(groups, tokens)`` long in ``[0, left)``,
+        index into that order.
+    """
+    tokens = torch.arange(alive.shape[1], device=alive.device)
+    counts = counts.unsqueeze(1)
+    rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    goes = tokens.repeat(len(alive), 1)
+    goes[:, ::2] = torch.where(rank < counts, 2 * partner + 1, goes[:, ::2])
+    key = tokens.repeat(len(alive), 1)
+    if reference_quirks:
+        key[:, 1::2] += len(tokens)
+        key[:, ::2] = rank
+        key = torch.where(counts > 0, key, tokens)
+    order = key.masked_fill(~alive | (goes != tokens), 2 * len(tokens)).argsort(dim=1, stable=True)
+    # Those that do not stay stand behind `left`; padding may point there.
+    joins = order.argsort(dim=1).gather(1, goes).clamp_max(left - 1)
+    return order[:, :left], joins
+
+
+def _means(state: Tensor, joins: Tensor, alive: Tensor, left: int) -> Tensor:
+    """Average the tokens of ``state`` (groups, tokens, dim) that join into the same of ``left`` ones a group.
+
+    Sums run in the order of tokens on every device, which scattering does not promise.
+    """
+    groups, _, dim = state.shape
+    group, token = alive.nonzero(as_tuple=True)
+    target = group * left + joins[group, token]
+    order = target.argsort(stable=True)
+    sizes = target.bincount(minlength=groups * left)
+    sums = torch.segment_reduce(state[group[order], token[order]], "sum", lengths=sizes, axis=0)
+    return (sums / sizes.clamp_min(1).unsqueeze(1)).view(groups, left, dim)
