@@ -19,6 +19,7 @@ from vtprune.methods.pool import Pool
 from vtprune.methods.random import Random
 from vtprune.methods.transprune import TransPrune
 from vtprune.methods.uniform import Uniform
+from vtprune.methods.uniform_frames import UniformFrames
 from vtprune.methods.vtc_cls import VTCCls
 from vtprune.methods.zero import Zero
 
@@ -35,6 +36,7 @@ __all__ = [
     "Scorer",
     "TransPrune",
     "Uniform",
+    "UniformFrames",
     "VTCCls",
     "Zero",
     "build_method",
@@ -57,7 +59,7 @@ def register_method(method: type[Method]) -> type[Method]:
     return method
 
 
-for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, Random, Uniform, Pool, Zero):
+for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, Random, Uniform, UniformFrames, Pool, Zero):
     register_method(_method)
 
 

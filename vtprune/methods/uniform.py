@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
 from vtprune.tokens import Selection, VisualTokens
@@ -23,6 +24,9 @@ class Uniform(BeforeLLM):
     signal: ClassVar[str] = "none"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return Selection.of_indices(
-            tokens, [(2 * torch.arange(k) + 1) * length // max(2 * k, 1) for _, length, k in tokens.each()]
-        )
+        return Selection.of_indices(tokens, [even_stride(length, k) for _, length, k in tokens.each()])
+
+
+def even_stride(length: int, k: int) -> Tensor:
+    """(k,) long: the middle of each of k equal stretches of `length` places."""
+    return (2 * torch.arange(k) + 1) * length // max(2 * k, 1)
