@@ -36,8 +36,8 @@ class Vector:
         return array if array.dtype.kind in "US" else torch.from_numpy(array)
 
     def weights(self) -> dict[str, Tensor]:
-        """The recorded state dict: every `w.*`."""
-        return {key[2:]: torch.from_numpy(array) for key, array in self._arrays.items() if key.startswith("w.")}
+        """The recorded state dict: every `w.*` or `w:*`."""
+        return {key[2:]: torch.from_numpy(array) for key, array in self._arrays.items() if key.startswith(("w.", "w:"))}
 
 
 def handles(*patterns: str):
@@ -96,4 +96,14 @@ def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
     return Recording, recorded
 
 
-from . import divprune, fastv, mmtok, mmtok_qwen, transprune, vtccls  # noqa: E402, F401 (they register themselves)
+from . import (  # noqa: E402 (they register themselves)
+    aim,  # noqa: F401
+    divprune,  # noqa: F401
+    fastv,  # noqa: F401
+    holitom,  # noqa: F401
+    mmtok,  # noqa: F401
+    mmtok_qwen,  # noqa: F401
+    mustdrop,  # noqa: F401
+    transprune,  # noqa: F401
+    vtccls,  # noqa: F401
+)

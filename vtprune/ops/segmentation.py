@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting a video into segments in which as many positions as possible stand still."""
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+
+# Elements of the frames that are compared at a time: temporaries stay small beside any video.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def temporal_similarity(features: Tensor) -> Tensor:
+    """Cosine of each position's features in one frame and in the next.
+
+    Args:
+        features: ``(frames, positions, dim)``.
+
+    Returns:
+        ``(frames - 1, positions)`` float32; a zero vector resembles nothing.
+
+    Raises:
+        VTPruneError: a feature is NaN or infinite.
+    """
+    frames, positions, dim = features.shape
+    step = max(_BLOCK_ELEMENTS // max(positions * dim, 1), 1)
+    lengths, products = [], []
+    for first in range(0, frames, step):
+        # One frame more than the block: the last one's successor.
+        block = features[first : first + step + 1].float()
+        lengths.append(torch.linalg.vector_norm(block[:step], dim=-1))
+        products.append(torch.linalg.vecdot(block[:-1], block[1:]))
+    length = torch.cat(lengths).clamp_min_(1e-12) if lengths else features.new_zeros(0, positions)
+    if not length.isfinite().all():
+        raise VTPruneError("features hold NaN or infinite values: how far they change is not defined")
+    return torch.cat(products).div_(length[:-1]).div_(length[1:]) if lengths else length
+
+
+def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:
+    """Cut a video so that representing still positions once a segment saves the most tokens (HoliTom, 2505.21334).
+
+    A position is still in a segment if it is still from each of its frames to the next. A segment of ``w`` frames
+    with ``c`` still positions saves ``(w - 1) * c`` tokens; dynamic programming over the segments' ends finds the
+    best sum. Of equal solutions a frame stays alone rather than joining a segment, and the shortest segment wins.
+
+    How many positions have been still for how long says all there is to know of the segments that end at a frame,
+    so a frame costs ``O(positions + max_window)`` time, and no table of first and last frames exists.
+
+    Args:
+        still: ``(frames - 1, positions)`` bool, whether a position stays as it is from a frame to the next.
+        max_window: frames in a segment, at least 1.
+
+    Returns:
+        segments: ``(segments, 2)`` long on the CPU, first and last frame of each, in the order of time.
+        saved: tokens saved.
+    """
+    if max_window < 1:
+        raise ValueError(f"a segment holds at least one frame, not {max_window}")
+    # The search goes frame by frame and does little in each: on an accelerator it would do nothing but wait.
+    still = still.cpu().long()
+    frames = len(still) + 1
+    # What the first i frames save at best, and how many steps back the segment goes that ends them.
+    best = torch.zeros(frames + 1, dtype=torch.long)
+    back = [0] * frames
+    steps = torch.arange(frames)
+    run = still.new_zeros(still.shape[1])
+    for frame in range(1, frames):
+        run = run.add_(1).mul_(still[frame - 1]).clamp_(max=max_window - 1)
+        # still_for[d]: positions that have been still for the last d steps.
+        still_for = run.bincount(minlength=1).flip(0).cumsum(0).flip(0)
+        longest = len(still_for) - 1
+        best[frame + 1] = best[frame]
+        if longest:
+            # A segment that goes further back saves nothing itself, so it cannot be better than the frame alone.
+            saved = best[frame - longest : frame].flip(0) + still_for[1:] * steps[1 : longest + 1]
+            most, index = saved.max(0)
+            if most > best[frame]:
+                best[frame + 1] = most
+                back[frame] = int(index) + 1
+    segments = []
+    last = frames - 1
+    while last >= 0:
+        segments.append([last - back[last], last])
+        last -= back[last] + 1
+    return torch.tensor(segments[::-1]), int(best[-1])
+
+
+def still_positions(still: Tensor, segments: Tensor) -> Tensor:
+    """Which positions are still throughout each segment.
+
+    Args:
+        still: ``(frames - 1, positions)`` bool.
+        segments: ``(segments, 2)`` long, first and last frame of each.
+
+    Returns:
+        ``(segments, positions)`` bool; all False for a segment of one frame, in which nothing can be saved.
+    """
+    segments = segments.to(still.device)
+    first, last = segments[:, 0], segments[:, 1]
+    # Changes up to each frame: none in a segment if its first and last frame have seen equally many.
+    changes = torch.nn.functional.pad((~still).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+    return (changes[first] == changes[last]) & (first < last)[:, None]
