@@ -14,7 +14,7 @@ def temporal_similarity(features: Tensor) -> Tensor:
     """Cosine of each position's features in one frame and in the next.
 
     Args:
-        features: ``(frames, positions, dim)``.
+        features: ``(frames, positions, dim)``, at least one frame.
 
     Returns:
         ``(frames - 1, positions)`` float32; a zero vector resembles nothing.
@@ -30,10 +30,10 @@ def temporal_similarity(features: Tensor) -> Tensor:
         block = features[first : first + step + 1].float()
         lengths.append(torch.linalg.vector_norm(block[:step], dim=-1))
         products.append(torch.linalg.vecdot(block[:-1], block[1:]))
-    length = torch.cat(lengths).clamp_min_(1e-12) if lengths else features.new_zeros(0, positions)
+    length = torch.cat(lengths).clamp_min_(1e-12)
     if not length.isfinite().all():
         raise VTPruneError("features hold NaN or infinite values: how far they change is not defined")
-    return torch.cat(products).div_(length[:-1]).div_(length[1:]) if lengths else length
+    return torch.cat(products).div_(length[:-1]).div_(length[1:])
 
 
 def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:

@@ -56,7 +56,7 @@ def merge_video(
     kept. Both parts of all segments keep the same share of their tokens.
 
     Args:
-        features: ``(frames, positions, dim)``.
+        features: ``(frames, positions, dim)``, at least one frame.
         saliency: ``(frames, positions)``, higher is kept: attention that a token receives in the encoder.
         keep_ratio: tokens to keep over all tokens of the video, in [0, 1]. Static tokens merged over time are gone
             in any case, so fewer are kept if fewer are left.
@@ -84,11 +84,12 @@ def merge_video(
     static_sizes, dynamic_sizes = static.sum(1).cpu(), dynamic.sum(1).cpu()
     if reference_quirks:
         share = effective_ratio(keep_ratio, saliency.numel(), saved)
-        static_counts, dynamic_counts = (static_sizes * share).round().long(), (dynamic_sizes * share).ceil().long()
+        static_counts = (static_sizes.double() * share).round().long()
+        dynamic_counts = (dynamic_sizes.double() * share).ceil().long()
     else:
         k = min(round(keep_ratio * saliency.numel()), saliency.numel() - saved)
         static_counts, dynamic_counts = _exact_counts(static_sizes, dynamic_sizes, segment_of, k)
-    salient_counts = (dynamic_counts * (1 - context_share)).round().long()
+    salient_counts = (dynamic_counts.double() * (1 - context_share)).round().long()
     salient = top_k_mask(saliency, dynamic, salient_counts)
 
     part = torch.full(saliency.shape, -1, device=features.device).masked_fill_(salient, SALIENT)
