@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
 from vtprune.ops.merging import Merged
@@ -26,17 +25,19 @@ def bipartite_match(metric: Tensor, valid: Tensor | None = None) -> tuple[Tensor
         1 means token 3), the first of equal ones; and float32 of the same shape, their cosine, -inf for padding and
         where there is no partner.
     """
-    directions = normalize(metric.float(), dim=-1, eps=1e-8)
-    evens, odds = directions[:, ::2], directions[:, 1::2]
+    metric = metric.float()
+    lengths = torch.linalg.vector_norm(metric, dim=-1).clamp_min(1e-8)
+    evens, odds = metric[:, ::2], metric[:, 1::2]
     partners, similarities = [], []
     for rows in evens.split(max(_BLOCK_ELEMENTS // odds[..., 0].numel(), 1), dim=1):
-        similarity = rows @ odds.transpose(1, 2)
+        # Products are divided, not tokens: there are fewer of them. What a row has in common can wait.
+        similarity = (rows @ odds.transpose(1, 2)).div_(lengths[:, None, 1::2])
         if valid is not None:
             similarity.masked_fill_(~valid[:, None, 1::2], -torch.inf)
         best = similarity.max(dim=2)
         partners.append(best.indices)
         similarities.append(best.values)
-    partner, similarity = torch.cat(partners, dim=1), torch.cat(similarities, dim=1)
+    partner, similarity = torch.cat(partners, dim=1), torch.cat(similarities, dim=1).div_(lengths[:, ::2])
     return partner, similarity if valid is None else similarity.masked_fill(~valid[:, ::2], -torch.inf)
 
 
@@ -77,7 +78,8 @@ def bipartite_merging(
     alive = torch.ones(groups, tokens, dtype=torch.bool, device=device) if valid is None else valid
     # The metric undergoes what the features undergo.
     state = features.float() if metric is None else torch.cat((features.float(), metric.float()), dim=-1)
-    if not (state.isfinite().all(dim=-1) | ~alive).all():
+    # A sum is finite if all it is of are.
+    if not (state.sum(dim=-1).isfinite() | ~alive).all():
         raise VTPruneError("features hold NaN or infinite values: similarities are not defined on them")
     targets = torch.as_tensor(k).expand(groups)
     places = torch.arange(tokens, device=device).expand(groups, tokens)
@@ -145,9 +147,9 @@ def _means(state: Tensor, joins: Tensor, alive: Tensor, left: int) -> Tensor:
     Sums run in the order of tokens on every device, which scattering does not promise.
     """
     groups, _, dim = state.shape
-    group, token = alive.nonzero(as_tuple=True)
-    target = group * left + joins[group, token]
-    order = target.argsort(stable=True)
+    rows = alive.flatten().nonzero()[:, 0]
+    target = (joins + left * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
     sizes = target.bincount(minlength=groups * left)
-    sums = torch.segment_reduce(state[group[order], token[order]], "sum", lengths=sizes, axis=0)
-    return (sums / sizes.clamp_min(1).unsqueeze(1)).view(groups, left, dim)
+    members = state.flatten(0, 1).index_select(0, rows[target.argsort(stable=True)])
+    sums = torch.segment_reduce(members, "sum", lengths=sizes, axis=0)
+    return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, left, dim)
