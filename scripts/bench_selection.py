@@ -1,36 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What choosing tokens costs: the greedy selections against their textbook loops, and the selectors inside the LLM
-against the prefill of a 7B-shaped model.
+"""What choosing tokens costs: the greedy selections and the steps of merging against straightforward versions of the
+same formulas, and the selectors inside the LLM against the prefill of a 7B-shaped model.
 
-    python scripts/bench_selection.py [--repeats 3] [--large] [--part selection|prefill]
+    python scripts/bench_selection.py [--repeats 3] [--large] [--part selection|merging|prefill]
 
 Everything runs on the CPU in float32. Torch's number of threads is used as it is (OMP_NUM_THREADS sets it).
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import vtprune
 from vtprune.ops.coverage import coverage_matrices, max_coverage
+from vtprune.ops.density_peaks import density_peaks, merge_clusters
 from vtprune.ops.diversity import max_min_diversity
+from vtprune.ops.segmentation import segment_frames
 
 console = Console()
 
 
 class Part(StrEnum):
     SELECTION = "selection"
+    MERGING = "merging"
     PREFILL = "prefill"
 
 
@@ -73,8 +81,24 @@ def seconds(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
     return time.perf_counter() - started, result
 
 
-def compare(table: Table, name: str, size: str, ours: Callable, textbook: Callable, repeats: int) -> None:
-    """Time both in turn; one row with medians, their ratio, and whether they chose the same tokens."""
+def peak_bytes(function: Callable) -> int:
+    """Most that torch holds for tensors during a call, beyond what it held before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports to stderr that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event["args"] for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]
+    return max(change["Total Allocated"] for change in changes) - before
+
+
+def compare(
+    table: Table, name: str, size: str, ours: Callable, textbook: Callable, repeats: int, memory: bool = False
+) -> None:
+    """Time both in turn; one row with medians, their ratio, whether they chose the same tokens, and peak memory."""
     ours()
     times: tuple[list[float], list[float]] = ([], [])
     equal = True
@@ -92,6 +116,7 @@ def compare(table: Table, name: str, size: str, ours: Callable, textbook: Callab
         f"{fast * 1e3:,.1f} ms",
         f"{slow / fast:.1f} x",
         "yes" if equal else "[red]NO[/red]",
+        *(f"{peak_bytes(function) / 2**20:,.1f} MiB" for function in (textbook, ours) if memory),
     )
 
 
@@ -132,6 +157,99 @@ def selection(repeats: int, large: bool) -> None:
         )
     console.print(table)
     console.print("Both columns of max_coverage include the similarity matrices.\n")
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def tabled_segmentation(still: Tensor) -> Tensor:
+    """Which positions are still from any frame to any later one, the gain of every segment, then the best sum."""
+    frames = len(still) + 1
+    throughout = torch.zeros(frames, frames, still.shape[1], dtype=torch.bool)
+    for first in range(frames - 1):
+        throughout[first, first + 1 :] = still[first:].cumprod(dim=0)
+    # Row by row: the sum of a whole table of booleans would copy it to integers of 64 bits first.
+    counts = torch.stack([row.sum(dim=-1) for row in throughout])
+    length = torch.arange(frames)
+    gains = (counts * (length - length[:, None])).tolist()
+    value, start = [0] * (frames + 1), [0] * frames
+    for last in range(frames):
+        value[last + 1], start[last] = value[last], last
+        for first in range(last - 1, -1, -1):
+            if value[first] + gains[first][last] > value[last + 1]:
+                value[last + 1], start[last] = value[first] + gains[first][last], first
+    segments, last = [], frames - 1
+    while last >= 0:
+        segments.append([start[last], last])
+        last = start[last] - 1
+    return torch.tensor(segments[::-1])
+
+
+def looped_clustering(points: Tensor, clusters: int, neighbours: int = 7, centre_weight: float = 0.6) -> Tensor:
+    """Density peaks point by point, clusters merged one by one; returns the centres."""
+    distances = (points[:, None] - points).norm(dim=-1) / points.shape[1] ** 0.5
+    density = (-distances.topk(neighbours, largest=False).values.square().mean(dim=-1)).exp()
+    separation = []
+    for own, to_others in zip(density, distances, strict=True):
+        to_denser = to_others[density > own]
+        separation.append(to_denser.min() if len(to_denser) else distances.max())
+    centres = (density * torch.stack(separation)).topk(clusters).indices.sort().values
+    nearest = distances[:, centres].argmin(dim=1).tolist()
+    merged = []
+    for number, centre in enumerate(centres.tolist()):
+        members = [i for i, cluster in enumerate(nearest) if cluster == number and i != centre]
+        own = points[centre]
+        merged.append(centre_weight * own + (1 - centre_weight) * points[members].mean(dim=0) if members else own)
+    torch.stack(merged)
+    return centres
+
+
+def batched_clustering(points: Tensor, clusters: int) -> Tensor:
+    centres, assigned = density_peaks(points, clusters)
+    merge_clusters(points, centres, assigned)
+    return centres
+
+
+def clip_like(frames: int, positions: int = 196) -> Tensor:
+    """Which positions are still from frame to frame: shots of about 20 frames, in each of which some part moves."""
+    generator = torch.Generator().manual_seed(frames)
+    cut = torch.rand(frames - 1, 1, generator=generator) < 0.05
+    liveliness = torch.rand(positions, generator=generator).square()
+    return (torch.rand(frames - 1, positions, generator=generator) > 0.5 * liveliness) & ~cut
+
+
+def merging(repeats: int, large: bool) -> None:
+    table = Table(title=f"Merging, medians of {repeats}, {torch.get_num_threads()} threads")
+    for heading in (
+        "step", "size", "straightforward", "vtprune", "ratio", "same indices", "its peak memory", "vtprune's",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "step" else "right")
+    for frames in (256, 1024):
+        still = clip_like(frames)
+        compare(
+            table,
+            "segment_frames",
+            f"{frames} x {still.shape[1]}",
+            lambda still=still: segment_frames(still)[0],
+            lambda still=still: tabled_segmentation(still),
+            repeats,
+            memory=True,
+        )
+    for n, clusters in [(196, 29), (729, 109)] + [(1500, 225)] * large:
+        points = image_like(n, dim=896)[0]
+        compare(
+            table,
+            "density_peaks, merge_clusters",
+            f"{n}, {clusters}",
+            lambda points=points, clusters=clusters: batched_clustering(points, clusters),
+            lambda points=points, clusters=clusters: looped_clustering(points, clusters),
+            repeats,
+            memory=True,
+        )
+    console.print(table)
+    console.print(
+        "Sizes: frames x positions; points (of 896 channels), clusters. Memory is that of tensors, inputs left out.\n"
+    )
 
 
 # -- selectors inside the LLM -----------------------------------------------------------------------------------------
@@ -283,10 +401,12 @@ def selectors(repeats: int) -> None:
 
 
 def main(repeats: int = 3, large: bool = False, part: Part | None = None) -> None:
-    """Time the selections (`--large` adds 2,880 tokens, minutes) and the selectors inside the LLM."""
-    if part != Part.PREFILL:
+    """Time the selections (`--large` adds 2,880 tokens, minutes), the merges and the selectors inside the LLM."""
+    if part in (None, Part.SELECTION):
         selection(repeats, large)
-    if part != Part.SELECTION:
+    if part in (None, Part.MERGING):
+        merging(repeats, large)
+    if part in (None, Part.PREFILL):
         selectors(repeats)
 
 
