@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import BudgetError
-from vtprune.ops.pooling import pool_grid
+from vtprune.ops.pooling import adaptive_pool, pool_grid, progressive_counts, progressive_pool
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
@@ -63,3 +63,70 @@ def test_an_impossible_budget_is_refused(k):
         pool_grid(torch.randn(12, 4), (3, 4), k)
     with pytest.raises(ValueError, match="3 x 5"):
         pool_grid(torch.randn(12, 4), (3, 5), 2)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(1, 14), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_adaptive_cells_are_torch_s_and_partition_the_grid(rows, columns, down, across, images):
+    features = torch.randn(images, rows * columns, 3, generator=torch.Generator().manual_seed(rows))
+    merged = adaptive_pool(features, (rows, columns), (down, across))
+    down, across = min(down, rows), min(across, columns)
+    assert merged.features.shape == (images, down * across, 3)
+    places, sources = merged.places[0].tolist(), merged.sources[0].tolist()
+    assert places == sorted(set(places)) == sorted(set(sources))
+    assert all(sources[place] == place for place in places)
+    for cell, place in enumerate(places):
+        top, left = cell // across * rows // down, cell % across * columns // across
+        bottom, right = -(-(cell // across + 1) * rows // down), -(-(cell % across + 1) * columns // across)
+        window = [row * columns + column for row in range(top, bottom) for column in range(left, right)]
+        torch.testing.assert_close(merged.features[:, cell], features[:, window].mean(1))
+        assert {token for token, source in enumerate(sources) if source == place} <= set(window)
+
+
+def test_a_cell_stands_at_its_centre():
+    features = torch.randn(1, 36, 2)
+    assert adaptive_pool(features, (6, 6), (2, 2)).places.tolist() == [[7, 10, 25, 28]]
+    assert adaptive_pool(features, (6, 6), (3, 1)).places.tolist() == [[2, 14, 26]]
+
+
+def test_a_grid_pooled_to_itself_is_itself_and_to_one_cell_its_mean():
+    features = torch.randn(2, 12, 5)
+    assert torch.equal(adaptive_pool(features, (3, 4), (3, 4)).features, features)
+    torch.testing.assert_close(adaptive_pool(features, (3, 4), (1, 1)).features, features.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match="3 x 5"):
+        adaptive_pool(features, (3, 5), (1, 1))
+    large = torch.full((1, 64, 1), 60000.0, dtype=torch.float16)
+    assert torch.equal(adaptive_pool(large, (8, 8), (2, 2)).features, large[:, :4])
+
+
+@pytest.mark.parametrize("frames, group", [(1, 4), (7, 3), (8, 4), (5, 1), (3, 9)])
+@pytest.mark.parametrize("fine, coarse", [((4, 4), (2, 2)), ((2, 2), (3, 3))])
+def test_the_first_frame_of_every_group_has_the_finer_grid(frames, group, fine, coarse):
+    features = torch.randn(frames, 36, 2, generator=torch.Generator().manual_seed(frames))
+    merged = progressive_pool(features, (6, 6), group=group, fine=fine, coarse=coarse)
+    assert (merged.sizes.sum(1) == 36).all()
+    for frame in range(frames):
+        cells = fine if frame % group == 0 else coarse
+        alone = adaptive_pool(features[frame : frame + 1], (6, 6), cells)
+        left = merged.valid[frame]
+        assert left.tolist() == [True] * cells[0] * cells[1] + [False] * (len(left) - cells[0] * cells[1])
+        assert torch.equal(merged.features[frame, left], alone.features[0])
+        assert torch.equal(merged.places[frame, left], alone.places[0])
+        assert torch.equal(merged.sources[frame], alone.sources[0])
+
+
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(1, 8), st.floats(1, 8), st.data())
+@settings(max_examples=60, deadline=None)
+def test_progressive_budgets_are_exact(frames, tokens, group, ratio, data):
+    k = data.draw(st.integers(0, frames * tokens))
+    counts = progressive_counts(frames, tokens, k, group=group, ratio=ratio)
+    assert counts.sum() == k and (counts <= tokens).all()
+    leads = torch.arange(frames) % group == 0
+    others = counts[~leads]
+    assert counts[leads].max() - counts[leads].min() <= 1
+    if len(others):
+        assert others.max() - others.min() <= 1 and counts[leads].min() >= others.max() - 1
+
+
+def test_four_to_one_over_groups_of_four():
+    assert progressive_counts(8, 196, 7 * 49 * 2, group=4, ratio=4).tolist() == [196, 49, 49, 49] * 2

@@ -98,12 +98,17 @@ def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
 
 from . import (  # noqa: E402 (they register themselves)
     aim,  # noqa: F401
+    bvllm,  # noqa: F401
     divprune,  # noqa: F401
     fastv,  # noqa: F401
+    glsim,  # noqa: F401
     holitom,  # noqa: F401
+    ltp,  # noqa: F401
     mmtok,  # noqa: F401
     mmtok_qwen,  # noqa: F401
     mustdrop,  # noqa: F401
+    recoverable,  # noqa: F401
+    textmonkey,  # noqa: F401
     transprune,  # noqa: F401
     vtccls,  # noqa: F401
 )

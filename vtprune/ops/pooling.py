@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Average pooling of a grid of tokens to a given number of tokens."""
+"""Average pooling of a grid of tokens: to a given number of tokens, to a given grid, to grids that differ by frame."""
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from vtprune.errors import BudgetError
+from vtprune.ops.apportionment import apportion
+from vtprune.ops.merging import Merged
 
 
 def pool_grid(features: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +50,88 @@ def pool_grid(features: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, 
     keep[centres] = True
     pooled = features.index_copy(0, centres, means.to(features.dtype))
     return keep, pooled, centres[cells]
+
+
+def adaptive_pool(features: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Merged:
+    """Pool grids of tokens to smaller ones by adaptive averaging.
+
+    This is the training-free half of TokenFLEX (arXiv 2504.03154), which pools to 8, 12 or 16 rows and columns. Where
+    the sides do not divide, the windows averaged overlap by a row or column, as in ``torch``'s adaptive pooling; each
+    token's source is the one cell of them that it lies in by proportion.
+
+    Args:
+        features: ``(images, rows * columns, dim)`` in raster order.
+        grid: ``(rows, columns)``.
+        cells: rows and columns to pool to, at least 1; a side never grows.
+
+    Returns:
+        A group an image; a cell stands in the place of the token nearest its centre (the upper left one of several).
+    """
+    rows, columns = grid
+    images, tokens, dim = features.shape
+    if rows * columns != tokens:
+        raise ValueError(f"a grid of {rows} x {columns} does not hold {tokens} tokens")
+    cells = min(cells[0], rows), min(cells[1], columns)
+    pooled = adaptive_avg_pool2d(features.float().mT.unflatten(2, grid), cells).flatten(2).mT
+    row_cells, row_centres = _proportional(rows, cells[0], features.device)
+    column_cells, column_centres = _proportional(columns, cells[1], features.device)
+    places = (row_centres[:, None] * columns + column_centres).flatten()
+    sources = places[(row_cells[:, None] * cells[1] + column_cells).flatten()]
+    return Merged(pooled.to(features.dtype), places.expand(images, -1), sources.expand(images, -1))
+
+
+def progressive_pool(
+    features: Tensor, grid: tuple[int, int], *, group: int, fine: tuple[int, int], coarse: tuple[int, int]
+) -> Merged:
+    """Pool the first frame of every ``group`` consecutive ones to a finer grid than the others.
+
+    Inspired by the progressive pooling of Visual Context Window Extension (arXiv 2409.20018), whose authors do not
+    publish the grids and group sizes they ran.
+
+    Args:
+        features: ``(frames, rows * columns, dim)`` in raster order.
+        grid: ``(rows, columns)``.
+        group: at least 1.
+        fine, coarse: rows and columns to pool to, as for :func:`adaptive_pool`.
+
+    Returns:
+        A group (of tokens) a frame, in the order of time.
+    """
+    leads = torch.arange(len(features), device=features.device) % group == 0
+    finely, coarsely = adaptive_pool(features, grid, fine), adaptive_pool(features, grid, coarse)
+    width = max(finely.places.shape[1], coarsely.places.shape[1])
+
+    def by_frame(lead: Tensor, other: Tensor) -> Tensor:
+        return torch.where(leads.view(-1, *[1] * (lead.dim() - 1)), lead, other)
+
+    return Merged(
+        by_frame(*(pad(part.features, (0, 0, 0, width - part.features.shape[1])) for part in (finely, coarsely))),
+        by_frame(*(pad(part.places, (0, width - part.places.shape[1]), value=-1) for part in (finely, coarsely))),
+        by_frame(finely.sources, coarsely.sources),
+    )
+
+
+def progressive_counts(frames: int, tokens: int, k: int, *, group: int, ratio: float) -> Tensor:
+    """Divide a budget among frames as :func:`progressive_pool` does, for :func:`pool_grid` to meet it exactly.
+
+    Args:
+        frames: of the video.
+        tokens: of a frame, the most it can keep.
+        k: tokens to keep of the whole video.
+        group: the first of so many consecutive frames gets ``ratio`` times as many tokens as the others.
+
+    Returns:
+        ``(frames,)`` long; the sum is ``min(k, frames * tokens)``.
+    """
+    leads = torch.arange(frames) % group == 0
+    return apportion(k, torch.where(leads, float(ratio), 1.0), torch.full((frames,), tokens))
+
+
+def _proportional(length: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Part of each of ``length`` places, ``(length,)``, and the middle place of each part, ``(parts,)``; long."""
+    cells = torch.arange(length, device=device) * parts // length
+    begins = -(torch.arange(parts + 1, device=device) * -length // parts)  # rounded up
+    return cells, (begins[:-1] + begins[1:] - 1) // 2
 
 
 def _cells(rows: int, columns: int, k: int) -> tuple[Tensor, Tensor]:

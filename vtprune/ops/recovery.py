@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens kept for the picture, tokens recovered for the text, and the rest gathered around a few of its own."""
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import VTPruneError
+from vtprune.ops.apportionment import apportion
+from vtprune.ops.merging import Merged
+from vtprune.ops.outliers import outlier_share
+from vtprune.ops.similarity import similarity_to
+
+# LOF neighbours for the visual scores, the text scores and the visual scores of the rest.
+_NEIGHBOURS = (20, 20, 10)
+
+
+def text_scores(text: Tensor, features: Tensor) -> Tensor:
+    """Cosine of each token to the text, divided by the root of the dimension.
+
+    Args:
+        text: ``(..., dim)``.
+        features: ``(..., tokens, dim)`` in the text's space.
+
+    Returns:
+        ``(..., tokens)`` float32.
+    """
+    return similarity_to(text, features) * text.shape[-1] ** -0.5
+
+
+def lowered(text: Tensor, chosen: Tensor) -> Tensor:
+    """Text scores, ``(tokens,)``, with those of the tokens chosen already, ``(tokens,)`` bool, set to the lowest."""
+    return text.masked_fill(chosen, text.amin()) if len(text) else text
+
+
+def main_tokens(visual: Tensor, text: Tensor, by_vision: int, by_text: int) -> Tensor:
+    """The ``by_vision`` best by visual score, and of the others the ``by_text`` best by text score.
+
+    Args:
+        visual, text: ``(tokens,)``; of equal scores the lower index is taken.
+
+    Returns:
+        ``(tokens,)`` bool.
+    """
+    keep = torch.zeros_like(visual, dtype=torch.bool)
+    keep[_best(visual, by_vision)] = True
+    keep[_best(text.masked_fill(keep, -torch.inf), min(by_text, len(text) - by_vision))] = True
+    return keep
+
+
+def dynamic_counts(
+    visual: Tensor, text: Tensor, dim: int, *, outlier_factor: float = 1.5, reference_quirks: bool = False
+) -> tuple[int, int, int]:
+    """How many tokens to keep, to recover and to gather the rest around, from the shares of outlying scores.
+
+    Args:
+        visual, text: ``(tokens,)`` scores.
+        dim: of the features; used with ``reference_quirks`` only.
+        outlier_factor: LOF above which a score is an outlier.
+        reference_quirks: as the reference does, take the third count as a share of ``dim``, not of the tokens left,
+            and round floating-point products down as they come out.
+    """
+    for_vision, for_text, for_rest = _NEIGHBOURS
+    # The share of a number times that number can come out a hair below a whole one.
+    slack = 0.0 if reference_quirks else 1e-9
+    tokens = len(visual)
+    by_vision = int(tokens * outlier_share(visual, for_vision, outlier_factor) + slack)
+    seen = main_tokens(visual, text, by_vision, 0)
+    by_text = int((tokens - by_vision) * outlier_share(lowered(text, seen), for_text, outlier_factor) + slack)
+    rest = visual[~main_tokens(visual, text, by_vision, by_text)]
+    of = dim if reference_quirks else len(rest)
+    return by_vision, by_text, int(of * outlier_share(rest, for_rest, outlier_factor) + slack)
+
+
+def gather_rest(
+    features: Tensor,
+    keys: Tensor,
+    visual: Tensor,
+    text: Tensor,
+    keep: Tensor,
+    centres: int,
+    *,
+    remainder: bool,
+    members: int = 32,
+    text_weight: float = 50.0,
+    reference_quirks: bool = False,
+) -> Merged:
+    """Gather the tokens that are not kept around the best of them, and what is left in one more token.
+
+    Each centre takes in the ``members`` other tokens of the rest with the highest cosine of keys plus
+    ``text_weight * text``: their features are added to its own, weighted with their visual scores. A token may be taken
+    in by several. The remainder is the sum of all tokens of the rest that are no centres, weighted likewise. The
+    weights are scores as they are, not normalised.
+
+    Args:
+        features: ``(tokens, dim)``.
+        keys: ``(tokens, key_dim)``.
+        visual, text: ``(tokens,)`` scores.
+        keep: ``(tokens,)`` bool.
+        centres: how many, the best of the rest by visual score; more than there are means all.
+        remainder: whether to add that token; there is none if all the rest are centres. It stands in the place of the
+            best token it holds.
+        reference_quirks: as the reference does, compare the keys of the first tokens of the image instead of the keys
+            of the rest.
+
+    Returns:
+        One group: kept tokens in order, centres by falling score, the remainder. The source of a token taken in is the
+        best centre that took it, else the remainder, else -1.
+    """
+    rest = (~keep).nonzero()[:, 0]
+    visual, text = visual.float(), text.float()
+    weights = visual[rest]
+    values = features[rest].float()
+    centre = _best(weights, centres)
+    directions = torch.nn.functional.normalize(
+        (keys[: len(rest)] if reference_quirks else keys[rest]).float(), dim=-1, eps=1e-8
+    )
+    affinity = directions[centre] @ directions.T + text_weight * text[rest]
+    affinity.scatter_(1, centre.unsqueeze(1), -torch.inf)
+    taken = affinity.argsort(dim=1, descending=True, stable=True)[:, : min(members, max(len(rest) - 1, 0))]
+    shares = torch.zeros_like(affinity).scatter_(1, taken, weights[taken])
+    gathered = values[centre] + shares @ values
+
+    # The best centre that took a token in; one number above all centres stands for none.
+    ranks = torch.arange(len(centre) + 1, device=keep.device)
+    first = torch.full_like(rest, len(centre))
+    first.scatter_reduce_(0, taken.flatten(), ranks[:-1].repeat_interleave(taken.shape[1]), "amin")
+    first[centre] = ranks[:-1]
+    into = torch.cat((centre, centre.new_tensor([-1])))[first]
+    is_centre = torch.zeros_like(keep[rest]).index_fill_(0, centre, True)
+    parts, places = [features[keep].float(), gathered], [keep.nonzero()[:, 0], rest[centre]]
+    if remainder and len(centre) < len(rest):
+        others = weights.masked_fill(is_centre, 0.0)
+        stand_in = weights.masked_fill(is_centre, -torch.inf).argmax()
+        into = torch.where(into < 0, stand_in, into).index_fill_(0, stand_in, stand_in)
+        parts.append((others @ values).unsqueeze(0))
+        places.append(rest[stand_in].unsqueeze(0))
+    sources = torch.arange(len(keep), device=keep.device)
+    sources[rest] = torch.where(into >= 0, rest[into], -1)
+    return Merged(torch.cat(parts)[None].to(features.dtype), torch.cat(places)[None], sources[None])
+
+
+def recover(
+    features: Tensor,
+    keys: Tensor,
+    visual: Tensor,
+    text: Tensor,
+    k: int | None = None,
+    *,
+    members: int = 32,
+    text_weight: float = 50.0,
+    outlier_factor: float = 1.5,
+    reference_quirks: bool = False,
+) -> Merged:
+    """Recoverable Compression of one image (arXiv 2409.01179).
+
+    :func:`dynamic_counts` says how many tokens stay for their visual score, how many are recovered by the text and how
+    many centres :func:`gather_rest` makes of the others; with centres there is a remainder.
+
+    Deviations: with a budget (the reference has none) the counts are scaled in proportion. With less than ``members``
+    tokens left a centre takes what there is, where the reference fails.
+
+    Args:
+        features: ``(tokens, dim)``.
+        keys: ``(tokens, key_dim)``, of the encoder's last layer, heads side by side.
+        visual: ``(tokens,)``, attention of CLS to the tokens in that layer.
+        text: ``(tokens,)``, of :func:`text_scores`.
+        k: exactly how many tokens to leave, of which there may be fewer; default: what the scores say, which may be 0.
+        members, text_weight, outlier_factor: see the functions named above.
+        reference_quirks: both defects of the reference, named in these functions.
+
+    Returns:
+        One group, in the order of the reference: tokens kept, centres, remainder.
+
+    Raises:
+        VTPruneError: a score is NaN or infinite.
+    """
+    if not (visual.isfinite().all() and text.isfinite().all()):
+        raise VTPruneError("scores hold NaN or infinite values: they cannot be ranked")
+    counts = dynamic_counts(
+        visual, text, features.shape[-1], outlier_factor=outlier_factor, reference_quirks=reference_quirks
+    )
+    by_vision, by_text, centres = counts
+    remainder = centres > 0
+    if k is not None:
+        counts = torch.tensor(counts) + torch.tensor([not any(counts), False, remainder])
+        by_vision, by_text, gathered = apportion(k, counts, torch.full_like(counts, len(features))).tolist()
+        if k >= len(features):
+            by_vision, by_text, gathered = len(features), 0, 0
+        centres, remainder = max(gathered - 1, 0), gathered > 0
+    return gather_rest(
+        features,
+        keys,
+        visual,
+        text,
+        main_tokens(visual, text, by_vision, by_text),
+        centres,
+        remainder=remainder,
+        members=members,
+        text_weight=text_weight,
+        reference_quirks=reference_quirks,
+    )
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """``(min(k, tokens),)`` long, indices of the highest scores, falling."""
+    return scores.argsort(descending=True, stable=True)[:k]
