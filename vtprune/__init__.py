@@ -17,8 +17,10 @@ from vtprune.errors import (
 )
 from vtprune.methods import (
     BeforeLLM,
+    Composite,
     DivPrune,
     FastV,
+    HoliTom,
     InLLM,
     Method,
     MMTok,
@@ -44,10 +46,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "BeforeLLM",
+    "Composite",
     "BudgetError",
     "ConfigError",
     "DivPrune",
     "FastV",
+    "HoliTom",
     "Grid",
     "Medium",
     "InLLM",

@@ -9,18 +9,24 @@ import vtprune
 
 from . import families
 
-BUDGETS = {"zero": {}}
-"""Methods that are not given the budget of all others."""
 BUDGET = {"keep_ratio": 0.3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "zero": {},
+    # Where merged features are plain means, the recompute can make them from what was merged.
+    "holitom": BUDGET | {"centre_weight": None, "inner_share": 1.0},
+}
+"""Methods that are given something else than the budget of all others alone."""
 
 # What the library itself brings: a test may have registered more.
 _OWN = [name for name, cls in vtprune.list_methods().items() if cls.__module__.startswith("vtprune.methods")]
-METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | BUDGETS.get(name, BUDGET)] for name in _OWN}
+METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
 METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
-MERGING = {"pool"}
+MERGING = {"pool", "holitom"}
 """What averages features, so that a recompute has to average, too."""
 NEEDS_CLS = {"vtc_cls"}
-"""What must be refused where the encoder has no CLS token; nothing else may be refused anywhere."""
+"""What must be refused where the encoder has no CLS token."""
+NEEDS_ENCODER_ATTENTION = {"holitom"}
+"""What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 
 

@@ -191,12 +191,13 @@ def test_right_padding(name, method):
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_only_what_needs_a_cls_token_is_refused(name):
+def test_only_what_needs_the_encoders_attention_is_refused(name):
     """The matrix would be easy to pass if everything were refused."""
     model = families.shared(name)
     refused = {method for method in matrix.METHODS if refusal(model, spec(method)) is not None}
     has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
-    assert refused == (set() if has_cls else matrix.NEEDS_CLS)
+    plain = vtprune.adapter_for(model).plain_encoder_attention
+    assert refused == (set() if has_cls else matrix.NEEDS_CLS) | (set() if plain else matrix.NEEDS_ENCODER_ATTENTION)
 
 
 def test_support_page_is_current(request):

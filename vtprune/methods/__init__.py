@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods.base import BeforeLLM, InLLM, Method, Progressive, Scorer
+from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Progressive, Scorer
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastv import FastV
+from vtprune.methods.holitom import HoliTom
 from vtprune.methods.mmtok import MMTok
 from vtprune.methods.pool import Pool
 from vtprune.methods.random import Random
@@ -25,8 +26,10 @@ from vtprune.methods.zero import Zero
 
 __all__ = [
     "BeforeLLM",
+    "Composite",
     "DivPrune",
     "FastV",
+    "HoliTom",
     "InLLM",
     "MMTok",
     "Method",
@@ -59,7 +62,7 @@ def register_method(method: type[Method]) -> type[Method]:
     return method
 
 
-for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, Random, Uniform, UniformFrames, Pool, Zero):
+for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, HoliTom, Random, Uniform, UniformFrames, Pool, Zero):
     register_method(_method)
 
 

@@ -42,6 +42,7 @@ def prune_before_llm(
             signals=functools.partial(_signal, call, groups, tap, text),
             crops=crops,
             layouts=layouts,
+            kinds=tuple(call.media.kinds[image] for image in groups.images.tolist()),
             shape=call.adapter.shape,
         )
         selection = choose(method, tokens)

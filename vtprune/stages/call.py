@@ -125,6 +125,13 @@ class Call:
         content = self.crop_labels() >= 0
         return Groups.of_labels(torch.where(content, rows[:, None], -1), rows, torch.full_like(rows, -1))
 
+    def spans(self) -> Tensor:
+        """(batch, n) long: for current visual columns the number of their stretch of visual columns in the sample."""
+        visual = self.segment.visual
+        begins = visual.clone()
+        begins[:, 1:] &= ~visual[:, :-1]
+        return begins.cumsum(1) - 1
+
     def encoded_tokens(self) -> Tensor:
         """(batch, n): number among the encoded tokens of every current column."""
         return take_columns(self.media.tokens, self.segment.columns)

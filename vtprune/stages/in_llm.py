@@ -154,6 +154,7 @@ class InLLMStage:
                 valid=groups.valid,
                 budget=torch.minimum(budget, alive).to(hidden.device),
                 signals=functools.partial(self._signal, i, hidden, groups),
+                spans=groups.gather(call.spans()),
                 shape=self.shape,
                 layer=i,
             )

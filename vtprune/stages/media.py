@@ -41,6 +41,8 @@ class Media:
     """(crops,) long: number of each crop within its medium."""
     grids: tuple[Grid | None, ...]
     """One a crop."""
+    kinds: tuple[str, ...]
+    """"image" or "video", one an image."""
     image_rows: Tensor
     """(images,) long: the sample of each image."""
     image_media: Tensor
@@ -104,6 +106,7 @@ class Media:
             crop_media=crop_media.repeat(copies),
             crop_ranks=crop_ranks.repeat(copies),
             grids=tuple(tables.grids) * copies,
+            kinds=tuple(kind for kind, begins in zip(tables.kinds, first.tolist(), strict=True) if begins) * copies,
             image_rows=(image_rows * copies + turns[:, None]).flatten(),
             image_media=first.nonzero().flatten().repeat(copies),
             encodings=tuple(encodings),
@@ -124,6 +127,7 @@ class _Tables:
         self.size = self.crops = self.separators = 0
         self.media = 0
         self.grids: list[Grid | None] = []
+        self.kinds: list[str] = []
         self._columns: list[list[Tensor]] = [[] for _ in range(6)]
 
     def add(self, encoding: Encoding, counts: Tensor) -> None:
@@ -155,6 +159,7 @@ class _Tables:
             self.separators += int(lines.max()) + 1 if len(lines) else 0
             self.media += 1
             self.grids += medium.grids
+            self.kinds.append(encoding.kind)
         self._columns[5].append(media_rows)
         self.size += int(lengths.sum())
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HoliTom: still parts of a video once a segment, moving parts by saliency, then one merge inside the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor
+
+from vtprune import budget
+from vtprune.errors import ConfigError, UnsupportedStageError
+from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Share
+from vtprune.ops.absorption import absorb_dropped
+from vtprune.ops.apportionment import apportion
+from vtprune.ops.video_merging import merge_video
+from vtprune.signals import AttentionReceived, LastQueryAttention
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+PUBLISHED_LAYER, PUBLISHED_DEPTH = 18, 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoliTom(Composite):
+    """Merges a video over time and space before the LLM, and once more inside it (arXiv 2505.21334).
+
+    Stages: before the LLM a video is cut into segments of frames in which many positions stand still; those are
+    averaged over the segment and clustered, and of the moving tokens of each frame the most salient are kept, saliency
+    being the attention that a token receives in the encoder. On the input of one decoder layer, the visual tokens that
+    the prompt's last token attends to least are absorbed by those that resemble them most.
+    Deviations: budgets are met exactly (the reference rounds each part by itself); nothing is random; merged tokens
+    stand where their centre stood, in the order of the frames, as in the reference's grid mode; tokens are absorbed
+    within a stretch of visual tokens, and the layer that measures attention stays causal (the reference runs it without
+    a causal mask); images lose their least salient tokens, crop by crop (the reference leaves images alone). Positions
+    are renumbered before the LLM, as in the reference, and kept inside it.
+
+    Fields
+        keep_ratio, keep_tokens: averaged over the LLM's layers, both stages together: the merge before the LLM is sized
+            to meet them. keep_tokens counts per image or video.
+        threshold: cosine above which a position is still from one frame to the next, in [-1, 1], default 0.8.
+        max_window: frames in a segment, >= 1, default 1024.
+        context_share: share of a frame's kept moving tokens that are centres of clusters of the others, in [0, 1],
+            default 0.
+        neighbours: nearest neighbours in clustering, >= 1, default 7.
+        centre_weight: weight of a cluster's centre against the mean of its members, in [0, 1], default 0.6; None: the
+            mean of all of them.
+        layer: decoder layer on whose input the second merge acts, in 1..depth-1; default None: 18 of 28, rescaled.
+        inner_share: share of the tokens that the second merge leaves, in [0, 1], default 0.5; 1 turns it off.
+    """
+
+    name: ClassVar[str] = "holitom"
+    signal: ClassVar[str] = "similarity over time, attention in the encoder and in the LLM"
+    paper: ClassVar[str] = "arXiv 2505.21334"
+
+    threshold: Annotated[float, Interval(ge=-1, le=1)] = 0.8
+    max_window: Annotated[int, Ge(1)] = 1024
+    context_share: Share = 0.0
+    neighbours: Annotated[int, Ge(1)] = 7
+    centre_weight: Share | None = 0.6
+    layer: Annotated[int, Ge(1)] | None = None
+    inner_share: Share = 0.5
+
+    def inner_layer(self, shape: ModelShape) -> int:
+        """Decoder layer on whose input the second merge acts."""
+        if self.layer is None:
+            return budget.rescale_layers((PUBLISHED_LAYER,), PUBLISHED_DEPTH, shape.decoder_layers)[0]
+        if self.layer >= shape.decoder_layers:
+            raise ConfigError(f"holitom: layer={self.layer} must be within 1..{shape.decoder_layers - 1}")
+        return self.layer
+
+    def shares(self, shape: ModelShape) -> tuple[float, float]:
+        """Share entering the LLM, and share of it that the second merge leaves, for a `keep_ratio`."""
+        cut, depth = self.inner_layer(shape), shape.decoder_layers
+        entering = self.keep_ratio / self.average(shape)
+        if entering <= 1:
+            return entering, self.inner_share
+        return 1.0, (self.keep_ratio * depth - cut) / (depth - cut)
+
+    def average(self, shape: ModelShape) -> float:
+        """Tokens held, averaged over the layers, over those entering."""
+        cut, depth = self.inner_layer(shape), shape.decoder_layers
+        return (cut + (depth - cut) * self.inner_share) / depth
+
+    def check_budget(self, shape: ModelShape) -> None:
+        super().check_budget(shape)
+        self.inner_layer(shape)
+
+    def parts(self, shape: ModelShape) -> tuple[Method, ...]:
+        layer, left = self.inner_layer(shape), self.inner_share
+        if self.keep_ratio is not None:
+            ratio, left = self.shares(shape)
+            entering = {"keep_ratio": ratio}
+        else:
+            entering = {"keep_tokens": round(self.keep_tokens / self.average(shape))}
+        names = ("threshold", "max_window", "context_share", "neighbours", "centre_weight", "positions")
+        outer = _MergeVideo(**entering, **{name: getattr(self, name) for name in names})
+        if self.keep_ratio == 1.0 or left == 1.0:
+            return (outer,)
+        return outer, _Absorb(layer=layer, share=left, positions="original")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MergeVideo(BeforeLLM):
+    """The part before the LLM; fields as above."""
+
+    name: ClassVar[str] = "holitom"
+    signal: ClassVar[str] = "similarity over time, attention in the encoder"
+
+    threshold: float = 0.8
+    max_window: int = 1024
+    context_share: float = 0.0
+    neighbours: int = 7
+    centre_weight: float | None = 0.6
+    scope: Literal["crop", "image"] = "image"
+
+    def signals(self, shape: ModelShape):
+        return (AttentionReceived(shape.feature_layer),)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
+        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+        saliency = tokens[AttentionReceived(tokens.shape.feature_layer)].to(features.device)
+        for group, length, k in tokens.each():
+            for places, frames, count in self._clips(tokens, group, length, k):
+                video = merge_video(
+                    tokens.features[group, places].unflatten(0, (frames, -1)),
+                    saliency[group, places].view(frames, -1),
+                    count / len(places),
+                    threshold=self.threshold,
+                    max_window=self.max_window,
+                    context_share=self.context_share,
+                    neighbours=self.neighbours,
+                    centre_weight=self.centre_weight,
+                )
+                into = video.sources.flatten()
+                keep[group, places] = video.keep.flatten()
+                features[group, places] = video.features.flatten(0, 1)
+                sources[group, places] = torch.where(into >= 0, places[into], -1)
+        return Selection(keep, features, sources)
+
+    def _clips(self, tokens: VisualTokens, group: int, length: int, k: int) -> list[tuple[Tensor, int, int]]:
+        """What is merged together: places in the group, frames, tokens to keep."""
+        places = torch.arange(length, device=tokens.valid.device)
+        layouts = tokens.layouts[group]
+        if tokens.kinds[group] == "video":
+            if None in layouts or len(set(layouts)) > 1:
+                raise UnsupportedStageError("holitom needs whole frames of a video; put it before other methods")
+            return [(places, len(layouts), k)]
+        crops = [places[tokens.crops[group, :length] == crop] for crop in range(len(layouts))]
+        sizes = torch.tensor([len(crop) for crop in crops])
+        counts = apportion(k, sizes.double(), sizes).tolist()
+        return [(crop, 1, count) for crop, count in zip(crops, counts, strict=True) if len(crop)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Absorb(InLLM):
+    """The part inside the LLM.
+
+    Fields
+        layer: decoder layer on whose input it acts.
+        share: share of the tokens left.
+    """
+
+    name: ClassVar[str] = "holitom"
+    signal: ClassVar[str] = "attention in the LLM"
+    needs_budget: ClassVar[bool] = False
+
+    layer: int
+    share: float
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
+        return (entering * self.share).round().long()[None]
+
+    def signals(self, shape: ModelShape):
+        return (LastQueryAttention(self.layer - 1),)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
+        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+        weights = tokens[LastQueryAttention(self.layer - 1)].mean(1).to(features.device)
+        for group, length, k in tokens.each():
+            spans = tokens.spans[group, :length].to(features.device)
+            kept, merged, into = absorb_dropped(features[group, :length], weights[group, :length], k, spans=spans)
+            keep[group, :length], features[group, :length] = kept.to(keep.device), merged
+            sources[group, :length] = into.to(sources.device)
+        return Selection(keep, features, sources)
