@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed-eval
 	$(BIN)/vtprune eval eval/configs/quickstart.yaml
 
+# A process a core, a thread a process.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
