@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from vtprune.adapters import adapter_for
@@ -149,13 +152,19 @@ class Session:
             )
         _ACTIVE[decoder] = self
         self._owner.active = True
-        self._handles = [
-            *self._tap.install(),
-            self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
-            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
-            *self._in_llm.install(),
-        ]
+        try:
+            # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
+            for handle in chain(self._tap.install(), self._install_own(), self._in_llm.install()):
+                self._handles.append(handle)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install_own(self) -> Iterator[RemovableHandle]:
+        decoder = self.adapter.language_model
+        yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
+        yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
 
     def remove(self) -> None:
         """Take the hooks off; the model is exactly what it was. Idempotent."""

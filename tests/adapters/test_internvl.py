@@ -80,7 +80,7 @@ def test_cls_rows_are_those_of_the_encoder(normalised):
     adapter, tiles, layers = vtprune.adapter_for(model), pixels(2), (0, 2)
     assert adapter.shape == ModelShape(4, 4, 3, has_cls=True) and adapter.cuts_cls("image")
     tap = EncoderTap(adapter, [ClsAttention(layers)], profile=False)
-    handles = tap.install()
+    handles = list(tap.install())
     output = model.model.get_image_features(tiles, return_dict=True)
     for handle in handles:
         handle.remove()

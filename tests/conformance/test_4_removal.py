@@ -199,3 +199,20 @@ def test_sessions_on_two_models_overlap_in_any_order():
     two.remove()
     assert_recomputed(first, batches[0], one.report, output, "original")
     assert_recomputed(second, batches[1], two.report, other, "original")
+
+
+def test_an_adapter_that_fails_half_way_leaves_nothing(gqa):
+    """Hooks go on one by one; if one cannot, those before it come off."""
+    before = fingerprint(gqa)
+
+    class Broken(type(vtprune.adapter_for(gqa))):
+        def encoder_attention(self, layer):
+            raise AttributeError("no such module")
+
+    session = vtprune.prune(gqa, spec("vtc_cls"))
+    session.adapter.__class__ = Broken
+    with pytest.raises(AttributeError, match="no such module"):
+        session.install()
+    assert fingerprint(gqa) == before
+    with vtprune.prune(gqa, spec("vtc_cls")):
+        pass

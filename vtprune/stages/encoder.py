@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +92,13 @@ class EncoderTap:
         self._open: Encoding | None = None
         self._queries: dict[int, Tensor] = {}
 
-    def install(self) -> list[RemovableHandle | _Wrapped]:
+    def install(self) -> Iterator[RemovableHandle | _Wrapped]:
+        """Yields what takes each hook off again, as soon as it is on."""
         kinds = self.adapter.visual_token_ids
-        handles = [_Wrapped(self.adapter.base, f"get_{kind}_features", self._encode(kind)) for kind in kinds]
+        for kind in kinds:
+            yield _Wrapped(self.adapter.base, f"get_{kind}_features", self._encode(kind))
         if self.keep_features:
-            handles.append(self.adapter.projector.register_forward_pre_hook(self._before_projector))
+            yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
         watched = self.cls_layers | self.received_layers
         towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if watched else {}
@@ -104,9 +106,8 @@ class EncoderTap:
             layers = self.adapter.encoder_layers(kind)
             for index in watched:
                 attention = self.adapter.encoder_attention(layers[index])
-                handles.append(attention.q_proj.register_forward_hook(self._take_queries(index)))
-                handles.append(attention.k_proj.register_forward_hook(self._take_attention(index, attention)))
-        return handles
+                yield attention.q_proj.register_forward_hook(self._take_queries(index))
+                yield attention.k_proj.register_forward_hook(self._take_attention(index, attention))
 
     def forget(self) -> None:
         self.last = {}

@@ -8,7 +8,7 @@ whose columns differ from layer 0's is given its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,17 +64,16 @@ class InLLMStage:
                 f"(no {', '.join(missing)}); methods before the LLM work: mmtok, divprune"
             )
 
-    def install(self) -> list[RemovableHandle]:
-        handles = []
+    def install(self) -> Iterator[RemovableHandle]:
+        """Yields what takes each hook off again, as soon as it is on."""
         for i, layer in enumerate(self.adapter.decoder_layers):
-            handles.append(layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True))
+            yield layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
             if i in self.measured:
                 for block in (layer.self_attn, layer.mlp):
-                    handles.append(block.register_forward_hook(self._measure(i), with_kwargs=True))
+                    yield block.register_forward_hook(self._measure(i), with_kwargs=True)
             if i in self.watched:
                 for name in ("q_proj", "k_proj"):
-                    handles.append(getattr(layer.self_attn, name).register_forward_hook(self._watch(i, name)))
-        return handles
+                    yield getattr(layer.self_attn, name).register_forward_hook(self._watch(i, name))
 
     def cuts_before(self, layer: int) -> bool:
         """Whether something may be dropped on the input of a decoder layer up to this one."""
