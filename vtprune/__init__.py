@@ -16,6 +16,7 @@ from vtprune.errors import (
     VTPruneError,
 )
 from vtprune.methods import (
+    AIM,
     BeforeLLM,
     Composite,
     DivPrune,
@@ -44,6 +45,7 @@ from vtprune.tokens import Grid, Medium, ModelShape, Selection, VisualTokens
 __version__ = "0.1.0"
 
 __all__ = [
+    "AIM",
     "Adapter",
     "BeforeLLM",
     "Composite",

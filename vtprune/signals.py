@@ -8,12 +8,14 @@ from an eager layer: just the rows asked for are recomputed from queries and key
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.ops.attention import attention_rows, rotate
+from vtprune.ops.page_rank import attention_page_rank
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,28 @@ class AttentionReceived:
 
     layer: int
     """0-based encoder layer."""
+
+
+@dataclass(frozen=True)
+class EncoderKeys:
+    """(groups, tokens, heads * head dim): key of each visual token in an encoder layer, all heads side by side.
+
+    For encoders without a CLS token, too. Where several patches become one visual token: their mean.
+    """
+
+    layer: int
+    """0-based encoder layer."""
+
+
+@dataclass(frozen=True)
+class ClsSimilarity:
+    """(groups, tokens): similarity of each visual token to the CLS token in the encoder layer that the projector reads.
+
+    Where several patches become one visual token: their mean similarity.
+    """
+
+    metric: Literal["cosine", "l1", "l2"] = "cosine"
+    """See `vtprune.ops.similarity`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,16 @@ class LastQueryAttention:
 class InstructionAttention:
     """(groups, tokens): attention of the text after the last visual token over the visual tokens, averaged over heads
     and rows, in the decoder layer that runs next."""
+
+
+@dataclass(frozen=True)
+class AttentionPageRank:
+    """(groups, tokens): ranks of the visual tokens by `vtprune.ops.page_rank` over the attention of the decoder layer
+    before the cut, in which all tokens of the prompt take part."""
+
+    temperature: float
+    iterations: int
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -114,6 +148,41 @@ def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context:
     outputs of `k_proj` for all columns; rows: (batch, r) long, the rows' columns. Returns (batch, heads, r, n) float32;
     mass on cached keys counts in the softmax and is then left out.
     """
+    q, k = _rotated(queries, keys, rows, context)
+    mask = _visible(rows.to(k.device), context)
+    return attention_rows(q, k, mask=mask[:, None], **_scores(context))[..., -keys.shape[1] :]
+
+
+def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank, context: RowContext) -> Tensor:
+    """Ranks of all current columns of one decoder layer, (batch, n) float32; see `decoder_attention_rows`.
+
+    queries, keys: outputs of `q_proj` and `k_proj` for all columns.
+    """
+    batch, n = keys.shape[:2]
+    columns = torch.arange(n, device=keys.device).expand(batch, -1)
+    q, k = _rotated(queries, keys, columns, context)
+    return attention_page_rank(
+        q,
+        k,
+        mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
+        valid=context.real.to(k.device),
+        temperature=request.temperature,
+        iterations=request.iterations,
+        damping=request.damping,
+        **_scores(context),
+    )
+
+
+def _scores(context: RowContext) -> dict[str, Any]:
+    """How a layer scales and bounds its scores."""
+    return {
+        "scale": getattr(context.attention, "scaling", context.head_dim**-0.5),
+        "softcap": getattr(context.attention, "attn_logit_softcapping", None),
+    }
+
+
+def _rotated(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> tuple[Tensor, Tensor]:
+    """(batch, heads, r, head_dim) queries and (batch, kv heads, past + n, head_dim) keys with their positions."""
     q = rearrange(queries, "b r (h d) -> b h r d", d=context.head_dim)
     k = rearrange(keys, "b n (h d) -> b h n d", d=context.head_dim)
     # Some families normalise each head's queries and keys before the rotation.
@@ -121,28 +190,30 @@ def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context:
         q = norm(q)
     if (norm := getattr(context.attention, "k_norm", None)) is not None:
         k = norm(k)
-    batch, n = keys.shape[:2]
-    cos, sin = (t.to(k.device).expand(batch, -1, -1) for t in context.rope)
-    rows, real = rows.to(k.device), context.real.to(k.device)
-    index = rows[..., None].expand(-1, -1, cos.shape[-1])
+    cos, sin = (t.to(k.device).expand(len(k), -1, -1) for t in context.rope)
+    index = rows.to(k.device)[..., None].expand(-1, -1, cos.shape[-1])
     q = rotate(q, cos.gather(1, index), sin.gather(1, index))
     k = rotate(k, cos, sin)
-    columns = torch.arange(n, device=k.device)
+    return q, k if context.past_keys is None else torch.cat([context.past_keys.to(k.device), k], 2)
+
+
+def _visible(rows: Tensor, context: RowContext) -> Tensor:
+    """(batch, r) columns -> (batch, r, past + n) bool: which keys they attend to."""
+    real = context.real.to(rows.device)
+    batch, n = real.shape
+    columns = torch.arange(n, device=rows.device)
     seen = columns <= rows[..., None]
     near = columns > rows[..., None] - (n if context.window is None else context.window)
     if context.blocks is not None:
-        blocks = context.blocks.to(k.device)
+        blocks = context.blocks.to(rows.device)
         own = blocks.gather(1, rows)[..., None]
         together = (blocks[:, None] == own) & (own >= 0)
         seen = (seen | together) & near if context.window_cuts_blocks else (seen & near) | together
     else:
         seen &= near
     allowed = real[:, None, :] & seen
-    if context.past_keys is not None:
-        past = context.past_keys.shape[2]
-        k = torch.cat([context.past_keys.to(k.device), k], 2)
-        past_real = real.new_ones(batch, past) if context.past_real is None else context.past_real.to(k.device)
-        allowed = torch.cat([past_real[:, None].expand(-1, rows.shape[1], -1), allowed], 2)
-    scale = getattr(context.attention, "scaling", context.head_dim**-0.5)
-    cap = getattr(context.attention, "attn_logit_softcapping", None)
-    return attention_rows(q, k, scale=scale, mask=allowed[:, None], softcap=cap)[..., -n:]
+    if context.past_keys is None:
+        return allowed
+    past = context.past_keys.shape[2]
+    past_real = real.new_ones(batch, past) if context.past_real is None else context.past_real.to(rows.device)
+    return torch.cat([past_real[:, None].expand(-1, rows.shape[1], -1), allowed], 2)

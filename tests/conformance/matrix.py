@@ -14,6 +14,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero": {},
     # Where merged features are plain means, the recompute can make them from what was merged.
     "holitom": BUDGET | {"centre_weight": None, "inner_share": 1.0},
+    "aim": {"keep_ratio": 0.4},  # one round of merging
 }
 """Methods that are given something else than the budget of all others alone."""
 
@@ -21,8 +22,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OWN = [name for name, cls in vtprune.list_methods().items() if cls.__module__.startswith("vtprune.methods")]
 METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
 METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
-MERGING = {"pool", "holitom"}
+MERGING = {"pool", "holitom", "aim"}
 """What averages features, so that a recompute has to average, too."""
+COMPACT_ONCE = {"aim"}
+"""What keeps positions inside the LLM however they were renumbered before it."""
 NEEDS_CLS = {"vtc_cls"}
 """What must be refused where the encoder has no CLS token."""
 NEEDS_ENCODER_ATTENTION = {"holitom"}

@@ -52,8 +52,8 @@ def recompute(
         inputs: of a single prompt without padding.
         generated: (new tokens,), what followed the prompt.
         kept: one LongTensor a layer, the visual columns of the prompt alive in it.
-        positions: "original" (those of the unpruned model) or "compact" (once anything is removed, a token's rank in
-            the layer's sequence).
+        positions: "original" (those of the unpruned model), "compact" (once anything is removed, a token's rank in
+            the layer's sequence) or "compact once" (its rank in the first layer's if anything is missing there).
         sources: (visual tokens,), if features were averaged before the LLM: index in `kept[0]` that each went into, or
             -1.
     """
@@ -69,6 +69,10 @@ def recompute(
 
     columns = torch.arange(len(ids))
     text = columns[~torch.isin(columns, vision.columns)]
+    if positions == "compact once":
+        entering = torch.isin(columns, torch.cat([text, kept[0]]))
+        if not entering.all():
+            original = (entering.cumsum(0) - 1).expand(*original.shape)
     for index, (layer, alive) in enumerate(zip(decoder.layers, kept, strict=True)):
         assert torch.isin(alive, vision.columns).all(), "these are not visual columns"
         wanted = torch.cat([text, alive])

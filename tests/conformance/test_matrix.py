@@ -14,7 +14,7 @@ from torch import Tensor
 import vtprune
 
 from . import families, matrix
-from .matrix import CELLS, MERGING, keep_everything, refusal, spec
+from .matrix import CELLS, COMPACT_ONCE, MERGING, keep_everything, refusal, spec
 from .recompute import recompute, visual_columns
 from .test_4_removal import fingerprint
 
@@ -129,11 +129,12 @@ def test_cell(name, media, method, attention):
         assert [k.tolist() for k in kept] == [k.tolist() for k in own_kept], "alone, other tokens are kept"
         check_cache(single, own_report, batch, range(sample, sample + 1))
         sources = report.sources(sample, 0) if method in MERGING else None
+        places = "compact once" if positions == "compact" and method in COMPACT_ONCE else positions
         for logits, ids in (
             (steps(together)[sample], together.sequences[sample, -NEW:]),
             (steps(single)[0], single.sequences[0, -NEW:]),
         ):
-            check_sample(run, sample, logits, ids, kept, positions, sources)
+            check_sample(run, sample, logits, ids, kept, places, sources)
 
 
 @pytest.mark.parametrize("method", ["uniform", "transprune"])

@@ -36,7 +36,7 @@ def test_the_grid_has_one_cell_a_method_budget_and_seed(tmp_path):
     assert expand(config)[7].label == "fastv(layer=1)"
 
 
-OF_VIDEOS = {"uniform_frames", "holitom"}
+OF_VIDEOS = {"uniform_frames", "holitom", "aim"}
 
 
 def test_the_quickstart_compares_every_method_and_baseline_for_images():

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune.ops import page_rank as module
 from vtprune.ops.page_rank import attention_page_rank, page_rank
 
 
@@ -96,3 +97,29 @@ def test_samples_and_softcap():
     torch.testing.assert_close(together, page_rank(transitions).square().mean(1).sqrt())
     half = attention_page_rank(queries.bfloat16(), keys.bfloat16(), **options)
     assert half.dtype == torch.float32 and half.isfinite().all()
+
+
+@pytest.mark.parametrize("as_function", [True, False])
+def test_many_tokens_come_in_blocks_of_rows(monkeypatch, as_function):
+    queries, keys = draw(n=11)
+    mask = causal(11)
+    whole = attention_page_rank(queries, keys, scale=0.4, mask=mask, damping=0.1)
+    asked = []
+
+    def rows(first, last):
+        asked.append((first, last))
+        return mask[..., first:last, :]
+
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 2 * 11 * 4)
+    blocks = attention_page_rank(queries, keys, scale=0.4, mask=rows if as_function else mask, damping=0.1)
+    torch.testing.assert_close(blocks, whole)
+    assert set(asked) == ({(0, 4), (4, 8), (8, 11)} if as_function else set())
+
+
+def test_what_goes_to_the_past_is_lost():
+    queries, keys = draw(n=9)
+    own = queries[:, :, 3:]
+    importance = attention_page_rank(own, keys, scale=0.4, mask=causal(9)[:, :, 3:], iterations=1, temperature=1.0)
+    scores = own @ keys.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.4
+    transitions = scores.masked_fill(~causal(9)[:, :, 3:], -torch.inf).softmax(-1)
+    torch.testing.assert_close(importance, transitions[..., 3:].mean(2).square().mean(1).sqrt())

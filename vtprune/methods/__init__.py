@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import BudgetError, ConfigError
+from vtprune.methods.aim import AIM
 from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Progressive, Scorer
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastv import FastV
@@ -25,6 +26,7 @@ from vtprune.methods.vtc_cls import VTCCls
 from vtprune.methods.zero import Zero
 
 __all__ = [
+    "AIM",
     "BeforeLLM",
     "Composite",
     "DivPrune",
@@ -62,7 +64,7 @@ def register_method(method: type[Method]) -> type[Method]:
     return method
 
 
-for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, HoliTom, Random, Uniform, UniformFrames, Pool, Zero):
+for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, HoliTom, AIM, Random, Uniform, UniformFrames, Pool, Zero):
     register_method(_method)
 
 

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """PageRank over attention: a token is important if important tokens attend to it."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vtprune.ops.attention import attention_rows
+
+# Transitions held at a time, so that memory grows with the tokens and not with their square.
+_BLOCK_ELEMENTS = 1 << 24
 
 
 def page_rank(transitions: Tensor, valid: Tensor | None = None, *, iterations: int = 5, damping: float = 0.0) -> Tensor:
@@ -19,14 +25,22 @@ def page_rank(transitions: Tensor, valid: Tensor | None = None, *, iterations: i
     Returns:
         ``(batch, heads, n)`` float32, summing to one.
     """
+    equal = _equal_ranks(transitions.shape[-1], valid).to(transitions.device).expand(transitions.shape[:-1])
+    transitions = transitions.float()
+    return _iterate(lambda ranks: (ranks.unsqueeze(-2) @ transitions).squeeze(-2), equal, iterations, damping)
+
+
+def _equal_ranks(n: int, valid: Tensor | None) -> Tensor:
+    """(batch | 1, 1, n) float32."""
     if valid is None:
-        equal = transitions.new_full((1, 1, transitions.shape[-1]), 1 / max(transitions.shape[-1], 1))
-    else:
-        equal = (valid / valid.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1)
-    equal = equal.float().expand(transitions.shape[:-1])
+        return torch.full((1, 1, n), 1 / max(n, 1))
+    return (valid / valid.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1).float()
+
+
+def _iterate(step: Callable[[Tensor], Tensor], equal: Tensor, iterations: int, damping: float) -> Tensor:
     ranks = equal
     for _ in range(iterations):
-        ranks = (1 - damping) * (ranks.unsqueeze(-2) @ transitions.float()).squeeze(-2) + damping * equal
+        ranks = (1 - damping) * step(ranks) + damping * equal
     return ranks
 
 
@@ -36,7 +50,7 @@ def attention_page_rank(
     keys: Tensor,
     *,
     scale: float,
-    mask: Tensor,
+    mask: Tensor | Callable[[int, int], Tensor],
     valid: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 0.1,
@@ -46,18 +60,18 @@ def attention_page_rank(
     """Importance of every token of a decoder layer by its attention scores (AIM, arXiv 2412.03248).
 
     The ranks of :func:`page_rank` on the layer's attention, sharpened by a temperature, as root mean square over heads.
-    All tokens of the prompt take part, text as well as visual ones. Heads come one after the other, so that one
-    ``n * n`` matrix a sample is held and not one a head.
+    All tokens of the prompt take part, text as well as visual ones. Heads come one after the other, and the transitions
+    of many tokens in blocks of rows, computed anew in every iteration.
 
     Deviation: in a padded batch the padding has no rank, where it is NaN in the reference.
 
     Args:
         queries: ``(batch, heads, n, head_dim)``, positions already applied.
-        keys: ``(batch, kv_heads, n, head_dim)``, likewise.
+        keys: ``(batch, kv_heads, past + n, head_dim)``, likewise. What goes to past tokens is lost: they have no rank.
         scale: factor on the dot products, usually ``head_dim ** -0.5``.
-        mask: bool, broadcastable to ``(batch, 1, n, n)``, True where a row may attend. A token whose column is masked
-            throughout (pruned, but not removed) has no importance, and its row still passes on the rank that it begins
-            with.
+        mask: bool, broadcastable to ``(batch, 1, n, past + n)``, True where a row may attend; or a function that gives
+            its rows ``first`` to ``last - 1``. A token whose column is masked throughout (pruned, but not removed) has
+            no importance, and its row still passes on the rank that it begins with.
         valid: ``(batch, n)`` bool, False for padding; by default all tokens are real.
         softcap: as in :func:`vtprune.ops.attention.attention_rows`.
         temperature: divisor of the scores, > 0.
@@ -66,16 +80,36 @@ def attention_page_rank(
     Returns:
         ``(batch, n)`` float32 in [0, 1]. With a causal mask and no damping the ranks of late tokens vanish.
     """
+    batch, heads, n, _ = queries.shape
     kv_heads = keys.shape[1]
-    importance = keys.new_zeros(keys.shape[0], keys.shape[2], dtype=torch.float32)
-    for head, query in enumerate(queries.unbind(1)):
-        transitions = attention_rows(
-            query.unsqueeze(1),
-            keys[:, head * kv_heads // queries.shape[1]].unsqueeze(1),
+    size = max(_BLOCK_ELEMENTS // max(batch * keys.shape[2], 1), 1)
+    blocks = [(first, min(first + size, n)) for first in range(0, n, size)]
+    if torch.is_tensor(mask):
+        mask = functools.partial(_rows, mask.expand(*mask.shape[:-2], n, mask.shape[-1]))
+    visible = functools.lru_cache(maxsize=1)(mask)
+    equal = _equal_ranks(n, valid).to(keys.device).expand(batch, 1, n)
+
+    def transitions(head: int, first: int, last: int) -> Tensor:
+        return attention_rows(
+            queries[:, head, first:last].unsqueeze(1),
+            keys[:, head * kv_heads // heads].unsqueeze(1),
             scale=scale / temperature,
-            mask=mask,
+            mask=visible(first, last),
             softcap=None if softcap is None else softcap / temperature,
-        )
-        ranks = page_rank(transitions, valid, iterations=iterations, damping=damping)
-        importance += ranks.squeeze(1).square()
-    return (importance / queries.shape[1]).sqrt()
+        )[..., -n:]
+
+    importance = keys.new_zeros(batch, n, dtype=torch.float32)
+    for head in range(heads):
+        rows = functools.partial(transitions, head)
+        step = functools.partial(_step, functools.lru_cache(rows) if len(blocks) == 1 else rows, blocks)
+        importance += _iterate(step, equal, iterations, damping).squeeze(1).square()
+    return (importance / heads).sqrt()
+
+
+def _rows(mask: Tensor, first: int, last: int) -> Tensor:
+    return mask[..., first:last, :]
+
+
+def _step(transitions: Callable[[int, int], Tensor], blocks: list[tuple[int, int]], ranks: Tensor) -> Tensor:
+    """Where ranks (batch, 1, n) go, from the transitions of one block of rows after the other."""
+    return sum((ranks[..., None, a:b] @ transitions(a, b)).squeeze(-2) for a, b in blocks)
