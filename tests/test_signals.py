@@ -13,10 +13,13 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import vtprune
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.eval import digitscenes
+from vtprune.ops.similarity import similarity_to
 from vtprune.signals import (
     AttentionReceived,
     ClsAttention,
+    ClsSimilarity,
     EncoderFeatures,
+    EncoderKeys,
     InstructionAttention,
     LastQueryAttention,
     TextEmbeddings,
@@ -114,6 +117,35 @@ def test_attention_received_in_the_encoder(name):
     attention = eager.model.vision_tower(batch.inputs()["pixel_values"], output_attentions=True).attentions[2]
     expected = attention.mean((1, 2))[:, int(name == "mha") :]
     torch.testing.assert_close(signals[request], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mha", "siglip"])
+def test_keys_in_the_encoder(name):
+    model, eager = models.shared(name), models.shared(name, "eager")
+    batch = batch_of_three(model)
+    request, seen = EncoderKeys(1), []
+    run(model, batch, BeforeProbe(keep_ratio=0.9, requests=(request,)))
+    _, signals = SEEN[0]
+    attention = eager.model.vision_tower.encoder.layers[1].self_attn
+    watch = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    eager.model.vision_tower(batch.inputs()["pixel_values"])
+    watch.remove()
+    torch.testing.assert_close(signals[request], seen[0][:, int(name == "mha") :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1", "l2"])
+def test_similarity_to_the_cls_token(metric):
+    model, eager = models.shared("mha"), models.shared("mha", "eager")
+    batch = batch_of_three(model)
+    request = ClsSimilarity(metric)
+    run(model, batch, BeforeProbe(keep_ratio=0.9, requests=(request,)))
+    tokens, signals = SEEN[0]
+    tower = eager.model.vision_tower(batch.inputs()["pixel_values"], output_hidden_states=True)
+    # hidden state 0 goes into the first layer
+    states = tower.hidden_states[tokens.shape.feature_layer + 1]
+    expected = similarity_to(states[:, 0], states[:, 1:], metric)
+    assert expected.shape == tokens.valid.shape and expected.std() > 1e-3
+    torch.testing.assert_close(signals[request], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "siglip"])

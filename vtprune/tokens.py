@@ -76,7 +76,7 @@ class VisualTokens:
     valid: Tensor
     """(groups, tokens) bool: True for real tokens; padding, if any, stands at the end of a row."""
     budget: Tensor
-    """(groups,) long: how many tokens of each group to keep."""
+    """(groups,) long: how many tokens of each group to keep; -1, in all groups, leaves it to the method."""
     signals: Mapping[Hashable, Any] | Callable[[Hashable], Any] = field(default_factory=dict)
     """What `tokens[request]` looks up: see `vtprune.signals` for the requests."""
     crops: Tensor | None = None

@@ -15,6 +15,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Where merged features are plain means, the recompute can make them from what was merged.
     "holitom": BUDGET | {"centre_weight": None, "inner_share": 1.0},
     "aim": {"keep_ratio": 0.4},  # one round of merging
+    "adaptive_pool": BUDGET | {"overlap": False},
+    "recoverable": BUDGET | {"gather": False},
+    "bvllm_merge": {"keep_ratio": 0.6, "threshold": 1.0},
 }
 """Methods that are given something else than the budget of all others alone."""
 
@@ -22,13 +25,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OWN = [name for name, cls in vtprune.list_methods().items() if cls.__module__.startswith("vtprune.methods")]
 METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
 METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
-MERGING = {"pool", "holitom", "aim"}
+MERGING = {"pool", "holitom", "aim", "progressive_pooling", "adaptive_pool", "bvllm_merge"}
 """What averages features, so that a recompute has to average, too."""
 COMPACT_ONCE = {"aim"}
 """What keeps positions inside the LLM however they were renumbered before it."""
-NEEDS_CLS = {"vtc_cls"}
+NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim"}
 """What must be refused where the encoder has no CLS token."""
-NEEDS_ENCODER_ATTENTION = {"holitom"}
+NEEDS_ENCODER_ATTENTION = {"holitom", "recoverable"}
 """What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import BudgetError, ConfigError
+from vtprune.methods.adaptive_pool import AdaptivePool
 from vtprune.methods.aim import AIM
 from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Progressive, Scorer
+from vtprune.methods.bvllm_merge import BVLLMMerge
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastv import FastV
+from vtprune.methods.glsim import GLSim
 from vtprune.methods.holitom import HoliTom
 from vtprune.methods.mmtok import MMTok
 from vtprune.methods.pool import Pool
+from vtprune.methods.progressive_pooling import ProgressivePooling
 from vtprune.methods.random import Random
+from vtprune.methods.recoverable import Recoverable
+from vtprune.methods.textmonkey import TextMonkey
+from vtprune.methods.token_correlation import TokenCorrelation
 from vtprune.methods.transprune import TransPrune
 from vtprune.methods.uniform import Uniform
 from vtprune.methods.uniform_frames import UniformFrames
@@ -27,18 +34,25 @@ from vtprune.methods.zero import Zero
 
 __all__ = [
     "AIM",
+    "AdaptivePool",
+    "BVLLMMerge",
     "BeforeLLM",
     "Composite",
     "DivPrune",
     "FastV",
+    "GLSim",
     "HoliTom",
     "InLLM",
     "MMTok",
     "Method",
     "Pool",
     "Progressive",
+    "ProgressivePooling",
     "Random",
+    "Recoverable",
     "Scorer",
+    "TextMonkey",
+    "TokenCorrelation",
     "TransPrune",
     "Uniform",
     "UniformFrames",
@@ -64,7 +78,27 @@ def register_method(method: type[Method]) -> type[Method]:
     return method
 
 
-for _method in (VTCCls, TransPrune, MMTok, DivPrune, FastV, HoliTom, AIM, Random, Uniform, UniformFrames, Pool, Zero):
+for _method in (
+    VTCCls,
+    TransPrune,
+    MMTok,
+    DivPrune,
+    FastV,
+    HoliTom,
+    AIM,
+    TextMonkey,
+    ProgressivePooling,
+    AdaptivePool,
+    BVLLMMerge,
+    TokenCorrelation,
+    Recoverable,
+    GLSim,
+    Random,
+    Uniform,
+    UniformFrames,
+    Pool,
+    Zero,
+):
     register_method(_method)
 
 

@@ -102,7 +102,9 @@ class BeforeLLM(Method):
     scope: Literal["crop", "image"] = "crop"
 
     def budgets(self, lengths: Tensor, images: Tensor) -> Tensor:
-        """(groups,) lengths and the image each group is of -> (groups,) long counts to keep."""
+        """(groups,) lengths and the image each group is of -> (groups,) long counts to keep, -1 without a budget."""
+        if self.keep_ratio is None and self.keep_tokens is None:
+            return torch.full_like(lengths, -1)
         return budget.group_counts(lengths, images, self.keep_ratio, self.keep_tokens)
 
 

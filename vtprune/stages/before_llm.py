@@ -13,7 +13,15 @@ from torch import Tensor
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM, Method
-from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures, SampleKeys, TextEmbeddings
+from vtprune.signals import (
+    AttentionReceived,
+    ClsAttention,
+    ClsSimilarity,
+    EncoderFeatures,
+    EncoderKeys,
+    SampleKeys,
+    TextEmbeddings,
+)
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
 from vtprune.tokens import Grid, Selection, VisualTokens
@@ -77,12 +85,16 @@ def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request
         return text(call, groups, request)
     if isinstance(request, SampleKeys):
         return _keys(call, groups, tap)
-    if not isinstance(request, (EncoderFeatures, ClsAttention, AttentionReceived)):
+    if not isinstance(request, (EncoderFeatures, EncoderKeys, ClsAttention, ClsSimilarity, AttentionReceived)):
         raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
     if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
         raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
     if isinstance(request, EncoderFeatures):
         return _per_group(tap.projector_inputs(media.encodings), call, groups)
+    if isinstance(request, EncoderKeys):
+        return _per_group(tap.encoder_keys(media.encodings, request.layer), call, groups)
+    if isinstance(request, ClsSimilarity):
+        return _per_group(tap.cls_similarity(media.encodings, request), call, groups)
     if isinstance(request, AttentionReceived):
         return _per_group(tap.attention_received(media.encodings, request.layer), call, groups)
     rows = _per_group(tap.cls_rows(media.encodings, request.layers), call, groups)

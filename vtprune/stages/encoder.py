@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
 from vtprune.ops.attention import attention_received, attention_rows
-from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures
+from vtprune.ops.similarity import similarity_to
+from vtprune.signals import AttentionReceived, ClsAttention, ClsSimilarity, EncoderFeatures, EncoderKeys
 from vtprune.tokens import Medium
 
 COMPUTED_ELSEWHERE = "the image features of this call were computed elsewhere; pass the pixels inside the session"
@@ -43,6 +44,10 @@ class Encoding:
     """Encoder layer -> (crops, heads, tokens), the CLS query's attention; only for the layers asked for."""
     received: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, tokens, heads * head dim); only for the layers asked for."""
+    layer_output: Tensor | None = None
+    """(crops, tokens, dim), of the deepest encoder layer that the projector reads; only if asked for."""
     seconds: float = 0.0
 
     @property
@@ -79,8 +84,10 @@ class EncoderTap:
         requests = list(requests)
         self.cls_layers = {layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers}
         self.received_layers = {r.layer for r in requests if isinstance(r, AttentionReceived)}
+        self.key_layers = {r.layer for r in requests if isinstance(r, EncoderKeys)}
+        self.keep_layer_output = any(isinstance(r, ClsSimilarity) for r in requests)
         self.keep_features = any(isinstance(r, EncoderFeatures) for r in requests)
-        if self.received_layers and not adapter.plain_encoder_attention:
+        if self.received_layers | self.key_layers and not adapter.plain_encoder_attention:
             raise UnsupportedStageError(
                 f"this method needs the attention inside the vision encoder, which cannot be recomputed for "
                 f"{adapter.family} (packed images, or queries and keys of one projection); methods that need none: "
@@ -100,14 +107,17 @@ class EncoderTap:
         if self.keep_features:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
-        watched = self.cls_layers | self.received_layers
-        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if watched else {}
+        watched = self.cls_layers | self.received_layers | self.key_layers
+        taps = watched or self.keep_layer_output
+        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if taps else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
             for index in watched:
                 attention = self.adapter.encoder_attention(layers[index])
                 yield attention.q_proj.register_forward_hook(self._take_queries(index))
                 yield attention.k_proj.register_forward_hook(self._take_attention(index, attention))
+            if self.keep_layer_output:
+                yield layers[self.adapter.shape.feature_layer].register_forward_hook(self._take_layer_output)
 
     def forget(self) -> None:
         self.last = {}
@@ -143,6 +153,10 @@ class EncoderTap:
         if self._open is not None:
             self._open.projector_input = args[0].detach()
 
+    def _take_layer_output(self, module, args, output):
+        if self._open is not None:
+            self._open.layer_output = (output[0] if isinstance(output, tuple) else output).detach()
+
     def _take_queries(self, layer: int):
         def hook(module, args, output):
             if self._open is not None:
@@ -160,6 +174,8 @@ class EncoderTap:
                 query = norm(query)
             if (norm := getattr(attention, "k_norm", None)) is not None:
                 key = norm(key)
+            if layer in self.key_layers:
+                self._open.keys[layer] = key
             heads = self.adapter.vision_config.num_attention_heads
             query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
             scale = query.shape[-1] ** -0.5
@@ -214,12 +230,24 @@ class EncoderTap:
 
     def attention_received(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
         """(tokens of all encodings,): see `AttentionReceived`."""
+        return torch.cat([self._per_token(e, e.received[layer][..., None]) for e in encodings])[:, 0]
+
+    def encoder_keys(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
+        """(tokens of all encodings, heads * head dim): see `EncoderKeys`."""
+        return torch.cat([self._per_token(e, e.keys[layer]) for e in encodings])
+
+    def cls_similarity(self, encodings: Iterable[Encoding], request: ClsSimilarity) -> Tensor:
+        """(tokens of all encodings,): see `ClsSimilarity`."""
         values = []
         for e in encodings:
-            has_cls = self.adapter.shape.has_cls and self.adapter.cuts_cls(e.kind)
-            patches = e.received[layer][:, int(has_cls) :, None]
-            values.append(self.adapter.patch_values(e.kind, e.inputs, patches)[:, 0])
-        return torch.cat(values)
+            similarity = similarity_to(e.layer_output[:, 0], e.layer_output, request.metric)
+            values.append(self._per_token(e, similarity[..., None]))
+        return torch.cat(values)[:, 0]
+
+    def _per_token(self, encoding: Encoding, values: Tensor) -> Tensor:
+        """Values of the encoder's tokens (crops, tokens, dim), CLS included, as one row a visual token."""
+        has_cls = self.adapter.shape.has_cls and self.adapter.cuts_cls(encoding.kind)
+        return self.adapter.patch_values(encoding.kind, encoding.inputs, values[:, int(has_cls) :])
 
     def image_keys(self, encoding: Encoding) -> list[int]:
         """One number a medium that depends on its pixels alone; zeros if they were not seen."""

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLSim: patches that resemble the picture as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vtprune.errors import UnsupportedStageError
+from vtprune.methods.base import BeforeLLM, Scorer
+from vtprune.signals import ClsSimilarity
+from vtprune.tokens import ModelShape, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLSim(Scorer, BeforeLLM):
+    """Keeps the tokens most similar to the encoder's CLS token (arXiv 2407.12891); no attention is looked at.
+
+    Stage: before the LLM. Needs an encoder with a CLS token. The score was made to find the crop that a fine-tuned
+    recogniser looks at again (8 patches); encoders trained on captions may hold the picture as a whole in background
+    patches. Deviation: both features are the output of the layer that the projector reads, as it reads it, without the
+    encoder's last normalisation.
+
+    Fields
+        metric: "cosine" (default), or "l1" or "l2" for small mean absolute or squared differences.
+    """
+
+    name: ClassVar[str] = "glsim"
+    signal: ClassVar[str] = "similarity to CLS in the encoder"
+    paper: ClassVar[str] = "arXiv 2407.12891"
+
+    metric: Literal["cosine", "l1", "l2"] = "cosine"
+
+    def signals(self, shape: ModelShape):
+        if not shape.has_cls:
+            raise UnsupportedStageError(
+                "glsim ranks by similarity to a CLS token, and this vision encoder has none; methods that need none: "
+                "mmtok, divprune, fastv, transprune"
+            )
+        return (ClsSimilarity(self.metric),)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        return tokens[ClsSimilarity(self.metric)].to(tokens.valid.device)

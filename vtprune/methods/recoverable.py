@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recoverable Compression: tokens for the picture, tokens recovered for the question, the rest around a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from vtprune.errors import ConfigError
+from vtprune.methods.base import BeforeLLM
+from vtprune.ops.apportionment import apportion
+from vtprune.ops.recovery import dynamic_counts, main_tokens, recover, text_scores
+from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, TextEmbeddings
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recoverable(BeforeLLM):
+    """Keeps tokens by visual score, recovers others by their likeness to the question (arXiv 2409.01179).
+
+    Stage: before the LLM. How many of each is the share of scores that are outliers by their local outlier factor; of
+    the rest, the best gather those like them, and one more token holds what is left. The visual score is the attention
+    of the encoder's CLS token in its last layer, or where there is none the attention that a token receives there.
+    Deviations: attention is averaged over heads (the reference takes all heads as one); the text score compares the
+    projected features with the mean of the question's embeddings in the LLM's space (the reference runs a second CLIP,
+    with its text tower, over the first line of the prompt, which is the system's, not the question's); features are
+    gathered after the projector, not before it; two defects are mended (the number of centres is a share of the rest,
+    and keys are those of the rest); tokens keep their places, which the reference gives up; with a budget, for which
+    the reference has no means, the three numbers are scaled to meet it.
+
+    Fields
+        keep_ratio, keep_tokens: optional; without either, as many tokens stay as there are outliers.
+        layer: encoder layer of attention and keys, 0-based; default None: the last.
+        members: tokens that each centre gathers, >= 0, default 32.
+        text_weight: weight of the text score against likeness to the centre, >= 0, default 50.
+        outlier_factor: local outlier factor above which a score is an outlier, > 0, default 1.5.
+        gather: whether the rest is gathered, default True; False drops it.
+    """
+
+    name: ClassVar[str] = "recoverable"
+    signal: ClassVar[str] = "attention and keys in the encoder, similarity to the question"
+    paper: ClassVar[str] = "arXiv 2409.01179"
+    needs_budget: ClassVar[bool] = False
+
+    layer: Annotated[int, Ge(0)] | None = None
+    members: Annotated[int, Ge(0)] = 32
+    text_weight: Annotated[float, Ge(0)] = 50.0
+    outlier_factor: Annotated[float, Gt(0)] = 1.5
+    gather: bool = True
+
+    def requests(self, shape: ModelShape) -> tuple[Hashable, Hashable, Hashable]:
+        """For the visual score, the keys and the question."""
+        layer = shape.encoder_layers - 1 if self.layer is None else self.layer
+        if layer >= shape.encoder_layers:
+            raise ConfigError(f"recoverable: layer={layer} must be within 0..{shape.encoder_layers - 1}")
+        attention = ClsAttention((layer,)) if shape.has_cls else AttentionReceived(layer)
+        return attention, EncoderKeys(layer), TextEmbeddings()
+
+    def signals(self, shape: ModelShape):
+        return self.requests(shape)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        attention, keys, texts = (tokens[request] for request in self.requests(tokens.shape))
+        device = tokens.features.device
+        visual = (attention.mean((1, 2)) if tokens.shape.has_cls else attention).to(device)
+        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
+        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+        for group, length, k in tokens.each():
+            if not length:
+                continue
+            values, scores = tokens.features[group, :length], visual[group, :length].float()
+            # A sum has the direction of the mean, and there may be no text at all.
+            text = text_scores(texts[group].float().sum(0).to(device), values)
+            count = None if k < 0 else k
+            if not self.gather:
+                keep[group, :length] = self._main(scores, text, values.shape[1], count)
+                continue
+            kept, merged, into = recover(
+                values,
+                keys[group, :length].to(device),
+                scores,
+                text,
+                count,
+                members=self.members,
+                text_weight=self.text_weight,
+                outlier_factor=self.outlier_factor,
+            ).in_place(values[None])
+            keep[group, :length], features[group, :length], sources[group, :length] = kept[0], merged[0], into[0]
+        return Selection(keep, features, sources) if self.gather else Selection(keep)
+
+    def _main(self, visual: Tensor, text: Tensor, dim: int, k: int | None) -> Tensor:
+        """(tokens,) bool, what stays when the rest is dropped."""
+        counts = torch.tensor(dynamic_counts(visual, text, dim, outlier_factor=self.outlier_factor)[:2])
+        if k is not None:
+            counts = apportion(k, counts, torch.full_like(counts, len(visual)))
+        return main_tokens(visual, text, *counts.tolist())

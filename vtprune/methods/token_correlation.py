@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token correlation: tokens that stand out in a deep layer, and from an early one as many as the crop has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor
+
+from vtprune.errors import ConfigError, UnsupportedStageError
+from vtprune.methods.base import BeforeLLM
+from vtprune.ops.repetition import global_and_local, information_density
+from vtprune.signals import ClsAttention, EncoderKeys, SampleKeys
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCorrelation(BeforeLLM):
+    """Keeps what CLS attends to unusually much in a deep layer, and most in an early one, by the density of the crop.
+
+    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439), whose authors have published neither
+    code nor these numbers: every default below is a choice made here. Stage: before the LLM, from the encoder; it was
+    made for documents cut into crops. A token with many others whose keys are much like its own is redundant; the share
+    that is not, the crop's density, says how many local tokens it gets. Global ones are outliers of CLS attention.
+    With a budget, global tokens come first, local ones fill it. Needs an encoder with a CLS token.
+
+    Fields
+        keep_ratio, keep_tokens: optional; without either, as many tokens stay as come out.
+        local_layer: early encoder layer, 0-based; default None: a quarter of the depth up.
+        global_layer: deep encoder layer, 0-based; default None: the one whose output the projector reads.
+        similarity: cosine of keys above which two tokens are alike, in [-1, 1], default 0.9.
+        count: others alike that make a token redundant, >= 1, default 8.
+        whiskers: interquartile ranges above the third quartile from which attention is an outlier, >= 0, default 1.5.
+        seed: draws local tokens with probabilities in proportion to their attention, >= 0; default None: no draw, the
+            most attended to.
+    """
+
+    name: ClassVar[str] = "token_correlation"
+    signal: ClassVar[str] = "CLS attention and keys in the encoder"
+    paper: ClassVar[str] = "arXiv 2407.14439"
+    needs_budget: ClassVar[bool] = False
+
+    local_layer: Annotated[int, Ge(0)] | None = None
+    global_layer: Annotated[int, Ge(0)] | None = None
+    similarity: Annotated[float, Interval(ge=-1, le=1)] = 0.9
+    count: Annotated[int, Ge(1)] = 8
+    whiskers: Annotated[float, Ge(0)] = 1.5
+    seed: Annotated[int, Ge(0)] | None = None
+
+    def layers(self, shape: ModelShape) -> tuple[int, int]:
+        """The early and the deep encoder layer."""
+        local = shape.encoder_layers // 4 if self.local_layer is None else self.local_layer
+        deep = shape.feature_layer if self.global_layer is None else self.global_layer
+        if max(local, deep) >= shape.encoder_layers:
+            raise ConfigError(
+                f"token_correlation: local_layer={local} and global_layer={deep} must be within "
+                f"0..{shape.encoder_layers - 1} for an encoder of {shape.encoder_layers} layers"
+            )
+        return local, deep
+
+    def signals(self, shape: ModelShape):
+        if not shape.has_cls:
+            raise UnsupportedStageError(
+                "token_correlation goes by the attention of a CLS token, and this vision encoder has none; methods "
+                "that need none: mmtok, divprune, fastv, transprune"
+            )
+        layers = self.layers(shape)
+        return ClsAttention(layers), EncoderKeys(layers[0]), *(() if self.seed is None else (SampleKeys(),))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        layers = self.layers(tokens.shape)
+        local, deep = tokens[ClsAttention(layers)].mean(2).unbind(1)
+        valid = tokens.valid.to(local.device)
+        keys = tokens[EncoderKeys(layers[0])].to(local.device)
+        keep = global_and_local(
+            deep,
+            local,
+            information_density(keys, valid, similarity=self.similarity, count=self.count),
+            valid,
+            None if bool((tokens.budget < 0).any()) else tokens.budget.to(local.device),
+            whiskers=self.whiskers,
+            noise=None if self.seed is None else self._noise(tokens).to(local.device),
+        )
+        return Selection(keep.to(tokens.valid.device))
+
+    def _noise(self, tokens: VisualTokens) -> Tensor:
+        """(groups, tokens) uniform in (0, 1); the first `n` of a row do not depend on how far it is padded."""
+        width = tokens.valid.shape[1]
+        generators = (torch.Generator().manual_seed(self.seed * 1_000_003 + key) for key in tokens[SampleKeys()])
+        tiny = torch.finfo(torch.float32).tiny
+        return torch.stack([torch.rand(width, generator=generator) for generator in generators]).clamp_min(tiny)
