@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-import torch
-
+from vtprune.methods import TextMonkey
 from vtprune.ops.repetition import similarity_to_later
-from vtprune.ops.selection import top_k_mask
+from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, same
+from . import Vector, close, handles, kept, one_group, same
+
+SHAPE = ModelShape(encoder_layers=48, decoder_layers=32, feature_layer=47, has_cls=False)
 
 
 @handles("textmonkey_*")
@@ -12,7 +13,7 @@ def filtered(v: Vector) -> None:
     features, count = v["x"], v["r"]
     scores = similarity_to_later(features)
     close(scores, v["node_max"], rtol=1e-5, atol=1e-6)
-    valid = torch.ones_like(scores, dtype=torch.bool)
-    keep = top_k_mask(-scores, valid, torch.full((len(features),), count))
-    same(keep.nonzero()[:, 1].view(-1, count), v["keep_idx"])
-    close(features[keep].view(-1, count, features.shape[-1]), v["out"])
+    for group, expected, out in zip(features, v["keep_idx"], v["out"], strict=True):
+        places = kept(TextMonkey(keep_tokens=count), one_group(group, count, {}, SHAPE))
+        same(places, expected)
+        close(group[places], out)
