@@ -17,6 +17,7 @@ from vtprune.errors import (
 )
 from vtprune.methods import (
     AIM,
+    LTP,
     AdaptivePool,
     BeforeLLM,
     BVLLMMerge,
@@ -66,6 +67,7 @@ __all__ = [
     "Grid",
     "HoliTom",
     "InLLM",
+    "LTP",
     "MMTok",
     "Medium",
     "Method",

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtprune.ops.attention import attention_rows, rotate
+from vtprune.ops.attention import attention_received, attention_rows, rotate
 from vtprune.ops.page_rank import attention_page_rank
 
 
@@ -109,6 +109,12 @@ class AttentionPageRank:
 
 
 @dataclass(frozen=True)
+class AttentionShare:
+    """(groups, tokens): attention that each visual token receives in the decoder layer before the cut, from all tokens
+    of the prompt and over all heads, as a multiple of what a token receives on average."""
+
+
+@dataclass(frozen=True)
 class Transition:
     """(groups, tokens): token transition variation, attention and MLP sub-blocks, summed over decoder layers.
 
@@ -171,6 +177,25 @@ def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank,
         damping=request.damping,
         **_scores(context),
     )
+
+
+def decoder_attention_share(queries: Tensor, keys: Tensor, context: RowContext) -> Tensor:
+    """Attention that each current column of one decoder layer receives from all of them, (batch, n) float32.
+
+    queries, keys: as in `decoder_page_rank`. As a multiple of the average, i.e. of one over the number of real columns.
+    """
+    batch, n = keys.shape[:2]
+    columns = torch.arange(n, device=keys.device).expand(batch, -1)
+    q, k = _rotated(queries, keys, columns, context)
+    real = context.real.to(k.device)
+    received = attention_received(
+        q,
+        k,
+        mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
+        valid=real,
+        **_scores(context),
+    )
+    return received[:, -n:] * real.sum(1, keepdim=True)
 
 
 def _scores(context: RowContext) -> dict[str, Any]:

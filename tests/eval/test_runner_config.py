@@ -40,6 +40,7 @@ LEFT_OUT = {
     "uniform_frames",
     "holitom",
     "aim",
+    "ltp",
     "textmonkey",
     "bvllm_merge",
     "progressive_pooling",

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.ops.attention_threshold import above_threshold, cascade_rate, mean_received, near_best, rising_threshold
 
 
@@ -77,3 +78,23 @@ def test_schedules_go_evenly_from_nothing_to_the_end(layers):
     assert rates[:3] == [1, 1, 1] and rates[-1] == pytest.approx(0.3)
     steps = [before - after for before, after in zip(rates, rates[1:], strict=False) if after < 1]
     assert steps == pytest.approx([0.7 / len(steps)] * len(steps))
+
+
+def test_without_the_matrix_the_scores_are_the_same():
+    """`attention_received` a few rows at a time: grouped heads, a causal mask, padding, capped scores."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(2, heads, 9, 6, generator=generator) for heads in (4, 2))
+    alive = torch.arange(9) >= torch.tensor([0, 3])[:, None]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() & alive[:, None, None]
+    whole = mean_received(attention_rows(queries, keys, scale=0.4, mask=mask, softcap=1.5), alive)
+    received = attention_received(
+        queries,
+        keys,
+        scale=0.4,
+        mask=lambda first, last: mask[:, :, first:last],
+        valid=alive,
+        softcap=1.5,
+        rows_at_once=4,
+    )
+    torch.testing.assert_close(received, whole)
+    torch.testing.assert_close(received.sum(1), torch.ones(2))

@@ -19,6 +19,7 @@ from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastv import FastV
 from vtprune.methods.glsim import GLSim
 from vtprune.methods.holitom import HoliTom
+from vtprune.methods.ltp import LTP
 from vtprune.methods.mmtok import MMTok
 from vtprune.methods.pool import Pool
 from vtprune.methods.progressive_pooling import ProgressivePooling
@@ -43,6 +44,7 @@ __all__ = [
     "GLSim",
     "HoliTom",
     "InLLM",
+    "LTP",
     "MMTok",
     "Method",
     "Pool",
@@ -86,6 +88,7 @@ for _method in (
     FastV,
     HoliTom,
     AIM,
+    LTP,
     TextMonkey,
     ProgressivePooling,
     AdaptivePool,

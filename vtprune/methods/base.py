@@ -119,7 +119,8 @@ class InLLM(Method):
 
     @abstractmethod
     def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
-        """(samples,) visual tokens entering the LLM, (samples,) crops -> (cuts, samples) long counts to keep."""
+        """(samples,) visual tokens entering the LLM, (samples,) crops -> (cuts, samples) long counts to keep,
+        -1 without a budget."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention rows: the part of an attention matrix that a method asks for, and no more of it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,18 +61,36 @@ def attention_rows(
     return weights.masked_fill_(~mask.any(dim=-1, keepdim=True), 0.0)
 
 
-def attention_received(queries: Tensor, keys: Tensor, *, scale: float, rows_at_once: int = 128) -> Tensor:
+def attention_received(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    mask: Callable[[int, int], Tensor] | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    rows_at_once: int = 128,
+) -> Tensor:
     """Mean attention that each key receives, over heads and all query rows.
 
     Args:
-        queries, keys: ``(batch, heads, tokens, head_dim)``, all of them seeing one another.
+        queries: ``(batch, heads, rows, head_dim)``.
+        keys: ``(batch, kv_heads, tokens, head_dim)``.
         scale: factor on the dot products.
+        mask: a function that gives what rows ``first`` to ``last - 1`` may attend to, as in :func:`attention_rows`; by
+            default all see all.
+        valid: ``(batch, rows)`` bool, the query rows that count; by default all.
+        softcap: as in :func:`attention_rows`.
         rows_at_once: query rows held in memory at a time; the attention matrix never is.
 
     Returns:
         ``(batch, tokens)`` float32; each row sums to one.
     """
     total = keys.new_zeros(len(keys), keys.shape[2], dtype=torch.float32)
-    for rows in queries.split(rows_at_once, dim=2):
-        total += attention_rows(rows, keys, scale=scale).mean(1).sum(1)
-    return total / queries.shape[2]
+    count = queries.shape[2]
+    for first in range(0, count, rows_at_once):
+        last = min(first + rows_at_once, count)
+        visible = None if mask is None else mask(first, last)
+        rows = attention_rows(queries[:, :, first:last], keys, scale=scale, mask=visible, softcap=softcap).mean(1)
+        total += rows.sum(1) if valid is None else (rows * valid[:, first:last, None]).sum(1)
+    return total / (count if valid is None else valid.sum(1, keepdim=True).clamp_min(1))

@@ -22,12 +22,14 @@ from vtprune.methods.base import InLLM
 from vtprune.ops.transition import token_transition
 from vtprune.signals import (
     AttentionPageRank,
+    AttentionShare,
     InstructionAttention,
     LastQueryAttention,
     RowContext,
     SampleKeys,
     Transition,
     decoder_attention_rows,
+    decoder_attention_share,
     decoder_page_rank,
 )
 from vtprune.stages.before_llm import Chooser
@@ -44,17 +46,17 @@ class InLLMStage:
         self.choose = choose
         self.cuts: dict[int, list[tuple[InLLM, int]]] = {}
         """Decoder layer -> the methods that cut on its input, each with the number of this cut in its schedule."""
-        self.ranked: set[int] = set()
+        self.passing: set[int] = set()
         """Decoder layers whose queries and keys are needed until the cut that follows."""
         requests = set()
         for method in methods:
             requests.update(method.signals(shape))
-            ranks = any(isinstance(r, AttentionPageRank) for r in method.signals(shape))
+            tapped = any(isinstance(r, (AttentionPageRank, AttentionShare)) for r in method.signals(shape))
             for number, layer in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(layer, []).append((method, number))
-                if ranks:
-                    self.ranked.add(layer - 1)
-        if any(isinstance(r, (InstructionAttention, LastQueryAttention, AttentionPageRank)) for r in requests):
+                if tapped:
+                    self.passing.add(layer - 1)
+        if self.passing or any(isinstance(r, (InstructionAttention, LastQueryAttention)) for r in requests):
             self._check_attention()
         self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
         self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
@@ -78,7 +80,7 @@ class InLLMStage:
             if i in self.measured:
                 for block in (layer.self_attn, layer.mlp):
                     yield block.register_forward_hook(self._measure(i), with_kwargs=True)
-            if i in self.watched | self.ranked:
+            if i in self.watched | self.passing:
                 for name in ("q_proj", "k_proj"):
                     yield getattr(layer.self_attn, name).register_forward_hook(self._watch(i, name))
 
@@ -111,7 +113,7 @@ class InLLMStage:
             hidden = call.add_plane(i - 1, hidden)
             if self._selecting and i in self.cuts:
                 hidden = self._cut(i, hidden)
-            if self._selecting and i in self.watched | self.ranked:
+            if self._selecting and i in self.watched | self.passing:
                 self._ropes[i] = call.rope_at(i, hidden)
             if not call.pruned and not call.wrapped and not call.planes:
                 return None
@@ -174,7 +176,7 @@ class InLLMStage:
                     layer: tuple(take_columns(t.expand(call.batch, -1, -1), index) for t in rope)
                     for layer, rope in self._ropes.items()
                 }
-        if i - 1 in self.ranked - self.watched:
+        if i - 1 in self.passing - self.watched:
             # Queries of whole prompts are large; nothing later asks for them.
             del self._ropes[i - 1], self._projected[i - 1, "q_proj"], self._projected[i - 1, "k_proj"]
         return hidden
@@ -192,9 +194,12 @@ class InLLMStage:
             context = self._context(request.layer, self._ropes[request.layer])
             weights = decoder_attention_rows(queries, keys, rows, context)
             return self._over_groups(weights[:, :, 0], groups)
-        if isinstance(request, AttentionPageRank):
+        if isinstance(request, (AttentionPageRank, AttentionShare)):
             queries, keys = (self._projected[i - 1, name] for name in ("q_proj", "k_proj"))
-            return groups.gather(decoder_page_rank(queries, keys, request, self._context(i - 1, self._ropes[i - 1])))
+            context = self._context(i - 1, self._ropes[i - 1])
+            if isinstance(request, AttentionPageRank):
+                return groups.gather(decoder_page_rank(queries, keys, request, context))
+            return groups.gather(decoder_attention_share(queries, keys, context))
         if isinstance(request, InstructionAttention):
             layer = self.adapter.decoder_layers[i]
             rows, valid = self._text_rows(last_only=False)

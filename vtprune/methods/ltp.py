@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LTP: a token goes once the layer before pays it too little attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from vtprune import budget
+from vtprune.errors import BudgetError
+from vtprune.methods.base import InLLM
+from vtprune.ops.attention_threshold import above_threshold, rising_threshold
+from vtprune.ops.selection import top_k_mask
+from vtprune.signals import AttentionShare
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTP(InLLM):
+    """Drops visual tokens on the input of every layer by the attention they receive in the one before.
+
+    Learned Token Pruning (arXiv 2107.00910) with fixed thresholds, as its training starts from; nothing is learned.
+    Stage: inside the LLM, on the input of every layer but the first. The score of a token is the attention it receives
+    from all tokens of the prompt, over all heads. Positions are kept.
+    Deviations: made for text encoders, applied to the visual tokens of a causal decoder, where early tokens are seen by
+    more and so receive more; tokens are removed, not masked; thresholds count in multiples of the average score, which
+    is one over the number of tokens, so that they mean the same at any length (the reference's divides by the padded
+    length and its thresholds are absolute).
+
+    Fields
+        keep_ratio, keep_tokens: optional; with either, as many tokens as meet it go in equal steps, those that receive
+            least first, and thresholds play no part.
+        threshold: what the threshold rises to behind the last layer, in even steps from 0 at the first, as a multiple
+            of the average score, >= 0, default 1.28: the published 0.01 at 128 tokens.
+    """
+
+    name: ClassVar[str] = "ltp"
+    signal: ClassVar[str] = "attention in the LLM, from all tokens"
+    paper: ClassVar[str] = "arXiv 2107.00910"
+    needs_budget: ClassVar[bool] = False
+
+    threshold: Annotated[float, Ge(0)] = 1.28
+    positions: Literal["original", "compact"] = "original"
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return tuple(range(1, shape.decoder_layers))
+
+    def check_budget(self, shape: ModelShape) -> None:
+        if self.keep_ratio is not None:
+            budget.check_floor(self.name, self.cuts(shape), shape.decoder_layers, self.keep_ratio)
+
+    def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
+        cuts, depth = self.cuts(shape), shape.decoder_layers
+        shares = [1 - cut / depth for cut in cuts]
+        rows = []
+        for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
+            if self.keep_ratio is None and self.keep_tokens is None:
+                rows.append([-1] * len(cuts))
+                continue
+            if self.keep_tokens is not None and self.keep_tokens * count > n:
+                raise BudgetError(
+                    f"keep_tokens={self.keep_tokens} is larger than the image: {n} tokens in {count} crop(s)"
+                )
+            ratio = self.keep_tokens * count / max(n, 1) if self.keep_ratio is None else self.keep_ratio
+            rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio) if n else [0] * len(cuts))
+        return torch.tensor(rows, dtype=torch.long).T
+
+    def signals(self, shape: ModelShape):
+        return (AttentionShare(),)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        received = tokens[AttentionShare()]
+        if self.keep_ratio is not None or self.keep_tokens is not None:
+            return Selection(top_k_mask(received, tokens.valid, tokens.budget))
+        # The operation counts in multiples of the average over the tokens that it is given.
+        scores = received / tokens.lengths.clamp(min=1)[:, None]
+        threshold = rising_threshold(self.threshold, tokens.layer - 1, tokens.shape.decoder_layers)
+        return Selection(above_threshold(scores, tokens.valid, threshold))
