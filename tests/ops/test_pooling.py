@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import BudgetError
-from vtprune.ops.pooling import adaptive_pool, pool_grid, progressive_counts, progressive_pool
+from vtprune.ops.pooling import adaptive_pool, pool_grid, progressive_counts
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
@@ -97,22 +97,6 @@ def test_a_grid_pooled_to_itself_is_itself_and_to_one_cell_its_mean():
         adaptive_pool(features, (3, 5), (1, 1))
     large = torch.full((1, 64, 1), 60000.0, dtype=torch.float16)
     assert torch.equal(adaptive_pool(large, (8, 8), (2, 2)).features, large[:, :4])
-
-
-@pytest.mark.parametrize("frames, group", [(1, 4), (7, 3), (8, 4), (5, 1), (3, 9)])
-@pytest.mark.parametrize("fine, coarse", [((4, 4), (2, 2)), ((2, 2), (3, 3))])
-def test_the_first_frame_of_every_group_has_the_finer_grid(frames, group, fine, coarse):
-    features = torch.randn(frames, 36, 2, generator=torch.Generator().manual_seed(frames))
-    merged = progressive_pool(features, (6, 6), group=group, fine=fine, coarse=coarse)
-    assert (merged.sizes.sum(1) == 36).all()
-    for frame in range(frames):
-        cells = fine if frame % group == 0 else coarse
-        alone = adaptive_pool(features[frame : frame + 1], (6, 6), cells)
-        left = merged.valid[frame]
-        assert left.tolist() == [True] * cells[0] * cells[1] + [False] * (len(left) - cells[0] * cells[1])
-        assert torch.equal(merged.features[frame, left], alone.features[0])
-        assert torch.equal(merged.places[frame, left], alone.places[0])
-        assert torch.equal(merged.sources[frame], alone.sources[0])
 
 
 @given(st.integers(1, 20), st.integers(1, 50), st.integers(1, 8), st.floats(1, 8), st.data())

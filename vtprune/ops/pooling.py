@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, pad
+from torch.nn.functional import adaptive_avg_pool2d
 
 from vtprune.errors import BudgetError
 from vtprune.ops.apportionment import apportion
@@ -80,39 +80,11 @@ def adaptive_pool(features: Tensor, grid: tuple[int, int], cells: tuple[int, int
     return Merged(pooled.to(features.dtype), places.expand(images, -1), sources.expand(images, -1))
 
 
-def progressive_pool(
-    features: Tensor, grid: tuple[int, int], *, group: int, fine: tuple[int, int], coarse: tuple[int, int]
-) -> Merged:
-    """Pool the first frame of every ``group`` consecutive ones to a finer grid than the others.
+def progressive_counts(frames: int, tokens: int, k: int, *, group: int, ratio: float) -> Tensor:
+    """Divide a budget among frames, of which the first of every ``group`` gets more, for :func:`pool_grid` to meet it.
 
     Inspired by the progressive pooling of Visual Context Window Extension (arXiv 2409.20018), whose authors do not
     publish the grids and group sizes they ran.
-
-    Args:
-        features: ``(frames, rows * columns, dim)`` in raster order.
-        grid: ``(rows, columns)``.
-        group: at least 1.
-        fine, coarse: rows and columns to pool to, as for :func:`adaptive_pool`.
-
-    Returns:
-        A group (of tokens) a frame, in the order of time.
-    """
-    leads = torch.arange(len(features), device=features.device) % group == 0
-    finely, coarsely = adaptive_pool(features, grid, fine), adaptive_pool(features, grid, coarse)
-    width = max(finely.places.shape[1], coarsely.places.shape[1])
-
-    def by_frame(lead: Tensor, other: Tensor) -> Tensor:
-        return torch.where(leads.view(-1, *[1] * (lead.dim() - 1)), lead, other)
-
-    return Merged(
-        by_frame(*(pad(part.features, (0, 0, 0, width - part.features.shape[1])) for part in (finely, coarsely))),
-        by_frame(*(pad(part.places, (0, width - part.places.shape[1]), value=-1) for part in (finely, coarsely))),
-        by_frame(finely.sources, coarsely.sources),
-    )
-
-
-def progressive_counts(frames: int, tokens: int, k: int, *, group: int, ratio: float) -> Tensor:
-    """Divide a budget among frames as :func:`progressive_pool` does, for :func:`pool_grid` to meet it exactly.
 
     Args:
         frames: of the video.
