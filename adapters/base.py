@@ -132,9 +132,19 @@ class Adapter(ABC):
         return self.config.vision_config
 
     @property
-    @abstractmethod
+    def has_cls(self) -> bool:
+        """Whether the encoder puts a CLS token before the patches."""
+        return False
+
+    @property
     def shape(self) -> ModelShape:
-        """Depths, and whether there is a CLS token."""
+        """Depths, which layer the projector reads (the config's `vision_feature_layer`, or the last), and `has_cls`."""
+        depth = len(self.encoder_layers())
+        chosen = getattr(self.config, "vision_feature_layer", -1)
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
+        deepest = max(layer if layer >= 0 else depth + 1 + layer for layer in chosen) - 1
+        return ModelShape(depth, len(self.decoder_layers), max(deepest, 0), self.has_cls)
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         """Length, in patches without CLS, of every sequence that the encoder ran for a call; for counting FLOPs."""

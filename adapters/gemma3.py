@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vtprune.adapters.base import Adapter
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class Gemma3(Adapter):
@@ -30,11 +30,6 @@ class Gemma3(Adapter):
 
         types = inputs.get("token_type_ids")
         return None if types is None else get_block_sequence_ids_for_mask(types)
-
-    @property
-    def shape(self):
-        depth = len(self.encoder_layers())
-        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
 
     @property
     def image_grid(self):

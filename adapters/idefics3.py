@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vtprune.adapters.base import Adapter
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class Idefics3(Adapter):
@@ -28,11 +28,6 @@ class Idefics3(Adapter):
     @property
     def projector(self):
         return self.base.connector
-
-    @property
-    def shape(self):
-        depth = len(self.encoder_layers())
-        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
 
     def encoder_sequences(self, kind, inputs):
         return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from vtprune.adapters.base import Adapter
-from vtprune.adapters.llava import feature_layer
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class InternVL(Adapter):
@@ -36,13 +35,8 @@ class InternVL(Adapter):
         return layer.attention
 
     @property
-    def shape(self):
-        return ModelShape(
-            encoder_layers=len(self.encoder_layers()),
-            decoder_layers=len(self.decoder_layers),
-            feature_layer=feature_layer(self.config),
-            has_cls=True,
-        )
+    def has_cls(self):
+        return True
 
     @property
     def _patch(self):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vtprune.adapters.base import Adapter
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class Llava(Adapter):
@@ -30,13 +30,8 @@ class Llava(Adapter):
         return None
 
     @property
-    def shape(self):
-        return ModelShape(
-            encoder_layers=self.vision_config.num_hidden_layers,
-            decoder_layers=len(self.decoder_layers),
-            feature_layer=feature_layer(self.config),
-            has_cls=bool(self.cls_tokens),
-        )
+    def has_cls(self):
+        return bool(self.cls_tokens)
 
     @property
     def cls_tokens(self) -> int:
@@ -60,12 +55,3 @@ class Llava(Adapter):
             Medium.of_grids(grid) if fit else Medium.without_grid(len(image))
             for fit, image in zip(fits, features, strict=True)
         ]
-
-
-def feature_layer(config) -> int:
-    """0-based index of the deepest encoder layer that the projector reads, from `vision_feature_layer`."""
-    chosen = config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    depth = config.vision_config.num_hidden_layers
-    # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
-    return max(max(layer if layer >= 0 else depth + 1 + layer for layer in chosen) - 1, 0)

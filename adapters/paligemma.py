@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from vtprune.adapters.base import Adapter
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class PaliGemma(Adapter):
@@ -26,11 +26,6 @@ class PaliGemma(Adapter):
         # With encoded images, on a cache that holds something, the model takes a prompt for a continuation.
         continued = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
         return None if types is None or continued else torch.where(types == 0, 0, -1)
-
-    @property
-    def shape(self):
-        depth = len(self.encoder_layers())
-        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
 
     @property
     def image_grid(self):

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from vtprune.adapters.base import Adapter, stack_sizes
-from vtprune.adapters.llava import feature_layer
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class Pixtral(Adapter):
@@ -32,15 +31,6 @@ class Pixtral(Adapter):
 
     def encoder_attention(self, layer):
         return layer.attention
-
-    @property
-    def shape(self):
-        return ModelShape(
-            encoder_layers=len(self.encoder_layers()),
-            decoder_layers=len(self.decoder_layers),
-            feature_layer=feature_layer(self.config),
-            has_cls=False,
-        )
 
     def encoder_sequences(self, kind, inputs):
         return [len(grid) for grid in self.patch_grids(inputs)]

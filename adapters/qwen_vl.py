@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from vtprune.adapters.base import PIXELS, Adapter
-from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.tokens import Grid, Medium
 
 
 class Qwen2VL(Adapter):
@@ -35,11 +35,6 @@ class Qwen2VL(Adapter):
     @property
     def projector(self):
         return self.base.visual.merger
-
-    @property
-    def shape(self):
-        depth = len(self.encoder_layers())
-        return ModelShape(depth, len(self.decoder_layers), feature_layer=depth - 1, has_cls=False)
 
     def encoder_sequences(self, kind, inputs):
         # Attention does not cross frames.

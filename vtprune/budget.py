@@ -69,6 +69,18 @@ def check_floor(name: str, cuts: Sequence[int], depth: int, keep_ratio: float) -
         )
 
 
+def schedule_budget(keep_ratio: float | None, keep_tokens: int | None, entering: int, crops: int) -> float:
+    """The keep ratio that a budget asks of one sample with visual tokens, `keep_tokens` counting per crop.
+
+    Raises BudgetError if a count is larger than the sample's crops.
+    """
+    if keep_ratio is not None:
+        return keep_ratio
+    if keep_tokens * crops > entering:
+        raise BudgetError(f"keep_tokens={keep_tokens} is larger than the image: {entering} tokens in {crops} crop(s)")
+    return keep_tokens * crops / entering
+
+
 def schedule_counts(
     name: str, cuts: Sequence[int], shares: Sequence[float], depth: int, entering: int, keep_ratio: float
 ) -> list[int]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
-from vtprune.methods.grids import pool_crops
+from vtprune.methods.grids import even_cells, pool_crops
 from vtprune.ops.apportionment import apportion
-from vtprune.ops.pooling import adaptive_pool, pool_grid
+from vtprune.ops.pooling import adaptive_pool
 from vtprune.tokens import Grid, Selection, VisualTokens
 
 
@@ -44,7 +44,7 @@ class AdaptivePool(BeforeLLM):
     def _pool(self, features: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor, Tensor]:
         cells = _cells(grid, k)
         if cells is None:
-            return pool_grid(features, (grid.rows, grid.cols), k)
+            return even_cells(features, grid, k)
         merged = adaptive_pool(features[None], (grid.rows, grid.cols), cells)
         keep, pooled, sources = (part[0] for part in merged.in_place(features[None]))
         if not self.overlap:

@@ -16,9 +16,19 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
-from vtprune.errors import BudgetError, ConfigError
+from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+def require_cls(name: str, use: str, shape: ModelShape) -> None:
+    """Raise UnsupportedStageError if the encoder has no CLS token, which the method `name` has a `use` for."""
+    if not shape.has_cls:
+        raise UnsupportedStageError(
+            f"{name} {use} a CLS token, and this vision encoder has none; methods that need none: mmtok, divprune, "
+            "fastv, transprune"
+        )
+
 
 KeepRatio = Annotated[float, Interval(gt=0, le=1)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -83,13 +93,17 @@ class Method(ABC):
         """The requests of `vtprune.signals` that `select` will look up; none by default."""
         return ()
 
+
+class _OneStage(Method):
+    """A method that selects, at one stage."""
+
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose `tokens.budget[g]` of the valid tokens of each group g."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeforeLLM(Method):
+class BeforeLLM(_OneStage):
     """A method that acts once on the projected features, before the first decoder layer.
 
     Fields (all methods before the LLM)
@@ -108,7 +122,7 @@ class BeforeLLM(Method):
         return budget.group_counts(lengths, images, self.keep_ratio, self.keep_tokens)
 
 
-class InLLM(Method):
+class InLLM(_OneStage):
     """A method that acts on the input of chosen decoder layers during prefill; a group is one sample."""
 
     stage = "in_llm"
@@ -164,17 +178,11 @@ class Progressive(InLLM):
         for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
             if n == 0:
                 rows.append([0] * len(cuts))
-            elif self.keep_ratio is not None:
-                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, self.keep_ratio))
-            elif self.keep_tokens is not None:
-                if self.keep_tokens * count > n:
-                    raise BudgetError(
-                        f"keep_tokens={self.keep_tokens} is larger than the image: {n} tokens in {count} crop(s)"
-                    )
-                ratio = self.keep_tokens * count / n
-                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
-            else:
+            elif self.keep_ratio is None and self.keep_tokens is None:
                 rows.append([self.count(n, share) for share in shares])
+            else:
+                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, n, count)
+                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
         return torch.tensor(rows, dtype=torch.long).T
 
 
@@ -186,9 +194,6 @@ class Composite(Method):
     @abstractmethod
     def parts(self, shape: ModelShape) -> tuple[Method, ...]:
         """The methods it consists of, in the order of the path."""
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        raise NotImplementedError(f"{self.name} selects through its parts")
 
 
 class Scorer(ABC):

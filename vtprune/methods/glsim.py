@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtprune.errors import UnsupportedStageError
-from vtprune.methods.base import BeforeLLM, Scorer
+from vtprune.methods.base import BeforeLLM, Scorer, require_cls
 from vtprune.signals import ClsSimilarity
 from vtprune.tokens import ModelShape, VisualTokens
 
@@ -34,11 +33,7 @@ class GLSim(Scorer, BeforeLLM):
     metric: Literal["cosine", "l1", "l2"] = "cosine"
 
     def signals(self, shape: ModelShape):
-        if not shape.has_cls:
-            raise UnsupportedStageError(
-                "glsim ranks by similarity to a CLS token, and this vision encoder has none; methods that need none: "
-                "mmtok, divprune, fastv, transprune"
-            )
+        require_cls(self.name, "ranks by similarity to", shape)
         return (ClsSimilarity(self.metric),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:

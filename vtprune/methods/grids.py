@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
+from vtprune.ops.pooling import pool_grid
 from vtprune.tokens import Grid, Selection, VisualTokens
 
 Pooling = Callable[[Tensor, Grid, int], tuple[Tensor, Tensor, Tensor]]
 """Features (rows * columns, dim), their grid and how many to leave -> keep, features and sources, as a `Selection`."""
 
 
-def pool_crops(name: str, tokens: VisualTokens, counts: Callable[[int, Tensor], Tensor], pooling: Pooling) -> Selection:
-    """Pool every crop of every group by itself.
+def pool_crops(
+    name: str, tokens: VisualTokens, counts: Callable[[int, Tensor], Tensor], pooling: Pooling, frames: int = 1
+) -> Selection:
+    """Pool every crop of every group by itself, or the mean of consecutive frames of a video.
 
-    Tokens before a grid (a CLS token) are kept first, and count.
+    Tokens before a grid (a CLS token) are kept first, and count. A mean over frames stands in the middle one.
 
     Args:
         name: of the method, for the error.
-        counts: number of a group, (crops,) long sizes of its crops -> (crops,) long, how many to leave of each.
+        counts: number of a group, (clips,) long sizes of what is pooled -> (clips,) long, how many to leave of each.
+        frames: consecutive frames of a video that are averaged, position by position, before they are pooled as one.
 
     Raises:
         UnsupportedStageError: tokens of a crop are missing, or it has no grid.
@@ -33,13 +37,32 @@ def pool_crops(name: str, tokens: VisualTokens, counts: Callable[[int, Tensor], 
         grids = tokens.layouts[group] if length else ()
         if None in grids:
             raise UnsupportedStageError(f"{name} needs whole images laid out as a grid; put it before other methods")
-        left = counts(group, torch.tensor([len(grid) for grid in grids], dtype=torch.long)).tolist()
-        for crop, (grid, count) in enumerate(zip(grids, left, strict=True)):
-            places = (tokens.crops[group, :length] == crop).nonzero()[:, 0]
-            prefix, patches = places[: min(grid.prefix, count)], places[grid.prefix :]
-            kept, pooled, into = pooling(tokens.features[group, patches], grid, count - len(prefix))
-            keep[group, prefix], keep[group, patches] = True, kept
-            features[group, patches] = pooled
-            sources[group, prefix] = prefix
-            sources[group, patches] = torch.where(into >= 0, patches[into], -1)
+        crops = [(tokens.crops[group, :length] == crop).nonzero()[:, 0] for crop in range(len(grids))]
+        step = frames if tokens.kinds[group] == "video" else 1
+        starts = range(0, len(crops), step)
+        left = counts(group, torch.tensor([len(crops[start]) for start in starts], dtype=torch.long)).tolist()
+        for start, count in zip(starts, left, strict=True):
+            places, grid = torch.stack(crops[start : start + step]), grids[start]
+            means = tokens.features[group, places].float().mean(0).to(features.dtype)
+            kept, pooled, into = _behind_prefix(means, grid, count, pooling)
+            middle = places[(len(places) - 1) // 2]
+            keep[group, middle], features[group, middle] = kept, pooled
+            sources[group, places] = torch.where(into >= 0, middle[into], -1)
     return Selection(keep, features, sources)
+
+
+def _behind_prefix(features: Tensor, grid: Grid, k: int, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool a grid behind tokens without a place: features (tokens, dim) -> keep, features, sources."""
+    prefix = min(grid.prefix, k)
+    kept, pooled, into = pooling(features[grid.prefix :], grid, k - prefix)
+    first = torch.arange(grid.prefix, device=into.device)
+    return (
+        torch.cat([first < prefix, kept]),
+        torch.cat([features[: grid.prefix], pooled]),
+        torch.cat([torch.where(first < prefix, first, -1), torch.where(into >= 0, into + grid.prefix, -1)]),
+    )
+
+
+def even_cells(features: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `Pooling` into exactly `k` rectangles, see `pool_grid`."""
+    return pool_grid(features, (grid.rows, grid.cols), k)

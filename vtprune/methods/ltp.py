@@ -11,7 +11,6 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune import budget
-from vtprune.errors import BudgetError
 from vtprune.methods.base import InLLM
 from vtprune.ops.attention_threshold import above_threshold, rising_threshold
 from vtprune.ops.selection import top_k_mask
@@ -60,13 +59,11 @@ class LTP(InLLM):
         for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
             if self.keep_ratio is None and self.keep_tokens is None:
                 rows.append([-1] * len(cuts))
-                continue
-            if self.keep_tokens is not None and self.keep_tokens * count > n:
-                raise BudgetError(
-                    f"keep_tokens={self.keep_tokens} is larger than the image: {n} tokens in {count} crop(s)"
-                )
-            ratio = self.keep_tokens * count / max(n, 1) if self.keep_ratio is None else self.keep_ratio
-            rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio) if n else [0] * len(cuts))
+            elif n == 0:
+                rows.append([0] * len(cuts))
+            else:
+                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, n, count)
+                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
         return torch.tensor(rows, dtype=torch.long).T
 
     def signals(self, shape: ModelShape):

@@ -10,9 +10,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
-from vtprune.methods.grids import pool_crops
+from vtprune.methods.grids import even_cells, pool_crops
 from vtprune.ops.apportionment import apportion
-from vtprune.ops.pooling import pool_grid, progressive_counts
+from vtprune.ops.pooling import progressive_counts
 from vtprune.tokens import Selection, VisualTokens
 
 
@@ -49,6 +49,4 @@ class ProgressivePooling(BeforeLLM):
                 return progressive_counts(len(sizes), int(sizes[0]), budget[group], group=self.frames, ratio=self.ratio)
             return apportion(budget[group], sizes, sizes)
 
-        return pool_crops(
-            self.name, tokens, counts, lambda features, grid, k: pool_grid(features, (grid.rows, grid.cols), k)
-        )
+        return pool_crops(self.name, tokens, counts, even_cells)

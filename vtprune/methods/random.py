@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
+from vtprune.ops.noise import seeded_uniform
 from vtprune.signals import SampleKeys
 from vtprune.tokens import ModelShape, VisualTokens
 
@@ -35,7 +35,4 @@ class Random(Scorer, BeforeLLM):
         return (SampleKeys(),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        width = tokens.valid.shape[1]
-        # The first `n` draws do not depend on how far a row is padded.
-        generators = (torch.Generator().manual_seed(self.seed * 1_000_003 + key) for key in tokens[SampleKeys()])
-        return torch.stack([torch.rand(width, generator=g) for g in generators]).to(tokens.valid.device)
+        return seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1]).to(tokens.valid.device)

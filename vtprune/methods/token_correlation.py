@@ -10,8 +10,9 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.methods.base import BeforeLLM
+from vtprune.errors import ConfigError
+from vtprune.methods.base import BeforeLLM, require_cls
+from vtprune.ops.noise import seeded_uniform
 from vtprune.ops.repetition import global_and_local, information_density
 from vtprune.signals import ClsAttention, EncoderKeys, SampleKeys
 from vtprune.tokens import ModelShape, Selection, VisualTokens
@@ -62,11 +63,7 @@ class TokenCorrelation(BeforeLLM):
         return local, deep
 
     def signals(self, shape: ModelShape):
-        if not shape.has_cls:
-            raise UnsupportedStageError(
-                "token_correlation goes by the attention of a CLS token, and this vision encoder has none; methods "
-                "that need none: mmtok, divprune, fastv, transprune"
-            )
+        require_cls(self.name, "goes by the attention of", shape)
         layers = self.layers(shape)
         return ClsAttention(layers), EncoderKeys(layers[0]), *(() if self.seed is None else (SampleKeys(),))
 
@@ -87,8 +84,6 @@ class TokenCorrelation(BeforeLLM):
         return Selection(keep.to(tokens.valid.device))
 
     def _noise(self, tokens: VisualTokens) -> Tensor:
-        """(groups, tokens) uniform in (0, 1); the first `n` of a row do not depend on how far it is padded."""
-        width = tokens.valid.shape[1]
-        generators = (torch.Generator().manual_seed(self.seed * 1_000_003 + key) for key in tokens[SampleKeys()])
-        tiny = torch.finfo(torch.float32).tiny
-        return torch.stack([torch.rand(width, generator=generator) for generator in generators]).clamp_min(tiny)
+        """(groups, tokens) uniform in (0, 1)."""
+        noise = seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1])
+        return noise.clamp_min(torch.finfo(noise.dtype).tiny)

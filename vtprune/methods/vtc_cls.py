@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.methods.base import BeforeLLM, Scorer
+from vtprune.errors import ConfigError
+from vtprune.methods.base import BeforeLLM, Scorer, require_cls
 from vtprune.ops.cls_attention import cls_score
 from vtprune.signals import ClsAttention
 from vtprune.tokens import ModelShape, VisualTokens
@@ -48,11 +48,7 @@ class VTCCls(Scorer, BeforeLLM):
         return layers
 
     def signals(self, shape: ModelShape):
-        if not shape.has_cls:
-            raise UnsupportedStageError(
-                "vtc_cls ranks by the attention of a CLS token, and this vision encoder has none; methods that need "
-                "none: mmtok, divprune, fastv, transprune"
-            )
+        require_cls(self.name, "ranks by the attention of", shape)
         return (ClsAttention(self.layers(shape)),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:

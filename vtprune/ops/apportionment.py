@@ -40,3 +40,20 @@ def apportion(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
     remainder = (exact - counts).masked_fill(counts >= capacities, -1)
     counts[remainder.argsort(descending=True, stable=True)[: total - int(counts.sum())]] += 1
     return counts
+
+
+def share_out(sizes: Tensor, k: int) -> Tensor:
+    """Divide ``k`` among parts that follow one another in time, in proportion to their sizes.
+
+    Running totals are rounded, so the sum is exact and what fractions leave over is spread over the whole time.
+
+    Args:
+        sizes: ``(parts,)`` long.
+        k: at most the sum of the sizes.
+
+    Returns:
+        ``(parts,)`` long, each less than one away from its proportion, and never above its size.
+    """
+    totals = sizes.cumsum(0)
+    whole = max(int(sizes.sum()), 1)
+    return ((2 * totals * k + whole) // (2 * whole)).diff(prepend=totals.new_zeros(1))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
+from vtprune.ops.apportionment import share_out
 from vtprune.ops.density_peaks import density_peaks, merge_clusters
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.selection import top_k_mask
@@ -118,23 +119,6 @@ def merge_video(
 def effective_ratio(keep_ratio: float, tokens: int, saved: int) -> float:
     """Share of the tokens left by merging over time that makes up ``keep_ratio`` of all; at most 1."""
     return min(keep_ratio / ((tokens - saved) / tokens), 1.0)
-
-
-def share_out(sizes: Tensor, k: int) -> Tensor:
-    """Divide ``k`` among parts that follow one another in time, in proportion to their sizes.
-
-    Running totals are rounded, so the sum is exact and what fractions leave over is spread over the whole time.
-
-    Args:
-        sizes: ``(parts,)`` long.
-        k: at most the sum of the sizes.
-
-    Returns:
-        ``(parts,)`` long, each less than one away from its proportion, and never above its size.
-    """
-    totals = sizes.cumsum(0)
-    whole = max(int(sizes.sum()), 1)
-    return ((2 * totals * k + whole) // (2 * whole)).diff(prepend=totals.new_zeros(1))
 
 
 def _exact_counts(static: Tensor, dynamic: Tensor, segment_of: Tensor, k: int) -> tuple[Tensor, Tensor]:

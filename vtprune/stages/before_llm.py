@@ -37,12 +37,13 @@ def prune_before_llm(
     text: `text(call, groups, request)` -> one (text tokens, dim) tensor a group, see `vtprune.question`.
     """
     for method in methods:
-        groups = call.crop_groups() if method.scope == "crop" else call.image_groups()
+        by_crop = call.crop_groups()
+        groups = by_crop if method.scope == "crop" else call.image_groups()
         lengths = groups.valid.sum(1).cpu()
         budget = method.budgets(lengths, groups.images.cpu())
         if bool((budget >= lengths).all()):
             continue
-        crops, layouts = _crops(call, groups)
+        crops, layouts = _crops(call, groups, by_crop)
         tokens = VisualTokens(
             features=groups.gather(hidden),
             valid=groups.valid,
@@ -60,11 +61,11 @@ def prune_before_llm(
     return hidden
 
 
-def _crops(call: Call, groups: Groups) -> tuple[Tensor, tuple[tuple[Grid | None, ...], ...]]:
+def _crops(call: Call, groups: Groups, by_crop: Groups) -> tuple[Tensor, tuple[tuple[Grid | None, ...], ...]]:
     """Number of each token's crop within its group, and each crop's layout: see `VisualTokens`."""
     media = call.media
     labels = groups.gather(call.crop_labels()).masked_fill(~groups.valid, -1)
-    alive = call.crop_groups().valid.sum(1).tolist()
+    alive = by_crop.valid.sum(1).tolist()
     grids = [
         grid if grid is not None and count == len(grid) else None
         for grid, count in zip(media.grids, alive, strict=True)
