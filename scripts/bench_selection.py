@@ -28,6 +28,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import vtprune
+from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.coverage import coverage_matrices, max_coverage
 from vtprune.ops.density_peaks import density_peaks, merge_clusters
 from vtprune.ops.diversity import max_min_diversity
@@ -210,6 +211,24 @@ def batched_clustering(points: Tensor, clusters: int) -> Tensor:
     return centres
 
 
+def tabled_merging(frames: Tensor, k: int) -> Tensor:
+    """Rounds of merging as the formulas stand: directions, the table of cosines, means by scattering; returns who is
+    left of each frame."""
+    places = torch.arange(frames.shape[1]).expand(len(frames), -1)
+    while (tokens := frames.shape[1]) > k:
+        count = min(tokens // 2, tokens - k)
+        directions = torch.nn.functional.normalize(frames, dim=-1)
+        similarity, partner = (directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)).max(dim=2)
+        going = similarity.argsort(dim=1, descending=True, stable=True)[:, :count]
+        rows = going.unsqueeze(2).expand(-1, -1, frames.shape[2])
+        into = partner.gather(1, going).unsqueeze(2).expand_as(rows)
+        merged = frames.clone()
+        merged[:, 1::2] = frames[:, 1::2].scatter_reduce(1, into, frames[:, ::2].gather(1, rows), "mean")
+        stays = torch.ones_like(places, dtype=torch.bool).scatter_(1, 2 * going, False)
+        frames, places = (x[stays].unflatten(0, (len(x), -1)) for x in (merged, places))
+    return places
+
+
 def clip_like(frames: int, positions: int = 196) -> Tensor:
     """Which positions are still from frame to frame: shots of about 20 frames, in each of which some part moves."""
     generator = torch.Generator().manual_seed(frames)
@@ -246,9 +265,22 @@ def merging(repeats: int, large: bool) -> None:
             repeats,
             memory=True,
         )
+    # A video, one down to a few tokens a frame, and an image.
+    for frames, n, k in [(32, 196, 49), (32, 196, 4), (1, 2880, 320)] + [(192, 196, 49)] * large:
+        tokens = image_like(frames * n, dim=896)[0].view(frames, n, -1)
+        compare(
+            table,
+            "bipartite_merging",
+            f"{frames} x {n}, {k}",
+            lambda tokens=tokens, k=k: bipartite_merging(tokens, k).places,
+            lambda tokens=tokens, k=k: tabled_merging(tokens, k),
+            repeats,
+            memory=True,
+        )
     console.print(table)
     console.print(
-        "Sizes: frames x positions; points (of 896 channels), clusters. Memory is that of tensors, inputs left out.\n"
+        "Sizes: frames x positions; points, clusters; frames x tokens, left of each (896 channels). Memory is that of "
+        "tensors, inputs left out.\n"
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from vtprune.errors import VTPruneError
 from vtprune.ops.merging import Merged
@@ -150,6 +151,6 @@ def _means(state: Tensor, joins: Tensor, alive: Tensor, left: int) -> Tensor:
     rows = alive.flatten().nonzero()[:, 0]
     target = (joins + left * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
     sizes = target.bincount(minlength=groups * left)
-    members = state.flatten(0, 1).index_select(0, rows[target.argsort(stable=True)])
-    sums = torch.segment_reduce(members, "sum", lengths=sizes, axis=0)
+    members = rows[target.argsort(stable=True)]
+    sums = embedding_bag(members, state.flatten(0, 1), sizes.cumsum(0) - sizes, mode="sum")
     return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, left, dim)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark compares like with like: both sides choose the same, and its figures are what they say."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.table import Table
+
+from vtprune.ops.bipartite_merging import bipartite_merging
+from vtprune.ops.coverage import max_coverage
+from vtprune.ops.diversity import max_min_diversity
+from vtprune.ops.segmentation import segment_frames
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+    try:
+        import bench_selection
+    finally:
+        sys.path.pop(0)
+    return bench_selection
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 39, 40])
+def test_greedy_selections_are_the_same(script, k):
+    inputs = script.image_like(40, text_tokens=5, dim=16)
+    assert torch.equal(script.dense_coverage(*inputs, k), max_coverage(*inputs, k))
+    assert torch.equal(script.dense_diversity(inputs[0], k), max_min_diversity(inputs[0], k))
+
+
+@pytest.mark.parametrize("frames", [2, 9, 60])
+def test_segmentations_are_the_same(script, frames):
+    still = script.clip_like(frames, positions=30)
+    assert torch.equal(script.tabled_segmentation(still), segment_frames(still)[0])
+
+
+@pytest.mark.parametrize(("n", "clusters"), [(20, 7), (60, 9)])
+def test_clusterings_are_the_same(script, n, clusters):
+    points = script.image_like(n, dim=12)[0]
+    assert torch.equal(script.looped_clustering(points, clusters), script.batched_clustering(points, clusters))
+
+
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (31, 31), (31, 20), (31, 4), (196, 3)])
+def test_mergings_are_the_same(script, n, k):
+    frames = script.image_like(5 * n, dim=24)[0].view(5, n, -1)
+    left = script.tabled_merging(frames, k)
+    assert left.shape == (5, k)
+    assert torch.equal(left, bipartite_merging(frames, k).places)
+
+
+def test_a_row_holds_times_ratio_agreement_and_memory(script):
+    table = Table(*"abcdefgh")
+
+    def slow():
+        time.sleep(0.05)
+        return torch.arange(1 << 18).sort().indices[:3]
+
+    script.compare(table, "step", "3", lambda: torch.arange(3), slow, repeats=2, memory=True)
+    script.compare(table, "step", "3", lambda: torch.arange(3), lambda: torch.ones(3), repeats=1)
+    cells = [list(column.cells) for column in table.columns]
+    assert float(cells[2][0].removesuffix(" ms")) >= 50
+    assert float(cells[4][0].removesuffix(" x").replace(",", "")) > 10
+    assert cells[5] == ["yes", "[red]NO[/red]"]
+    # A sort of 2^18 numbers holds 2 MiB each of numbers, sorted ones and indices.
+    assert 6 <= float(cells[6][0].removesuffix(" MiB")) < 20
+    assert cells[7][0] == "0.0 MiB"
+
+
+def test_peak_memory_counts_what_is_held_at_once(script):
+    def one_after_the_other():
+        for _ in range(4):
+            torch.zeros(1 << 20)
+
+    def together():
+        return [torch.zeros(1 << 20) for _ in range(4)]
+
+    assert script.peak_bytes(one_after_the_other) == 4 << 20
+    assert script.peak_bytes(together) == 16 << 20
+
+
+def test_the_merging_part_runs(script, capsys, monkeypatch):
+    """At a fraction of its sizes."""
+    clip_like, image_like = script.clip_like, script.image_like
+    monkeypatch.setattr(script, "clip_like", lambda frames: clip_like(frames // 16))
+    monkeypatch.setattr(script, "image_like", lambda n, dim: image_like(n, dim=dim // 28))
+    monkeypatch.setattr(script, "console", script.Console(width=160))
+    script.main(repeats=1, part=script.Part.MERGING)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "yes" in line]
+    assert [sum(step in row for row in rows) for step in ("segment_frames", "density_peaks", "bipartite_merging")] == [
+        2,
+        2,
+        3,
+    ]
+    assert all(row.count(" ms ") == 2 and row.count(" MiB ") == 2 and " x " in row for row in rows)
+    assert not any("NO" in line for line in lines)
