@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `downsample` baseline: a smaller image instead of fewer tokens of the large one.
+"""The `downsample` baseline: a smaller image, or fewer frames, instead of fewer tokens of what was encoded whole.
 
-The image is prepared as always (resized, cropped), then shrunk until its patches fill the grid that the budget
+An image is prepared as always (resized, cropped), then shrunk until its patches fill the grid that the budget
 allows. Encoder, projector and LLM run on these patches alone; the encoder's position embeddings are interpolated to the
 smaller grid by transformers' own `interpolate_pos_encoding`. Nothing is enlarged again, so the token counts are equal
 to those of a pruning method, and the encoder gets cheaper as well, which no pruning method before the LLM achieves.
 (VTC-Bench, arXiv 2510.07143, found this baseline above many methods.)
+
+Of a video the processor samples fewer frames. Frames are not made smaller: LLaVA-OneVision, for one, lays every frame
+out in the grid that its configuration states.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 import vtprune
-from vtprune.errors import UnsupportedStageError
+from vtprune.errors import BudgetError, UnsupportedStageError
 from vtprune.eval.inputs import chat_inputs, processed_view
 
 
@@ -82,3 +86,37 @@ class Downsampler:
             yield
         finally:
             handle.remove()
+
+
+class FewerFrames:
+    """Makes inputs of fewer frames of a video; the counterpart of `Downsampler`.
+
+    Args:
+        processor: one that samples a fixed number of frames from every video.
+        keep_ratio: share of those frames, in (0, 1); met as nearly as whole frames can.
+
+    Raises:
+        UnsupportedStageError: the processor samples by frame rate, or not at all.
+        BudgetError: less than one frame.
+    """
+
+    def __init__(self, processor: Any, keep_ratio: float):
+        self.processor = processor
+        video_processor = processor.video_processor
+        usual = video_processor.num_frames
+        if not video_processor.do_sample_frames or usual is None:
+            raise UnsupportedStageError(
+                "downsample of videos needs a processor that samples a fixed number of frames, set by do_sample_frames "
+                "and num_frames"
+            )
+        if keep_ratio * usual < 1:
+            raise BudgetError(
+                f"downsample keeps whole frames, so of {usual} it cannot keep less than {1 / usual:.1%}; "
+                f"{keep_ratio:.1%} was asked for",
+                floor=1 / usual,
+            )
+        self.frames = round(keep_ratio * usual)
+
+    def inputs(self, videos: Sequence[str | Path], questions: Sequence[str]) -> Any:
+        """As `chat_inputs`, with `self.frames` frames a video."""
+        return chat_inputs(self.processor, videos, questions, "video", num_frames=self.frames)

@@ -29,7 +29,13 @@ _COLOURS = [
     "#b8860b",
 ]
 _MARKERS = "osD^vP*X<>"
-_PLAIN = {"random": "#8a8a8a", "uniform": "#6b6b6b", "pool": "#a8a8a8", "downsample": "#4d4d4d"}
+_PLAIN = {
+    "random": "#8a8a8a",
+    "uniform": "#6b6b6b",
+    "uniform_frames": "#9c9c9c",
+    "pool": "#a8a8a8",
+    "downsample": "#4d4d4d",
+}
 """The baselines are grey, so that the methods stand out against them."""
 _DODGE = 1.015
 """Factor between neighbouring rows on the horizontal axis: most have the same cost, and their bars would coincide."""
@@ -109,7 +115,8 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
             axes.axhline(score, label=label, zorder=1, **style)
             axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
             continue
-        colour = _PLAIN.get(label) or next(colours)
+        method = next(iter(by_ratio.values())).cells[0]["method"]
+        colour = _PLAIN.get(method) or next(colours)
         shape = next(marker)
         if not entries:  # every budget under its floor: the legend still says that the method was asked for
             axes.plot([], [], color=colour, marker=shape, label=f"{label} (no cell)")
@@ -125,7 +132,7 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
             color=colour,
             marker=shape,
             markersize=6,
-            linestyle=":" if label in _PLAIN else "-",
+            linestyle=":" if method in _PLAIN else "-",
             linewidth=1.4,
             elinewidth=0.8,
             capsize=2,

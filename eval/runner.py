@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import vtprune
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.eval.cells import Cell, Identity, expand
 from vtprune.eval.config import EvalConfig
-from vtprune.eval.downsample import Downsampler
-from vtprune.eval.inputs import chat_inputs, load_model, resolve_model
+from vtprune.eval.downsample import Downsampler, FewerFrames
+from vtprune.eval.inputs import InputCache, chat_inputs, load_model, resolve_model
 from vtprune.eval.measure import measure, result_lines
 from vtprune.eval.results import CellFile, Record, cell_path, to_line, write_atomically
 from vtprune.eval.tasks import TASKS, Example, Task
@@ -44,25 +44,25 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
         ConfigError: the model or the task cannot be loaded, what evaluation needs is not installed, or another run
             holds the output folder.
     """
-    for module in ("matplotlib", "numpy", "filelock"):
+    task = TASKS[config.task]()
+    for module in ("matplotlib", "numpy", "filelock", *(["av"] if task.kind == "video" else [])):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f'evaluation needs {module}: pip install "vtprune[eval]"')
     config.output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(config.output / ".lock", timeout=0):
-            return _run(config, console or Console(quiet=True))
+            return _run(config, task, console or Console(quiet=True))
     except Timeout as error:
         raise ConfigError(f"{config.output}: another evaluation is running in this folder") from error
 
 
-def _run(config: EvalConfig, console: Console) -> list[Record]:
+def _run(config: EvalConfig, task: Task, console: Console) -> list[Record]:
     from vtprune.eval.plots import families, pareto
     from vtprune.eval.summary import summary_markdown
 
     cells = expand(config)
     model_path = resolve_model(config.model)
     identity = Identity.of(config, model_path)
-    task = TASKS[config.task]()
     examples = list(task.examples(config.limit))
     batches = [range(i, min(i + config.batch_size, len(examples))) for i in range(0, len(examples), config.batch_size)]
     files = [CellFile(_path(config.output, cell, identity), batches) for cell in cells]
@@ -100,14 +100,27 @@ def _progress(console: Console, files: Sequence[CellFile], examples: int) -> Ite
 
 
 class Evaluator:
-    """A loaded model and the examples that every cell runs over."""
+    """A loaded model and the examples that every cell runs over.
+
+    Raises:
+        ConfigError: the model does not take what the task shows.
+    """
 
     def __init__(self, config: EvalConfig, task: Task, examples: Sequence[Example], model: Any, processor: Any):
+        adapter = vtprune.adapter_for(model)
+        if task.kind not in adapter.kinds:
+            raise ConfigError(f"task {config.task!r} shows {task.kind}s, which {adapter.family} does not take")
         self.config = config
         self.task = task
         self.examples = examples
         self.model = model
         self.processor = processor
+        self.inputs = InputCache(lambda batch: chat_inputs(processor, *self._asked(batch), task.kind))
+
+    def _asked(self, batch: range) -> tuple[list[Any], list[str]]:
+        """The media and the questions of some examples."""
+        examples = [self.examples[i] for i in batch]
+        return [getattr(e, self.task.kind) for e in examples], [e.question for e in examples]
 
     def run_cell(self, cell: Cell, file: CellFile, progress: Callable[[str, int], None]) -> None:
         """Runs the batches that `file` lacks and appends their records."""
@@ -120,7 +133,7 @@ class Evaluator:
                 prepare, session = self._open(cell, stack)
                 for batch in file.remaining:
                     started = time.perf_counter()
-                    records = self._run_batch([self.examples[i] for i in batch], batch, prepare, session)
+                    records = self._run_batch(batch, prepare(batch), session)
                     file.append(records)
                     self._log_time(file, batch, time.perf_counter() - started)
                     progress(label, len(batch))
@@ -131,19 +144,18 @@ class Evaluator:
             file.end(UNDER_FLOOR if details else UNSUPPORTED, reason=str(error), **details)
             progress(label, len(self.examples))
 
-    def _open(self, cell: Cell, stack: ExitStack) -> tuple[Callable[..., Any], Any]:
-        """What makes the cell's inputs, and the session it runs in; closed with `stack`.
+    def _open(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[range], Mapping[str, Any]], Any]:
+        """What makes the cell's inputs of a batch, and the session it runs in; closed with `stack`.
 
-        The full model and the downsampled image run in a session that prunes nothing, for its measurements.
+        The full model and what is downsampled run in a session that prunes nothing, for its measurements.
         """
-
-        def prepare(images: Sequence[Any], questions: Sequence[str]) -> Any:
-            return chat_inputs(self.processor, images, questions)
-
+        prepare: Callable[[range], Mapping[str, Any]] = self.inputs
         if cell.method == "downsample":
-            downsampler = Downsampler(self.model, self.processor, cell.keep_ratio)
-            stack.enter_context(downsampler.interpolated())
-            prepare = downsampler.inputs
+            smaller = self._downsampled(cell.keep_ratio, stack)
+
+            def prepare(batch: range) -> Mapping[str, Any]:
+                return smaller.inputs(*self._asked(batch))
+
         if cell.method in ("full", "downsample"):
             session = vtprune.prune(self.model, _NOTHING_PRUNED)
         elif cell.method == "zero":
@@ -152,14 +164,21 @@ class Evaluator:
             session = vtprune.prune(self.model, cell.spec, keep_ratio=cell.keep_ratio)
         return prepare, stack.enter_context(session)
 
+    def _downsampled(self, keep_ratio: float, stack: ExitStack) -> Downsampler | FewerFrames:
+        if self.task.kind == "video":
+            return FewerFrames(self.processor, keep_ratio)
+        downsampler = Downsampler(self.model, self.processor, keep_ratio)
+        stack.enter_context(downsampler.interpolated())
+        return downsampler
+
     @torch.inference_mode()
-    def _run_batch(self, examples: Sequence[Example], indices: range, prepare: Any, session: Any) -> list[Record]:
-        inputs = prepare([e.image for e in examples], [e.question for e in examples])
+    def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
         inputs = inputs.to(self.model.device, self.model.dtype)
         limit = self.config.max_new_tokens or self.task.max_new_tokens
         output = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
         answers = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         measured = measure(session.report)
+        examples = [self.examples[i] for i in batch]
         return [
             {
                 "index": index,
@@ -170,7 +189,7 @@ class Evaluator:
                 "score": self.task.score(answer, example.answer),
                 **costs,
             }
-            for index, example, answer, costs in zip(indices, examples, answers, measured, strict=True)
+            for index, example, answer, costs in zip(batch, examples, answers, measured, strict=True)
         ]
 
     def _log_time(self, file: CellFile, batch: range, seconds: float) -> None:

@@ -185,7 +185,8 @@ _ON_TOKENS = """\
 Visual tokens that enter the last decoder layer, averaged over examples; in brackets the visual tokens
 averaged over all layers as a share of the unpruned model's. The columns are the budget *asked for*. A method
 that prunes inside the language model keeps everything up to its first pruning layer: a budget it cannot meet
-is shown as under its floor, with the floor in brackets. `downsample` can only make grids of whole patches."""
+is shown as under its floor, with the floor in brackets. `downsample` can only make grids of whole patches, and of a
+video whole frames."""
 
 _ON_COST = """\
 FLOPs of the language model's prefill of one example, from the measured tokens of every layer, and their share
