@@ -113,6 +113,9 @@ class AttentionShare:
     """(groups, tokens): attention that each visual token receives in the decoder layer before the cut, from all tokens
     of the prompt and over all heads, as a multiple of what a token receives on average."""
 
+    of_padded: bool = False
+    """Instead, the sum over what is left of the prompt divided by the columns that came in, padding included."""
+
 
 @dataclass(frozen=True)
 class Transition:

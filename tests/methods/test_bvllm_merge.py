@@ -6,6 +6,7 @@ import torch
 
 import vtprune
 from vtprune.ops.bipartite_merging import bipartite_merging
+from vtprune.ops.frame_merging import merge_similar_frames
 from vtprune.tokens import Grid, VisualTokens
 
 GRID = Grid(2, 3)
@@ -51,6 +52,29 @@ def test_tokens_of_the_frames_left_merge():
     sources = selection.sources[0].view(3, 6)
     assert sources[0].tolist() == sources[1].tolist()
     assert selection.keep[0][selection.sources[0]].all()
+
+
+@pytest.mark.parametrize(("k", "sizes"), [(12, [6, 6]), (7, [4, 3])])
+def test_the_reference_loses_frames_that_went_into_a_merged_one(k, sizes):
+    """The third frame resembles the second most, which goes into the first."""
+    angles = torch.tensor([0.0, 0.3, 0.6, 3.0])
+    places = torch.stack((angles.cos(), angles.sin()), dim=1)
+    noise = 0.05 * torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    frames = torch.cat((places, torch.zeros(4, 6)), dim=1)[:, None] + noise
+    tokens = VisualTokens(**vars(clip([0] * 4, k)) | {"features": frames.view(1, 24, 8)})
+    quirky = vtprune.BVLLMMerge(threshold=0.95, reference_quirks=True).select(tokens)
+    assert quirky.keep[0].view(4, 6).sum(1).tolist() == [sizes[0], 0, 0, sizes[1]]
+    metric = frames.mean(1)
+    merged = merge_similar_frames(frames, metric, 0.95, reference_quirks=True)
+    assert merged.sources.tolist() == [[0, 0, -1, 3]]
+    within = bipartite_merging(merged.features[0], torch.tensor(sizes), reference_quirks=True)
+    for frame, features, places in zip((0, 3), within.features, within.places, strict=True):
+        rows = places[places >= 0]
+        torch.testing.assert_close(quirky.features[0].view(4, 6, 8)[frame, rows], features[: len(rows)])
+    sources = quirky.sources[0].view(4, 6)
+    assert (sources[2] == -1).all() and (sources[[0, 1, 3]] >= 0).all() and torch.equal(sources[0], sources[1])
+    sane = vtprune.BVLLMMerge(threshold=0.95).select(tokens)
+    assert (sane.sources >= 0).all()
 
 
 @pytest.mark.parametrize("k", range(1, 31))

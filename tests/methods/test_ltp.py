@@ -53,6 +53,40 @@ def test_what_receives_less_than_the_threshold_of_its_layer_goes(name, threshold
     assert dropped > 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_the_reference_dilutes_scores_by_padding_and_takes_thresholds_as_they_are(name):
+    """Sums of the eager weights over the real rows, divided by the length of the padded batch."""
+    model = families.shared(name, "eager")
+    batch = families.batch(name, model)
+    padded = batch.inputs["input_ids"].shape[1]
+    assert batch.pads[0] > 0 and batch.padding_side == "left"
+    weights = {}
+
+    def watch(layer):
+        return lambda module, args, output: weights.update({layer: output[1]})
+
+    layers = model.get_decoder().layers
+    with vtprune.prune(model, "ltp", threshold=0.03, reference_quirks=True) as session:
+        handles = [layer.self_attn.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
+        model(**batch.inputs)
+        for handle in handles:
+            handle.remove()
+    report, outcomes = session.report, set()
+    for sample, pads in enumerate(batch.pads):
+        text = (~torch.isin(torch.arange(pads, padded), report.visual[sample])).nonzero()[:, 0] + pads
+        for layer in range(DEPTH - 1):
+            alive = report.kept(sample, layer)
+            columns = torch.cat([text, alive]).sort().values
+            own = weights[layer][sample, :, -len(columns) :, -len(columns) :]
+            scores = own.mean(0).sum(0)[torch.searchsorted(columns, alive)] / padded
+            left = torch.isin(alive, report.kept(sample, layer + 1))
+            limit = max(0.03 * layer / DEPTH, 1e-5)
+            assert (scores[left] >= limit - 1e-6).all() and (scores[~left] < limit + 1e-6).all()
+            outcomes.update(left.tolist() if layer else [])
+    assert outcomes == {True, False}
+
+
 def test_without_a_threshold_all_stay():
     with pytest.raises(vtprune.NothingPrunedError):
         run("llava", threshold=0)

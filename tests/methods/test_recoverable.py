@@ -49,6 +49,20 @@ def test_each_image_is_recovered_as_by_the_operation(k):
         assert not selection.keep[group, length:].any()
 
 
+def test_the_reference_counts_centres_by_width_and_compares_the_first_keys():
+    tokens = two_images(-1)
+    attention, keys, texts = (tokens[request] for request in REQUESTS)
+    selection = vtprune.Recoverable(reference_quirks=True).select(tokens)
+    sane = vtprune.Recoverable().select(tokens)
+    for group, length in enumerate(LENGTHS):
+        values = tokens.features[group, :length]
+        scores = attention[group, 0, :, :length].mean(0), text_scores(texts[group].mean(0), values)
+        expected = recover(values, keys[group, :length], *scores, reference_quirks=True).in_place(values[None])
+        for part, other in zip((selection.keep, selection.features, selection.sources), expected, strict=True):
+            torch.testing.assert_close(part[group, :length], other[0])
+    assert not torch.equal(selection.features, sane.features)
+
+
 def test_the_rest_can_be_dropped():
     tokens = two_images(-1)
     selection = vtprune.Recoverable(gather=False).select(tokens)

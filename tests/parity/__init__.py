@@ -78,6 +78,16 @@ def one_group(
     )
 
 
+def one_per_group(features: Tensor, budget: int, **facts) -> VisualTokens:
+    """What a method sees before the LLM of several images or frames: features (groups, tokens, dim)."""
+    return VisualTokens(
+        features=features,
+        valid=torch.ones(features.shape[:2], dtype=torch.bool),
+        budget=torch.full((len(features),), budget),
+        **facts,
+    )
+
+
 def kept(method, tokens: VisualTokens) -> Tensor:
     """Ascending indices of the tokens that a method keeps of a single group."""
     return method.select(tokens).keep[0].nonzero()[:, 0]

@@ -5,14 +5,17 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from vtprune.methods import AIM
 from vtprune.ops.attention import rotate
 from vtprune.ops.bipartite_merging import bipartite_match, bipartite_merging
 from vtprune.ops.page_rank import attention_page_rank
 from vtprune.ops.schedules import linear_decay
 from vtprune.ops.selection import top_k_mask
+from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, same
+from . import Vector, close, handles, one_per_group, same
 
+SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_cls=False)
 MERGES = ("p4375_", "p125_", "n169_", "n196r24_", "n7r1_", "n2r1_", "n5r99_", "b1n49_", "")
 
 
@@ -37,6 +40,12 @@ def merging(v: Vector) -> None:
             merged = bipartite_merging(features, left, metric=metric, reference_quirks=True)
             close(merged.features, v[f"{key}_out"], atol=1e-6)
             assert merged.sizes.sum(1).eq(features.shape[1]).all()
+            if metric is None:
+                merge, _ = AIM(keep_ratio=0.1, reference_quirks=True).parts(SHAPE)
+                selection = merge.select(one_per_group(features, left))
+                order = merged.places.argsort(dim=1).unsqueeze(-1)
+                expected = v[f"{key}_out"].gather(1, order.expand_as(merged.features))
+                close(selection.features[selection.keep], expected.flatten(0, 1), atol=1e-6)
             tokens = compared = v[f"{key}_out"]
             index += 1
         # By default the first round leaves the same tokens, in the order in which they were.

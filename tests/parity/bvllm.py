@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import torch
+
+from vtprune.methods import BVLLMMerge
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
 
-from . import Vector, close, handles
+from . import Vector, close, handles, one_per_group, same
 
 
 @handles("bvllm_*")
@@ -19,4 +22,12 @@ def merges(v: Vector) -> None:
 
     queries = v["q"]
     for count in (4, 9, 11, 16, 20, 31, 32):
-        close(bipartite_merging(queries, count, reference_quirks=True).features, v[f"mlm_{count}"], atol=1e-6)
+        merged = bipartite_merging(queries, count, reference_quirks=True)
+        close(merged.features, v[f"mlm_{count}"], atol=1e-6)
+        # The method leaves the same tokens in their places.
+        method = BVLLMMerge(scope="crop", reference_quirks=True)
+        crops = torch.zeros(queries.shape[:2], dtype=torch.long)
+        selection = method.select(one_per_group(queries, count, crops=crops, kinds=("video",) * len(queries)))
+        for group, places in enumerate(merged.places):
+            same(selection.keep[group].nonzero()[:, 0], places.sort().values)
+            close(selection.features[group, places], v[f"mlm_{count}"][group], atol=1e-6)

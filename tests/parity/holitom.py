@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
+from vtprune.methods import HoliTom
 from vtprune.ops.absorption import absorb_dropped
 from vtprune.ops.density_peaks import (
     density_peak_order,
@@ -17,9 +18,12 @@ from vtprune.ops.emission import reading_order, with_newlines
 from vtprune.ops.frame_pooling import pool_frames
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
-from vtprune.signals import RowContext, decoder_attention_rows
+from vtprune.signals import AttentionReceived, RowContext, decoder_attention_rows
+from vtprune.tokens import Grid, ModelShape
 
-from . import Vector, close, handles, same
+from . import Vector, close, handles, one_per_group, same
+
+SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_cls=False)
 
 
 @handles(
@@ -56,6 +60,24 @@ def before_the_llm(v: Vector) -> None:
     emitted = torch.cat(whole) if columns else with_newlines(torch.cat(whole))
     same(emitted, with_newlines(reading_order(video.part, by_part=columns is None), columns))
     close(_rows(v, video, emitted), v["out"], atol=1e-6)
+
+    # The method leaves the same tokens, in the order of the frames.
+    (method,) = HoliTom(keep_ratio=p["RETAIN_RATIO"], inner_share=1.0, reference_quirks=True, **parameters).parts(SHAPE)
+    places = Grid(p["pooled_side"], p["pooled_side"])
+    selection = method.select(
+        one_per_group(
+            features.flatten(0, 1)[None],
+            round(p["RETAIN_RATIO"] * saliency.numel()),
+            signals={AttentionReceived(SHAPE.feature_layer): saliency.flatten()[None]},
+            shape=SHAPE,
+            crops=torch.arange(len(features)).repeat_interleave(len(places))[None],
+            layouts=((places,) * len(features),),
+            kinds=("video",),
+        )
+    )
+    same(selection.keep[0], video.keep.flatten())
+    close(selection.features[selection.keep], video.features[video.keep])
+    same(selection.sources[0], video.sources.flatten())
 
     exact = merge_video(features, saliency, p["RETAIN_RATIO"], **parameters)
     assert exact.keep.sum() == min(round(p["RETAIN_RATIO"] * saliency.numel()), saliency.numel() - saved)

@@ -42,6 +42,9 @@ class AIM(Composite):
         temperature: divisor of the attention scores, > 0, default 0.1.
         iterations: steps of PageRank, >= 0, default 5.
         damping: share of the rank dealt out anew in each step, in [0, 1], default 0.
+        reference_quirks: between rounds of merging, put tokens that found no partner in order of similarity and before
+            all others, as the reference does, which decides who may merge in the next round; they enter the LLM in
+            their own order all the same. Default False.
     """
 
     name: ClassVar[str] = "aim"
@@ -52,6 +55,7 @@ class AIM(Composite):
     temperature: Annotated[float, Gt(0)] = 0.1
     iterations: Annotated[int, Ge(0)] = 5
     damping: Share = 0.0
+    reference_quirks: bool = False
 
     def ends(self, shape: ModelShape) -> tuple[int, int]:
         """Last decoder layer that sees all tokens, and first one that sees none."""
@@ -84,7 +88,7 @@ class AIM(Composite):
             entering = {"keep_ratio": min(self.keep_ratio / average, 1.0)}
             left = {"keep_ratio": max(self.keep_ratio, average)}
         return (
-            _Merge(**entering, average=average, positions=self.positions),
+            _Merge(**entering, average=average, positions=self.positions, reference_quirks=self.reference_quirks),
             _Prune(
                 **left,
                 layers=tuple(steps),
@@ -102,12 +106,14 @@ class _Merge(BeforeLLM):
     Fields
         keep_tokens: averaged over the LLM's layers, both stages together.
         average: what the other part holds of the tokens entering the LLM.
+        reference_quirks: see above.
     """
 
     name: ClassVar[str] = "aim"
     signal: ClassVar[str] = "similarity of the tokens"
 
     average: float
+    reference_quirks: bool = False
 
     def budgets(self, lengths: Tensor, images: Tensor) -> Tensor:
         counts = super().budgets(lengths, images)
@@ -115,7 +121,9 @@ class _Merge(BeforeLLM):
         return counts if self.keep_ratio is not None else torch.minimum((counts / self.average).long(), lengths)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        merged = bipartite_merging(tokens.features, tokens.budget, valid=tokens.valid)
+        merged = bipartite_merging(
+            tokens.features, tokens.budget, valid=tokens.valid, reference_quirks=self.reference_quirks
+        )
         return Selection(*merged.in_place(tokens.features))
 
 

@@ -35,6 +35,9 @@ class BVLLMMerge(BeforeLLM):
         threshold: frames merge when `(cosine + 1) / 2` is above it, in [0, 1], default 0.75, which was published for
             the selector's distributions over frames; for means of features it wants tuning. 1 merges no frames.
         scope: "image" (default); "crop" gives every frame its own budget and merges within frames alone.
+        reference_quirks: as in the reference, a frame is lost that goes into one which is itself merged, and between
+            rounds of merging within a frame those that found no partner come first, by falling similarity; default
+            False.
     """
 
     name: ClassVar[str] = "bvllm_merge"
@@ -43,6 +46,7 @@ class BVLLMMerge(BeforeLLM):
 
     threshold: Share = 0.75
     scope: Literal["crop", "image"] = "image"
+    reference_quirks: bool = False
 
     def select(self, tokens: VisualTokens) -> Selection:
         keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
@@ -61,7 +65,8 @@ class BVLLMMerge(BeforeLLM):
             sizes = torch.tensor([len(places) for places in crops], dtype=torch.long)
             for places, count in zip(crops, apportion(k, sizes, sizes).tolist(), strict=True):
                 values = tokens.features[group, None, places]
-                kept, values, into = bipartite_merging(values, count).in_place(values)
+                merged = bipartite_merging(values, count, reference_quirks=self.reference_quirks)
+                kept, values, into = merged.in_place(values)
                 keep[group, places], features[group, places] = kept[0], values[0]
                 sources[group, places] = torch.where(into[0] >= 0, places[into[0]], -1)
         return Selection(keep, features, sources)
@@ -70,27 +75,30 @@ class BVLLMMerge(BeforeLLM):
         """frames (frames, tokens, dim) -> one group whose tokens are those of all frames, `k` of them left."""
         size = frames.shape[1]
         metric = frames.float().mean(1)
-        threshold = _threshold(metric, self.threshold, -(-k // size))
-        over_time = merge_similar_frames(frames, metric, threshold)
+        threshold = _threshold(metric, self.threshold, -(-k // size), self.reference_quirks)
+        over_time = merge_similar_frames(frames, metric, threshold, reference_quirks=self.reference_quirks)
         left = over_time.places[0]
         capacities = torch.full((len(left),), size)
         counts = apportion(k, torch.ones(len(left)), capacities)
-        within = bipartite_merging(over_time.features[0], counts.to(frames.device))
+        within = bipartite_merging(
+            over_time.features[0], counts.to(frames.device), reference_quirks=self.reference_quirks
+        )
         # Where each token of each frame goes: to the frame that this one went into, then to a place in there.
         frame = over_time.sources[0]
         row = torch.searchsorted(left, frame)
-        into = within.sources[row]
+        into = within.sources[row].masked_fill(frame[:, None] < 0, -1)
         sources = torch.where(into >= 0, frame[:, None] * size + into, -1).flatten()
         places = torch.where(within.valid, left[:, None] * size + within.places, -1).flatten()
         return Merged(within.features.flatten(0, 1)[None], places[None], sources[None])
 
 
-def _threshold(metric: Tensor, threshold: float, least: int) -> float:
+def _threshold(metric: Tensor, threshold: float, least: int, reference_quirks: bool) -> float:
     """The lowest similarity from `threshold` up that, merged above, leaves `least` frames of (frames, dim) or more."""
     similarity = frame_similarity(metric)
     candidates = [threshold, *similarity[similarity > threshold].unique().tolist()]
 
     def left(value: float) -> int:
-        return merge_similar_frames(metric[:, None], metric, value).places.shape[1]
+        merged = merge_similar_frames(metric[:, None], metric, value, reference_quirks=reference_quirks)
+        return merged.places.shape[1]
 
     return candidates[bisect_left(candidates, least, key=left)]

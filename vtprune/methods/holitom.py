@@ -48,6 +48,9 @@ class HoliTom(Composite):
             mean of all of them.
         layer: decoder layer on whose input the second merge acts, in 1..depth-1; default None: 18 of 28, rescaled.
         inner_share: share of the tokens that the second merge leaves, in [0, 1], default 0.5; 1 turns it off.
+        reference_quirks: before the LLM, round as the reference does, the moving tokens of each frame up and the still
+            ones of each segment to the nearest number, which misses the budget, and give one or two clusters no more
+            neighbours than clusters; default False.
     """
 
     name: ClassVar[str] = "holitom"
@@ -61,6 +64,7 @@ class HoliTom(Composite):
     centre_weight: Share | None = 0.6
     layer: Annotated[int, Ge(1)] | None = None
     inner_share: Share = 0.5
+    reference_quirks: bool = False
 
     def inner_layer(self, shape: ModelShape) -> int:
         """Decoder layer on whose input the second merge acts."""
@@ -95,6 +99,7 @@ class HoliTom(Composite):
         else:
             entering = {"keep_tokens": round(self.keep_tokens / self.average(shape))}
         names = ("threshold", "max_window", "context_share", "neighbours", "centre_weight", "positions")
+        names += ("reference_quirks",)
         outer = _MergeVideo(**entering, **{name: getattr(self, name) for name in names})
         if self.keep_ratio == 1.0 or left == 1.0:
             return (outer,)
@@ -113,6 +118,7 @@ class _MergeVideo(BeforeLLM):
     context_share: float = 0.0
     neighbours: int = 7
     centre_weight: float | None = 0.6
+    reference_quirks: bool = False
     scope: Literal["crop", "image"] = "image"
 
     def signals(self, shape: ModelShape):
@@ -122,17 +128,20 @@ class _MergeVideo(BeforeLLM):
         keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
         sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
         saliency = tokens[AttentionReceived(tokens.shape.feature_layer)].to(features.device)
+        # Parts that are rounded by themselves are shares of the ratio, not of the rounded count.
+        ratio = self.keep_ratio if self.reference_quirks else None
         for group, length, k in tokens.each():
             for places, frames, count in self._clips(tokens, group, length, k):
                 video = merge_video(
                     tokens.features[group, places].unflatten(0, (frames, -1)),
                     saliency[group, places].view(frames, -1),
-                    count / len(places),
+                    count / len(places) if ratio is None else ratio,
                     threshold=self.threshold,
                     max_window=self.max_window,
                     context_share=self.context_share,
                     neighbours=self.neighbours,
                     centre_weight=self.centre_weight,
+                    reference_quirks=self.reference_quirks,
                 )
                 into = video.sources.flatten()
                 keep[group, places] = video.keep.flatten()

@@ -35,6 +35,9 @@ class LTP(InLLM):
             least first, and thresholds play no part.
         threshold: what the threshold rises to behind the last layer, in even steps from 0 at the first, as a multiple
             of the average score, >= 0, default 1.28: the published 0.01 at 128 tokens.
+        reference_quirks: as in the reference, the threshold is absolute, whatever the length (and 1.28 then out of
+            reach; 0.01 was published), and scores are means over the padded prompt, so that padding dilutes them;
+            default False.
     """
 
     name: ClassVar[str] = "ltp"
@@ -43,6 +46,7 @@ class LTP(InLLM):
     needs_budget: ClassVar[bool] = False
 
     threshold: Annotated[float, Ge(0)] = 1.28
+    reference_quirks: bool = False
     positions: Literal["original", "compact"] = "original"
 
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
@@ -67,13 +71,13 @@ class LTP(InLLM):
         return torch.tensor(rows, dtype=torch.long).T
 
     def signals(self, shape: ModelShape):
-        return (AttentionShare(),)
+        return (AttentionShare(of_padded=self.reference_quirks),)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        received = tokens[AttentionShare()]
+        received = tokens[AttentionShare(of_padded=self.reference_quirks)]
         if self.keep_ratio is not None or self.keep_tokens is not None:
             return Selection(top_k_mask(received, tokens.valid, tokens.budget))
         # The operation counts in multiples of the average over the tokens that it is given.
-        scores = received / tokens.lengths.clamp(min=1)[:, None]
+        scores = received if self.reference_quirks else received / tokens.lengths.clamp(min=1)[:, None]
         threshold = rising_threshold(self.threshold, tokens.layer - 1, tokens.shape.decoder_layers)
-        return Selection(above_threshold(scores, tokens.valid, threshold))
+        return Selection(above_threshold(scores, tokens.valid, threshold, reference_quirks=self.reference_quirks))

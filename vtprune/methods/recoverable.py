@@ -29,9 +29,9 @@ class Recoverable(BeforeLLM):
     Deviations: attention is averaged over heads (the reference takes all heads as one); the text score compares the
     projected features with the mean of the question's embeddings in the LLM's space (the reference runs a second CLIP,
     with its text tower, over the first line of the prompt, which is the system's, not the question's); features are
-    gathered after the projector, not before it; two defects are mended (the number of centres is a share of the rest,
-    and keys are those of the rest); tokens keep their places, which the reference gives up; with a budget, for which
-    the reference has no means, the three numbers are scaled to meet it.
+    gathered after the projector, not before it; two defects are mended (see reference_quirks); tokens keep their
+    places, which the reference gives up; with a budget, for which the reference has no means, the three numbers are
+    scaled to meet it.
 
     Fields
         keep_ratio, keep_tokens: optional; without either, as many tokens stay as there are outliers.
@@ -40,6 +40,8 @@ class Recoverable(BeforeLLM):
         text_weight: weight of the text score against likeness to the centre, >= 0, default 50.
         outlier_factor: local outlier factor above which a score is an outlier, > 0, default 1.5.
         gather: whether the rest is gathered, default True; False drops it.
+        reference_quirks: both defects as in the reference: the number of centres is a share of the encoder's width, and
+            the keys that are compared are those of the image's first tokens; default False.
     """
 
     name: ClassVar[str] = "recoverable"
@@ -52,6 +54,7 @@ class Recoverable(BeforeLLM):
     text_weight: Annotated[float, Ge(0)] = 50.0
     outlier_factor: Annotated[float, Gt(0)] = 1.5
     gather: bool = True
+    reference_quirks: bool = False
 
     def requests(self, shape: ModelShape) -> tuple[Hashable, Hashable, Hashable]:
         """For the visual score, the keys and the question."""
@@ -89,6 +92,7 @@ class Recoverable(BeforeLLM):
                 members=self.members,
                 text_weight=self.text_weight,
                 outlier_factor=self.outlier_factor,
+                reference_quirks=self.reference_quirks,
             ).in_place(values[None])
             keep[group, :length], features[group, :length], sources[group, :length] = kept[0], merged[0], into[0]
         return Selection(keep, features, sources) if self.gather else Selection(keep)

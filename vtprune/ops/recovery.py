@@ -54,7 +54,7 @@ def dynamic_counts(
 
     Args:
         visual, text: ``(tokens,)`` scores.
-        dim: of the features; used with ``reference_quirks`` only.
+        dim: of the encoder; used with ``reference_quirks`` only.
         outlier_factor: LOF above which a score is an outlier.
         reference_quirks: as the reference does, take the third count as a share of ``dim``, not of the tokens left,
             and round floating-point products down as they come out.
@@ -177,7 +177,7 @@ def recover(
     if not (visual.isfinite().all() and text.isfinite().all()):
         raise VTPruneError("scores hold NaN or infinite values: they cannot be ranked")
     counts = dynamic_counts(
-        visual, text, features.shape[-1], outlier_factor=outlier_factor, reference_quirks=reference_quirks
+        visual, text, keys.shape[-1], outlier_factor=outlier_factor, reference_quirks=reference_quirks
     )
     by_vision, by_text, centres = counts
     remainder = centres > 0

@@ -199,7 +199,8 @@ class InLLMStage:
             context = self._context(i - 1, self._ropes[i - 1])
             if isinstance(request, AttentionPageRank):
                 return groups.gather(decoder_page_rank(queries, keys, request, context))
-            return groups.gather(decoder_attention_share(queries, keys, context))
+            share = decoder_attention_share(queries, keys, context)
+            return groups.gather(share / self.call.length if request.of_padded else share)
         if isinstance(request, InstructionAttention):
             layer = self.adapter.decoder_layers[i]
             rows, valid = self._text_rows(last_only=False)
