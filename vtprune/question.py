@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,31 +12,66 @@ from vtprune.adapters.base import Adapter
 from vtprune.errors import ConfigError
 from vtprune.layout import Groups
 from vtprune.ops.keywords import keywords
-from vtprune.signals import TextEmbeddings
+from vtprune.signals import JointSpace, TextEmbeddings
 from vtprune.stages.call import Call
+from vtprune.text_tower import text_tower
 
 Text = str | list[str] | Tensor | list[Tensor]
 """A question: text or token ids (m,), one for all samples or a list with one a sample."""
 
 
-def embed_question(text: Text | None, call: Call, groups: Groups, request: TextEmbeddings) -> list[Tensor]:
-    """Input embeddings (text tokens, dim) of each group's question.
+def embed_question(
+    text: Text | None, call: Call, groups: Groups, request: TextEmbeddings | JointSpace
+) -> list[Tensor] | tuple[Tensor, Tensor]:
+    """What a request for the question asks for, see `vtprune.signals`.
 
-    Raises ConfigError if the number of questions is not that of the samples, or a string cannot be tokenized.
+    Raises ConfigError if the number of questions is not that of the samples, a string cannot be tokenized, or a text
+    tower cannot be loaded or belongs to another encoder.
     """
+    if isinstance(request, JointSpace):
+        return _in_joint_space(text, call, groups, request)
     if text is None:
-        return _from_prompt(call, groups)
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
-    copies = call.media.copies
-    if len(texts) not in (1, call.batch // copies):
-        raise ConfigError(f"text: got {len(texts)} questions for {call.batch // copies} samples")
+        chosen = _in_prompt(call, groups).to(call.embeddings.device)
+        return [call.embeddings[row][own] for row, own in zip(groups.rows.tolist(), chosen, strict=True)]
     embed, device = call.adapter.base.get_input_embeddings(), call.embeddings.device
-    rows = [embed(_token_ids(call.adapter, item, request.keywords).to(device)) for item in texts]
-    return [rows[row // copies if len(rows) > 1 else 0] for row in groups.rows.tolist()]
+    rows = [embed(_token_ids(call.adapter, item, request.keywords).to(device)) for item in _items(text, call)]
+    return _per_group(rows, call, groups)
 
 
-def _from_prompt(call: Call, groups: Groups) -> list[Tensor]:
-    """The text after the last visual token of each group's image, or all text of its sample if none follows."""
+def _in_joint_space(text: Text | None, call: Call, groups: Groups, request: JointSpace) -> tuple[Tensor, Tensor]:
+    tower = text_tower(call.adapter.model, request.tower, call.embeddings.device, call.embeddings.dtype)
+    width = call.adapter.vision_config.hidden_size
+    if tower.projection.shape[1] != width:
+        raise ConfigError(
+            f"text_tower: {request.tower!r} is of a CLIP whose vision encoder has a width of "
+            f"{tower.projection.shape[1]}, this model's encoder has {width}"
+        )
+    if text is None:
+        if call.ids is None:
+            raise ConfigError("a text tower reads strings, and the prompt came as embeddings: pass text=")
+        chosen = _in_prompt(call, groups).to(call.ids.device)
+        ids = [call.ids[row][own] for row, own in zip(groups.rows.tolist(), chosen, strict=True)]
+        return tower.encode([_string(call.adapter, own) for own in ids]), tower.projection
+    rows = tower.encode([_string(call.adapter, item) for item in _items(text, call)])
+    return torch.stack(_per_group(list(rows), call, groups)), tower.projection
+
+
+def _items(text: Text, call: Call) -> list[str | Tensor]:
+    texts = list(text) if isinstance(text, (list, tuple)) else [text]
+    samples = call.batch // call.media.copies
+    if len(texts) not in (1, samples):
+        raise ConfigError(f"text: got {len(texts)} questions for {samples} samples")
+    return texts
+
+
+def _per_group(rows: list[Tensor], call: Call, groups: Groups) -> list[Tensor]:
+    """What is one a sample, or one for all, as one a group."""
+    return [rows[row // call.media.copies if len(rows) > 1 else 0] for row in groups.rows.tolist()]
+
+
+def _in_prompt(call: Call, groups: Groups) -> Tensor:
+    """(groups, length) bool: the text after the last visual token of each group's image, or all text of its sample if
+    none follows."""
     text = call.real & ~call.media.visual
     special = (*_special_ids(call.adapter), *call.adapter.marker_token_ids)
     if call.ids is not None and special:
@@ -44,19 +81,16 @@ def _from_prompt(call: Call, groups: Groups) -> list[Tensor]:
     for row, image in zip(groups.rows.tolist(), groups.images.tolist(), strict=True):
         end = columns[call.media.images[row] == image].max()
         after = text[row] & (columns > end)
-        chosen = after if bool(after.any()) else text[row]
-        questions.append(call.embeddings[row][chosen.to(call.embeddings.device)])
-    return questions
+        questions.append(after if bool(after.any()) else text[row])
+    return torch.stack(questions)
 
 
 def _token_ids(adapter: Adapter, text: str | Tensor, only_keywords: bool) -> Tensor:
     if not isinstance(text, str):
         return torch.as_tensor(text, dtype=torch.long)
-    from transformers import AutoTokenizer  # slow to import, rarely needed
-
     path = adapter.model.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _tokenizer(path)
     except Exception as error:
         raise ConfigError(
             f"text is a string, but no tokenizer could be loaded from the model's checkpoint {path!r} ({error}); "
@@ -65,6 +99,27 @@ def _token_ids(adapter: Adapter, text: str | Tensor, only_keywords: bool) -> Ten
     words = keywords(text).split() if only_keywords else None
     ids = tokenizer(words or text, is_split_into_words=bool(words), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
+
+
+def _string(adapter: Adapter, text: str | Tensor) -> str:
+    if isinstance(text, str):
+        return text
+    path = adapter.model.name_or_path
+    try:
+        tokenizer = _tokenizer(path)
+    except Exception as error:
+        raise ConfigError(
+            f"a text tower reads strings, but no tokenizer could be loaded from the model's checkpoint {path!r} "
+            f"({error}) to make the prompt's tokens one; pass text="
+        ) from error
+    return tokenizer.decode(torch.as_tensor(text).tolist(), skip_special_tokens=True).strip()
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str):
+    from transformers import AutoTokenizer  # slow to import, rarely needed
+
+    return AutoTokenizer.from_pretrained(path)
 
 
 def _special_ids(adapter: Adapter) -> tuple[int, ...]:

@@ -77,6 +77,30 @@ class TextEmbeddings:
 
 
 @dataclass(frozen=True)
+class EncoderOutput:
+    """(groups, tokens, dim): what an encoder layer puts out for each visual token, before any last normalisation.
+
+    For encoders without a CLS token, too. Where several patches become one visual token: their mean.
+    """
+
+    layer: int
+    """0-based encoder layer."""
+
+
+@dataclass(frozen=True)
+class JointSpace:
+    """A pair: (groups, dim), the question by the text tower of the CLIP that is the model's vision encoder, and
+    (dim, width), the matrix that takes `EncoderOutput` of the last layer to the same space.
+
+    The question is the session's `text`, or the prompt's text as in `TextEmbeddings`, decoded.
+    """
+
+    tower: str
+    """Folder or hub id of a transformers CLIP; or "open_clip:NAME@WEIGHTS" with the name of a model that open_clip
+    knows, and a file or a tag."""
+
+
+@dataclass(frozen=True)
 class SampleKeys:
     """A list with one integer a group, a function of its sample's prompt and (before the LLM) its image alone.
 

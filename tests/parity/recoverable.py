@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
+from vtprune.methods import Recoverable
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.outliers import local_outlier_factor, outlier_share
 from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.signals import ClsAttention, EncoderKeys, EncoderOutput, JointSpace
+from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, same
+from . import Vector, close, handles, one_group, same
+
+SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
 
 
 @handles("recoverable_lof")
@@ -56,6 +61,20 @@ def published(v: Vector) -> None:
     close(merged.features, v["out"], rtol=1e-5, atol=1e-6)
     centres = v["idx_other"][0, v["center_local_idx_desc"][0]]
     same(merged.places[0, :-1], torch.cat((v["idx_main"], centres)))
+
+    # The method leaves the same tokens in their places; a space of two dimensions gives it the recorded text scores.
+    along = text[:, None] * 2**0.5
+    signals = {
+        ClsAttention((23,)): visual[None, None, None],
+        EncoderKeys(23): keys[None],
+        EncoderOutput(23): torch.cat((along, (1 - along.square()).sqrt()), dim=1)[None],
+        JointSpace("recorded"): (torch.tensor([[1.0, 0.0]]), torch.eye(2)),
+    }
+    method = Recoverable(text_tower="recorded", reference_quirks=True)
+    selection = method.select(one_group(features, -1, signals, SHAPE))
+    places = merged.places[0]
+    same(selection.keep[0].nonzero()[:, 0], places.sort().values)
+    close(selection.features[0, places], v["out"][0], rtol=1e-5, atol=1e-6)
 
     sane = recover(features, keys, visual, text)
     assert sane.places.shape[1] == sum(dynamic_counts(visual, text, features.shape[-1])) + 1

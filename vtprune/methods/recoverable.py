@@ -15,7 +15,7 @@ from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
 from vtprune.ops.apportionment import apportion
 from vtprune.ops.recovery import dynamic_counts, main_tokens, recover, text_scores
-from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, TextEmbeddings
+from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, EncoderOutput, JointSpace, TextEmbeddings
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
@@ -26,9 +26,11 @@ class Recoverable(BeforeLLM):
     Stage: before the LLM. How many of each is the share of scores that are outliers by their local outlier factor; of
     the rest, the best gather those like them, and one more token holds what is left. The visual score is the attention
     of the encoder's CLS token in its last layer, or where there is none the attention that a token receives there.
-    Deviations: attention is averaged over heads (the reference takes all heads as one); the text score compares the
-    projected features with the mean of the question's embeddings in the LLM's space (the reference runs a second CLIP,
-    with its text tower, over the first line of the prompt, which is the system's, not the question's); features are
+    The text score compares the projected features with the mean of the question's embeddings in the LLM's space, or,
+    given a text tower, features of the encoder's last layer with the question in CLIP's own space.
+    Deviations: attention is averaged over heads (the reference takes all heads as one); the reference has no score
+    without a text tower, runs a whole CLIP beside the model, and gives it the first line of the prompt, which is the
+    system's and not the question's, and what the tower says at the end of the padding, not of the text; features are
     gathered after the projector, not before it; two defects are mended (see reference_quirks); tokens keep their
     places, which the reference gives up; with a budget, for which the reference has no means, the three numbers are
     scaled to meet it.
@@ -40,6 +42,10 @@ class Recoverable(BeforeLLM):
         text_weight: weight of the text score against likeness to the centre, >= 0, default 50.
         outlier_factor: local outlier factor above which a score is an outlier, > 0, default 1.5.
         gather: whether the rest is gathered, default True; False drops it.
+        text_tower: the CLIP that the model's vision encoder was taken from, whose text tower then reads the question:
+            folder or hub id of a transformers CLIP, or "open_clip:NAME@WEIGHTS" with a model's name and a file or tag
+            (`pip install "vtprune[clip]"`). The question is the session's `text`, or the prompt's after the image, if
+            a tokenizer stands in the model's checkpoint. Default None: the LLM's space.
         reference_quirks: both defects as in the reference: the number of centres is a share of the encoder's width, and
             the keys that are compared are those of the image's first tokens; default False.
     """
@@ -54,21 +60,24 @@ class Recoverable(BeforeLLM):
     text_weight: Annotated[float, Ge(0)] = 50.0
     outlier_factor: Annotated[float, Gt(0)] = 1.5
     gather: bool = True
+    text_tower: str | None = None
     reference_quirks: bool = False
 
-    def requests(self, shape: ModelShape) -> tuple[Hashable, Hashable, Hashable]:
-        """For the visual score, the keys and the question."""
+    def requests(self, shape: ModelShape) -> tuple[Hashable, ...]:
+        """For the visual score and the keys; the rest is for the text score."""
         layer = shape.encoder_layers - 1 if self.layer is None else self.layer
         if layer >= shape.encoder_layers:
             raise ConfigError(f"recoverable: layer={layer} must be within 0..{shape.encoder_layers - 1}")
         attention = ClsAttention((layer,)) if shape.has_cls else AttentionReceived(layer)
-        return attention, EncoderKeys(layer), TextEmbeddings()
+        if self.text_tower is None:
+            return attention, EncoderKeys(layer), TextEmbeddings()
+        return attention, EncoderKeys(layer), EncoderOutput(shape.encoder_layers - 1), JointSpace(self.text_tower)
 
     def signals(self, shape: ModelShape):
         return self.requests(shape)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        attention, keys, texts = (tokens[request] for request in self.requests(tokens.shape))
+        attention, keys, *textual = (tokens[request] for request in self.requests(tokens.shape))
         device = tokens.features.device
         visual = (attention.mean((1, 2)) if tokens.shape.has_cls else attention).to(device)
         keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
@@ -77,8 +86,7 @@ class Recoverable(BeforeLLM):
             if not length:
                 continue
             values, scores = tokens.features[group, :length], visual[group, :length].float()
-            # A sum has the direction of the mean, and there may be no text at all.
-            text = text_scores(texts[group].float().sum(0).to(device), values)
+            text = self._text_scores(group, values, *textual).to(device)
             count = None if k < 0 else k
             if not self.gather:
                 keep[group, :length] = self._main(scores, text, values.shape[1], count)
@@ -96,6 +104,15 @@ class Recoverable(BeforeLLM):
             ).in_place(values[None])
             keep[group, :length], features[group, :length], sources[group, :length] = kept[0], merged[0], into[0]
         return Selection(keep, features, sources) if self.gather else Selection(keep)
+
+    def _text_scores(self, group: int, values: Tensor, *textual) -> Tensor:
+        """(tokens,) likeness to the question of a group with features (tokens, dim)."""
+        if self.text_tower is None:
+            # A sum has the direction of the mean, and there may be no text at all.
+            return text_scores(textual[0][group].float().sum(0).to(values.device), values)
+        outputs, (questions, projection) = textual
+        patches = outputs[group, : len(values)].to(projection) @ projection.T
+        return text_scores(questions[group].float(), patches.float())
 
     def _main(self, visual: Tensor, text: Tensor, dim: int, k: int | None) -> Tensor:
         """(tokens,) bool, what stays when the rest is dropped."""

@@ -19,6 +19,8 @@ from vtprune.signals import (
     ClsSimilarity,
     EncoderFeatures,
     EncoderKeys,
+    EncoderOutput,
+    JointSpace,
     SampleKeys,
     TextEmbeddings,
 )
@@ -34,7 +36,7 @@ def prune_before_llm(
 ) -> Tensor:
     """Apply the methods in order to the embeddings (batch, length, dim) of a prefill; returns the shorter ones.
 
-    text: `text(call, groups, request)` -> one (text tokens, dim) tensor a group, see `vtprune.question`.
+    text: `text(call, groups, request)` answers requests for the question, see `vtprune.question`.
     """
     for method in methods:
         by_crop = call.crop_groups()
@@ -82,11 +84,12 @@ def _crops(call: Call, groups: Groups, by_crop: Groups) -> tuple[Tensor, tuple[t
 
 def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):
     media = call.media
-    if isinstance(request, TextEmbeddings):
+    if isinstance(request, (TextEmbeddings, JointSpace)):
         return text(call, groups, request)
     if isinstance(request, SampleKeys):
         return _keys(call, groups, tap)
-    if not isinstance(request, (EncoderFeatures, EncoderKeys, ClsAttention, ClsSimilarity, AttentionReceived)):
+    known = EncoderFeatures, EncoderKeys, EncoderOutput, ClsAttention, ClsSimilarity, AttentionReceived
+    if not isinstance(request, known):
         raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
     if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
         raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
@@ -94,6 +97,8 @@ def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request
         return _per_group(tap.projector_inputs(media.encodings), call, groups)
     if isinstance(request, EncoderKeys):
         return _per_group(tap.encoder_keys(media.encodings, request.layer), call, groups)
+    if isinstance(request, EncoderOutput):
+        return _per_group(tap.encoder_output(media.encodings, request.layer), call, groups)
     if isinstance(request, ClsSimilarity):
         return _per_group(tap.cls_similarity(media.encodings, request), call, groups)
     if isinstance(request, AttentionReceived):

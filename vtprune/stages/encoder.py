@@ -19,8 +19,19 @@ from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.ops.similarity import similarity_to
-from vtprune.signals import AttentionReceived, ClsAttention, ClsSimilarity, EncoderFeatures, EncoderKeys
+from vtprune.signals import (
+    AttentionReceived,
+    ClsAttention,
+    ClsSimilarity,
+    EncoderFeatures,
+    EncoderKeys,
+    EncoderOutput,
+    JointSpace,
+)
 from vtprune.tokens import Medium
+
+CLIP = "clip_vision_model"
+"""What configs of CLIP's vision tower call themselves."""
 
 COMPUTED_ELSEWHERE = "the image features of this call were computed elsewhere; pass the pixels inside the session"
 
@@ -46,8 +57,8 @@ class Encoding:
     """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens, heads * head dim); only for the layers asked for."""
-    layer_output: Tensor | None = None
-    """(crops, tokens, dim), of the deepest encoder layer that the projector reads; only if asked for."""
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, tokens, dim), what it put out; only for the layers asked for."""
     seconds: float = 0.0
 
     @property
@@ -85,13 +96,20 @@ class EncoderTap:
         self.cls_layers = {layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers}
         self.received_layers = {r.layer for r in requests if isinstance(r, AttentionReceived)}
         self.key_layers = {r.layer for r in requests if isinstance(r, EncoderKeys)}
-        self.keep_layer_output = any(isinstance(r, ClsSimilarity) for r in requests)
+        self.output_layers = {r.layer for r in requests if isinstance(r, EncoderOutput)}
+        if any(isinstance(r, ClsSimilarity) for r in requests):
+            self.output_layers.add(adapter.shape.feature_layer)
         self.keep_features = any(isinstance(r, EncoderFeatures) for r in requests)
         if self.received_layers | self.key_layers and not adapter.plain_encoder_attention:
             raise UnsupportedStageError(
                 f"this method needs the attention inside the vision encoder, which cannot be recomputed for "
                 f"{adapter.family} (packed images, or queries and keys of one projection); methods that need none: "
                 "mmtok, divprune, fastv, transprune"
+            )
+        if any(isinstance(r, JointSpace) for r in requests) and adapter.vision_config.model_type != CLIP:
+            raise UnsupportedStageError(
+                f"a text tower needs a CLIP as vision encoder, and that of {adapter.family} is a "
+                f"{adapter.vision_config.model_type}; leave text_tower out to compare in the LLM's space"
             )
         self.profile = profile
         self.last: dict[str, Encoding] = {}
@@ -108,7 +126,7 @@ class EncoderTap:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
         watched = self.cls_layers | self.received_layers | self.key_layers
-        taps = watched or self.keep_layer_output
+        taps = watched or self.output_layers
         towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if taps else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
@@ -116,8 +134,8 @@ class EncoderTap:
                 attention = self.adapter.encoder_attention(layers[index])
                 yield attention.q_proj.register_forward_hook(self._take_queries(index))
                 yield attention.k_proj.register_forward_hook(self._take_attention(index, attention))
-            if self.keep_layer_output:
-                yield layers[self.adapter.shape.feature_layer].register_forward_hook(self._take_layer_output)
+            for index in self.output_layers:
+                yield layers[index].register_forward_hook(self._take_output(index))
 
     def forget(self) -> None:
         self.last = {}
@@ -153,9 +171,12 @@ class EncoderTap:
         if self._open is not None:
             self._open.projector_input = args[0].detach()
 
-    def _take_layer_output(self, module, args, output):
-        if self._open is not None:
-            self._open.layer_output = (output[0] if isinstance(output, tuple) else output).detach()
+    def _take_output(self, layer: int):
+        def hook(module, args, output):
+            if self._open is not None:
+                self._open.outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
 
     def _take_queries(self, layer: int):
         def hook(module, args, output):
@@ -236,11 +257,16 @@ class EncoderTap:
         """(tokens of all encodings, heads * head dim): see `EncoderKeys`."""
         return torch.cat([self._per_token(e, e.keys[layer]) for e in encodings])
 
+    def encoder_output(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
+        """(tokens of all encodings, dim): see `EncoderOutput`."""
+        return torch.cat([self._per_token(e, e.outputs[layer]) for e in encodings])
+
     def cls_similarity(self, encodings: Iterable[Encoding], request: ClsSimilarity) -> Tensor:
         """(tokens of all encodings,): see `ClsSimilarity`."""
         values = []
         for e in encodings:
-            similarity = similarity_to(e.layer_output[:, 0], e.layer_output, request.metric)
+            output = e.outputs[self.adapter.shape.feature_layer]
+            similarity = similarity_to(output[:, 0], output, request.metric)
             values.append(self._per_token(e, similarity[..., None]))
         return torch.cat(values)[:, 0]
 
