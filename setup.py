@@ -18,5 +18,5 @@ packages = [
 setup(
     package_dir=PACKAGE_DIR,
     packages=packages,
-    package_data={"vtprune.eval": ["configs/*.yaml"], "vtprune.eval.digitscenes": ["model/*"]},
+    package_data={"vtprune.eval": ["configs/*.yaml"], "vtprune.eval.digitscenes": ["model/*", "video_model/*"]},
 )

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vtprune.eval.digitscenes.model import GRID, PATCH_SIZE, VISUAL_TOKENS, VOCABULARY
+from vtprune.eval.digitscenes.model import GRID, PATCH_SIZE, VISUAL_TOKENS
 from vtprune.eval.digitscenes.questions import DIRECTIONS, ask
 from vtprune.eval.digitscenes.scenes import COLOURS, IMAGE_SIZE, Digit, digit_images, draw_scene
+from vtprune.eval.digitscenes.video_model import VIDEO_VOCABULARY
 
 COLOUR_NAMES = list(COLOURS)
-WORD = {word: i for i, word in enumerate(VOCABULARY)}
+WORD = {word: i for i, word in enumerate(VIDEO_VOCABULARY)}  # the image model's words come first
 PREFIX = ["<s>", "user:"]
 """What stands before the visual tokens."""
 
@@ -49,18 +50,25 @@ class Data:
             scene = draw_scene(np.random.RandomState([seed, n]), split)
             digits.append(scene.digits)
             pixels[n] = scene.pixels.transpose(2, 0, 1)
-            patches = (
-                scene.mask.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
-            )
-            ink = np.stack([(patches == i + 1).sum(1) for i in range(len(scene.digits))])  # pixels a digit has there
+            owner = patch_owners(scene.mask[None], PATCH_SIZE, 12)[0]
             for i, item in enumerate(scene.digits):
-                on = (ink.argmax(0) == i) & (ink[i] >= 12)
+                on = owner == i + 1
                 digit[n, on], colour[n, on] = item.value + 1, COLOUR_NAMES.index(item.colour) + 1
                 source[n, on] = first[item.value] + item.image
                 centre[n, on] = np.array(item.centre) / IMAGE_SIZE
                 bag[n, item.value] = bag[n, 10 + COLOUR_NAMES.index(item.colour)] = 1
         table = np.concatenate([np.stack(of_value) for of_value in images]).reshape(-1, 64).astype(np.float32) / 255
         return cls(digits, *map(torch.from_numpy, (pixels, digit, colour, centre, source, bag, table)))
+
+
+def patch_owners(masks: np.ndarray, side: int, least: int) -> np.ndarray:
+    """Which digit a patch of `side` pixels lies on, uint8 (images, patches): `i + 1` for digit i, which has more ink
+    there than the others and `least` pixels at least, 0 elsewhere. masks: as `Scene.mask`, (images, height, width)."""
+    images, size = len(masks), masks.shape[1]
+    grid = size // side
+    patches = masks.reshape(images, grid, side, grid, side).transpose(0, 1, 3, 2, 4).reshape(images, grid * grid, -1)
+    ink = np.stack([(patches == i + 1).sum(-1) for i in range(max(1, masks.max()))])
+    return np.where(ink.max(0) >= least, ink.argmax(0) + 1, 0).astype(np.uint8)
 
 
 def model_input(pixels: torch.Tensor, device) -> torch.Tensor:
@@ -151,9 +159,9 @@ def random_tokens(rng, on_digit: torch.Tensor, count: int, bias: float = 0.0) ->
     return weight.topk(count, 1).indices.sort(1).values
 
 
-def strided_tokens(scenes: int, count: int, start: float = 0.5) -> torch.Tensor:
-    """Every n-th visual token, (scenes, count). start: 0..1, where in the first stride."""
-    row = ((np.arange(count) + start) * VISUAL_TOKENS / max(count, 1)).astype(np.int64)
+def strided_tokens(scenes: int, count: int, start: float = 0.5, total: int = VISUAL_TOKENS) -> torch.Tensor:
+    """Every n-th of `total` visual tokens, (scenes, count). start: 0..1, where in the first stride."""
+    row = ((np.arange(count) + start) * total / max(count, 1)).astype(np.int64)
     return torch.from_numpy(row).expand(scenes, -1)
 
 

@@ -55,6 +55,11 @@ from vtprune.eval.digitscenes.questions import FAMILIES
 log = logging.getLogger("digitscenes")
 
 
+def chosen(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The tokens `kept`, (rows, count), of (rows, tokens, dim)."""
+    return tokens.gather(1, kept.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 class EncoderHeads(nn.Module):
     """What the encoder is asked while it is trained; not part of the model."""
 
@@ -65,13 +70,21 @@ class EncoderHeads(nn.Module):
 
     def loss(self, tower, data: Data, rows, kept, device) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss on images `rows`, of which the encoder sees only the patches `kept` (rows, count)."""
-        kept = kept.to(device)
         hidden = tower.pre_layrnorm(tower.embeddings(model_input(data.pixels[rows], device)))
-        patches = hidden[:, 1:].gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
-        hidden = torch.cat([hidden[:, :1], patches], 1)
+        hidden = torch.cat([hidden[:, :1], chosen(hidden[:, 1:], kept)], 1)
         for layer in tower.encoder.layers:
             before, hidden = hidden, layer(hidden, None)
-        patches = before[:, 1:]  # the layer that the projector reads
+        losses, right = self.patch_losses(before[:, 1:], data, rows, kept)  # of the layer that the projector reads
+        bag = data.bag[rows].to(device)
+        losses |= dict(
+            cls=F.binary_cross_entropy_with_logits(self.bag(before[:, 0]), bag),
+            last=F.binary_cross_entropy_with_logits(self.bag_last(hidden[:, 0]), bag),
+        )
+        return sum(losses.values()), dict(right=right, **{name: value.item() for name, value in losses.items()})
+
+    def patch_losses(self, patches, data: Data, rows, kept) -> tuple[dict[str, torch.Tensor], float]:
+        """What hidden states of patches, (rows, count, dim), are asked; and how often they name the right digit."""
+        device, kept = patches.device, kept.to(patches.device)
 
         def named(head: nn.Linear, target: torch.Tensor) -> torch.Tensor:
             weight = torch.ones(head.out_features, device=device)
@@ -79,18 +92,14 @@ class EncoderHeads(nn.Module):
             return F.cross_entropy(head(patches).flatten(0, 1), target.flatten(), weight=weight)
 
         digit, colour, source = (t[rows].to(device).gather(1, kept) for t in (data.digit, data.colour, data.source))
-        on, bag = digit > 0, data.bag[rows].to(device)
-        centre = data.centre[rows].to(device).gather(1, kept[..., None].expand(-1, -1, 2))
+        on = digit > 0
         losses = dict(
             digit=2 * named(self.digit, digit),
             colour=named(self.colour, colour),
-            centre=4 * F.mse_loss(self.centre(patches)[on], centre[on]),
+            centre=4 * F.mse_loss(self.centre(patches)[on], chosen(data.centre[rows].to(device), kept)[on]),
             shape=10 * F.mse_loss(self.shape(patches[on]), data.images.to(device)[source[on]]),
-            cls=F.binary_cross_entropy_with_logits(self.bag(before[:, 0]), bag),
-            last=F.binary_cross_entropy_with_logits(self.bag_last(hidden[:, 0]), bag),
         )
-        right = (self.digit(patches)[on].argmax(-1) == digit[on]).float().mean()
-        return sum(losses.values()), dict(right=right.item(), **{name: value.item() for name, value in losses.items()})
+        return losses, (self.digit(patches)[on].argmax(-1) == digit[on]).float().mean().item()
 
 
 @dataclass
@@ -175,10 +184,12 @@ class Decoder:
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.model.model.multi_modal_projector(features)
 
-    def hidden(self, visual: torch.Tensor, kept: torch.Tensor, pack: Pack, compact: bool) -> tuple[torch.Tensor, ...]:
+    def hidden(
+        self, visual: torch.Tensor, kept: torch.Tensor, pack: Pack, compact: bool, total: int = VISUAL_TOKENS
+    ) -> tuple[torch.Tensor, ...]:
         """Hidden states of every layer, each (scenes, prefix + kept + text, dim), the last one normalised.
 
-        visual: projected kept tokens, (scenes, kept, dim). kept: their indices.
+        visual: projected kept tokens, (scenes, kept, dim). kept: their indices among `total`.
 
         `compact` renumbers the positions of the kept tokens; else they keep theirs and text follows the full image.
         """
@@ -190,7 +201,7 @@ class Decoder:
         embeddings = torch.cat([embed(prefix), visual, embed(ids)], 1)
         if compact:
             kept = torch.arange(count, device=device).expand(scenes, -1)
-        text = before + (count if compact else VISUAL_TOKENS) + place
+        text = before + (count if compact else total) + place
         position = torch.cat([torch.arange(before, device=device).expand(scenes, -1), before + kept, text], 1)
         shared = torch.zeros(scenes, before + count, dtype=torch.long, device=device)
         block = torch.cat([shared, block.where(block > 0, -1)], 1)
@@ -208,44 +219,50 @@ class Decoder:
     def loss(self, features, data: Data, rows, kept, pack: Pack, compact: bool, naming: float):
         """Cross-entropy of the answers, and `naming` times that of the words for what each visual token lies on, and of
         where that digit is."""
-        count, before, head = kept.shape[1], len(PREFIX), self.model.lm_head
-        gathered = features[rows].gather(1, kept.to(features.device)[..., None].expand(-1, -1, features.shape[-1]))
-        states = self.hidden(self.project(gathered.to(self.device)), kept, pack, compact)
-        hidden = states[-1]
-        target = pack.target.to(self.device)
-        wanted = target != IGNORE
-        each = F.cross_entropy(head(hidden[:, before + count :][wanted]), target[wanted], reduction="none")
-        answers = pack.answers.to(self.device)[wanted]
-        parts, families = {}, np.array(pack.families)
-        for family in sorted(set(pack.families)):
-            parts[family] = each[answers].detach().cpu().numpy()[families == family].mean()
-        loss = each[answers].mean() + 0.1 * each[~answers].mean()
+        before, count = len(PREFIX), kept.shape[1]
+        states = self.hidden(self.project(chosen(features[rows], kept).to(self.device)), kept, pack, compact)
+        loss, parts = self.answer_loss(states[-1][:, before + count :], pack)
         if naming:
             digit, colour = (t[rows].gather(1, kept).to(self.device) for t in (data.digit, data.colour))
-            logs, on = head(hidden[:, before : before + count]).log_softmax(-1), digit > 0
-            said = -(
-                logs.gather(-1, self.digit_word[digit][..., None])
-                + logs.gather(-1, self.colour_word[colour][..., None])
-            )
-            said = said[..., 0] / 2
-            name = (said * on).sum() / on.sum().clamp(min=1) + 0.2 * (said * ~on).sum() / (~on).sum().clamp(min=1)
+            on = digit > 0
+            name = self.naming_loss(states[-1][:, before : before + count], digit, colour)
             middle = states[self.PLACE_LAYER][:, before : before + count][on]
             logits = self.places(F.rms_norm(middle, middle.shape[-1:])).unflatten(-1, (2, GRID))
-            centre = data.centre[rows].gather(1, kept[..., None].expand(-1, -1, 2)).to(self.device)[on]
+            centre = chosen(data.centre[rows], kept).to(self.device)[on]
             place = F.cross_entropy(logits.flatten(0, 1), (centre * GRID).long().flatten())
             parts |= dict(naming=name.item(), place=place.item())
             loss = loss + naming * (name + 2 * place)
         return loss, parts
 
+    def answer_loss(self, text: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, dict[str, float]]:
+        """Cross-entropy of the answers (0.1 times it for "</s>") from states of the text, and its parts by family."""
+        target = pack.target.to(self.device)
+        wanted = target != IGNORE
+        each = F.cross_entropy(self.model.lm_head(text[wanted]), target[wanted], reduction="none")
+        answers = pack.answers.to(self.device)[wanted]
+        values, families = each[answers].detach().cpu().numpy(), np.array(pack.families)
+        parts = {family: values[families == family].mean() for family in sorted(set(pack.families))}
+        return each[answers].mean() + 0.1 * each[~answers].mean(), parts
+
+    def naming_loss(self, visual: torch.Tensor, digit: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the words for the digit and colour, (scenes, kept) with 0 for none, under visual tokens."""
+        logs, on = self.model.lm_head(visual).log_softmax(-1), digit > 0
+        words = self.digit_word[digit], self.colour_word[colour]
+        said = -sum(logs.gather(-1, word[..., None]) for word in words)[..., 0] / 2
+        return (said * on).sum() / on.sum().clamp(min=1) + 0.2 * (said * ~on).sum() / (~on).sum().clamp(min=1)
+
     @torch.no_grad()
-    def accuracy(self, features, blocks: list[list[Block]], kept: torch.Tensor) -> dict[str, float]:
-        """Share of right answers over "all" and per family. blocks: one list a scene. kept: (scenes, count)."""
+    def accuracy(self, visual: torch.Tensor, blocks: list[list[Block]], kept: torch.Tensor) -> dict[str, float]:
+        """Share of right answers over "all" and per family, from projected tokens (scenes, tokens, dim).
+
+        blocks: one list a scene. kept: (scenes, count).
+        """
         self.model.eval()
-        right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+        right: dict[str, list[bool]] = {b.family: [] for of_scene in blocks for b in of_scene}
         for rows in torch.arange(len(blocks)).split(50):
             pack = Pack.of([blocks[i] for i in rows])
-            gathered = features[rows].gather(1, kept[rows][..., None].expand(-1, -1, features.shape[-1]))
-            hidden = self.hidden(self.project(gathered.to(self.device)), kept[rows], pack, compact=False)[-1]
+            seen = chosen(visual[rows], kept[rows]).to(self.device)
+            hidden = self.hidden(seen, kept[rows], pack, compact=False, total=visual.shape[1])[-1]
             text = hidden[:, len(PREFIX) + kept.shape[1] :]
             said = self.model.lm_head(text[pack.answers.to(self.device)]).argmax(-1).cpu()
             for family, ok in zip(pack.families, (said == pack.target[pack.answers]).tolist(), strict=True):
@@ -357,7 +374,7 @@ def log_table(decoder: Decoder, features: torch.Tensor, blocks: list[list[Block]
         selections[f"stride {count}"] = strided_tokens(scenes, count)
         selections[f"diverse {count}"] = diverse_tokens(visual, count)
     for name, kept in selections.items():
-        scores = decoder.accuracy(features, blocks, kept)
+        scores = decoder.accuracy(visual, blocks, kept)
         log.info("%-12s %s", name, "  ".join(f"{family} {value:.3f}" for family, value in scores.items()))
 
 

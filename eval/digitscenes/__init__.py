@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DigitScenes: a small visual-question-answering benchmark with a trained LLaVA checkpoint that travels with it.
+"""DigitScenes: a small visual-question-answering benchmark, with images and with videos, and trained LLaVA checkpoints
+that travel with it.
 
 from vtprune.eval import digitscenes
 model = AutoModelForImageTextToText.from_pretrained(digitscenes.MODEL_PATH)
 processor = AutoProcessor.from_pretrained(digitscenes.MODEL_PATH)
 for example in digitscenes.examples(limit=10): ...
+
+model = AutoModelForImageTextToText.from_pretrained(digitscenes.VIDEO_MODEL_PATH)
+for example in digitscenes.video_examples(limit=10): example.video_path() ...
 """
 
 from dataclasses import dataclass
@@ -13,16 +17,38 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from . import clip_questions
+from .clip_questions import VIDEO_FAMILIES
+from .clips import Clip, draw_clip
+from .mp4 import write_once
 from .questions import FAMILIES, ask
 from .scenes import SPLITS, draw_scene
 
 MODEL_PATH = Path(__file__).parent / "model"
 """Folder of the trained checkpoint and its processor."""
 
+VIDEO_MODEL_PATH = Path(__file__).parent / "video_model"
+"""Folder of the checkpoint that was trained on clips, and its processor."""
+
 SIZE = 1200
 """Questions in a set by default."""
 
-__all__ = ["FAMILIES", "MODEL_PATH", "SIZE", "Example", "examples", "score"]
+VIDEO_SIZE = 300
+"""Questions in a set about clips by default."""
+
+__all__ = [
+    "FAMILIES",
+    "MODEL_PATH",
+    "SIZE",
+    "VIDEO_FAMILIES",
+    "VIDEO_MODEL_PATH",
+    "VIDEO_SIZE",
+    "Example",
+    "VideoExample",
+    "examples",
+    "score",
+    "video_examples",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,45 @@ def examples(split: str = "test", limit: int | None = None, seed: int = 0) -> li
         question = ask(rng, scene.digits, families[index % len(families)])
         image = Image.fromarray(scene.pixels)
         drawn.append(Example(image, question.text, question.answer, question.family, index))
+    return drawn
+
+
+@dataclass(frozen=True)
+class VideoExample:
+    """One question about one clip.
+
+    clip: draws the frames. question: plain text. answer: one word. family: a key of `VIDEO_FAMILIES`. index: its place
+    in the set; every example has a clip of its own, so scores are independent.
+    """
+
+    clip: Clip
+    question: str
+    answer: str
+    family: str
+    index: int
+
+    def frames(self) -> np.ndarray:
+        """All frames, RGB, uint8 (frames, 112, 112, 3)."""
+        return self.clip.frames()
+
+    def video_path(self, folder: Path | None = None) -> Path:
+        """The clip as an mp4 file, 12 frames a second, written on the first call.
+
+        folder: default the cache for assets of huggingface_hub. The file's name says what is in it.
+        """
+        return write_once(self.frames(), folder)
+
+
+def video_examples(split: str = "test", limit: int | None = None, seed: int = 0) -> list[VideoExample]:
+    """The first `limit` (default `VIDEO_SIZE`) examples about clips; as `examples` in everything else."""
+    families = list(VIDEO_FAMILIES)
+    drawn = []
+    for index in range(VIDEO_SIZE if limit is None else limit):
+        rng = np.random.RandomState([seed, list(SPLITS).index(split), index])
+        family = families[index % len(families)]
+        clip = draw_clip(rng, split, family)
+        question = clip_questions.ask(rng, clip.actors, family)
+        drawn.append(VideoExample(clip, question.text, question.answer, family, index))
     return drawn
 
 

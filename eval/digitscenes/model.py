@@ -2,6 +2,7 @@
 """The DigitScenes model before training: a small LLaVA (CLIP ViT, projector, Llama) with a word-level tokenizer."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -54,15 +55,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `VOCABULARY`; lower-cases, splits at spaces and at "?", puts <s> in front."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+def build_tokenizer(
+    vocabulary: Sequence[str] = VOCABULARY, markers: Sequence[str] = ("<image>",)
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `vocabulary`; lower-cases, splits at spaces and at "?", puts <s> in front.
+
+    markers: the words of which the processor puts one in the place of each visual token.
+    """
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", VOCABULARY.index("<s>"))]
+        single="<s> $A", special_tokens=[("<s>", vocabulary.index("<s>"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -70,7 +76,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=list(markers),
         padding_side="left",
         model_max_length=1024,
     )

@@ -29,6 +29,9 @@ COLOURS = {
 SPLITS = {"train": slice(0, 1300), "validation": slice(1300, 1400), "test": slice(1400, None)}
 """Which of scikit-learn's 1,797 digit images (after one fixed shuffle) each split may draw."""
 
+INK = 96
+"""Ink from which on a pixel counts as the digit's."""
+
 _MIN_DIGITS, _MAX_DIGITS = 2, 6
 _MIN_DIGIT_SIZE, _MAX_DIGIT_SIZE = 28, 36  # pixels
 _GAP = 2  # pixels between the boxes of two digits
@@ -83,19 +86,17 @@ def draw_scene(rng: np.random.RandomState, split: str) -> Scene:
     boxes = _place(rng, rng.randint(_MIN_DIGITS, _MAX_DIGITS + 1))
     values = rng.permutation(10)[: len(boxes)]
     colours = rng.permutation(len(COLOURS))[: len(boxes)]
-    pixels = _background(rng)
+    pixels = background(rng)
     mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     digits = []
     for i, (value, colour, (x, y, size)) in enumerate(zip(values, colours, boxes, strict=True)):
         name = list(COLOURS)[colour]
         images = digit_images(split)[value]
         image = rng.randint(len(images))
-        shape = Image.fromarray(images[image]).resize((size, size), Image.Resampling.BICUBIC)
-        ink = np.minimum(np.asarray(shape, np.int32) * 13 // 10, 255)
+        ink = digit_ink(images[image], size)
         region = (slice(y, y + size), slice(x, x + size))
-        tint = ink[..., None] * np.array(COLOURS[name], np.int32)
-        pixels[region] = (pixels[region] * (255 - ink[..., None]) + tint) // 255  # int32 until it is stored
-        mask[region][ink >= 96] = i + 1
+        paint(pixels[region], ink, name)
+        mask[region][ink >= INK] = i + 1
         digits.append(Digit(int(value), name, int(x), int(y), int(size), int(image)))
     return Scene(pixels, mask, tuple(digits))
 
@@ -116,15 +117,30 @@ def _place(rng: np.random.RandomState, count: int) -> list[tuple[int, int, int]]
                     return boxes
 
 
-def _background(rng: np.random.RandomState) -> np.ndarray:
-    """Dark blocks, pixel noise, and thin short strokes that belong to no digit; uint8 (IMAGE_SIZE, IMAGE_SIZE, 3)."""
-    side = IMAGE_SIZE // _BLOCK
+def digit_ink(image: np.ndarray, size: int) -> np.ndarray:
+    """A handwritten digit, uint8 (8, 8), enlarged: how much ink is where, 0..255, int32 (size, size)."""
+    shape = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    return np.minimum(np.asarray(shape, np.int32) * 13 // 10, 255)
+
+
+def paint(region: np.ndarray, ink: np.ndarray, colour: str) -> None:
+    """Tints a view of pixels, uint8 (size, size, 3), in place."""
+    tint = ink[..., None] * np.array(COLOURS[colour], np.int32)
+    region[:] = (region * (255 - ink[..., None]) + tint) // 255  # int32 until it is stored
+
+
+def background(rng: np.random.RandomState, size: int = IMAGE_SIZE, strokes: tuple[int, int] = (3, 9)) -> np.ndarray:
+    """Dark blocks, pixel noise, and thin short strokes that belong to no digit; uint8 (size, size, 3).
+
+    strokes: how many, from the first number to below the second.
+    """
+    side = size // _BLOCK
     blocks = rng.randint(0, 90, (side, side, 3)).astype(np.uint8).repeat(_BLOCK, 0).repeat(_BLOCK, 1)
     noise = np.frombuffer(rng.bytes(blocks.size), np.uint8).reshape(blocks.shape) & 15
     image = Image.fromarray(blocks + noise)
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.randint(3, 9)):
-        x, y = rng.randint(0, IMAGE_SIZE, 2).tolist()
+    for _ in range(rng.randint(*strokes)):
+        x, y = rng.randint(0, size, 2).tolist()
         dx, dy = rng.randint(-16, 17, 2).tolist()
         pen.line((x, y, x + dx, y + dy), fill=tuple(rng.randint(60, 256, 3).tolist()), width=int(rng.randint(1, 3)))
     return np.array(image)
