@@ -54,7 +54,8 @@ class Adapter(ABC):
     @classmethod
     def stages(cls) -> tuple[str, ...]:
         """Stages at which methods can act on the family."""
-        return ("before_llm", "in_llm")
+        inside = ("encoder",) if cls.plain_encoder_attention else ()
+        return (*inside, "before_llm", "in_llm", "decode")
 
     @classmethod
     def signals(cls) -> tuple[str, ...]:

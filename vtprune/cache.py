@@ -10,7 +10,7 @@ transformers' own sliding-window layers use, so every mask factory and `generate
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.slots import Aside, PerSample, Slots
 
 
-@dataclass(frozen=True)
-class CacheLayout:
+@dataclass(frozen=True, eq=False)
+class CacheLayout(PerSample):
     """How the physical columns of one cache layer relate to the unpruned sequence. Immutable; shared by layers."""
 
     dropped: int = 0
@@ -30,17 +31,6 @@ class CacheLayout:
     """(batch, physical) bool: False for padding; None if every column is real."""
     shift: Tensor | None = None
     """(batch, 1) long: what is subtracted from the positions of tokens to come (compact positions); None for zero."""
-    _derived: dict = field(default_factory=dict, repr=False, compare=False)
-
-    def derive(self, key: str, argument, make: Callable[[Tensor], Tensor]) -> CacheLayout:
-        """Layout with `make` applied along the batch; layers that share a layout share the result, too."""
-        if self.real is None and self.shift is None:
-            return self
-        last = self._derived.get(key)
-        if last is None or last[0] is not argument:
-            real, shift = (None if t is None else make(t) for t in (self.real, self.shift))
-            last = self._derived[key] = (argument, replace(self, real=real, shift=shift, _derived={}))
-        return last[1]
 
     def extend(self, length: int, real: Tensor | None, dropped: int, shift: Tensor | None, past: int) -> CacheLayout:
         """Layout once `length` more columns arrive: `real` (batch, length) or None, after `past` physical ones."""
@@ -53,7 +43,7 @@ class CacheLayout:
             joined = torch.cat([old, new.to(old.device)], 1)
         if shift is not None and self.shift is not None:
             shift = self.shift + shift
-        return CacheLayout(self.dropped + dropped, joined, self.shift if shift is None else shift)
+        return CacheLayout(dropped=self.dropped + dropped, real=joined, shift=self.shift if shift is None else shift)
 
     def mask(self) -> Tensor | None:
         """2D padding mask of logical length, as transformers' mask factories index it; None if all columns are real."""
@@ -70,10 +60,14 @@ class Owner:
 class PrunedLayer(CacheLayerMixin):
     """Wraps a dynamic cache layer; everything it does not define is the inner layer's."""
 
-    _own = ("inner", "owner", "layout")
+    _own = ("inner", "owner", "layout", "slots", "aside")
 
     def __init__(self, inner: CacheLayerMixin, owner: Owner):
         self.__dict__.update(inner=inner, owner=owner, layout=CacheLayout())
+        self.slots: Slots | None = None
+        """Which token each column is, once some may come back in between; `layout.real` then says nothing."""
+        self.aside: Aside | None = None
+        """What may come back."""
 
     def __getattr__(self, name):
         return getattr(self.__dict__["inner"], name)
@@ -116,25 +110,44 @@ class PrunedLayer(CacheLayerMixin):
             )
         return self.inner.update(key_states, value_states, *args, **kwargs)
 
+    def evict(self, index: Tensor, real: Tensor | None) -> None:
+        """Keep the columns `index` (batch, m) of those stored, `real` (batch, m) of them (None: all)."""
+        gone = self.physical - index.shape[1]
+        index = index[:, None, :, None]
+        self.inner.keys, self.inner.values = (
+            x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.inner.keys, self.inner.values)
+        )
+        self.layout = replace(self.layout, dropped=self.layout.dropped + gone, real=real, _derived={})
+
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.slots is not None:
+            raise UnsupportedStageError(
+                "tokens cannot be taken back from a KV cache that visual tokens come back to (assisted decoding); use "
+                "a method that brings nothing back: fastv, transprune"
+            )
         if tokens_to_remove and self.layout.real is not None:
             self.layout = replace(self.layout, real=self.layout.real[:, : -abs(tokens_to_remove)], _derived={})
         self.inner.crop(tokens_to_remove)
 
     def reset(self) -> None:
-        self.layout = CacheLayout()
+        self.layout, self.slots, self.aside = CacheLayout(), None, None
         self.inner.reset()
 
+    def _derive(self, key: str, argument, make: Callable[[Tensor], Tensor]) -> None:
+        for name in ("layout", "slots", "aside"):
+            if (state := getattr(self, name)) is not None:
+                setattr(self, name, state.derive(key, argument, make))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.layout = self.layout.derive("reorder", beam_idx, lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._derive("reorder", beam_idx, lambda t: t.index_select(0, beam_idx.to(t.device)))
         self.inner.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.layout = self.layout.derive("repeat", repeats, lambda t: t.repeat_interleave(repeats, 0))
+        self._derive("repeat", repeats, lambda t: t.repeat_interleave(repeats, 0))
         self.inner.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.layout = self.layout.derive("select", indices, lambda t: t[indices.to(t.device)])
+        self._derive("select", indices, lambda t: t[indices.to(t.device)])
         self.inner.batch_select_indices(indices)
 
     def offload(self) -> None:

@@ -78,7 +78,7 @@ class Segment:
     columns: Tensor
     """(batch, n) long: the call's column that each current column was."""
     real: Tensor
-    """(batch, n) bool: False for padding."""
+    """(batch, n) bool: False for padding, and for what is masked."""
     visual: Tensor
     """(batch, n) bool: the visual tokens alive, separators included."""
     positions: Tensor
@@ -89,6 +89,9 @@ class Segment:
     """(batch, call length) long: the column each column of the call went into (itself while alive), -1 if dropped."""
     dropped: int = 0
     """Call length minus n."""
+    masked: Tensor | None = None
+    """(batch, n) bool: visual tokens that were dropped by masking alone: they are still computed and held, but no one
+    attends to them. None for none."""
 
     @classmethod
     def whole(cls, real: Tensor, visual: Tensor, positions: Tensor) -> Segment:
@@ -98,8 +101,13 @@ class Segment:
         last = torch.where(real, columns, 0).amax(1, keepdim=True)
         return cls(columns, real, visual, positions, counted_from(positions, last), columns)
 
+    @property
+    def present(self) -> Tensor:
+        """(batch, n) bool: False for padding alone."""
+        return self.real if self.masked is None else self.real | self.masked
+
     def padding(self) -> Tensor | None:
-        """`real`, or None if every column is real."""
+        """`real`, or None if every column is."""
         return None if bool(self.real.all()) else self.real
 
     def fates_after(self, groups: Groups, selection: Selection, keep: Tensor) -> Tensor:
@@ -115,7 +123,7 @@ class Segment:
         return torch.where(self.fate >= 0, after.gather(1, self.fate.clamp(min=0)), -1)
 
     def cut(self, keep: Tensor, fate: Tensor, *, compact: bool) -> tuple[Segment, Tensor]:
-        """Keep the columns `keep` (batch, n) bool; padding always goes.
+        """Keep the columns `keep` (batch, n) bool; padding always goes, and so does what is masked.
 
         compact: renumber positions from that of the first token on; all axes of M-RoPE then hold a token's rank. A
         sample that loses nothing keeps its positions, as it would alone.
@@ -141,8 +149,14 @@ class Segment:
             end=end,
             fate=fate,
             dropped=self.dropped + self.columns.shape[1] - columns.shape[1],
+            masked=None,
         )
         return after, index
+
+    def hide(self, keep: Tensor, fate: Tensor) -> Segment:
+        """Mask the columns that are not in `keep` (batch, n) bool; all stay where they are."""
+        masked = self.present & ~(self.real & keep)
+        return replace(self, real=self.real & keep, visual=self.visual & keep, fate=fate, masked=masked)
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving
@@ -150,7 +164,7 @@ class Segment:
         device = hidden.device
         n = hidden.shape[1]
         slots = torch.arange(1, n + 1, device=device).expand(len(hidden), n)
-        slots = slots.masked_fill(~self.real.to(device), 0)
+        slots = slots.masked_fill(~self.present.to(device), 0)
         # Two slots never share a real column; padding slots write 0, which no maximum can prefer.
         held = torch.zeros(len(hidden), length, dtype=torch.long, device=device)
         held = held.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values

@@ -37,7 +37,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Report:
-    """The last prefill of a session.
+    """The last prefill of a session, and what became of its KV cache since.
 
     Columns count from the start of `input_ids`, padding included; on a kept cache, from its start.
     With beams or several returned sequences, one sample stands for all copies of its prompt.
@@ -56,6 +56,11 @@ class Report:
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill."""
     kv_dtype_bytes: int
     timings: Timings | None = None
+    held: tuple[tuple[Tensor, ...], ...] | None = None
+    """A decoder layer each, a sample each: ascending columns of the visual tokens in the KV cache; None while these are
+    the ones that the prefill kept."""
+    auxiliary_bytes: int = 0
+    """Bytes of hidden states that are kept for tokens that may come back."""
 
     @property
     def depth(self) -> int:
@@ -114,6 +119,24 @@ class Report:
         index = torch.searchsorted(kept, fate.clamp(min=0)).clamp(max=len(kept) - 1)
         return index.masked_fill(fate < 0, -1)
 
+    def cached(self, sample: int, layer: int = -1) -> Tensor:
+        """(tokens,) long: ascending columns of the visual tokens whose keys and values a layer holds now.
+
+        Those of `kept`, less what was evicted after the prefill, and with what came back while decoding.
+        """
+        kept = self.kept(sample, layer)
+        return kept if self.held is None else self.held[layer][sample]
+
+    @cached_property
+    def kv_lengths(self) -> Tensor:
+        """(samples, layers) long: tokens of the prompt, text included, whose keys and values each layer holds now.
+
+        In layers with a sliding window at most what the next token can see.
+        """
+        if self.held is None:
+            return self._kv_lengths(self.counts.tolist())
+        return self._kv_lengths([[len(layer[sample]) for layer in self.held] for sample in range(self.samples)])
+
     # -- cost ---------------------------------------------------------------------------------------------------
 
     def _flops(self, counts: list[list[int]]) -> float:
@@ -139,28 +162,26 @@ class Report:
         """FLOPs of the vision encoder for the whole batch; zero if it did not run in this session."""
         return float(cost.encoder_flops(self.vision_config, self.encoder_sequences))
 
-    def _kv_bytes(self, counts: list[list[int]]) -> int:
+    def _kv_lengths(self, counts: list[list[int]]) -> Tensor:
         config = self.text_config
-        # A sliding layer forgets what the next token cannot see.
-        limits = [
-            config.sliding_window - 1 if layer_type(config, layer) == "sliding_attention" else None
-            for layer in range(self.depth)
-        ]
-        lengths = [
-            [n + text if limit is None else min(n + text, limit) for n, limit in zip(row, limits, strict=True)]
-            for row, text in zip(counts, self.text_tokens, strict=True)
-        ]
-        return sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths)
+        lengths = torch.tensor(counts) + torch.tensor(self.text_tokens)[:, None]
+        for layer in range(self.depth):
+            if layer_type(config, layer) == "sliding_attention":  # it forgets what the next token cannot see
+                lengths[:, layer].clamp_(max=config.sliding_window - 1)
+        return lengths
+
+    def _kv_bytes(self, lengths: Tensor) -> int:
+        return sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths.tolist())
 
     @cached_property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values of all real tokens after prefill, summed over layers and samples."""
-        return self._kv_bytes(self.counts.tolist())
+        """Bytes of keys and values of `kv_lengths`, summed over layers and samples."""
+        return self._kv_bytes(self.kv_lengths)
 
     @cached_property
     def unpruned_kv_bytes(self) -> int:
         """The same had nothing been pruned."""
-        return self._kv_bytes(self._unpruned_counts)
+        return self._kv_bytes(self._kv_lengths(self._unpruned_counts))
 
     # -- views --------------------------------------------------------------------------------------------------
 
@@ -179,8 +200,10 @@ class Report:
             "prefill_flops": self.prefill_flops,
             "unpruned_prefill_flops": self.unpruned_prefill_flops,
             "encoder_flops": self.encoder_flops,
+            "kv_lengths": self.kv_lengths.tolist(),
             "kv_bytes": self.kv_bytes,
             "unpruned_kv_bytes": self.unpruned_kv_bytes,
+            "auxiliary_bytes": self.auxiliary_bytes,
             "kept": [self.kept(sample).tolist() for sample in range(self.samples)],
             "timings": None if self.timings is None else vars(self.timings),
         }
@@ -202,6 +225,10 @@ class Report:
         if len(self.stretches) > 1:
             spans = (f"from {s.start}: {sum(map(len, s.kept))}" for s in self.stretches)
             lines.append(f"  visual tokens by layer    {', '.join(spans)}")
+        if self.held is not None:
+            lines.append(f"  cached tokens by layer    {', '.join(map(str, self.kv_lengths.sum(0).tolist()))}")
+        if self.auxiliary_bytes:
+            lines.append(f"  kept for revival          {self.auxiliary_bytes / 1e6:.4g} MB")
         if self.timings is not None:
             t = self.timings
             lines.append(

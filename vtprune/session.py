@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator
@@ -20,11 +21,12 @@ from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
-from vtprune.methods.base import Method
+from vtprune.methods.base import BeforeLLM, InLLM, Method
 from vtprune.question import Text, embed_question
 from vtprune.report import Report, Stretch, Timings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
+from vtprune.stages.decode import DecodeStage
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.media import Media
@@ -108,7 +110,7 @@ class _Incoming:
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
-    `report` describes the last prefill (None before the first one). `text` may be changed between calls.
+    `text` may be changed between calls.
     """
 
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
@@ -118,7 +120,7 @@ class Session:
         self.methods = methods
         self.strict = strict
         self.text = text
-        self.report: Report | None = None
+        self._report: Report | None = None
         self._profile = profile
         self._owner = Owner()
         self._handles: list = []
@@ -135,10 +137,23 @@ class Session:
         parts = [part for method in methods for part in method.parts(shape)]
         requests = [request for part in parts for request in part.signals(shape)]
         active = [part for part in parts if part.keep_ratio != 1.0]
-        self._before = [m for m in active if m.stage == "before_llm"]
-        self._tap = EncoderTap(self.adapter, requests, profile=profile)
-        self._in_llm = InLLMStage(self.adapter, [m for m in active if m.stage == "in_llm"], shape, self._choose)
+        self._before = [m for m in active if isinstance(m, BeforeLLM)]
+        encoder = [m for m in active if m.stage == "encoder"]
+        self._tap = EncoderTap(self.adapter, requests, encoder, profile=profile)
+        inside = [m for m in active if isinstance(m, InLLM)]
+        self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)
+        self._decode = DecodeStage(self.adapter, active, shape, self._select)
         self._prunes = bool(active)
+
+    @property
+    def report(self) -> Report | None:
+        """The last prefill, and what became of its KV cache since; None before the first one."""
+        if self._report is None:
+            return None
+        held, auxiliary_bytes = self._decode.holdings(self._report.visual)
+        if held is None:
+            return self._report
+        return dataclasses.replace(self._report, held=held, auxiliary_bytes=auxiliary_bytes)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -154,7 +169,9 @@ class Session:
         self._owner.active = True
         try:
             # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
-            for handle in chain(self._tap.install(), self._install_own(), self._in_llm.install()):
+            for handle in chain(
+                self._tap.install(), self._install_own(), self._in_llm.install(), self._decode.install()
+            ):
                 self._handles.append(handle)
         except BaseException:
             self.remove()
@@ -176,6 +193,8 @@ class Session:
         self._owner.active = False
         self._tap.forget()
         self._end_call()
+        self._report = self.report
+        self._decode.forget()
 
     def __enter__(self) -> Session:
         if not self._handles:
@@ -188,6 +207,7 @@ class Session:
     def _end_call(self) -> None:
         self._call = self._incoming = None
         self._in_llm.end()
+        self._decode.end()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -205,9 +225,8 @@ class Session:
         )
 
     def _before_decoder(self, module, args, kwargs):
-        incoming, self._incoming = self._incoming, None
-        self._call = None
-        self._in_llm.end()
+        incoming = self._incoming
+        self._end_call()
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
             return None
@@ -221,6 +240,9 @@ class Session:
             if not held:
                 self._report_text_only(hidden, mask, cache)
                 return None
+            if held[0].slots is not None:
+                self._begin_step(cache, hidden, mask, kwargs)
+                return args, {**kwargs, "attention_mask": None}
             if self._needs_no_mask(hidden.shape[1], mask, held):
                 return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
@@ -243,6 +265,17 @@ class Session:
         kwargs["position_ids"] = call.positions_at(0)
         kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
+
+    def _begin_step(self, cache, hidden: Tensor, mask: Any, kwargs: dict) -> None:
+        """Follow a call on a cache that tokens may come back to."""
+        length, past = hidden.shape[1], cache.get_seq_length()
+        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        if torch.is_tensor(mask) and mask.ndim == 2 and length > 1:
+            real = mask[:, -length:].bool()
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=hidden.device)[None]
+        self._decode.begin(cache, hidden, real, positions)
 
     def _take_planes(self, call: Call, kwargs: dict) -> None:
         """Take over the planes that the model adds to its first layers' outputs (DeepStack) if tokens go missing there.
@@ -346,6 +379,7 @@ class Session:
             self._replayed, self._choices = [], []
             self._last = (features, call.ids) if replayable else None
         self._selector_seconds, self._started = 0.0, self._clock()
+        self._decode.check(call, bool(self._replayed))
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
@@ -359,12 +393,15 @@ class Session:
         return same_batch and torch.equal(ids[:, :length], earlier_ids)
 
     def _after_decoder(self, module, args, kwargs, output):
+        if self._decode.step is not None:
+            return self._decode.finish(output)
         call = self._call
         if call is None:
             return None
-        self._end_call()
         if call.media is not None and not self._replayed:
+            self._decode.after_prefill(call, self._in_llm.aside)
             self._finish_prefill(call)
+        self._end_call()
         if not call.pruned:
             return None
         if isinstance(output, tuple):
@@ -380,15 +417,15 @@ class Session:
             selection = self._replayed.pop(0)
             self._replayed.append(selection)
             return selection
-        started = self._clock()
-        selection = method.select(tokens)
-        if selection.keep.shape != tokens.valid.shape or selection.keep.dtype != torch.bool:
-            raise VTPruneError(
-                f"{method.name} returned a selection of {selection.keep.dtype} {tuple(selection.keep.shape)}, expected "
-                f"bool {tuple(tokens.valid.shape)}"
-            )
-        self._selector_seconds += self._clock() - started
+        selection = self._select(method, tokens)
         self._choices.append(selection)
+        return selection
+
+    @torch.no_grad()
+    def _select(self, method: Method, tokens: VisualTokens) -> Selection:
+        started = self._clock()
+        selection = method.choose(tokens)
+        self._selector_seconds += self._clock() - started
         return selection
 
     def _clock(self) -> float:
@@ -400,6 +437,7 @@ class Session:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
         if (cache is not None and cache.get_seq_length()) or hidden.shape[1] == 1:
             return
+        self._decode.forget()
         lengths = mask.sum(1) if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
         empty = (torch.empty(0, dtype=torch.long),) * len(hidden)
         stretch = Stretch(0, len(self.adapter.decoder_layers), empty, empty)
@@ -451,7 +489,7 @@ class Session:
         )
 
     def _set_report(self, stretches, visual, text, sequences, dtype_bytes, timings) -> None:
-        self.report = Report(
+        self._report = Report(
             model_name=type(self.adapter.model).__name__,
             methods=tuple(method.name for method in self.methods),
             stretches=stretches,

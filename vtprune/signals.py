@@ -123,9 +123,26 @@ class InstructionAttention:
 
 
 @dataclass(frozen=True)
+class TextAttention:
+    """(groups, tokens, 2): attention of the text after the last visual token over the visual tokens, averaged over
+    heads, in the decoder layer before the cut: summed over that text, and that of the text token that looks most."""
+
+
+@dataclass(frozen=True)
+class KeyTokens:
+    """(groups, tokens) bool inside the LLM: visual tokens that were, as they entered the LLM, among those of their crop
+    that the encoder's CLS query attends to most (`vtprune.ops.dual_attention.key_tokens`)."""
+
+    layer: int
+    """0-based encoder layer."""
+    share: float
+    """Of the tokens of each crop, rounded up."""
+
+
+@dataclass(frozen=True)
 class AttentionPageRank:
     """(groups, tokens): ranks of the visual tokens by `vtprune.ops.page_rank` over the attention of the decoder layer
-    before the cut, in which all tokens of the prompt take part."""
+    before the cut, in which all tokens of the prompt take part; those that are masked have a rank to pass on."""
 
     temperature: float
     iterations: int
@@ -153,6 +170,11 @@ class Transition:
 
 
 @dataclass(frozen=True)
+class AliveInLastLayer:
+    """(groups, tokens) bool, after prefill: which visual tokens of a layer got as far as the last one."""
+
+
+@dataclass(frozen=True)
 class RowContext:
     """Everything that attention rows of one decoder layer need beside its projections."""
 
@@ -172,6 +194,8 @@ class RowContext:
     """How many columns, itself included, a row of a sliding layer looks back on; None for all."""
     window_cuts_blocks: bool = False
     """Whether that holds within a block, too."""
+    present: Tensor | None = None
+    """(batch, n) bool: `real`, and columns that no row sees although they have rows of their own; None: `real`."""
 
 
 def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> Tensor:
@@ -183,7 +207,25 @@ def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context:
     """
     q, k = _rotated(queries, keys, rows, context)
     mask = _visible(rows.to(k.device), context)
-    return attention_rows(q, k, mask=mask[:, None], **_scores(context))[..., -keys.shape[1] :]
+    return attention_rows(q, k, mask=mask[:, None], **_scores(context.attention, context.head_dim))[
+        ..., -keys.shape[1] :
+    ]
+
+
+def cached_attention_row(
+    queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, rope: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention of one query a sample over the keys in a cache, (batch, heads, n) float32.
+
+    queries: (batch, 1, heads * head dim), output of `q_proj`; keys: (batch, kv heads, n, head dim), as cached; visible:
+    (batch, n) bool; rope: cos and sin of the query, (batch, 1, rotary dim).
+    """
+    head_dim = keys.shape[-1]
+    q = rearrange(queries, "b r (h d) -> b h r d", d=head_dim)
+    if (norm := getattr(attention, "q_norm", None)) is not None:
+        q = norm(q)
+    q = rotate(q, *(t.to(q.device) for t in rope))
+    return attention_rows(q, keys, mask=visible[:, None, None], **_scores(attention, head_dim))[:, :, 0]
 
 
 def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank, context: RowContext) -> Tensor:
@@ -198,11 +240,11 @@ def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank,
         q,
         k,
         mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
-        valid=context.real.to(k.device),
+        valid=(context.real if context.present is None else context.present).to(k.device),
         temperature=request.temperature,
         iterations=request.iterations,
         damping=request.damping,
-        **_scores(context),
+        **_scores(context.attention, context.head_dim),
     )
 
 
@@ -220,16 +262,16 @@ def decoder_attention_share(queries: Tensor, keys: Tensor, context: RowContext) 
         k,
         mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
         valid=real,
-        **_scores(context),
+        **_scores(context.attention, context.head_dim),
     )
     return received[:, -n:] * real.sum(1, keepdim=True)
 
 
-def _scores(context: RowContext) -> dict[str, Any]:
+def _scores(attention: nn.Module, head_dim: int) -> dict[str, Any]:
     """How a layer scales and bounds its scores."""
     return {
-        "scale": getattr(context.attention, "scaling", context.head_dim**-0.5),
-        "softcap": getattr(context.attention, "attn_logit_softcapping", None),
+        "scale": getattr(attention, "scaling", head_dim**-0.5),
+        "softcap": getattr(attention, "attn_logit_softcapping", None),
     }
 
 

@@ -72,7 +72,8 @@ class VisualTokens:
     """
 
     features: Tensor
-    """(groups, tokens, dim): projected features before the LLM, hidden states inside it. Padding rows are zero."""
+    """(groups, tokens, dim): projected features before the LLM, hidden states inside it and inside the vision encoder.
+    Padding rows are zero."""
     valid: Tensor
     """(groups, tokens) bool: True for real tokens; padding, if any, stands at the end of a row."""
     budget: Tensor
@@ -91,7 +92,7 @@ class VisualTokens:
     before the LLM."""
     shape: ModelShape | None = None
     layer: int | None = None
-    """Decoder layer that will run next; None before the LLM."""
+    """Decoder layer that will run next, or, inside the vision encoder, the layer that has run; None between them."""
 
     def __getitem__(self, request: Hashable) -> Any:
         """The signal asked for, e.g. `tokens[EncoderFeatures()]`; only what the method announced in `signals()`."""

@@ -29,7 +29,10 @@ MERGING = {"pool", "holitom", "aim", "progressive_pooling", "adaptive_pool", "bv
 """What averages features, so that a recompute has to average, too."""
 COMPACT_ONCE = {"aim"}
 """What keeps positions inside the LLM however they were renumbered before it."""
-NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim"}
+REVIVING = {"lazyllm"}
+"""What chooses again while decoding, with original positions only, and what must be refused where a decoder layer has a
+sliding window."""
+NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim", "mustdrop"}
 """What must be refused where the encoder has no CLS token."""
 NEEDS_ENCODER_ATTENTION = {"holitom", "recoverable"}
 """What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
@@ -38,6 +41,8 @@ CELLS = [(name, media, method) for name in families.NAMES for media in families.
 
 def spec(method: str, **fields) -> list[dict[str, Any]]:
     """The method (list) of a column, with fields such as `positions` set for all its parts."""
+    if method in REVIVING:
+        fields.pop("positions", None)
     return [part | fields for part in METHODS[method]]
 
 
@@ -68,7 +73,8 @@ under `paligemma2`, Gemma 2, caps attention logits, which sdpa cannot: it is eag
 A cell that *works* keeps these promises:
 
 * keeping everything gives the logits and ids of the model without vtprune, bit by bit;
-* generation with a pruned KV cache gives the logits (within 1e-4) and ids of a recompute without a cache;
+* generation with a pruned KV cache gives the logits (within 1e-4) and ids of a recompute without a cache, what was
+  evicted from the cache after the prefill, or came back to it while decoding, included;
 * a batch gives each sample what it gets alone;
 * afterwards no hook, attribute or changed setting is left on the model;
 * the attention back end stays;

@@ -45,6 +45,7 @@ def recompute(
     kept: list[Tensor],
     positions: str = "original",
     sources: Tensor | None = None,
+    cached: list[Tensor] | None = None,
 ) -> Tensor:
     """Logits (tokens, vocabulary) of one sample; rows of dropped columns are NaN.
 
@@ -56,6 +57,7 @@ def recompute(
             the layer's sequence) or "compact once" (its rank in the first layer's if anything is missing there).
         sources: (visual tokens,), if features were averaged before the LLM: index in `kept[0]` that each went into, or
             -1.
+        cached: one LongTensor a layer, the columns of `kept` that what was generated still sees in it; default all.
     """
     decoder = model.get_decoder()
     ids = torch.cat([inputs["input_ids"][0], generated])
@@ -87,9 +89,14 @@ def recompute(
         per_type = (
             {"layer_type": kind} if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters else {}
         )
+        mask = _mask(model, kind, blocks[columns], hidden.dtype)
+        if cached is not None:
+            evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index])
+            later = columns >= len(ids) - len(generated)
+            mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
         hidden = layer(
             hidden[None],
-            attention_mask=_mask(model, kind, blocks[columns], hidden.dtype),
+            attention_mask=mask,
             position_embeddings=decoder.rotary_emb(hidden[None], place, **per_type),
             position_ids=ranks[None],
         )[0]

@@ -28,9 +28,15 @@ def test_default_positions_are_the_references(name, positions):
 
 
 def test_every_method_lets_positions_be_chosen():
-    for name in vtprune.list_methods():
-        for positions in ("original", "compact"):
-            assert vtprune.build_method(dict(spec(name)[0] if name in SPECS else {"name": name}, positions=positions))
+    """Except what brings tokens back between those that stayed: there are no ranks to keep."""
+    for name, cls in vtprune.list_methods().items():
+        method = dict(spec(name)[0] if name in SPECS else {"name": name})
+        assert vtprune.build_method(method | {"positions": "original"})
+        if issubclass(cls, vtprune.Reviving):
+            with pytest.raises(vtprune.ConfigError, match="positions"):
+                vtprune.build_method(method | {"positions": "compact"})
+        else:
+            assert vtprune.build_method(method | {"positions": "compact"})
 
 
 @pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-ttv"])

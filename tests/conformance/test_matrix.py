@@ -14,7 +14,8 @@ from torch import Tensor
 import vtprune
 
 from . import families, matrix
-from .matrix import CELLS, COMPACT_ONCE, MERGING, keep_everything, refusal, spec
+from .lazy_reference import lazy_recompute, separators
+from .matrix import CELLS, COMPACT_ONCE, MERGING, REVIVING, keep_everything, refusal, spec
 from .recompute import recompute, visual_columns
 from .test_4_removal import fingerprint
 
@@ -72,25 +73,50 @@ def kept_columns(report, sample: int, first: int) -> list[Tensor]:
     return [report.kept(sample, layer) - first for layer in range(report.depth)]
 
 
+def cached_columns(report, sample: int, first: int) -> list[Tensor]:
+    """The same of `report.cached`."""
+    return [report.cached(sample, layer) - first for layer in range(report.depth)]
+
+
 def check_cache(output, report, batch: families.Batch, samples: range) -> None:
-    """Every cache layer holds the visual tokens that the report counts there, all text, and nothing else."""
+    """Every cache layer holds the visual tokens that the report says are there, all text, and nothing else."""
     assert report.counts.shape == (len(samples), len(output.past_key_values.layers))
     text = [batch.singles[s]["input_ids"].shape[1] - len(report.visual[i]) for i, s in enumerate(samples)]
-    for layer, counts in zip(output.past_key_values.layers, report.counts.T.tolist(), strict=True):
-        longest = max(count + n for count, n in zip(counts, text, strict=True))
+    for index, layer in enumerate(output.past_key_values.layers):
+        longest = max(len(report.cached(i, index)) + n for i, n in enumerate(text))
         assert layer.keys.shape[-2] == layer.values.shape[-2] == longest + NEW - 1
 
 
-def check_sample(run: Unpatched, sample: int, logits: Tensor, generated: Tensor, kept, positions, sources) -> None:
+def check_sample(
+    run: Unpatched, sample: int, logits: Tensor, generated: Tensor, kept, positions, sources, cached=None
+) -> None:
     """Every step of one sample's generation is the recomputed one."""
     inputs = run.batch.singles[sample]
     visual = visual_columns(run.model, inputs)
     for earlier, later in zip([visual, *kept], kept, strict=False):
         assert torch.isin(later, earlier).all() and (later.diff() > 0).all()
-    expected = recompute(run.model, inputs, generated[:-1], kept, positions, sources)[-NEW:]
+    expected = recompute(run.model, inputs, generated[:-1], kept, positions, sources, cached)[-NEW:]
     torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
     expected[:, list(run.batch.visual_ids)] = float("-inf")
     assert generated.tolist() == expected.argmax(-1).tolist()
+
+
+def check_revival(run: Unpatched, eager, sample: int, logits: Tensor, generated: Tensor, report, own: int) -> None:
+    """Every step of one sample's generation is the one of an algorithm that computes all anew, and so is the cache.
+
+    own: the sample's number in the report.
+    """
+    inputs, first = run.batch.singles[sample], run.batch.first_column(sample) if report.samples > 1 else 0
+    lines = separators(eager, inputs)
+    cuts = {layer: n - len(lines) for layer, n in enumerate(report.counts[own].tolist()) if layer}
+    cuts = {layer: n for layer, n in cuts.items() if report.counts[own, layer] < report.counts[own, layer - 1]}
+    expected = lazy_recompute(eager, inputs, generated[:-1], cuts)
+    assert expected.revived, "nothing came back"
+    torch.testing.assert_close(logits, expected.logits, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
+    expected.logits[:, list(run.batch.visual_ids)] = float("-inf")
+    assert generated.tolist() == expected.logits.argmax(-1).tolist()
+    for layer, held in enumerate(expected.held):
+        assert (report.cached(own, layer) - first).tolist() == sorted([*held, *lines])
 
 
 @both_attentions
@@ -122,11 +148,19 @@ def test_cell(name, media, method, attention):
     assert fingerprint(model) == run.state
 
     assert report.keep_ratio < 0.75
+    if method in REVIVING:
+        eager = families.shared(name, "eager")
+        for sample, (single, own_report) in enumerate(alone):
+            ids = together.sequences[sample, -NEW:]
+            check_revival(run, eager, sample, steps(together)[sample], ids, report, sample)
+            check_revival(run, eager, sample, steps(single)[0], single.sequences[0, -NEW:], own_report, 0)
+        return
     check_cache(together, report, batch, range(len(batch)))
     for sample, (single, own_report) in enumerate(alone):
         kept = kept_columns(report, sample, batch.first_column(sample))
-        own_kept = kept_columns(own_report, 0, 0)
-        assert [k.tolist() for k in kept] == [k.tolist() for k in own_kept], "alone, other tokens are kept"
+        cached = cached_columns(report, sample, batch.first_column(sample))
+        for ours, own in ((kept, kept_columns(own_report, 0, 0)), (cached, cached_columns(own_report, 0, 0))):
+            assert [k.tolist() for k in ours] == [k.tolist() for k in own], "alone, other tokens are kept"
         check_cache(single, own_report, batch, range(sample, sample + 1))
         sources = report.sources(sample, 0) if method in MERGING else None
         places = "compact once" if positions == "compact" and method in COMPACT_ONCE else positions
@@ -134,7 +168,7 @@ def test_cell(name, media, method, attention):
             (steps(together)[sample], together.sequences[sample, -NEW:]),
             (steps(single)[0], single.sequences[0, -NEW:]),
         ):
-            check_sample(run, sample, logits, ids, kept, places, sources)
+            check_sample(run, sample, logits, ids, kept, places, sources, cached)
 
 
 @pytest.mark.parametrize("method", ["uniform", "transprune"])
@@ -198,7 +232,10 @@ def test_only_what_needs_the_encoders_attention_is_refused(name):
     refused = {method for method in matrix.METHODS if refusal(model, spec(method)) is not None}
     has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
     plain = vtprune.adapter_for(model).plain_encoder_attention
-    assert refused == (set() if has_cls else matrix.NEEDS_CLS) | (set() if plain else matrix.NEEDS_ENCODER_ATTENTION)
+    slides = "sliding_attention" in (getattr(model.get_decoder().config, "layer_types", None) or ())
+    expected = set() if has_cls else matrix.NEEDS_CLS
+    expected |= set() if plain else matrix.NEEDS_ENCODER_ATTENTION
+    assert refused == expected | (matrix.REVIVING if slides else set())
 
 
 def test_support_page_is_current(request):

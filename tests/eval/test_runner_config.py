@@ -40,6 +40,8 @@ LEFT_OUT = {
     "uniform_frames",
     "holitom",
     "aim",
+    "mustdrop",
+    "lazyllm",
     "ltp",
     "textmonkey",
     "bvllm_merge",

@@ -19,7 +19,7 @@ def test_every_method_is_frozen_documented_and_has_defaults(cls):
     documented = "".join(base.__doc__ or "" for base in cls.__mro__)
     for field in dataclasses.fields(cls):
         assert f"{field.name}:" in documented, f"{field.name} is not documented"
-    assert cls.signal and cls.stage in {"before_llm", "in_llm", "before_llm, in_llm"}
+    assert cls.signal and set(cls.stage.split(", ")) <= {"encoder", "before_llm", "in_llm", "decode"}
     assert cls.paper == "-" or cls.paper.removeprefix("arXiv ") in cls.__doc__
 
 

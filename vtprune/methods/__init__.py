@@ -13,14 +13,26 @@ from typing import Any
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.adaptive_pool import AdaptivePool
 from vtprune.methods.aim import AIM
-from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Progressive, Scorer
+from vtprune.methods.base import (
+    AfterPrefill,
+    BeforeLLM,
+    Composite,
+    InEncoder,
+    InLLM,
+    Method,
+    Progressive,
+    Reviving,
+    Scorer,
+)
 from vtprune.methods.bvllm_merge import BVLLMMerge
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastv import FastV
 from vtprune.methods.glsim import GLSim
 from vtprune.methods.holitom import HoliTom
+from vtprune.methods.lazyllm import LazyLLM
 from vtprune.methods.ltp import LTP
 from vtprune.methods.mmtok import MMTok
+from vtprune.methods.mustdrop import MustDrop
 from vtprune.methods.pool import Pool
 from vtprune.methods.progressive_pooling import ProgressivePooling
 from vtprune.methods.random import Random
@@ -36,6 +48,7 @@ from vtprune.methods.zero import Zero
 __all__ = [
     "AIM",
     "AdaptivePool",
+    "AfterPrefill",
     "BVLLMMerge",
     "BeforeLLM",
     "Composite",
@@ -43,15 +56,19 @@ __all__ = [
     "FastV",
     "GLSim",
     "HoliTom",
+    "InEncoder",
     "InLLM",
     "LTP",
+    "LazyLLM",
     "MMTok",
     "Method",
+    "MustDrop",
     "Pool",
     "Progressive",
     "ProgressivePooling",
     "Random",
     "Recoverable",
+    "Reviving",
     "Scorer",
     "TextMonkey",
     "TokenCorrelation",
@@ -88,7 +105,9 @@ for _method in (
     FastV,
     HoliTom,
     AIM,
+    MustDrop,
     LTP,
+    LazyLLM,
     TextMonkey,
     ProgressivePooling,
     AdaptivePool,

@@ -16,7 +16,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
-from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
+from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
@@ -44,7 +44,8 @@ def _checks(cls: type) -> dict[str, Callable]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM`, `Progressive` or `Composite`, not this.
+    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM`, `Progressive`, `Reviving` or `Composite`, not
+    this.
 
     Fields (all methods)
         keep_ratio: share of the visual tokens kept, averaged over the LLM's layers; in (0, 1], 1.0 prunes nothing.
@@ -56,7 +57,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    stage: ClassVar[Literal["before_llm", "in_llm", "before_llm, in_llm"]]
+    stage: ClassVar[str]
+    """Where it acts: "before_llm", "in_llm", "decode", or several of them with commas between."""
     signal: ClassVar[str]
     """What the method looks at, in a few words, for tables."""
     paper: ClassVar[str] = "-"
@@ -101,6 +103,38 @@ class _OneStage(Method):
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose `tokens.budget[g]` of the valid tokens of each group g."""
 
+    @torch.no_grad()
+    def choose(self, tokens: VisualTokens) -> Selection:
+        """What `select` gives. Raises VTPruneError if it does not fit."""
+        selection = self.select(tokens)
+        if selection.keep.shape != tokens.valid.shape or selection.keep.dtype != torch.bool:
+            raise VTPruneError(
+                f"{self.name} returned a selection of {selection.keep.dtype} {tuple(selection.keep.shape)}, expected "
+                f"bool {tuple(tokens.valid.shape)}"
+            )
+        return selection
+
+
+class InEncoder(_OneStage):
+    """A method that merges tokens inside the vision encoder, whose later layers then run on fewer; a group is a crop.
+
+    It is shown the encoder's tokens without the CLS token. The projector still gets them all, those that were merged
+    alike; of visual tokens that are copies of one merged token a single one enters the LLM, and of dropped ones none.
+    """
+
+    stage = "encoder"
+
+    @abstractmethod
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        """0-based encoder layers on whose output tokens are merged, ascending."""
+
+    @abstractmethod
+    def budgets(self, lengths: Tensor) -> Tensor:
+        """(crops,) visual tokens of each crop -> (crops,) long counts of them to keep, -1 without a budget.
+
+        Tokens of the encoder that become no visual token are counted on top before `select` sees the budget.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class BeforeLLM(_OneStage):
@@ -127,6 +161,9 @@ class InLLM(_OneStage):
 
     stage = "in_llm"
 
+    masks: bool = False
+    """Whether what it drops stays in the sequence and the KV cache, hidden from all layers that follow."""
+
     @abstractmethod
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
         """0-based decoder layers on whose input tokens are dropped, ascending, each in 1..decoder_layers-1."""
@@ -135,6 +172,10 @@ class InLLM(_OneStage):
     def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
         """(samples,) visual tokens entering the LLM, (samples,) crops -> (cuts, samples) long counts to keep,
         -1 without a budget."""
+
+    def prompt_budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor, original: Tensor) -> Tensor:
+        """The same, for methods that need to know the (samples,) `original` visual tokens of the prompts, too."""
+        return self.budgets(shape, entering, crops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +227,38 @@ class Progressive(InLLM):
         return torch.tensor(rows, dtype=torch.long).T
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reviving(Progressive):
+    """A progressive method whose cuts are made anew for every token that is generated.
+
+    At a cut, `select` chooses among the visual tokens that the layer before could see, by the same budget as in the
+    prefill; what an earlier choice left out may come back, computed from where it was left. While decoding,
+    `tokens.features` are the cached keys of the layer before, (samples, tokens, kv heads * head dim), and
+    LastQueryAttention of that layer is the only signal. Separators (newline tokens) stay. Original positions only.
+    """
+
+    stage = "in_llm, decode"
+
+    positions: Literal["original"] = "original"
+
+
+class AfterPrefill(_OneStage):
+    """A part that drops visual tokens from the KV cache once, when the prefill is over; a group is one sample.
+
+    `tokens.features` are the layer's cached keys, (samples, tokens, kv heads * head dim), `tokens.budget` is -1, and
+    AliveInLastLayer is the only signal. Positions stay as they are, so that a token generated later is as far from each
+    token left as it was. Layers with a sliding window are left alone.
+    """
+
+    stage = "decode"
+
+    @abstractmethod
+    def layers(self, shape: ModelShape) -> tuple[int, ...]:
+        """0-based decoder layers whose cache it looks through."""
+
+
 class Composite(Method):
-    """A method that acts before the LLM and then inside it. Subclasses state `parts`, with budgets that meet theirs."""
+    """A method that acts at several stages. Subclasses state `parts`, with budgets that meet theirs."""
 
     stage = "before_llm, in_llm"
 

@@ -38,6 +38,8 @@ def prune_before_llm(
 
     text: `text(call, groups, request)` answers requests for the question, see `vtprune.question`.
     """
+    if tap.cut.cuts:
+        hidden = _drop_merged(call, hidden, tap)
     for method in methods:
         by_crop = call.crop_groups()
         groups = by_crop if method.scope == "crop" else call.image_groups()
@@ -63,6 +65,32 @@ def prune_before_llm(
     return hidden
 
 
+def _drop_merged(call: Call, hidden: Tensor, tap: EncoderTap) -> Tensor:
+    """Of visual tokens that are copies of one token of the encoder, leave the one it stood for, or else the first."""
+    _check_encoded(call)
+    if all(encoding.merge is None for encoding in call.media.encodings):
+        return hidden
+    groups = call.crop_groups()
+    into, original = (
+        _per_group(values, call, groups).to(hidden.device) for values in tap.destinies(call.media.encodings)
+    )
+    valid = groups.valid.to(hidden.device)
+    count, width = valid.shape
+    slots = torch.arange(width, device=hidden.device).expand_as(valid)
+    # Tokens of one group with one number go together; what is no copy has a number of its own.
+    numbers = torch.where(into == -1, int(into.max()) + 1 + slots, into)
+    groups_of = torch.arange(count, device=hidden.device)[:, None]
+    together = torch.stack([groups_of.expand_as(numbers)[valid], numbers[valid]])
+    clusters = together.unique(dim=1, return_inverse=True)[1]
+    rank = slots[valid] + width * ~original[valid]
+    first = rank.new_full((int(clusters.max()) + 1,), 2 * width).scatter_reduce(0, clusters, rank, "amin") % width
+    sources = torch.full_like(slots, -1)
+    sources[valid] = torch.where(into[valid] == -2, -1, first[clusters])
+    keep = valid & (sources == slots)
+    cut = call.apply(hidden, groups, Selection(keep, None, sources), layer=0, compact=tap.cut.compact)
+    return hidden if cut is None else cut[0]
+
+
 def _crops(call: Call, groups: Groups, by_crop: Groups) -> tuple[Tensor, tuple[tuple[Grid | None, ...], ...]]:
     """Number of each token's crop within its group, and each crop's layout: see `VisualTokens`."""
     media = call.media
@@ -83,7 +111,6 @@ def _crops(call: Call, groups: Groups, by_crop: Groups) -> tuple[Tensor, tuple[t
 
 
 def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):
-    media = call.media
     if isinstance(request, (TextEmbeddings, JointSpace)):
         return text(call, groups, request)
     if isinstance(request, SampleKeys):
@@ -91,8 +118,20 @@ def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request
     known = EncoderFeatures, EncoderKeys, EncoderOutput, ClsAttention, ClsSimilarity, AttentionReceived
     if not isinstance(request, known):
         raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
+    return encoder_signal(call, groups, tap, request)
+
+
+def _check_encoded(call: Call) -> None:
+    """Raise unless the call's features come from the encoder, pixels and all, as this session saw it run."""
+    media = call.media
     if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
         raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
+
+
+def encoder_signal(call: Call, groups: Groups, tap: EncoderTap, request) -> Tensor:
+    """What the encoder computed for the tokens alive of groups of visual tokens: see `vtprune.signals`."""
+    _check_encoded(call)
+    media = call.media
     if isinstance(request, EncoderFeatures):
         return _per_group(tap.projector_inputs(media.encodings), call, groups)
     if isinstance(request, EncoderKeys):

@@ -62,6 +62,9 @@ class Call:
     """Whether the cache layers are ours."""
     memo: dict = field(default_factory=dict)
     """Masks and rotary embeddings already built, by `key`."""
+    held: dict[int, Tensor] = field(default_factory=dict)
+    """Decoder layer -> (batch, n) bool over the columns of its segment: visual tokens left in its cache after an
+    eviction."""
 
     def __post_init__(self):
         visual = self.media.visual if self.media else torch.zeros_like(self.real)
@@ -100,13 +103,14 @@ class Call:
 
     # -- groups -------------------------------------------------------------------------------------------------
 
-    def _alive(self, labels: Tensor) -> Tensor:
-        """Labels (batch, length) of the current columns; -1 where no visual token is."""
-        return take_columns(labels, self.segment.columns).masked_fill(~self.segment.visual, -1)
+    def _alive(self, labels: Tensor, segment: Segment | None = None) -> Tensor:
+        """Labels (batch, length) of a segment's columns, by default the current one's; -1 where no visual token is."""
+        segment = segment or self.segment
+        return take_columns(labels, segment.columns).masked_fill(~segment.visual, -1)
 
-    def crop_labels(self) -> Tensor:
-        """(batch, n) long: the crop of each current column; -1 for separators and all other columns."""
-        return self._alive(self.media.labels)
+    def crop_labels(self, segment: Segment | None = None) -> Tensor:
+        """(batch, n) long: the crop of each column, by default of the current ones; -1 for separators and text."""
+        return self._alive(self.media.labels, segment)
 
     def crop_groups(self) -> Groups:
         """One group a crop, over the visual tokens alive."""
@@ -119,10 +123,10 @@ class Call:
         images = torch.arange(len(rows), device=rows.device)
         return Groups.of_labels(self._alive(self.media.images).masked_fill(~content, -1), rows, images)
 
-    def sample_groups(self) -> Groups:
-        """One group a sample, over the visual tokens alive; separators are in none."""
+    def sample_groups(self, segment: Segment | None = None) -> Groups:
+        """One group a sample, over the visual tokens alive, by default now; separators are in none."""
         rows = torch.arange(self.batch, device=self.real.device)
-        content = self.crop_labels() >= 0
+        content = self.crop_labels(segment) >= 0
         return Groups.of_labels(torch.where(content, rows[:, None], -1), rows, torch.full_like(rows, -1))
 
     def spans(self) -> Tensor:
@@ -146,10 +150,20 @@ class Call:
     # -- cutting ------------------------------------------------------------------------------------------------
 
     def apply(
-        self, hidden: Tensor, groups: Groups, selection: Selection, layer: int, compact: bool
+        self,
+        hidden: Tensor,
+        groups: Groups,
+        selection: Selection,
+        layer: int,
+        *,
+        compact: bool,
+        keep_separators: bool = False,
+        masking: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Drop what a selection leaves out, on the input (batch, n, dim) of a decoder layer.
 
+        keep_separators: also those of lines of which nothing is kept. masking: drop by hiding it from that layer on,
+            instead of taking it out.
         Returns the shorter input and the indices (batch, m) of its columns; None if everything survives.
         """
         segment = self.segment
@@ -160,12 +174,17 @@ class Call:
             kept = selection.keep[..., None].to(hidden.device)
             hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
         keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
-        keep &= ~self._idle_separators(keep)
+        if not keep_separators:
+            keep &= ~self._idle_separators(keep)
         fate = segment.fates_after(groups, selection, keep)
-        after, index = segment.cut(keep, fate, compact=compact)
-        hidden = take_columns(hidden, index)
+        if masking:
+            index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+            after = segment.hide(keep, fate)
+        else:
+            after, index = segment.cut(keep, fate, compact=compact)
+            hidden = take_columns(hidden, index)
         # A masked key still multiplies its value by zero, and 0 * NaN is NaN.
-        hidden = hidden.masked_fill(~after.real.to(hidden.device)[..., None], 0)
+        hidden = hidden.masked_fill(~after.present.to(hidden.device)[..., None], 0)
         if self.starts[-1] == layer:
             self.segments[-1] = after
         else:
@@ -214,20 +233,25 @@ class Call:
         return shift if bool(shift.any()) else None
 
     def add_plane(self, layer: int, hidden: Tensor) -> Tensor:
-        """A decoder layer's output (batch, n, dim) with the plane that is due there, cut and merged like its tokens."""
+        """A decoder layer's output (batch, n, dim) with the plane that is due there."""
         if not 0 <= layer < len(self.planes):
             return hidden
-        segment, device = self.segment, hidden.device
-        row, column = self.whole.visual.to(device).nonzero(as_tuple=True)
-        into = segment.fate.to(device)[row, column]
+        return hidden + self.plane(layer, self.segment).to(hidden)
+
+    def plane(self, layer: int, segment: Segment) -> Tensor:
+        """(batch, n, dim): a decoder layer's plane, cut and merged like the tokens of a segment; 0 for text."""
+        plane = self.planes[layer]
+        row, column = self.whole.visual.to(plane.device).nonzero(as_tuple=True)
+        into = segment.fate.to(plane.device)[row, column]
         alive = into >= 0
         here = torch.arange(segment.columns.shape[1], device=segment.columns.device).expand_as(segment.columns)
-        place = torch.zeros_like(segment.fate).scatter(1, segment.columns, here).to(device)
+        place = torch.zeros_like(segment.fate).scatter(1, segment.columns, here).to(plane.device)
         index = (row[alive], place[row[alive], into[alive]])
-        plane = self.planes[layer].to(hidden)[alive]
-        total = torch.zeros_like(hidden).index_put(index, plane, accumulate=True)
-        count = hidden.new_zeros(hidden.shape[:2]).index_put(index, plane.new_ones(len(plane)), accumulate=True)
-        return hidden + total / count.clamp(min=1)[..., None]
+        values = plane[alive]
+        zeros = plane.new_zeros(*segment.columns.shape, plane.shape[-1])
+        total = zeros.index_put(index, values, accumulate=True)
+        count = zeros[..., 0].index_put(index, values.new_ones(len(values)), accumulate=True)
+        return total / count.clamp(min=1)[..., None]
 
     # -- what a layer sees --------------------------------------------------------------------------------------
 
@@ -235,6 +259,12 @@ class Call:
         """(..., batch, n): position ids in force at a layer."""
         positions, shift = self.segment_at(layer).positions, self.before[layer][0].shift
         return positions if shift is None else (positions - shift.to(positions.device)).clamp(min=0)
+
+    def positions_of_columns(self, segment: Segment) -> Tensor:
+        """(..., batch, length): position ids of the call's columns, those of a segment where it has them."""
+        positions = self.whole.positions.clone()
+        columns = segment.columns.to(positions.device).expand_as(segment.positions)
+        return positions.scatter(-1, columns, segment.positions)
 
     def rope_at(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of a layer's positions."""

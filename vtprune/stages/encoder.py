@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision encoder: watches what it computes for each image or video, for methods that act later on the path."""
+"""The vision encoder: watches what it computes for each image or video, for methods that act later on the path.
+
+What merges tokens inside it is in `vtprune.stages.in_encoder`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
+from vtprune.methods.base import InEncoder
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.ops.similarity import similarity_to
 from vtprune.signals import (
@@ -28,6 +32,7 @@ from vtprune.signals import (
     EncoderOutput,
     JointSpace,
 )
+from vtprune.stages.in_encoder import EncoderCut, EncoderMerge
 from vtprune.tokens import Medium
 
 CLIP = "clip_vision_model"
@@ -57,6 +62,8 @@ class Encoding:
     """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens, heads * head dim); only for the layers asked for."""
+    merge: EncoderMerge | None = None
+    """What was merged inside the encoder; None if nothing was to be."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens, dim), what it put out; only for the layers asked for."""
     seconds: float = 0.0
@@ -90,8 +97,12 @@ class EncoderTap:
     bound method stands in the base model's own `__dict__` and hides the class's.
     """
 
-    def __init__(self, adapter: Adapter, requests: Iterable[Hashable], *, profile: bool):
+    def __init__(
+        self, adapter: Adapter, requests: Iterable[Hashable], methods: Sequence[InEncoder] = (), *, profile: bool
+    ):
+        """requests: what is taken down; methods: what acts inside the encoder."""
         self.adapter = adapter
+        self.cut = EncoderCut(adapter, methods, lambda: self._open)
         requests = list(requests)
         self.cls_layers = {layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers}
         self.received_layers = {r.layer for r in requests if isinstance(r, AttentionReceived)}
@@ -126,10 +137,11 @@ class EncoderTap:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
         watched = self.cls_layers | self.received_layers | self.key_layers
-        taps = watched or self.output_layers
+        taps = watched or self.output_layers or self.cut.cuts
         towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if taps else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
+            yield from self.cut.install(layers)
             for index in watched:
                 attention = self.adapter.encoder_attention(layers[index])
                 yield attention.q_proj.register_forward_hook(self._take_queries(index))
@@ -195,15 +207,22 @@ class EncoderTap:
                 query = norm(query)
             if (norm := getattr(attention, "k_norm", None)) is not None:
                 key = norm(key)
+            merge = self._open.merge
+            valid = None if merge is None else merge.padding
+            dealt = (lambda values: values) if merge is None else merge.dealt
             if layer in self.key_layers:
-                self._open.keys[layer] = key
+                self._open.keys[layer] = dealt(key)
             heads = self.adapter.vision_config.num_attention_heads
             query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
             scale = query.shape[-1] ** -0.5
+            seen = None if valid is None else valid.to(key.device)[:, None, None]
             if layer in self.cls_layers:
-                self._open.rows[layer] = attention_rows(query[:, :, :1], key, scale=scale)[:, :, 0]
+                rows = attention_rows(query[:, :, :1], key, scale=scale, mask=seen)[:, :, 0]
+                self._open.rows[layer] = dealt(rows.mT).mT
             if layer in self.received_layers:
-                self._open.received[layer] = attention_received(query, key, scale=scale)
+                mask = None if seen is None else lambda first, last: seen
+                received = attention_received(query, key, scale=scale, mask=mask, valid=valid)
+                self._open.received[layer] = dealt(received)
 
         return hook
 
@@ -237,6 +256,19 @@ class EncoderTap:
     def projector_inputs(self, encodings: Iterable[Encoding]) -> Tensor:
         """(tokens of all encodings, dim): the encoder's feature of each visual token."""
         return torch.cat([self.adapter.projector_inputs(e.kind, e.inputs, e.projector_input) for e in encodings])
+
+    def destinies(self, encodings: Iterable[Encoding]) -> tuple[Tensor, Tensor]:
+        """`EncoderMerge.destinies` for the tokens of all encodings, the encoder's tokens numbered through."""
+        values, same, start = [], [], 0
+        for e in encodings:
+            if e.merge is None:
+                into, own = torch.full((e.tokens,), -1), torch.ones(e.tokens, dtype=torch.bool)
+            else:
+                into, own = e.merge.destinies()
+            values.append(torch.where(into >= 0, into + start, into))
+            same.append(own)
+            start += 0 if e.merge is None else e.merge.slots.numel()
+        return torch.cat(values), torch.cat(same)
 
     def cls_rows(self, encodings: Iterable[Encoding], layers: Sequence[int]) -> Tensor:
         """(tokens of all encodings, layers, heads): what the CLS query pays to each visual token."""

@@ -17,31 +17,41 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Adapter
 from vtprune.cache import PrunedLayer, layer_type
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import Groups, take_columns
-from vtprune.methods.base import InLLM
+from vtprune.layout import Groups, compact_columns, take_columns
+from vtprune.methods.base import InLLM, Reviving
+from vtprune.ops.dual_attention import dual_attention, key_tokens
 from vtprune.ops.transition import token_transition
 from vtprune.signals import (
     AttentionPageRank,
     AttentionShare,
+    ClsAttention,
     InstructionAttention,
+    KeyTokens,
     LastQueryAttention,
     RowContext,
     SampleKeys,
+    TextAttention,
     Transition,
     decoder_attention_rows,
     decoder_attention_share,
     decoder_page_rank,
 )
-from vtprune.stages.before_llm import Chooser
+from vtprune.slots import Aside
+from vtprune.stages.before_llm import Chooser, encoder_signal
 from vtprune.stages.call import Call
-from vtprune.tokens import ModelShape, VisualTokens
+from vtprune.stages.encoder import EncoderTap
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+TEXT_ROWS = 256
+"""Rows of text whose attention is held in memory at a time."""
 
 
 class InLLMStage:
     """Hooks on the decoder layers: cuts at chosen ones, gives every layer its view, and taps what methods ask for."""
 
-    def __init__(self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser):
+    def __init__(self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, tap: EncoderTap):
         self.adapter = adapter
+        self.tap = tap
         self.shape = shape
         self.choose = choose
         self.cuts: dict[int, list[tuple[InLLM, int]]] = {}
@@ -51,7 +61,8 @@ class InLLMStage:
         requests = set()
         for method in methods:
             requests.update(method.signals(shape))
-            tapped = any(isinstance(r, (AttentionPageRank, AttentionShare)) for r in method.signals(shape))
+            passing = (AttentionPageRank, AttentionShare, TextAttention)
+            tapped = any(isinstance(r, passing) for r in method.signals(shape))
             for number, layer in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(layer, []).append((method, number))
                 if tapped:
@@ -60,6 +71,7 @@ class InLLMStage:
             self._check_attention()
         self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
         self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
+        self.keys = {r for r in requests if isinstance(r, KeyTokens)}
         self.end()
 
     def _check_attention(self) -> None:
@@ -94,6 +106,7 @@ class InLLMStage:
         self._selecting = call.media is not None and bool(self.cuts)
         if self._selecting:
             self._entering = call.sample_groups().valid.sum(1).cpu()
+            self._marks = {request: self._mark(request) for request in self.keys}
 
     def end(self) -> None:
         """Forget the call and everything measured in it."""
@@ -101,6 +114,9 @@ class InLLMStage:
         self._transitions: dict[int, Tensor] = {}
         self._projected: dict[tuple[int, str], Tensor] = {}
         self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._marks: dict[KeyTokens, Tensor] = {}
+        self.aside: dict[int, Aside] = {}
+        """Decoder layer -> what a cut on its input dropped that may come back."""
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -153,7 +169,9 @@ class InLLMStage:
         call = self.call
         for method, number in self.cuts[i]:
             groups = call.sample_groups()
-            budget = method.budgets(self.shape, self._entering, call.media.crops_per_sample.cpu())[number]
+            original = (call.media.labels >= 0).sum(1).cpu()
+            crops = call.media.crops_per_sample.cpu()
+            budget = method.prompt_budgets(self.shape, self._entering, crops, original)[number]
             alive = groups.valid.sum(1).cpu()
             if bool((budget >= alive).all()):
                 continue
@@ -167,7 +185,19 @@ class InLLMStage:
                 layer=i,
             )
             selection = self.choose(method, tokens)
-            cut = call.apply(hidden, groups, selection, layer=i, compact=method.positions == "compact")
+            reviving = isinstance(method, Reviving)
+            if reviving:
+                self._put_aside(i, hidden, groups, selection)
+            compact = method.positions == "compact"
+            cut = call.apply(
+                hidden,
+                groups,
+                selection,
+                layer=i,
+                compact=compact,
+                keep_separators=reviving,
+                masking=method.masks,
+            )
             if cut is not None:
                 hidden, index = cut
                 self._transitions = {layer: take_columns(t, index) for layer, t in self._transitions.items()}
@@ -180,6 +210,14 @@ class InLLMStage:
             # Queries of whole prompts are large; nothing later asks for them.
             del self._ropes[i - 1], self._projected[i - 1, "q_proj"], self._projected[i - 1, "k_proj"]
         return hidden
+
+    def _put_aside(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
+        segment = self.call.segment
+        dropped = groups.scatter(~selection.keep.to(groups.valid.device), torch.zeros_like(segment.real))
+        if bool(dropped.any()):
+            index, real = compact_columns(dropped)
+            columns = (take_columns(segment.columns, index) + self.call.past).masked_fill(~real, -1)
+            self.aside[i] = Aside(hidden=take_columns(hidden.detach(), index), columns=columns)
 
     def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor | list[int]:
         if isinstance(request, Transition):
@@ -194,9 +232,13 @@ class InLLMStage:
             context = self._context(request.layer, self._ropes[request.layer])
             weights = decoder_attention_rows(queries, keys, rows, context)
             return self._over_groups(weights[:, :, 0], groups)
-        if isinstance(request, (AttentionPageRank, AttentionShare)):
+        if isinstance(request, KeyTokens):
+            return groups.gather(take_columns(self._marks[request], self.call.segment.columns))
+        if isinstance(request, (AttentionPageRank, AttentionShare, TextAttention)):
             queries, keys = (self._projected[i - 1, name] for name in ("q_proj", "k_proj"))
             context = self._context(i - 1, self._ropes[i - 1])
+            if isinstance(request, TextAttention):
+                return groups.gather(self._text_attention(queries, keys, context))
             if isinstance(request, AttentionPageRank):
                 return groups.gather(decoder_page_rank(queries, keys, request, context))
             share = decoder_attention_share(queries, keys, context)
@@ -214,6 +256,27 @@ class InLLMStage:
         if isinstance(request, SampleKeys):
             return [self.call.prompt_key(row) for row in range(self.call.batch)]
         raise UnsupportedStageError(f"{type(request).__name__} is not available inside the LLM")
+
+    def _text_attention(self, queries: Tensor, keys: Tensor, context: RowContext) -> Tensor:
+        """(batch, n, 2): see `TextAttention`."""
+        rows, valid = self._text_rows(last_only=False)
+        total, peak = None, None
+        # All of a long text at once would be large.
+        for some, real in zip(rows.split(TEXT_ROWS, 1), valid.split(TEXT_ROWS, 1), strict=True):
+            weights = decoder_attention_rows(take_columns(queries, some), keys, some, context)
+            sums, most = dual_attention(weights * real.to(weights.device)[:, None, :, None])
+            total = sums if total is None else total + sums
+            peak = most if peak is None else torch.maximum(peak, most)
+        return torch.stack([total, peak], -1)
+
+    def _mark(self, request: KeyTokens) -> Tensor:
+        """(batch, call length) bool: see `KeyTokens`."""
+        call = self.call
+        groups = call.crop_groups()
+        rows = encoder_signal(call, groups, self.tap, ClsAttention((request.layer,)))[:, 0]
+        keys = key_tokens(rows, groups.valid.to(rows.device), request.share)
+        marked = groups.scatter(keys, torch.zeros_like(call.segment.real))
+        return torch.zeros_like(call.real).scatter(1, call.segment.columns, marked)
 
     def _over_groups(self, weights: Tensor, groups: Groups) -> Tensor:
         """(batch, heads, n) -> (groups, heads, tokens)."""
@@ -264,4 +327,5 @@ class InLLMStage:
             blocks=call.blocks_at(call.starts[-1]),
             window=window,
             window_cuts_blocks=self.adapter.window_cuts_blocks,
+            present=call.segment.present,
         )

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning with revival for one sample, written without a line of the library, and without a cache.
+
+Every layer remembers what each token came in with. What a step has to compute in a layer is computed there among all
+tokens it may see, whose keys and values are made anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .recompute import _blocks, _layer_type, _look, _positions
+
+
+class Lazy(NamedTuple):
+    logits: Tensor
+    """(new tokens, vocabulary): of the prompt's last token, then of every generated one"""
+    held: list[list[int]]
+    """a layer each: visual columns that were computed there in any step"""
+    revived: int
+    """how often a token was computed in a layer in a later step than it came to its first"""
+
+
+@torch.no_grad()
+def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: dict[int, int]) -> Lazy:
+    """What generation has to compute if, before each layer of `cuts`, so many visual tokens as it says are let through:
+    those of the largest attention of the step's last token in the layer before, mean over heads.
+
+    model: with eager attention. inputs: a single prompt without padding. generated: (new tokens,).
+    """
+    decoder = model.get_decoder()
+    assert all(_layer_type(decoder.config, index) == "full_attention" for index in range(len(decoder.layers)))
+    ids = torch.cat([inputs["input_ids"][0], generated])
+    length = inputs["input_ids"].shape[1]
+    embedded = model.get_input_embeddings()(ids)
+    vision = _look(model, inputs)
+    embedded[vision.columns] = vision.features
+    planes = []
+    for plane in vision.planes:
+        planes.append(torch.zeros_like(embedded))
+        planes[-1][vision.columns] = plane
+    positions = _positions(model, inputs, len(generated))
+    blocks = _blocks(model, inputs, len(generated))
+    visual = set(vision.columns.tolist()) - separators(model, inputs)
+    # By layer and column: the state a token came in with, and that of tokens which came as far and no further.
+    entered: list[dict[int, Tensor]] = [{} for _ in decoder.layers]
+    parked: dict[int, dict[int, Tensor]] = {cut: {} for cut in cuts}
+    logits, revived = [], 0
+
+    for step in range(len(generated) + 1):
+        new = list(range(length)) if step == 0 else [length + step - 1]
+        flow = {column: embedded[column] for column in new}
+        seen, weights = sorted(visual), {}
+        for index, layer in enumerate(decoder.layers):
+            if index in cuts:
+                seen = sorted(seen, key=lambda column: -weights[column])[: cuts[index]]
+                pool = parked[index] | {column: state for column, state in flow.items() if column in visual}
+                go = {column: state for column, state in pool.items() if column in seen}
+                parked[index] = {column: state for column, state in pool.items() if column not in seen}
+                flow = {column: state for column, state in flow.items() if column not in visual} | go
+            revived += len(visual.intersection(flow)) if step else 0
+            entered[index] |= flow
+            context = sorted(column for column in entered[index] if column not in visual or column in seen)
+            places = torch.tensor(context)
+            states = torch.stack([entered[index][column] for column in context])
+            states, rows = _run(decoder, layer, states, positions[..., places], blocks[places])
+            weights = dict(zip(context, rows[:, context.index(new[-1])].mean(0).tolist(), strict=True))
+            flow = {column: states[context.index(column)] for column in flow}
+            if index < len(planes):
+                flow = {column: state + planes[index][column] for column, state in flow.items()}
+        logits.append(model.lm_head(decoder.norm(flow[new[-1]])))
+    return Lazy(torch.stack(logits), [sorted(visual.intersection(known)) for known in entered], revived)
+
+
+@torch.no_grad()
+def separators(model, inputs: dict[str, Tensor]) -> set[int]:
+    """Columns of a single prompt that hold newline tokens."""
+    newline = getattr(model.model, "image_newline", None)
+    if newline is None:
+        return set()
+    vision = _look(model, inputs)
+    return set(vision.columns[(vision.features == newline).all(-1)].tolist())
+
+
+def _run(decoder, layer, states: Tensor, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output (n, dim) of a layer for states (n, dim), and its attention weights (heads, n, n)."""
+    ranks = torch.arange(len(states))
+    allowed = (ranks[:, None] >= ranks) | ((blocks[:, None] == blocks) & (blocks >= 0))
+    mask = torch.zeros(allowed.shape, dtype=states.dtype).masked_fill(~allowed, torch.finfo(states.dtype).min)
+    per_type = (
+        {"layer_type": "full_attention"}
+        if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        else {}
+    )
+    weights = []
+    hook = layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    try:
+        output = layer(
+            states[None],
+            attention_mask=mask[None, None],
+            position_embeddings=decoder.rotary_emb(states[None], positions, **per_type),
+            position_ids=ranks[None],
+        )
+    finally:
+        hook.remove()
+    return output[0], weights[0][0]

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MustDrop: merges what is alike in the encoder, drops what the question ignores in the LLM, then empties the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor
+
+from vtprune import budget
+from vtprune.errors import ConfigError
+from vtprune.methods.base import AfterPrefill, Composite, InEncoder, Method, Progressive, Share, require_cls
+from vtprune.ops.dual_attention import dual_attention_filter
+from vtprune.ops.window_merging import window_merging
+from vtprune.signals import AliveInLastLayer, ClsAttention, KeyTokens, TextAttention
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+PUBLISHED_LAYERS = (3, 7, 11, 15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MustDrop(Composite):
+    """Drops tokens while the image is encoded, while the prompt is read and before the answer (arXiv 2411.10803).
+
+    Stages: in the vision encoder, behind its first layer, windows of the grid whose patches are alike are averaged to
+    one patch each, so that all later layers run on fewer. Inside the LLM, on the input of four decoder layers, tokens
+    go that neither the text after the image as a whole nor any single token of it attends to in the layer before; the
+    tokens that the encoder's CLS token attends to most in its last layer stay. When the prompt is read, what did not
+    get as far as the last layer also leaves the KV cache of the layers from the one before the first cut on.
+    Deviations: merged tokens stand where the middle of their window stood (the reference puts them first, the most
+    alike leading); every crop merges its own windows (in the reference, all crops of a call as many as the one that
+    has fewest); windows need not fill the grid; while answering, positions count on from where the prompt left off
+    (the reference counts the cache of each layer, so that an answer stands closer than it is to what the first layers
+    hold). Nothing is merged where several patches become one visual token. Budgets are an addition: the reference has
+    thresholds alone, set anew for each data set.
+
+    Fields
+        keep_ratio, keep_tokens: optional, averaged over the LLM's layers and met exactly: windows are merged as long
+            as their crop has more tokens than the average, and the cuts inside the LLM take the rest in equal steps,
+            lowest attention against the thresholds first, key tokens last. What the cache loses afterwards comes on
+            top. Without a budget the thresholds decide.
+        window: rows and columns of a window in the encoder, two patches or more, default (3, 3).
+        similarity: mean cosine of the pairs of patches from which on a window is merged, in [-1, 1], default 0.8; None
+            merges nothing.
+        merge_layer: encoder layer on whose output windows are merged, >= 0, default 0.
+        key_share: share of each crop's tokens, rounded up, that CLS attention marks as key tokens, in [0, 1], default
+            0.08; 0 marks none, and then the encoder needs no CLS token.
+        layers: 0-based decoder layers on whose input tokens are dropped; default None: (3, 7, 11, 15) of 32, rescaled.
+        global_threshold: share of the whole text's attention below which a token may go, >= 0, default 0.001. Above 0
+            with a budget, like the next.
+        individual_threshold: attention of the keenest text token below which one may go, >= 0, default 0.001.
+        evict: whether the cache is emptied when the prompt is read, default True.
+        reference_quirks: let every crop of a call merge as many windows as the one with fewest that pass, default
+            False.
+    """
+
+    name: ClassVar[str] = "mustdrop"
+    stage = "encoder, in_llm, decode"
+    signal: ClassVar[str] = "similarity and CLS attention in the encoder, attention of the text in the LLM"
+    paper: ClassVar[str] = "arXiv 2411.10803"
+    needs_budget: ClassVar[bool] = False
+
+    window: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (3, 3)
+    similarity: Annotated[float, Interval(ge=-1, le=1)] | None = 0.8
+    merge_layer: Annotated[int, Ge(0)] = 0
+    key_share: Share = 0.08
+    layers: tuple[int, ...] | None = None
+    global_threshold: Annotated[float, Ge(0)] = 0.001
+    individual_threshold: Annotated[float, Ge(0)] = 0.001
+    evict: bool = True
+    reference_quirks: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window[0] * self.window[1] < 2:
+            raise ConfigError(f"mustdrop: a window={self.window} holds nothing to merge")
+        has_budget = self.keep_ratio is not None or self.keep_tokens is not None
+        if has_budget and min(self.global_threshold, self.individual_threshold) == 0:
+            raise ConfigError("mustdrop: with a budget both thresholds, which weigh attention, have to be above 0")
+
+    def check_budget(self, shape: ModelShape) -> None:
+        if self.merge_layer >= shape.encoder_layers - 1:
+            raise ConfigError(f"mustdrop: merge_layer={self.merge_layer} must be within 0..{shape.encoder_layers - 2}")
+        self._filter().check_budget(shape)
+
+    def _filter(self) -> _Filter:
+        names = ("key_share", "layers", "global_threshold", "individual_threshold")
+        return _Filter(**self._common(), **{name: getattr(self, name) for name in names})
+
+    def _common(self) -> dict:
+        return {name: getattr(self, name) for name in ("keep_ratio", "keep_tokens", "positions")}
+
+    def parts(self, shape: ModelShape) -> tuple[Method, ...]:
+        parts: list[Method] = [self._filter()]
+        if self.similarity is not None:
+            names = ("window", "similarity", "merge_layer", "reference_quirks")
+            parts.insert(0, _MergeWindows(**self._common(), **{name: getattr(self, name) for name in names}))
+        if self.evict:
+            cuts = self._filter().cuts(shape)
+            parts.append(_Evict(keep_ratio=self.keep_ratio, looked_through=tuple(range(cuts[0] - 1, cuts[-1]))))
+        return tuple(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MergeWindows(InEncoder):
+    """The part in the vision encoder; fields as above."""
+
+    name: ClassVar[str] = "mustdrop"
+    signal: ClassVar[str] = "similarity in the encoder"
+    needs_budget: ClassVar[bool] = False
+
+    window: tuple[int, int]
+    similarity: float
+    merge_layer: int
+    reference_quirks: bool
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return (self.merge_layer,)
+
+    def budgets(self, lengths: Tensor) -> Tensor:
+        if self.keep_ratio is not None:
+            return (lengths * self.keep_ratio).ceil().long()
+        return torch.full_like(lengths, -1) if self.keep_tokens is None else lengths.clamp(max=self.keep_tokens)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        grid = tokens.grids[0]
+        merged = window_merging(
+            tokens.features,
+            (grid.rows, grid.cols),
+            self.window,
+            threshold=self.similarity,
+            at_least=tokens.budget.clamp(min=0),
+            reference_quirks=self.reference_quirks,
+        )
+        return Selection(*merged.in_place(tokens.features))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Filter(Progressive):
+    """The part inside the LLM; fields as above."""
+
+    name: ClassVar[str] = "mustdrop"
+    signal: ClassVar[str] = "attention of the text in the LLM"
+
+    key_share: float
+    layers: tuple[int, ...] | None
+    global_threshold: float
+    individual_threshold: float
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(self.layers, PUBLISHED_LAYERS, shape)
+
+    def shares(self) -> tuple[float, ...]:
+        steps = len(self.layers or PUBLISHED_LAYERS) + 1
+        return tuple(1 - step / steps for step in range(1, steps))
+
+    def prompt_budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor, original: Tensor) -> Tensor:
+        cuts, depth = self.cuts(shape), shape.decoder_layers
+        columns = []
+        for n, crop_count, all_tokens in zip(entering.tolist(), crops.tolist(), original.tolist(), strict=True):
+            if self.keep_ratio is None and self.keep_tokens is None:
+                columns.append([-1] * len(cuts))
+            elif n == 0:
+                columns.append([0] * len(cuts))
+            else:
+                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, all_tokens, crop_count)
+                ratio = min(ratio * all_tokens / n, 1.0)
+                columns.append(budget.schedule_counts(self.name, cuts, self.shares(), depth, n, ratio))
+        return torch.tensor(columns, dtype=torch.long).T
+
+    def _keys(self, shape: ModelShape) -> KeyTokens:
+        return KeyTokens(shape.encoder_layers - 1, self.key_share)
+
+    def signals(self, shape: ModelShape):
+        if not self.key_share:
+            return (TextAttention(),)
+        require_cls(self.name, "(unless key_share=0) spares the tokens that matter to", shape)
+        return TextAttention(), self._keys(shape), ClsAttention((shape.encoder_layers - 1,))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        total, peak = tokens[TextAttention()].unbind(-1)
+        has_budget = self.keep_ratio is not None or self.keep_tokens is not None
+        kept = dual_attention_filter(
+            total,
+            peak,
+            global_threshold=self.global_threshold,
+            individual_threshold=self.individual_threshold,
+            spared=tokens[self._keys(tokens.shape)].to(total.device) if self.key_share else None,
+            valid=tokens.valid.to(total.device),
+            budget=tokens.budget if has_budget else None,
+        )
+        return Selection(kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evict(AfterPrefill):
+    """The part after the prefill.
+
+    Fields
+        looked_through: decoder layers that lose what did not get as far as the last one.
+    """
+
+    name: ClassVar[str] = "mustdrop"
+    signal: ClassVar[str] = "what the LLM's last layer holds"
+    needs_budget: ClassVar[bool] = False
+
+    looked_through: tuple[int, ...]
+
+    def layers(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.looked_through
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(tokens[AliveInLastLayer()])

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which token stands in each slot of a KV cache whose order is no longer that of the sequence, and what may join it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Self = TypeVar("Self", bound="PerSample")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PerSample:
+    """Tensors whose first axis is the batch, which beams reorder and repeat; whatever else it holds stays."""
+
+    _derived: dict = field(default_factory=dict, repr=False)
+
+    def derive(self: Self, key: str, argument, make: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `make` applied along the batch; what layers share before, they share after it, too."""
+        last = self._derived.get(key)
+        if last is None or last[0] is not argument:
+            mapped = {f.name: self._map(getattr(self, f.name), key, argument, make) for f in fields(self)}
+            last = self._derived[key] = (argument, replace(self, **mapped | {"_derived": {}}))
+        return last[1]
+
+    @staticmethod
+    def _map(value, key, argument, make):
+        if torch.is_tensor(value):
+            return make(value)
+        if isinstance(value, PerSample):
+            return value.derive(key, argument, make)
+        if isinstance(value, dict):
+            return {name: make(item) if torch.is_tensor(item) else item for name, item in value.items()}
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTable(PerSample):
+    """What is known of every column of a prompt whose visual tokens may come back."""
+
+    first: int
+    """Number of the prompt's first column in the sequence."""
+    prunable: Tensor
+    """(batch, columns) bool: the visual tokens that come and go."""
+    positions: Tensor
+    """(batch, columns) or (batch, axes, columns) long: position ids."""
+    blocks: Tensor | None
+    """(batch, columns) long: see `Adapter.blocks`."""
+    planes: dict[int, Tensor]
+    """Decoder layer -> (batch, columns, dim), which the model adds to that layer's output (DeepStack)."""
+    counts: Tensor
+    """(batch, cuts) long: visual tokens let through by each cut."""
+
+    def look_up(self, values: Tensor, columns: Tensor, other) -> Tensor:
+        """values (batch, columns of the prompt), columns (batch, n) of the sequence -> (batch, n); `other` beyond the
+        prompt."""
+        place = columns - self.first
+        inside = (place >= 0) & (place < values.shape[1])
+        return values.gather(1, place.clamp(0, values.shape[1] - 1)).masked_fill(~inside, other)
+
+    def positions_of(self, columns: Tensor) -> Tensor:
+        """columns (batch, n) of the sequence -> (..., batch, n) position ids; any value where a column is -1."""
+        place = (columns - self.first).clamp(min=0)
+        if self.positions.ndim == 3:
+            place = place[:, None].expand(-1, self.positions.shape[1], -1)
+        return self.positions.gather(-1, place).movedim(0, -2)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots(PerSample):
+    """The tokens of one cache layer, in the order in which they came."""
+
+    columns: Tensor
+    """(batch, physical) long: column of the sequence, -1 for padding."""
+    table: PromptTable
+
+
+@dataclass(frozen=True, eq=False)
+class Aside(PerSample):
+    """Tokens that a cut dropped and whose keys the layer after it lacks."""
+
+    hidden: Tensor
+    """(batch, m, dim): hidden states on the input of that layer."""
+    columns: Tensor
+    """(batch, m) long: column of the sequence, -1 for padding."""

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inside the vision encoder: merges tokens on the output of a layer, so that the layers after it run on fewer.
+
+Between its layers the encoder still passes on one row a token, those that were merged alike: each layer is given the
+rows that are left, and what it returns is dealt out again. So nothing around the layers has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.base import Adapter
+from vtprune.errors import UnsupportedStageError
+from vtprune.layout import take_columns
+from vtprune.methods.base import InEncoder
+from vtprune.tokens import Grid, Selection, VisualTokens
+
+
+@dataclass(frozen=True)
+class EncoderMerge:
+    """Which tokens of an encoder's crops are left, and where all of them went. CLS tokens, never merged, come first."""
+
+    copies: Tensor
+    """(visual tokens,) long: the encoder's token, numbered through over all crops, that each visual token is made of;
+    -1 where it is made of several."""
+    places: Tensor
+    """(crops, left) long: the tokens left, ascending; 0 for padding."""
+    valid: Tensor
+    """(crops, left) bool."""
+    slots: Tensor
+    """(crops, tokens) long: index in `places` of the token that each went into; -1 if it was dropped."""
+    lengths: tuple[tuple[int, Tensor], ...] = ()
+    """Encoder layers on whose output tokens went, and the (crops,) tokens left since."""
+
+    @classmethod
+    def nothing(cls, copies: Tensor, crops: int, tokens: int, device: torch.device) -> EncoderMerge:
+        """All tokens stand for themselves."""
+        places = torch.arange(tokens, device=device).expand(crops, -1)
+        return cls(copies, places, torch.ones_like(places, dtype=torch.bool), places)
+
+    def left(self, hidden: Tensor) -> Tensor:
+        """(crops, tokens, dim) -> (crops, left, dim), zero for padding."""
+        valid = self.valid.to(hidden.device)
+        return take_columns(hidden, self.places).masked_fill(~valid[..., None], 0)
+
+    def dealt(self, values: Tensor) -> Tensor:
+        """(crops, left[, dim]) -> (crops, tokens[, dim]): each token has what it went into has, zero if dropped."""
+        slots = self.slots.to(values.device)
+        gone = slots < 0
+        return take_columns(values, slots.clamp(min=0)).masked_fill(gone if values.ndim == 2 else gone[..., None], 0)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """`valid`, or None if all is."""
+        return None if bool(self.valid.all()) else self.valid
+
+    def after(self, layer: int, selection: Selection) -> EncoderMerge:
+        """Once a selection among the tokens left, CLS tokens included, is applied on a layer's output."""
+        keep = selection.keep & self.valid
+        here = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        sources = here.masked_fill(~keep, -1) if selection.sources is None else selection.sources
+        rank = keep.cumsum(1) - 1
+        into = torch.where(sources >= 0, rank.gather(1, sources.clamp(min=0)), -1)
+        slots = torch.where(self.slots >= 0, into.gather(1, self.slots.clamp(min=0)), -1)
+        counts = keep.sum(1)
+        order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+        valid = keep.gather(1, order)
+        places = self.places.gather(1, order).masked_fill(~valid, 0)
+        return EncoderMerge(self.copies, places, valid, slots, (*self.lengths, (layer, counts.cpu())))
+
+    def destinies(self) -> tuple[Tensor, Tensor]:
+        """(visual tokens,) long: the encoder's token that each visual token is a copy of now, -1 where it is made of
+        several, -2 where it was dropped; and bool, whether that is the one it always was."""
+        slots = self.slots.cpu()
+        starts = torch.arange(len(slots))[:, None] * slots.shape[1]
+        into = torch.where(slots >= 0, self.places.cpu().gather(1, slots.clamp(min=0)) + starts, -2)
+        into = torch.where(self.copies >= 0, into.flatten()[self.copies.clamp(min=0)], -1)
+        return into, into == self.copies
+
+
+def copied_tokens(adapter: Adapter, kind: str, inputs: Mapping[str, Any], crops: int, tokens: int) -> Tensor:
+    """(visual tokens,) long: the encoder's token, numbered through over all crops, that each visual token is made of;
+    -1 where it is made of several, and for separators."""
+    # A mean of different numbers has a smaller square than the mean of their squares. Exact up to 2**26 tokens.
+    numbers = torch.arange(1, crops * tokens + 1, dtype=torch.double).view(crops, tokens, 1)
+    has_cls = adapter.shape.has_cls and adapter.cuts_cls(kind)
+    values = adapter.patch_values(kind, inputs, torch.cat([numbers, numbers.square()], -1)[:, int(has_cls) :])
+    first, second = values.unbind(-1)
+    return torch.where(first.square() == second, first.long() - 1, -1)
+
+
+class EncoderCut:
+    """Hooks on the layers of the vision encoder that merge on the output of chosen ones."""
+
+    def __init__(self, adapter: Adapter, methods: Sequence[InEncoder], encoding: Callable[[], Any]):
+        """encoding: gives the `Encoding` that is being computed, None outside of the session's encode methods."""
+        self.adapter = adapter
+        self.encoding = encoding
+        self.cuts: dict[int, list[InEncoder]] = {}
+        for method in methods:
+            for layer in method.cuts(adapter.shape):
+                self.cuts.setdefault(layer, []).append(method)
+        self.compact = any(method.positions == "compact" for method in methods)
+        if self.cuts and not adapter.plain_encoder_attention:
+            names = ", ".join(sorted({method.name for method in methods}))
+            raise UnsupportedStageError(
+                f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} (packed images, or "
+                "queries and keys of one projection); methods that act behind it work: mmtok, divprune"
+            )
+
+    def install(self, layers: Sequence[nn.Module]) -> Iterator[RemovableHandle]:
+        """Yields what takes each hook off again, as soon as it is on."""
+        if not self.cuts:
+            return
+        first = min(self.cuts)
+        for index, layer in enumerate(layers):
+            if index > first:
+                yield layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+                attention = self.adapter.encoder_attention(layer)
+                yield attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+            if index >= first:
+                # transformers collects hidden states by hooks of its own, which have to see all rows.
+                yield layer.register_forward_hook(self._after_layer(index, index == first), prepend=True)
+
+    def _before_layer(self, module, args, kwargs):
+        encoding = self.encoding()
+        if encoding is None or encoding.merge is None:
+            return None
+        if args:
+            return (encoding.merge.left(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": encoding.merge.left(kwargs["hidden_states"])}
+
+    def _before_attention(self, module, args, kwargs):
+        encoding = self.encoding()
+        if encoding is None or encoding.merge is None or encoding.merge.padding is None:
+            return None
+        # Importing this takes seconds (it pulls in the compiler) and any loaded model has done it already.
+        from transformers.masking_utils import create_bidirectional_mask
+
+        hidden = args[0] if args else kwargs["hidden_states"]
+        padding = encoding.merge.padding.to(hidden.device)
+        mask = create_bidirectional_mask(config=module.config, inputs_embeds=hidden, attention_mask=padding)
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _after_layer(self, index: int, is_first: bool):
+        def hook(module, args, output):
+            encoding = self.encoding()
+            if encoding is None:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output
+            if is_first:
+                crops, tokens = hidden.shape[:2]
+                copies = copied_tokens(self.adapter, encoding.kind, encoding.inputs, crops, tokens)
+                # Where every visual token is made of several patches, merging a few of them frees none.
+                some = bool((copies >= 0).any())
+                encoding.merge = EncoderMerge.nothing(copies, crops, tokens, hidden.device) if some else None
+            if encoding.merge is None:
+                return None
+            for method in self.cuts.get(index, ()):
+                hidden = self._cut(index, method, encoding, hidden)
+            hidden = encoding.merge.dealt(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _cut(self, layer: int, method: InEncoder, encoding, hidden: Tensor) -> Tensor:
+        """hidden: (crops, left, dim)."""
+        merge, prefix = encoding.merge, int(self.adapter.shape.has_cls)
+        crops, tokens = merge.slots.shape
+        seen = torch.zeros(crops * tokens, dtype=torch.bool)
+        seen[merge.copies[merge.copies >= 0]] = True
+        visual = seen.view(crops, tokens)[:, prefix:].sum(1)
+        budget = method.budgets(visual)
+        budget = torch.where(budget >= 0, budget + (tokens - prefix - visual), -1)
+        patches = tokens - prefix
+        side = isqrt(patches)
+        whole = not merge.lengths and side * side == patches
+        selection = method.choose(
+            VisualTokens(
+                features=hidden[:, prefix:].detach(),
+                valid=merge.valid[:, prefix:],
+                budget=budget.to(hidden.device),
+                layouts=((Grid(side, side) if whole else None,),) * crops,
+                kinds=(encoding.kind,) * crops,
+                shape=self.adapter.shape,
+                layer=layer,
+            )
+        )
+        own = torch.arange(prefix, device=hidden.device).expand(crops, -1)
+        keep = torch.cat([torch.ones_like(own, dtype=torch.bool), selection.keep], 1)
+        sources = selection.sources
+        if sources is not None:
+            sources = torch.cat([own, torch.where(sources >= 0, sources + prefix, -1)], 1)
+        if selection.features is not None:
+            merged = torch.where(selection.keep[..., None], selection.features.to(hidden), hidden[:, prefix:])
+            hidden = torch.cat([hidden[:, :prefix], merged], 1)
+        # Rows of what is left now, by their places among all.
+        dealt = merge.dealt(hidden)
+        encoding.merge = merge.after(layer, Selection(keep, None, sources))
+        return encoding.merge.left(dealt)
