@@ -74,7 +74,7 @@ class EvalConfig(ConfigModel):
     """What `vtprune eval` runs. Ratios, limits and seeds span a grid; each point of it is one cell of the result."""
 
     model: str
-    """folder or hub id of a model; `digitscenes` is the one that comes with the library"""
+    """folder or hub id of a model; `digitscenes` and `digitscenes_video` come with the library"""
     task: str = "digitscenes"
     limit: int | None = Field(default=None, ge=1)
     """first examples of the task only; default all"""

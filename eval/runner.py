@@ -120,7 +120,8 @@ class Evaluator:
     def _asked(self, batch: range) -> tuple[list[Any], list[str]]:
         """The media and the questions of some examples."""
         examples = [self.examples[i] for i in batch]
-        return [getattr(e, self.task.kind) for e in examples], [e.question for e in examples]
+        media = [e.video_path() if self.task.kind == "video" else e.image for e in examples]
+        return media, [e.question for e in examples]
 
     def run_cell(self, cell: Cell, file: CellFile, progress: Callable[[str, int], None]) -> None:
         """Runs the batches that `file` lacks and appends their records."""

@@ -36,8 +36,8 @@ class ImageExample(Example, Protocol):
 class VideoExample(Example, Protocol):
     """One question about one video."""
 
-    video: Path
-    """a file that PyAV can decode; asked for when the example is about to run, so it may be written only then"""
+    def video_path(self) -> Path:
+        """A file that PyAV can decode; asked for when the example is about to run, so it may be written only then."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
     max_new_tokens: int
     """what the longest answer needs, end-of-sequence token included"""
     kind: Kind = "image"
-    """which attribute of an example is shown"""
+    """what the examples show"""
 
 
 def _digitscenes() -> Task:
@@ -60,4 +60,15 @@ def _digitscenes() -> Task:
     return Task(lambda limit: digitscenes.examples("test", limit=limit), digitscenes.score, max_new_tokens=4)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digitscenes": _digitscenes}
+def _digitscenes_video() -> Task:
+    from vtprune.eval import digitscenes
+
+    return Task(
+        lambda limit: digitscenes.video_examples("test", limit=limit),
+        digitscenes.score,
+        max_new_tokens=4,
+        kind="video",
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {"digitscenes": _digitscenes, "digitscenes_video": _digitscenes_video}

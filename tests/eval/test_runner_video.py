@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation on videos: files are decoded and sampled as the processor does it, and every kind of cell has its row."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_eval
@@ -11,9 +14,13 @@ from tiny_video import FRAMES, TOKENS
 from transformers import BatchFeature
 
 import vtprune
+import vtprune.eval
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
-from vtprune.eval import runner
+from vtprune.eval import digitscenes, runner
+from vtprune.eval.cells import expand
 from vtprune.eval.config import load_config
+from vtprune.eval.digitscenes import mp4
+from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
 from vtprune.eval.downsample import FewerFrames
 from vtprune.eval.inputs import InputCache, chat_inputs, load_model
 
@@ -61,8 +68,8 @@ def cell(results, method, ratio, seed=None):
     return found
 
 
-def inputs(processor, examples, **options):
-    return chat_inputs(processor, [e.video for e in examples], [e.question for e in examples], "video", **options)
+def inputs(processor, examples):
+    return chat_inputs(processor, [e.video_path() for e in examples], [e.question for e in examples], "video")
 
 
 def pixels(processor, inputs) -> torch.Tensor:
@@ -88,7 +95,7 @@ def test_fewer_frames(loaded):
     _, processor = loaded
     third = FewerFrames(processor, 0.3)
     (example,) = tiny_video.examples(1)
-    batch = third.inputs([example.video], [example.question])
+    batch = third.inputs([example.video_path()], [example.question])
     shown = pixels(processor, batch)[0]
     drawn = torch.from_numpy(tiny_video.clip(0)[[0, 3]]).permute(0, 3, 1, 2)  # of 7 frames
     assert shown.shape == (2, 3, tiny_video.SIZE, tiny_video.SIZE) and (shown - drawn).abs().max() < 4
@@ -143,6 +150,39 @@ def test_a_batch_answers_what_each_question_alone_does(finished, config_file, tm
     alone = runner.run(load_config(config_file, output=tmp_path, batch_size=1))
     for one, other in zip(results, alone, strict=True):
         assert one["score"] == other["score"] and one["final_tokens"] == other["final_tokens"]
+
+
+def test_the_grid_for_video():
+    config = load_config(Path(vtprune.eval.__file__).parent / "configs" / "video.yaml")
+    cells = expand(config)
+    assert len(cells) == len({str(cell) for cell in cells}) == 2 + 4 * (1 + 3 + 13)
+    assert [cell.keep_ratio for cell in cells if cell.method == "holitom"] == [0.25, 0.15, 0.1, 0.05]
+    assert {cell.seed for cell in cells if cell.method == "random"} == {0, 1, 2}
+    for_video = {"holitom", "aim", "bvllm_merge", "progressive_pooling", "adaptive_pool"}
+    baselines = {"full", "zero", "downsample", "random", "uniform", "uniform_frames", "pool"}
+    assert for_video | baselines <= {cell.method for cell in cells}
+
+
+def test_the_task_of_clips(tmp_path, monkeypatch):
+    """From drawn clips through their files to answers; with random weights, which answer something."""
+    monkeypatch.setattr(mp4, "cached_assets_path", lambda **names: tmp_path)
+    build_video_model().save_pretrained(tmp_path / "model")
+    build_video_processor().save_pretrained(tmp_path / "model")
+    config = {"model": str(tmp_path / "model"), "task": "digitscenes_video", "keep_ratios": [0.25], "limit": 5}
+    (tmp_path / "clips.yaml").write_text(yaml.safe_dump({**config, "methods": ["uniform"]}))
+    results = runner.run(load_config(tmp_path / "clips.yaml", output=tmp_path / "output"))
+    assert [(r["method"], r["final_tokens"]) for r in results] == [
+        ("full", 12 * 16 + 1),
+        ("zero", 0),
+        ("downsample", 3 * 16 + 1),
+        ("uniform", 12 * 4 + 1),
+    ]
+    examples = digitscenes.video_examples("test", limit=5)
+    assert set(tmp_path.glob("*.mp4")) == {example.video_path(tmp_path) for example in examples}
+    records = next((tmp_path / "output" / "cells").glob("full-*.jsonl")).read_text().splitlines()
+    for example, record in zip(examples, map(json.loads, records), strict=True):
+        assert (record["question"], record["answer"]) == (example.question, example.answer)
+        assert record["score"] == digitscenes.score(record["prediction"], example.answer)
 
 
 def test_a_finished_run_goes_on_from_its_files(finished, config_file):

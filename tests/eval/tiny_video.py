@@ -29,10 +29,13 @@ WORDS = [*SPECIAL, "USER:", "ASSISTANT:", *(f"word{i}" for i in range(12))]
 
 @dataclass(frozen=True)
 class Example:
-    video: Path
+    path: Path
     question: str
     answer: str
     family: str
+
+    def video_path(self):
+        return self.path
 
 
 def clip(index: int) -> np.ndarray:
