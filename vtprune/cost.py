@@ -118,7 +118,7 @@ def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
     return 2 * tokens * text_config.hidden_size * text_config.vocab_size
 
 
-def encoder_flops(vision_config: Any, sequences: Sequence[int]) -> int:
+def encoder_flops(vision_config: Any, sequences: Sequence[int | Sequence[int]]) -> int:
     """FLOPs of a vision encoder, two per multiply-add: patch embedding and all its layers.
 
     All layers count, also those after `vision_feature_layer`: transformers runs them. So does the attention-pooling
@@ -127,7 +127,8 @@ def encoder_flops(vision_config: Any, sequences: Sequence[int]) -> int:
 
     Args:
         vision_config: config of a ViT-shaped encoder (CLIP, SigLIP, InternVL, Pixtral, Qwen-VL).
-        sequences: patches, without CLS, of each sequence that passes through it: an image, a tile, a frame.
+        sequences: patches, without CLS, of each sequence that passes through it: an image, a tile, a frame. One number,
+            or one a layer where tokens are merged on the way.
     """
     d = getattr(vision_config, "embed_dim", None) or vision_config.hidden_size
     m = getattr(vision_config, "intermediate_size", None) or int(d * vision_config.mlp_ratio)
@@ -141,9 +142,12 @@ def encoder_flops(vision_config: Any, sequences: Sequence[int]) -> int:
     pixels = area * channels * getattr(vision_config, "temporal_patch_size", 1)
     total = 0
     for patches in sequences:
-        n = patches + has_cls
-        total += 2 * patches * pixels * d + layers * (8 * n * d**2 + 4 * n**2 * d + 2 * matrices * n * d * m)
+        by_layer = [patches] * layers if isinstance(patches, int) else patches
+        total += 2 * by_layer[0] * pixels * d
+        for n in (count + has_cls for count in by_layer):
+            total += 8 * n * d**2 + 4 * n**2 * d + 2 * matrices * n * d * m
         if getattr(vision_config, "vision_use_head", False):
+            n = by_layer[0] + has_cls
             # A single learned query attends to all tokens, then passes an MLP.
             total += 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m
     return total

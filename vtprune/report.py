@@ -52,8 +52,9 @@ class Report:
     """A sample each: its real tokens that are not visual."""
     text_config: object
     vision_config: object
-    encoder_sequences: tuple[int, ...]
-    """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill."""
+    encoder_sequences: tuple[int | tuple[int, ...], ...]
+    """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
+    where tokens were merged inside it."""
     kv_dtype_bytes: int
     timings: Timings | None = None
     held: tuple[tuple[Tensor, ...], ...] | None = None

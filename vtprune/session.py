@@ -469,7 +469,7 @@ class Session:
             patches
             for encoding in call.media.encodings
             if encoding.inputs is not None
-            for patches in self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+            for patches in self._tap.sequences(encoding)
         )
         columns = tuple((v + call.past).cpu() for v in visual)
         self._set_report(stretches, columns, text, sequences, call.embeddings.element_size(), timings)

@@ -9,8 +9,10 @@ import torch
 from conformance import families
 from conformance.recompute import recompute
 from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
+from vtprune.cost import encoder_flops
 from vtprune.methods.mustdrop import MustDrop
 from vtprune.tokens import ModelShape
 
@@ -121,13 +123,14 @@ def test_the_encoder_merges_windows_and_the_projector_sees_them_all(attention, f
         watch = model.model.multi_modal_projector.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         model(**inputs)
         watch.remove()
-    sizes, left, whole = set(), [], 0
+    sizes, left, whole, flops = set(), [], 0, 0
     tower = towers(model)
     for pixels, got in zip(images, seen[0], strict=True):
         states, _, groups = merged_tower(tower, pixels, threshold, (3, 2))
         chosen = feature_layer if isinstance(feature_layer, list) else [feature_layer]
         torch.testing.assert_close(got, torch.cat([states[i][1:] for i in chosen], -1), atol=1e-5, rtol=1e-5)
         sizes.add(len(groups))
+        flops += encoder_flops(model.config.vision_config, [[36, *[len(groups) - 1] * 3]])
         # a window of three rows and two columns stands where the left one of its middle row stood
         left += sorted(whole + group[2 if len(group) == 6 else 0] - 1 for group in groups if group[0])
         whole += sum(map(len, groups)) - 1
@@ -137,6 +140,21 @@ def test_the_encoder_merges_windows_and_the_projector_sees_them_all(attention, f
     columns = [(sample, column) for sample in range(3) for column in report.visual[sample].tolist()]
     kept = [(sample, column) for sample in range(3) for column in report.kept(sample, 0).tolist()]
     assert kept == [columns[place] for place in left]
+    assert report.encoder_flops == flops < encoder_flops(model.config.vision_config, [36] * len(images))
+
+
+@torch.no_grad()
+def test_the_report_counts_what_the_encoder_computes():
+    model = families.shared("llava")
+    inputs = families.batch("llava", model).singles[0]
+    with (
+        vtprune.prune(model, MustDrop(similarity=-1.0, keep_ratio=0.5, key_share=0.0)) as session,
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(**inputs)
+    assert session.report.counts[0, 0] == 20  # of 36; of four windows two are merged
+    counted = counter.get_flop_counts()["LlavaForConditionalGeneration.model.vision_tower"]
+    assert session.report.encoder_flops == sum(counted.values())
 
 
 @torch.no_grad()

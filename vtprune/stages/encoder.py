@@ -257,6 +257,20 @@ class EncoderTap:
         """(tokens of all encodings, dim): the encoder's feature of each visual token."""
         return torch.cat([self.adapter.projector_inputs(e.kind, e.inputs, e.projector_input) for e in encodings])
 
+    def sequences(self, encoding: Encoding) -> list[int | tuple[int, ...]]:
+        """Patches of every sequence that the encoder ran for an encoding; one number a layer if any were merged."""
+        whole = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+        if encoding.merge is None or not encoding.merge.lengths:
+            return whole
+        shape, rows = self.adapter.shape, []
+        for crop, patches in enumerate(whole):
+            row = [patches] * shape.encoder_layers
+            for layer, lengths in encoding.merge.lengths:
+                left = int(lengths[crop]) - int(shape.has_cls)
+                row[layer + 1 :] = [left] * (shape.encoder_layers - layer - 1)
+            rows.append(tuple(row))
+        return rows
+
     def destinies(self, encodings: Iterable[Encoding]) -> tuple[Tensor, Tensor]:
         """`EncoderMerge.destinies` for the tokens of all encodings, the encoder's tokens numbered through."""
         values, same, start = [], [], 0
