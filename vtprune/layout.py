@@ -106,6 +106,11 @@ class Segment:
         """(batch, n) bool: False for padding alone."""
         return self.real if self.masked is None else self.real | self.masked
 
+    @property
+    def computed(self) -> Tensor:
+        """(batch, n) bool: the visual tokens alive, and those masked."""
+        return self.visual if self.masked is None else self.visual | self.masked
+
     def padding(self) -> Tensor | None:
         """`real`, or None if every column is."""
         return None if bool(self.real.all()) else self.real

@@ -23,6 +23,16 @@ class Stretch:
     """A sample each: (kept,) long, ascending columns of `input_ids`."""
     fate: tuple[Tensor, ...]
     """A sample each: (visual tokens,) long, the column every visual token went into, -1 if dropped."""
+    masked: tuple[Tensor, ...] = ()
+    """A sample each: (m,) long, columns of visual tokens that are hidden from these layers, but computed and held all
+    the same. Empty without any."""
+
+    @property
+    def present(self) -> tuple[Tensor, ...]:
+        """A sample each: ascending columns of the visual tokens that these layers compute."""
+        if not self.masked:
+            return self.kept
+        return tuple(torch.cat(both).sort().values for both in zip(self.kept, self.masked, strict=True))
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,17 @@ class Report:
 
     @cached_property
     def counts(self) -> Tensor:
-        """(samples, layers) long: visual tokens entering each decoder layer."""
-        spans = [torch.tensor([len(k) for k in s.kept]).view(-1, 1).expand(-1, s.end - s.start) for s in self.stretches]
-        return torch.cat(spans, 1)
+        """(samples, layers) long: visual tokens that enter each decoder layer, and are seen there."""
+        return self._by_layer([s.kept for s in self.stretches])
+
+    @cached_property
+    def _computed(self) -> Tensor:
+        """(samples, layers) long: the same, and what is masked."""
+        return self._by_layer([s.present for s in self.stretches])
+
+    def _by_layer(self, columns: list[tuple[Tensor, ...]]) -> Tensor:
+        spans = zip(self.stretches, columns, strict=True)
+        return torch.cat([torch.tensor([*map(len, own)])[:, None].expand(-1, s.end - s.start) for s, own in spans], 1)
 
     @property
     def original_tokens(self) -> list[int]:
@@ -90,7 +108,7 @@ class Report:
 
     @property
     def keep_ratio(self) -> float:
-        """Visual tokens held, averaged over layers and samples, over what the unpruned model would hold.
+        """Visual tokens seen, averaged over layers and samples, over what the unpruned model would see.
 
         1.0 without any.
         """
@@ -123,10 +141,9 @@ class Report:
     def cached(self, sample: int, layer: int = -1) -> Tensor:
         """(tokens,) long: ascending columns of the visual tokens whose keys and values a layer holds now.
 
-        Those of `kept`, less what was evicted after the prefill, and with what came back while decoding.
+        Those of `kept`, less what was evicted after the prefill, and with what came back while decoding or is masked.
         """
-        kept = self.kept(sample, layer)
-        return kept if self.held is None else self.held[layer][sample]
+        return self._stretch(sample, layer).present[sample] if self.held is None else self.held[layer][sample]
 
     @cached_property
     def kv_lengths(self) -> Tensor:
@@ -135,7 +152,7 @@ class Report:
         In layers with a sliding window at most what the next token can see.
         """
         if self.held is None:
-            return self._kv_lengths(self.counts.tolist())
+            return self._kv_lengths(self._computed.tolist())
         return self._kv_lengths([[len(layer[sample]) for layer in self.held] for sample in range(self.samples)])
 
     # -- cost ---------------------------------------------------------------------------------------------------
@@ -151,7 +168,7 @@ class Report:
     @cached_property
     def prefill_flops(self) -> float:
         """FLOPs of the language model's prefill, summed over the samples (convention "exact" of `vtprune.cost`)."""
-        return self._flops(self.counts.tolist())
+        return self._flops(self._computed.tolist())
 
     @cached_property
     def unpruned_prefill_flops(self) -> float:

@@ -457,6 +457,7 @@ class Session:
                     torch.where(fate >= 0, fate + call.past, -1).cpu()
                     for fate in (s.fate[row][columns] for row, columns in zip(rows, visual, strict=True))
                 ),
+                () if s.masked is None else tuple((s.columns[row][s.masked[row]] + call.past).cpu() for row in rows),
             )
             for start, end, s in zip(call.starts, ends, call.segments, strict=True)
         )

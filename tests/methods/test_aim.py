@@ -6,8 +6,9 @@ import torch
 from conformance import families
 
 import vtprune
+from vtprune.methods.base import AfterPrefill
 from vtprune.ops.bipartite_merging import bipartite_merging
-from vtprune.tokens import ModelShape
+from vtprune.tokens import ModelShape, Selection
 
 SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_cls=False)
 DEPTH = 8
@@ -160,3 +161,156 @@ def test_each_image_is_merged_in_rounds_of_its_own():
     text = (~torch.isin(torch.arange(inputs["input_ids"].shape[1]), report.visual[0])).nonzero()[:, 0]
     places = torch.searchsorted(torch.cat([text, kept]).sort().values, kept)
     torch.testing.assert_close(entering[0][0, places], torch.cat(rows))
+
+
+# -- masking ----------------------------------------------------------------------------------------------------------
+
+
+def recomputed(model, inputs, sequences, report):
+    """Logits of whole sequences without a cache, each layer hiding the visual tokens that are not among its kept."""
+    length = sequences.shape[1]
+    more = length - inputs["input_ids"].shape[1]
+    whole = inputs | {"input_ids": sequences}
+    for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            whole[name] = torch.nn.functional.pad(inputs[name], (0, more), value=fill)
+
+    def hide(layer):
+        seen = torch.ones(len(sequences), length, dtype=torch.bool)
+        for sample, visual in enumerate(report.visual):
+            seen[sample, visual] = torch.isin(visual, report.kept(sample, layer))
+        seen = seen[:, None, None]
+
+        def hook(module, args, kwargs):
+            mask = kwargs.get("attention_mask")
+            if mask is None:
+                mask = torch.ones(length, length, dtype=torch.bool).tril()
+            mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+            return args, kwargs | {"attention_mask": mask}
+
+        return hook
+
+    layers = model.get_decoder().layers
+    handles = [layer.register_forward_pre_hook(hide(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    logits = model(**whole, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+LATER_CUT = {"name": "fastv", "layer": 6, "keep_ratio": 0.8, "positions": "original"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_vl", "gemma3"])
+def test_masked_generation_is_a_recompute_under_masks(name, side, attention):
+    model = families.shared(name, attention)
+    batch = families.batch(name, model, padding_side=side)
+    mask = batch.inputs["attention_mask"].clone()
+    with vtprune.prune(model, "aim", keep_ratio=0.75, removal="masking") as session:
+        prefill = model(**batch.inputs).logits
+        if side == "left":
+            out = model.generate(**batch.inputs, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+    report, start = session.report, mask.shape[1]
+    assert torch.equal(mask, batch.inputs["attention_mask"])
+    assert 0 < int(report.counts[:, -1].sum()) < int(report.counts[:, 0].sum())
+    sequences = out.sequences if side == "left" else batch.inputs["input_ids"]
+    expected = recomputed(model, batch.inputs, sequences, report)
+    real = mask.bool()
+    torch.testing.assert_close(prefill[real], expected[:, :start][real], atol=1e-4, rtol=1e-4)
+    if side == "left":
+        logits = torch.stack(out.logits, dim=1)
+        torch.testing.assert_close(logits, expected[:, start - 1 : -1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_later_removal_takes_what_is_masked_with_it():
+    model = families.shared("llava")
+    batch = families.batch("llava", model)
+    aim = {"name": "aim", "keep_ratio": 0.75, "removal": "masking", "layers": (2, 12)}
+    with pytest.raises(vtprune.ConfigError, match="must ascend"):
+        vtprune.prune(model, aim)
+    aim["layers"] = (2, 7)
+    with vtprune.prune(model, [aim, LATER_CUT]) as session:
+        out = model.generate(**batch.inputs, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+        held = [layer.physical for layer in out.past_key_values.layers]
+    report, start = session.report, batch.inputs["input_ids"].shape[1]
+    assert held[5] == start + 3 and held[6] < held[5]
+    assert (report.counts[:, 5] < report.counts[:, 2]).all() and (report.counts[:, 6] < report.counts[:, 5]).all()
+    expected = recomputed(model, batch.inputs, out.sequences, report)
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), expected[:, start - 1 : -1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_masked_tokens_are_reported_as_gone_and_paid_for():
+    model = families.shared("llava")
+    batch = families.batch("llava", model)
+    with vtprune.prune(model, "aim", keep_ratio=0.75, removal="masking") as session:
+        cache = model(**batch.inputs).past_key_values
+        masked = session.report
+        for sample, alone in enumerate(batch.singles):
+            model(**alone)
+            first = batch.first_column(sample)
+            for layer in range(DEPTH):
+                assert masked.kept(sample, layer).tolist() == (session.report.kept(0, layer) + first).tolist()
+    with vtprune.prune(model, "aim", keep_ratio=0.75) as session:
+        model(**batch.inputs)
+    removed = session.report
+    assert torch.equal(masked.counts, removed.counts) and masked.keep_ratio < 0.8
+    assert masked.kv_bytes == masked.unpruned_kv_bytes > removed.kv_bytes
+    assert masked.prefill_flops == masked.unpruned_prefill_flops > removed.prefill_flops
+    assert torch.equal(masked.cached(0), masked.visual[0])
+    assert (masked.sources(0) == -1).sum() == masked.original_tokens[0] - masked.final_tokens[0]
+    assert {layer.physical for layer in cache.layers} == {batch.inputs["input_ids"].shape[1]}
+
+
+class Evict(AfterPrefill):
+    """Leaves three visual tokens in the cache of one layer."""
+
+    name = "evict"
+    signal = "-"
+    needs_budget = False
+
+    def layers(self, shape):
+        return (6,)
+
+    def select(self, tokens):
+        return Selection(tokens.valid & (torch.arange(tokens.valid.shape[1]) < 3))
+
+
+@torch.no_grad()
+def test_what_is_masked_is_held_until_it_is_evicted():
+    model = families.shared("llava")
+    first, *_ = families.batch("llava", model).singles
+    with vtprune.prune(model, [vtprune.AIM(keep_ratio=0.75, removal="masking"), Evict()]) as session:
+        cache = model(**first).past_key_values
+        report, length = session.report, first["input_ids"].shape[1]
+    text = length - len(report.visual[0])
+    stored = [layer.physical for layer in cache.layers]
+    assert report.kv_lengths[0].tolist() == stored
+    assert stored[6] == text + 3 and stored[5] == stored[7] == length
+    assert report.cached(0, 6).tolist() == report.kept(0, 6)[:3].tolist()
+
+
+@torch.no_grad()
+def test_what_is_masked_stays_masked_in_the_next_turn():
+    """A second prompt on the cache of the first sees of it what the first saw."""
+    model = families.shared("llava")
+    first, second, _ = families.batch("llava", model).singles
+    text = second["input_ids"][:, -4:]
+    logits = {}
+    for removal in ("masking", "physical"):
+        # One cut: what ranks the removed pass on plays no part yet.
+        with vtprune.prune(model, "aim", keep_ratio=0.95, removal=removal, layers=(6, 8)) as session:
+            cache = model(**first, use_cache=True).past_key_values
+            kept = session.report.kept(0, 7).tolist()
+            mask = torch.ones(1, cache.get_seq_length() + 4, dtype=torch.long)
+            logits[removal] = kept, model(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+    assert logits["masking"][0] == logits["physical"][0]
+    torch.testing.assert_close(logits["masking"][1], logits["physical"][1], atol=1e-4, rtol=1e-4)
+    with vtprune.prune(model, "aim", keep_ratio=1.0):
+        cache = model(**first, use_cache=True).past_key_values
+        unpruned = model(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+    assert not torch.allclose(unpruned, logits["masking"][1], atol=1e-3)

@@ -3,8 +3,15 @@ import json
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PixtralVisionConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from vtprune import prune
 from vtprune.methods import AIM
 from vtprune.ops.attention import rotate
 from vtprune.ops.bipartite_merging import bipartite_match, bipartite_merging
@@ -153,3 +160,74 @@ def through_a_decoder(v: Vector) -> None:
     logits = model.lm_head(model.model.norm(hidden))[:, length - 1 :]
     close(logits, v["logits_per_step"], rtol=1e-4, atol=1e-5)
     same(logits.argmax(-1), v["generated_ids"])
+    through_a_session(v)
+
+
+@torch.no_grad()
+def through_a_session(v: Vector) -> None:
+    """The same by the method itself, on a model whose visual features are the recorded ones: prefill and first step."""
+    settings, weights = json.loads(v["params_json"]), v.weights()
+    begin, end, length = settings["boundaries"]
+    prompt = v["inputs_embeds"][0]
+    text = torch.cat((prompt[:begin], prompt[end:]))
+    words = len(weights["lm_head.weight"])
+    image_token = words + len(text)
+    fields = {k: value for k, value in settings.items() if k.startswith(("num_", "hidden_", "intermediate_", "rms_"))}
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=64, patch_size=8
+        ),
+        text_config=Qwen2Config(
+            vocab_size=image_token + 1,
+            rope_parameters={"rope_type": "default", "rope_theta": settings["rope_theta"]},
+            tie_word_embeddings=False,
+            **fields,
+        ),
+        image_token_index=image_token,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    # Words of their own for the recorded embeddings of the prompt's text; they are never the answer.
+    rows = (text, torch.zeros(1, text.shape[1]))
+    weights["model.embed_tokens.weight"] = torch.cat((weights["model.embed_tokens.weight"], *rows))
+    head = weights.pop("lm_head.weight")
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    model.get_decoder().load_state_dict(weights)
+    model.lm_head.weight[:words], model.lm_head.weight[words:] = head, 0
+    visual = prompt[begin:end]
+    model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: visual.view_as(output))
+
+    ids = torch.full((1, length), image_token)
+    ids[0, :begin] = torch.arange(words, words + begin)
+    ids[0, end:] = torch.arange(words + begin, image_token)
+    mask = torch.ones_like(ids)
+    pixels = {"pixel_values": torch.zeros(1, 3, 32, 64), "image_sizes": torch.tensor([[32, 64]])}
+    method = AIM(keep_ratio=AIM(keep_ratio=1.0).average(SHAPE), removal="masking")
+    inputs: dict[int, Tensor] = {}
+    layers = model.get_decoder().layers
+    watches = [
+        layer.register_forward_pre_hook(lambda module, args, i=i: inputs.setdefault(i, args[0]))
+        for i, layer in enumerate(layers)
+    ]
+    with prune(model, method) as session:
+        prefill = model(input_ids=ids, attention_mask=mask, **pixels)
+        for watch in watches:
+            watch.remove()
+        answer = v["generated_ids"][:, :1]
+        step = model(
+            input_ids=answer,
+            past_key_values=prefill.past_key_values,
+            attention_mask=torch.ones(1, length + 1, dtype=torch.long),
+        )
+    assert bool(mask.all())
+    for layer in range(len(layers)):
+        visible = torch.ones(length, dtype=torch.bool)
+        visible[begin:end] = torch.isin(torch.arange(begin, end), session.report.kept(0, layer))
+        same(visible, v["visible_keys_prefill"][layer])
+        if f"layer{layer}_input" in v:
+            close(inputs[layer], v[f"layer{layer}_input"], rtol=1e-4, atol=1e-5)
+        assert session.report.kv_lengths[0, layer] == length
+    for logits, recorded in ((prefill.logits[:, -1], 0), (step.logits[:, -1], 1)):
+        close(logits[:, :words], v["logits_per_step"][:, recorded], rtol=1e-4, atol=1e-5)

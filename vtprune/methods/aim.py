@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -28,15 +28,19 @@ class AIM(Composite):
     similar of the rest, by plain means. Inside it all tokens stay up to one layer, none are left from another one on,
     and in between they go in equal steps on the input of every layer: first those that PageRank over the attention of
     the layer before ranks lowest.
-    Deviations: tokens are removed, not masked, so that what is gone has no rank to pass on; merged tokens keep their
-    order; LLaVA's tokens, too, are merged behind the projector by their own similarity (the reference merges them
-    before it, by keys of the encoder); images are merged like frames of a video. Positions are renumbered before the
-    LLM, as in the reference, and kept inside it.
+    Deviations: by default tokens are removed, not masked, so that what is gone has no rank to pass on; merged tokens
+    keep their order; LLaVA's tokens, too, are merged behind the projector by their own similarity (the reference merges
+    them before it, by keys of the encoder); images are merged like frames of a video; while decoding every layer sees
+    what it saw in the prefill (in the reference the first layer loses sight of all visual tokens). Positions are
+    renumbered before the LLM, as in the reference, and kept inside it.
 
     Fields
         keep_ratio, keep_tokens: averaged over the LLM's layers, both stages together: the merge before the LLM is sized
             to meet them, and where nothing need be merged the steps inside are smaller. The published setting for
             videos, a merge to 25 %, is a keep_ratio of 0.165.
+        removal: "physical" (default) takes tokens out of the sequence and the KV cache; "masking" hides them from the
+            layers that follow, as the reference does, so that they still pass on ranks (exact with sdpa and eager
+            attention). Masking saves nothing; the report counts what is seen, its FLOPs and bytes what is held.
         layers: last decoder layer that sees all tokens and first one that sees none, 0-based, the second at most the
             depth; default None: (14, 22) of 28, rescaled.
         temperature: divisor of the attention scores, > 0, default 0.1.
@@ -51,6 +55,7 @@ class AIM(Composite):
     signal: ClassVar[str] = "similarity of the tokens, PageRank over attention in the LLM"
     paper: ClassVar[str] = "arXiv 2412.03248"
 
+    removal: Literal["physical", "masking"] = "physical"
     layers: tuple[int, int] | None = None
     temperature: Annotated[float, Gt(0)] = 0.1
     iterations: Annotated[int, Ge(0)] = 5
@@ -94,6 +99,7 @@ class AIM(Composite):
                 layers=tuple(steps),
                 schedule=tuple(steps.values()),
                 request=AttentionPageRank(self.temperature, self.iterations, self.damping),
+                masks=self.removal == "masking",
                 positions="original",
             ),
         )
@@ -133,6 +139,7 @@ class _Prune(Scorer, Progressive):
 
     Fields
         layers, schedule: cuts and the share of the entering tokens left after each.
+        request: which ranks.
     """
 
     name: ClassVar[str] = "aim"
@@ -141,6 +148,7 @@ class _Prune(Scorer, Progressive):
     layers: tuple[int, ...]
     schedule: tuple[float, ...]
     request: AttentionPageRank
+    masks: bool = False
 
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
         return self.layers

@@ -284,7 +284,7 @@ class Call:
         if self.blocks is None:
             return None
         segment = self.segment_at(layer)
-        return take_columns(self.blocks, segment.columns).masked_fill(~segment.real, -1)
+        return take_columns(self.blocks, segment.columns).masked_fill(~segment.present, -1)
 
     def mask_at(self, layer: int, hidden: Tensor):
         """Attention mask of a layer in the form its attention back end wants, from transformers' own factory."""

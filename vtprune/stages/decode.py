@@ -172,7 +172,7 @@ class DecodeStage:
             self._evict(call, method)
         if call.held:
             self._held = [
-                (s.columns + call.past).masked_fill(~call.held.get(i, s.visual), -1).cpu()
+                (s.columns + call.past).masked_fill(~call.held.get(i, s.computed), -1).cpu()
                 for i, s in enumerate(map(call.segment_at, range(len(call.cache.layers))))
             ]
         if self.reviving is not None:
