@@ -6,23 +6,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
+import torch
+
 from vtprune.eval.cells import Cell, Identity
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.results import CellFile, Record
 from vtprune.eval.statistics import mean_interval, retention_interval
 from vtprune.report import Report
 
+SHOWN = 8
+"""Of so many examples, the first ones, a cell's records say which visual tokens were kept: enough to look at."""
 
-def measure(report: Report) -> list[Record]:
-    """One record a sample of the last prefill: its visual tokens, and its share of the batch's FLOPs and bytes."""
+
+def measure(report: Report, indices: Sequence[int]) -> list[Record]:
+    """One record a sample of the last prefill: its visual tokens, and its share of the batch's FLOPs and bytes.
+
+    Args:
+        report: of the batch.
+        indices: the example that each sample is. Records of the first `SHOWN` examples also hold `kept`: which of the
+            example's visual tokens, counted from 0, are alive in the last layer; of merged ones, the representatives.
+    """
     shares = {
         "prefill_flops": report.prefill_flops / report.samples,
         "kv_bytes": report.kv_bytes / report.samples,
     }
-    return [
+    records = [
         {"final_tokens": final, "average_tokens": average, **shares}
         for final, average in zip(report.final_tokens, report.counts.double().mean(1).tolist(), strict=True)
     ]
+    for sample, (index, record) in enumerate(zip(indices, records, strict=True)):
+        if index < SHOWN:
+            record["kept"] = torch.searchsorted(report.visual[sample], report.kept(sample)).tolist()
+    return records
 
 
 def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]) -> list[Record]:
@@ -33,12 +48,14 @@ def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[C
     lines = []
     for cell, file in cells:
         line: Record = {
+            "model": config.model,
             "method": cell.method,
             "label": cell.label,
             "params": cell.params,
             "keep_ratio": cell.keep_ratio,
             "seed": cell.seed,
             "task": config.task,
+            "cell": file.path.stem,
             "status": "ok",
             "n": len(file.records),
         }

@@ -117,3 +117,9 @@ def cell_path(output: Path, label: str, key: str) -> Path:
 def read_results(path: str | Path) -> list[Record]:
     """The lines of a `results.jsonl`."""
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+def cell_records(output: Path, cell: str) -> list[Record]:
+    """The records of the examples of a finished cell, in their order; `cell` is what its line of results names."""
+    lines = (output / "cells" / f"{cell}.jsonl").read_bytes().splitlines()
+    return [record for line in lines if "index" in (record := json.loads(line))]

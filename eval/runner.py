@@ -178,7 +178,7 @@ class Evaluator:
         limit = self.config.max_new_tokens or self.task.max_new_tokens
         output = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
         answers = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        measured = measure(session.report)
+        measured = measure(session.report, batch)
         examples = [self.examples[i] for i in batch]
         return [
             {

@@ -16,7 +16,8 @@ from filelock import FileLock
 
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
-from vtprune.eval.results import read_results
+from vtprune.eval.measure import SHOWN
+from vtprune.eval.results import cell_records, read_results
 from vtprune.eval.runner import run
 
 CONFIG = {
@@ -175,3 +176,12 @@ def test_a_model_that_cannot_be_loaded(config_file, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty.* cannot be loaded"):
         run(load_config(config_file, model=str(tmp_path / "empty"), output=tmp_path))
+
+
+def test_records_of_the_first_examples_say_which_visual_tokens_were_kept(finished):
+    output, results = finished
+    records = cell_records(output, cell(results, "uniform", 0.5)["cell"])
+    assert [len(record["kept"]) for record in records[:SHOWN]] == [8] * SHOWN
+    assert all(set(record["kept"]) < set(range(16)) for record in records[:SHOWN])
+    assert not any("kept" in record for record in records[SHOWN:])
+    assert cell_records(output, cell(results, "full", 1.0)["cell"])[1]["kept"] == list(range(16))
