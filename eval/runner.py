@@ -21,9 +21,10 @@ from vtprune.eval.cells import Cell, Identity, expand
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.downsample import Downsampler, FewerFrames
 from vtprune.eval.inputs import InputCache, chat_inputs, load_model, resolve_model
-from vtprune.eval.measure import measure, result_lines
+from vtprune.eval.measure import SHOWN, measure, result_lines
 from vtprune.eval.results import CellFile, Record, cell_path, to_line, write_atomically
 from vtprune.eval.tasks import TASKS, Example, Task
+from vtprune.eval.views import views_folder, write_views
 
 UNDER_FLOOR = "under its floor"
 UNSUPPORTED = "unsupported"
@@ -69,9 +70,10 @@ def _run(config: EvalConfig, task: Task, console: Console) -> list[Record]:
 
     if not all(file.complete for file in files):
         with _progress(console, files, len(examples)) as report_progress:
-            evaluator = Evaluator(
-                config, task, examples, *load_model(config.model, config.dtype, config.attention, config.device)
-            )
+            model, processor = load_model(config.model, config.dtype, config.attention, config.device)
+            evaluator = Evaluator(config, task, examples, model, processor)
+            views = views_folder(config.output, config.task, identity.model)
+            write_views(views, model, processor, examples[:SHOWN], task.kind)
             for cell, file in zip(cells, files, strict=True):
                 evaluator.run_cell(cell, file, report_progress)
 
