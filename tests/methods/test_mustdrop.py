@@ -367,6 +367,17 @@ def test_the_floor_is_what_the_first_layers_hold():
     assert error.value.floor == 3 / 32
 
 
+@torch.no_grad()
+def test_more_tokens_than_an_image_has():
+    model = families.shared("llava")
+    inputs = families.batch("llava", model).singles[1]
+    with vtprune.prune(model, MustDrop(keep_tokens=37)), pytest.raises(vtprune.BudgetError, match="larger than the"):
+        model(**inputs)
+    with vtprune.prune(model, MustDrop(keep_tokens=36, similarity=-1.0)) as session:
+        model(**inputs)
+    assert session.report.keep_ratio == 1.0
+
+
 def test_encoders_that_cannot_merge_or_mark():
     with pytest.raises(vtprune.UnsupportedStageError, match="CLS token"):
         vtprune.prune(families.shared("paligemma"), MustDrop())
