@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
+import vtprune
+from vtprune.methods import MustDrop
 from vtprune.ops.attention import attention_rows, rotate
 from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens
@@ -211,9 +222,8 @@ def through_an_encoder(v: Vector) -> None:
     for layer in layers[:-1]:
         hidden = layer(hidden, None)
         if layer is layers[0]:
-            hidden = window_merging(
-                hidden, (side, side), window, threshold=threshold, prefix=1, reference_quirks=True
-            ).features
+            merged = window_merging(hidden, (side, side), window, threshold=threshold, prefix=1, reference_quirks=True)
+            hidden = merged.features
             close(hidden, v["hidden1_after_merge"], rtol=1e-4, atol=1e-5)
     close(hidden[:, 1:], v["features_hidden_minus2_patches"], rtol=1e-4, atol=1e-5)
     last = layers[-1]
@@ -225,3 +235,25 @@ def through_an_encoder(v: Vector) -> None:
     rows = attention_rows(queries, keys, scale=head_dim**-0.5)[:, :, 0, 1:]
     same(key_tokens(rows, share=share)[0].nonzero()[:, 0], v["key_index"][0].sort().values)
     close(last(hidden, None), v["last_hidden_state"], rtol=1e-4, atol=1e-5)
+    by_the_method(v, model, merged.places[0, 1:] - 1, MustDrop(similarity=threshold, window=window, key_share=share))
+
+
+def by_the_method(v: Vector, tower: CLIPVisionModel, places: Tensor, method: MustDrop) -> None:
+    """The same inside a session. places: the patches that the reference's tokens stand for here, in its order."""
+    count, image = tower.embeddings.num_patches, 5
+    text = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=8, num_attention_heads=2, pad_token_id=0
+    )
+    model = LlavaForConditionalGeneration._from_config(
+        LlavaConfig(vision_config=tower.config, text_config=text, image_token_index=image)
+    ).eval()
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    seen = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    # Thresholds that nothing reaches leave the key tokens alone.
+    method = dataclasses.replace(method, global_threshold=2.0, individual_threshold=2.0, positions="original")
+    with vtprune.prune(model, method) as session:
+        model(input_ids=torch.tensor([[1] + [image] * count + [2, 3]]), pixel_values=v["pixel_values"])
+    close(seen[0][:, places], v["features_hidden_minus2_patches"], rtol=1e-4, atol=1e-5)
+    same(session.report.kept(0, 0) - 1, places.sort().values)
+    same(session.report.kept(0) - 1, places[v["key_index"][0]].sort().values)
