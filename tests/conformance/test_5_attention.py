@@ -33,14 +33,18 @@ class LargestSquare(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-ttv", "transprune-iga", "transprune-both"])
-def test_no_square_of_attention_is_computed(name):
+@pytest.mark.parametrize(
+    "methods",
+    [spec(name) for name in ("vtc_cls", "fastv", "transprune-ttv", "transprune-iga", "transprune-both")]
+    + [[{"name": "mustdrop", "similarity": None, "keep_ratio": 0.5}]],
+)
+def test_no_square_of_attention_is_computed(methods):
     """With sdpa the model itself computes none, so whatever is seen is the method's."""
     model = models.shared("gqa", "sdpa")
     batch = prompts(model, "ttItt", "tIttt")  # few text rows against 25 visual tokens
     with LargestSquare() as eager, attention_of(model, "eager"):
         model(**batch.inputs())
-    with LargestSquare() as pruned, vtprune.prune(model, spec(name)):
+    with LargestSquare() as pruned, vtprune.prune(model, methods):
         model(**batch.inputs())
     n = models.tokens_per_image(model)
     assert max(eager.squares) > n, "the probe does not see eager attention"
@@ -152,3 +156,24 @@ def test_flash_attention_path(flash, name, layouts, positions):
     assert flash.packed == 0, "gaps in the position ids were read as packed sequences"
     assert (flash.masked > 0) == (len(layouts) > 1)
     assert_recomputed(plain, batch, session.report, output, positions)
+
+
+def test_flash_attention_path_in_the_encoder(flash):
+    """Images of one call merge different numbers of windows behind the first layer, so that the others see padding."""
+    plain, pruned = models.shared("gqa"), flash_model("gqa")
+    batch, method = (
+        batch_of_three(plain),
+        {"name": "mustdrop", "similarity": 0.271, "window": (2, 2), "keep_ratio": 0.5},
+    )
+    reports, projected = [], []
+    for model in (plain, pruned):
+        watch = model.model.multi_modal_projector.register_forward_pre_hook(lambda m, args: projected.append(args[0]))
+        with vtprune.prune(model, method) as session:
+            generate(model, batch.inputs(), new_tokens=2)
+        watch.remove()
+        reports.append(session.report)
+    assert len({lengths[1] for lengths in reports[0].encoder_sequences}) > 1, "nothing was padded"
+    torch.testing.assert_close(*projected, atol=1e-5, rtol=1e-5)
+    for sample in range(3):
+        for layer in range(6):
+            assert reports[0].kept(sample, layer).tolist() == reports[1].kept(sample, layer).tolist()
