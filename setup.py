@@ -18,5 +18,9 @@ packages = [
 setup(
     package_dir=PACKAGE_DIR,
     packages=packages,
-    package_data={"vtprune.eval": ["configs/*.yaml"], "vtprune.eval.digitscenes": ["model/*", "video_model/*"]},
+    package_data={
+        "vtprune.eval": ["configs/*.yaml", "configs/lmms/*.yaml"],
+        "vtprune.eval.digitscenes": ["model/*", "video_model/*"],
+        "vtprune.eval.tasks": ["*.yaml", "*.jsonl"],
+    },
 )

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from transformers.video_utils import VideoMetadata
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks import Kind
@@ -37,7 +39,7 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
         model: folder, hub id, `digitscenes` or `digitscenes_video`.
         dtype: name of a torch dtype; default that of the weights.
         attention: attention back end; default transformers' choice.
-        device: where to put it.
+        device: where to put it; `auto` spreads its layers over the accelerators there are.
 
     Raises:
         ConfigError: transformers cannot load it.
@@ -50,8 +52,11 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would tear the caller's own
     try:
-        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, attn_implementation=attention)
-        return loaded.to(device).eval(), AutoProcessor.from_pretrained(path)
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=kind, attn_implementation=attention, **spread
+        ).eval()
+        return loaded if spread else loaded.to(device), AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
@@ -85,6 +90,28 @@ def chat_inputs(
         [{"role": "user", "content": [medium, {"type": "text", "text": question}]}]
         for medium, question in zip(shown, questions, strict=True)
     ]
+    return conversation_inputs(processor, conversations, **processor_kwargs)
+
+
+def conversation_inputs(processor: Any, conversations: Sequence[Sequence[dict]], **processor_kwargs: Any) -> Any:
+    """Whole conversations as inputs, with the generation prompt behind them.
+
+    Args:
+        processor: a processor. Without a chat template (PaliGemma) a prompt is the markers of its images and its text.
+        conversations: turns with a `role` and a `content`: parts of `type` image, video or text.
+        processor_kwargs: passed on, e.g. `num_frames=32`.
+
+    Returns:
+        As `chat_inputs`, for any number of media a prompt.
+    """
+    options = {"padding": True, "padding_side": "left", **processor_kwargs}
+    if processor.chat_template is None:
+        parts = [[part for turn in turns for part in turn["content"]] for turns in conversations]
+        texts = ["".join(part.get("text", processor.image_token) for part in own) for own in parts]
+        images = [[part["image"] for part in own if part["type"] == "image"] for own in parts]
+        inputs = processor(text=texts, images=images, return_tensors="pt", **options)
+        inputs.pop("labels", None)  # PaliGemma's processor makes them of every prompt
+        return inputs
     with _decoding_with_pyav(processor):
         return processor.apply_chat_template(
             conversations,
@@ -92,8 +119,23 @@ def chat_inputs(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left", **processor_kwargs},
+            processor_kwargs=options,
         )
+
+
+def answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int, **sampling: Any) -> tuple[list[str], Any]:
+    """What a model says to a batch; greedily unless `sampling`, arguments of `generate`, says otherwise.
+
+    Returns:
+        Texts without special tokens and outer blanks, and the new tokens (batch, at most max_new_tokens).
+    """
+    inputs = inputs.to(model.device, model.dtype)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, **{"do_sample": False, "num_beams": 1} | sampling, max_new_tokens=max_new_tokens
+        )
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)], new
 
 
 @contextmanager
@@ -108,17 +150,49 @@ def _decoding_with_pyav(processor: Any) -> Iterator[None]:
         yield
         return
 
-    from transformers.video_utils import load_video
-
     def fetch(videos: Sequence[str], sample_indices_fn: Callable[..., Any] | None = None) -> list[tuple]:
-        read = [load_video(video, backend="pyav", sample_indices_fn=sample_indices_fn) for video in videos]
-        return list(zip(*read, strict=True))
+        return list(zip(*(_frames(video, sample_indices_fn) for video in videos), strict=True))
 
     video_processor.fetch_videos = fetch
     try:
         yield
     finally:
         del video_processor.fetch_videos
+
+
+def _frames(path: str, sample: Callable[..., Any] | None) -> tuple[np.ndarray, VideoMetadata]:
+    """Frames of a video file that `sample` chooses (default all), uint8 RGB (frames, height, width, 3).
+
+    As transformers' own reader has it, but for three kinds of files: where the container does not say how many frames
+    it holds (Matroska, WebM) they are counted; a clip shorter than the number of frames asked for gives some of them
+    twice, so that clips of a batch can be stacked; and what a damaged end lacks is the last frame that can be read.
+    """
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            rate = float(stream.average_rate or 0)
+            shape = {"height": stream.height, "width": stream.width}
+            metadata = VideoMetadata(
+                total, fps=rate, duration=total / rate if rate else 0, video_backend="pyav", **shape
+            )
+            indices = range(total) if sample is None else [int(index) for index in sample(metadata=metadata)]
+            wanted, read = set(indices), {}
+            container.seek(0)
+            for index, frame in enumerate(container.decode(stream)):
+                if index in wanted:
+                    read[index] = frame.to_ndarray(format="rgb24")
+                if len(read) == len(wanted):
+                    break
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise ConfigError(f"{path}: cannot be read as a video: {error}") from error
+    if not read:
+        raise ConfigError(f"{path}: no frame of this video can be decoded")
+    metadata.frames_indices = np.asarray(indices)
+    last = read[max(read)]
+    return np.stack([read.get(index, last) for index in indices]), metadata
 
 
 class InputCache:

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,7 +19,7 @@ from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.eval.cells import Cell, Identity, expand
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.downsample import Downsampler, FewerFrames
-from vtprune.eval.inputs import InputCache, chat_inputs, load_model, resolve_model
+from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model, resolve_model
 from vtprune.eval.measure import SHOWN, measure, result_lines
 from vtprune.eval.results import CellFile, Record, cell_path, to_line, write_atomically
 from vtprune.eval.tasks import TASKS, Example, Task
@@ -174,12 +173,9 @@ class Evaluator:
         stack.enter_context(downsampler.interpolated())
         return downsampler
 
-    @torch.inference_mode()
     def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
-        inputs = inputs.to(self.model.device, self.model.dtype)
         limit = self.config.max_new_tokens or self.task.max_new_tokens
-        output = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
-        answers = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        predictions, _ = answers(self.model, self.processor, inputs, limit)
         measured = measure(session.report, batch)
         examples = [self.examples[i] for i in batch]
         return [
@@ -188,11 +184,11 @@ class Evaluator:
                 "question": example.question,
                 "family": example.family,
                 "answer": example.answer,
-                "prediction": answer.strip(),
-                "score": self.task.score(answer, example.answer),
+                "prediction": prediction,
+                "score": self.task.score(prediction, example.answer),
                 **costs,
             }
-            for index, example, answer, costs in zip(batch, examples, answers, measured, strict=True)
+            for index, example, prediction, costs in zip(batch, examples, predictions, measured, strict=True)
         ]
 
     def _log_time(self, file: CellFile, batch: range, seconds: float) -> None:

@@ -45,8 +45,10 @@ __all__ = [
     "VIDEO_SIZE",
     "Example",
     "VideoExample",
+    "example",
     "examples",
     "score",
+    "video_example",
     "video_examples",
 ]
 
@@ -66,21 +68,26 @@ class Example:
     index: int
 
 
+def example(index: int, split: str = "test", seed: int = 0) -> Example:
+    """One example of the set that `examples` describes, without the others."""
+    rng, family = _place(index, split, seed, list(FAMILIES))
+    scene = draw_scene(rng, split)
+    question = ask(rng, scene.digits, family)
+    return Example(Image.fromarray(scene.pixels), question.text, question.answer, question.family, index)
+
+
+def _place(index: int, split: str, seed: int, families: list[str]) -> tuple[np.random.RandomState, str]:
+    """What an example is drawn with: numbers of its own, and its family."""
+    return np.random.RandomState([seed, list(SPLITS).index(split), index]), families[index % len(families)]
+
+
 def examples(split: str = "test", limit: int | None = None, seed: int = 0) -> list[Example]:
     """The first `limit` (default `SIZE`) examples of the set that `split` and `seed` name; the same on every machine.
 
     Families alternate, so that every prefix is balanced. `split` is "train", "validation" or "test"; no handwritten
     digit image is in two of them. A larger `limit` extends the set without changing its beginning.
     """
-    families = list(FAMILIES)
-    drawn = []
-    for index in range(SIZE if limit is None else limit):
-        rng = np.random.RandomState([seed, list(SPLITS).index(split), index])
-        scene = draw_scene(rng, split)
-        question = ask(rng, scene.digits, families[index % len(families)])
-        image = Image.fromarray(scene.pixels)
-        drawn.append(Example(image, question.text, question.answer, question.family, index))
-    return drawn
+    return [example(index, split, seed) for index in range(SIZE if limit is None else limit)]
 
 
 @dataclass(frozen=True)
@@ -109,17 +116,17 @@ class VideoExample:
         return write_once(self.frames(), folder)
 
 
+def video_example(index: int, split: str = "test", seed: int = 0) -> VideoExample:
+    """One example about a clip of the set that `video_examples` describes, without the others."""
+    rng, family = _place(index, split, seed, list(VIDEO_FAMILIES))
+    clip = draw_clip(rng, split, family)
+    question = clip_questions.ask(rng, clip.actors, family)
+    return VideoExample(clip, question.text, question.answer, question.family, index)
+
+
 def video_examples(split: str = "test", limit: int | None = None, seed: int = 0) -> list[VideoExample]:
     """The first `limit` (default `VIDEO_SIZE`) examples about clips; as `examples` in everything else."""
-    families = list(VIDEO_FAMILIES)
-    drawn = []
-    for index in range(VIDEO_SIZE if limit is None else limit):
-        rng = np.random.RandomState([seed, list(SPLITS).index(split), index])
-        family = families[index % len(families)]
-        clip = draw_clip(rng, split, family)
-        question = clip_questions.ask(rng, clip.actors, family)
-        drawn.append(VideoExample(clip, question.text, question.answer, family, index))
-    return drawn
+    return [video_example(index, split, seed) for index in range(VIDEO_SIZE if limit is None else limit)]
 
 
 def score(prediction: str, answer: str) -> float:

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of lmms-eval whose visual tokens are pruned.
+
+Prompts, padding and generation are those of `vtprune eval` (`vtprune.eval.inputs`), so both ways give the same answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableMessagesTask
+from lmms_eval.utils import simple_parse_args_string
+from PIL import Image
+from tqdm import tqdm
+
+import vtprune
+from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval.inputs import answers, conversation_inputs, load_model
+from vtprune.eval.lmms.arguments import Arguments
+from vtprune.eval.lmms.decoding import Generation, lengths, score_continuations
+from vtprune.eval.lmms.usage import Usage, UsageLog
+
+
+@contextmanager
+def _failures_end_the_command() -> Iterator[None]:
+    """lmms-eval's command catches every exception, and exits with 0: a failure here must not look like a result.
+
+    Called from Python, exceptions stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "lmms_eval.__main__" not in sys.modules:
+            raise
+        if isinstance(error, VTPruneError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+class VTPrune(lmms):
+    """A model with what prunes it; how requests state their prompts is for the classes below.
+
+    Args:
+        arguments: fields of `Arguments`.
+
+    Raises:
+        VTPruneError: the model, the method or an argument will not do.
+    """
+
+    def __init__(self, **arguments: Any):
+        super().__init__()
+        self.arguments = Arguments.of(arguments)
+        self.methods = self.arguments.methods()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if self._world_size != asked:
+            raise ConfigError(
+                f"{asked} processes were started, but accelerate sees one; on CPU set ACCELERATE_USE_CPU=1"
+            )
+        self._load()
+        self.kinds = vtprune.adapter_for(self.model).kinds
+        with vtprune.prune(self.model, self.methods):
+            pass  # what this model cannot serve shows before any data is loaded
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> VTPrune:
+        """From `--model_args`, and from `--batch_size` and `--device` where those do not say."""
+        with _failures_end_the_command():
+            besides = {key: value for key, value in (additional_config or {}).items() if value is not None}
+            return cls(**besides | simple_parse_args_string(arg_string))
+
+    def _load(self) -> None:
+        wanted = self.arguments
+        device = wanted.device
+        if device is None or device == self.accelerator.device.type:
+            device = str(self.accelerator.device)  # each process its own
+        self.model, self.processor = load_model(wanted.pretrained, wanted.dtype, wanted.attention, device)
+
+    def clean(self) -> None:
+        """Frees the model, because a judge may need the room; it is loaded again if another evaluation follows."""
+        super().clean()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answers in the order of `requests`, each with what it cost."""
+        results = [GenerationResult("")] * len(requests)
+        with _failures_end_the_command():
+            log = UsageLog(self.methods)
+            for places in _alike(requests, lambda request: json.dumps(_settings(request), sort_keys=True, default=str)):
+                generation = Generation.of(_settings(requests[places[0]]), self.arguments.max_new_tokens)
+
+                def answer(batch: Sequence[Instance], inputs: Any, generation: Generation = generation) -> Done:
+                    texts, new = answers(self.model, self.processor, inputs, **generation.options)
+                    return list(map(generation.cut, texts)), lengths(new, self.model)
+
+                for place, text, usage in self._run(requests, places, answer, log):
+                    results[place] = GenerationResult(text, usage)
+            log.close()
+        return results
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """(mean negative log-likelihood of a token, whether greedy decoding says the same) of each continuation.
+
+        The sign is lmms-eval's: its multiple choice takes the smallest.
+        """
+
+        def score(batch: Sequence[Instance], inputs: Any) -> Done:
+            scored = score_continuations(self.model, self.processor, inputs, [*map(self._continuation, batch)])
+            return scored, [one.tokens for one in scored]
+
+        results = [(0.0, False)] * len(requests)
+        with _failures_end_the_command():
+            log = UsageLog(self.methods)
+            for places in _alike(requests, lambda request: ""):
+                for place, scored, _ in self._run(requests, places, score, log):
+                    results[place] = (scored.loss, scored.greedy)
+            log.close()
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Raises ConfigError: questions that depend on earlier answers are not supported."""
+        with _failures_end_the_command():
+            raise ConfigError(f"{requests[0].task_name}: tasks of several rounds are not supported")
+
+    def _run(
+        self, requests: Sequence[Instance], places: Sequence[int], work: Callable[..., Done], log: UsageLog
+    ) -> Iterator[tuple[int, Any, Usage]]:
+        """The requests at `places` in batches: place, what `work` makes of it, what it cost."""
+        if not hasattr(self, "model"):
+            self._load()
+        size = self.arguments.batch_size
+        with vtprune.prune(self.model, self.methods, strict=False) as session:
+            name = requests[places[0]].task_name
+            for start in tqdm(range(0, len(places), size), desc=name, disable=self.rank != 0):
+                own = places[start : start + size]
+                batch = [requests[place] for place in own]
+                inputs = self._inputs([self._turns(request) for request in batch])
+                started = time.perf_counter()
+                results, new = work(batch, inputs)
+                seconds = time.perf_counter() - started
+                usages = log.add(session.report, [request.doc_id for request in batch], new, seconds)
+                yield from zip(own, results, usages, strict=True)
+
+    def _inputs(self, conversations: list[list[dict]]) -> Any:
+        parts = [part for turns in conversations for turn in turns for part in turn["content"]]
+        shown = {part["type"] for part in parts} - {"text"}
+        for kind in sorted(shown - set(self.kinds)):
+            raise ConfigError(f"the task shows {kind}s, which {vtprune.adapter_for(self.model).family} does not take")
+        options = self.arguments.processor_kwargs
+        if "video" in shown:
+            options = self.arguments.frames | options
+            if not options and not self.processor.video_processor.do_sample_frames:
+                raise ConfigError("this processor takes every frame of a video; give num_frames= or fps=")
+        return conversation_inputs(self.processor, conversations, **options)
+
+    def _turns(self, request: Instance) -> list[dict]:
+        """The conversation of a request, in the form of chat templates."""
+        return [
+            {"role": turn["role"], "content": [_part(part) for part in turn["content"]]}
+            for turn in self._messages(request)
+        ]
+
+    @abstractmethod
+    def _messages(self, request: Instance) -> list[dict]:
+        """The conversation of a request, in lmms-eval's form."""
+
+    def _continuation(self, request: Instance) -> str:
+        _, target, _, doc_id, task, split = request.args
+        return target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+
+
+class VTPruneChat(VTPrune):
+    """For tasks that ask for answers, which is nearly all of them."""
+
+    is_simple = False
+
+    def _messages(self, request: Instance) -> list[dict]:
+        _, messages, _, doc_id, task, split = request.args
+        return messages(self.task_dict[task][split][doc_id])
+
+
+class VTPruneSimple(VTPrune):
+    """For `--force_simple`, with which lmms-eval also asks for log-likelihoods. Media come first, then the text."""
+
+    is_simple = True
+
+    def _messages(self, request: Instance) -> list[dict]:
+        text, _, visual, doc_id, task, split = request.args
+        return ConfigurableMessagesTask._build_user_turn(visual(self.task_dict[task][split][doc_id]), text)
+
+
+Done = tuple[list, list[int]]
+"""What was made of each request of a batch, and how many tokens were generated for it."""
+
+
+def _alike(requests: Sequence[Instance], settings: Callable[[Instance], Hashable]) -> Iterator[list[int]]:
+    """Places of the requests that may share batches: those of a task with equal settings, in their order.
+
+    Requests that lmms-eval makes up so that all processes have equally many are left out.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place, request in enumerate(requests):
+        if not request.metadata.get("__padding_only__"):
+            groups.setdefault((request.task_name, settings(request)), []).append(place)
+    yield from groups.values()
+
+
+def _settings(request: Instance) -> dict[str, Any]:
+    """The generation settings of a request; they stand in another place for simple models."""
+    return next(argument for argument in request.args if isinstance(argument, dict))
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a message of lmms-eval, as processors take it."""
+    kind = part["type"]
+    if kind == "text":
+        return {"type": "text", "text": part["text"]}
+    medium = part["url"]
+    if isinstance(medium, dict) or part.get("start_time") is not None or part.get("end_time") is not None:
+        raise ConfigError("the task shows stretches of videos, which is not supported")
+    return {"type": kind, kind: medium.convert("RGB") if isinstance(medium, Image.Image) else str(medium)}

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What requests cost: each one's with its sample (`--log_samples`), a run's means in its log and under `throughput`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from lmms_eval.api.instance import TokenCounts
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+from vtprune.errors import NothingPrunedError
+from vtprune.eval.measure import measure
+from vtprune.methods import Method
+from vtprune.report import Report
+
+
+@dataclass
+class Usage(TokenCounts):
+    """Tokens of one request. lmms-eval writes `to_dict` to the sample, under `token_counts`."""
+
+    measured: dict[str, Any] = field(default_factory=dict)
+    """`visual_tokens` that the prompt has, and the record of `vtprune.eval.measure`"""
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | self.measured
+
+
+class UsageLog:
+    """Costs of the requests of one call.
+
+    Args:
+        methods: what prunes.
+    """
+
+    def __init__(self, methods: Sequence[Method]):
+        self._asked = any(method.keep_ratio != 1.0 for method in methods)
+        self._usages: list[Usage] = []
+        self._seconds = 0.0
+
+    def add(self, report: Report, indices: Sequence[int], lengths: Sequence[int], seconds: float) -> list[Usage]:
+        """One usage a sample of the batch that `report` is about.
+
+        Args:
+            report: of the batch.
+            indices: the document that each sample is.
+            lengths: tokens that were generated for each.
+            seconds: that the batch took.
+        """
+        records = measure(report, indices)
+        usages = [
+            Usage(text + visual, length, measured={"visual_tokens": visual, **record})
+            for text, visual, length, record in zip(
+                report.text_tokens, report.original_tokens, lengths, records, strict=True
+            )
+        ]
+        self._usages += usages
+        self._seconds += seconds
+        return usages
+
+    def close(self) -> None:
+        """Logs the means. Of several processes each logs its own; lmms-eval keeps those of the first.
+
+        Raises:
+            NothingPrunedError: a method ran, visual tokens came, and not one was dropped.
+        """
+        if not self._usages:
+            return
+        measured = [usage.measured for usage in self._usages]
+        visual = sum(record["visual_tokens"] for record in measured)
+        share = sum(record["average_tokens"] for record in measured) / visual if visual else 1.0
+        if self._asked and visual and share == 1.0:
+            raise NothingPrunedError(f"{visual} visual tokens came, and none was dropped in the whole run")
+        new = sum(usage.output_tokens for usage in self._usages)
+        means = {
+            key: mean(record[key] for record in measured)
+            for key in ("visual_tokens", "final_tokens", "average_tokens", "prefill_flops", "kv_bytes")
+        }
+        log_metrics(
+            total_elapsed_time=self._seconds,
+            total_gen_tokens=new,
+            avg_speed=new / self._seconds,
+            additional_metrics={"total_requests": len(measured), "keep_ratio": share, **means},
+        )
