@@ -151,6 +151,7 @@ class EncoderTap:
 
     def forget(self) -> None:
         self.last = {}
+        self.cut.forget()
 
     def _encode(self, kind: str):
         def make(method):

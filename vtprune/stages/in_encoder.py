@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isqrt
 from typing import Any
 
@@ -56,9 +57,10 @@ class EncoderMerge:
         gone = slots < 0
         return take_columns(values, slots.clamp(min=0)).masked_fill(gone if values.ndim == 2 else gone[..., None], 0)
 
-    @property
+    @cached_property
     def padding(self) -> Tensor | None:
         """`valid`, or None if all is."""
+        # Asked for in every layer, and an accelerator would have to wait each time.
         return None if bool(self.valid.all()) else self.valid
 
     def after(self, layer: int, selection: Selection) -> EncoderMerge:
@@ -108,12 +110,18 @@ class EncoderCut:
             for layer in method.cuts(adapter.shape):
                 self.cuts.setdefault(layer, []).append(method)
         self.compact = any(method.positions == "compact" for method in methods)
+        self.forget()
         if self.cuts and not adapter.plain_encoder_attention:
             names = ", ".join(sorted({method.name for method in methods}))
             raise UnsupportedStageError(
                 f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} (packed images, or "
                 "queries and keys of one projection); methods that act behind it work: mmtok, divprune"
             )
+
+    def forget(self) -> None:
+        """Forget what was computed."""
+        self._mask: tuple[EncoderMerge | None, Tensor | None] = None, None
+        """The last mask made, and what for: layers share it."""
 
     def install(self, layers: Sequence[nn.Module]) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
@@ -145,8 +153,11 @@ class EncoderCut:
         from transformers.masking_utils import create_bidirectional_mask
 
         hidden = args[0] if args else kwargs["hidden_states"]
-        padding = encoding.merge.padding.to(hidden.device)
-        mask = create_bidirectional_mask(config=module.config, inputs_embeds=hidden, attention_mask=padding)
+        merge, mask = self._mask
+        if merge is not encoding.merge or mask.device != hidden.device:
+            padding = encoding.merge.padding.to(hidden.device)
+            mask = create_bidirectional_mask(config=module.config, inputs_embeds=hidden, attention_mask=padding)
+            self._mask = encoding.merge, mask
         return args, {**kwargs, "attention_mask": mask}
 
     def _after_layer(self, index: int, is_first: bool):
