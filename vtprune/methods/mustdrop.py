@@ -52,7 +52,8 @@ class MustDrop(Composite):
         global_threshold: share of the whole text's attention below which a token may go, >= 0, default 0.001. Above 0
             with a budget, like the next.
         individual_threshold: attention of the keenest text token below which one may go, >= 0, default 0.001.
-        evict: whether the cache is emptied when the prompt is read, default True.
+        evict: whether the cache is emptied when the prompt is read, default True; generating with use_cache=False
+            takes False.
         reference_quirks: let every crop of a call merge as many windows as the one with fewest that pass, default
             False.
     """
