@@ -175,7 +175,7 @@ class Call:
             hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
         keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
         if not keep_separators:
-            keep &= ~self._idle_separators(keep)
+            keep &= ~self.idle_separators(keep)
         fate = segment.fates_after(groups, selection, keep)
         if masking:
             index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
@@ -194,10 +194,11 @@ class Call:
         self.announce(layer)
         return hidden, index
 
-    def _idle_separators(self, keep: Tensor) -> Tensor:
-        """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept."""
-        lines, content = self._alive(self.media.lines), self.crop_labels() >= 0
-        separators = self.segment.visual & ~content
+    def idle_separators(self, keep: Tensor, segment: Segment | None = None) -> Tensor:
+        """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept, by default of those now."""
+        segment = segment or self.segment
+        lines, content = self._alive(self.media.lines, segment), self.crop_labels(segment) >= 0
+        separators = segment.visual & ~content
         if not bool(separators.any()):
             return separators
         ended = lines.new_zeros(int(lines.max()) + 1, dtype=torch.bool)

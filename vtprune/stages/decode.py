@@ -70,6 +70,9 @@ class DecodeStage:
         self.evicting = [method for method in methods if isinstance(method, AfterPrefill)]
         self.reviving = next((method for method in methods if isinstance(method, Reviving)), None)
         self.cuts = () if self.reviving is None else self.reviving.cuts(shape)
+        if len(self.evicting) > 1:
+            names = " and ".join(method.name for method in self.evicting)
+            raise ConfigError(f"{names}: a KV cache is emptied once; leave one of them out")
         if self.reviving is not None:
             self._check_model(methods)
         self._held: list[Tensor] | None = None
@@ -179,7 +182,7 @@ class DecodeStage:
             self._note(call, aside)
 
     def _evict(self, call: Call, method: AfterPrefill) -> None:
-        made: list[tuple[PrunedLayer, Tensor]] = []
+        made: dict[int, tuple[Tensor, PrunedLayer]] = {}
         for i in method.layers(self.shape):
             layer = call.cache.layers[i]
             if layer.is_sliding:
@@ -196,7 +199,9 @@ class DecodeStage:
                 layer=i,
             )
             keep = self.choose(method, tokens).keep.to(groups.valid.device)
-            lost = groups.scatter(~keep & groups.valid, torch.zeros_like(segment.real))
+            left = groups.scatter(keep & groups.valid, segment.visual)
+            left &= ~call.idle_separators(left, segment)
+            lost = segment.visual & ~left
             if not bool(lost.any()):
                 continue
             held = layer.layout.real
@@ -206,11 +211,12 @@ class DecodeStage:
             held[:, past:] &= ~lost.to(held.device)
             index, real = compact_columns(held)
             layer.evict(index.to(layer.inner.keys.device), None if bool(real.all()) else real)
-            for other, other_index in made:  # layers that hold the same share their masks, too
-                if torch.equal(index, other_index) and other.layout.dropped == layer.layout.dropped:
-                    layer.layout = other.layout
-            made.append((layer, index))
-            call.held[i] = segment.visual & ~lost
+            # Layers that hold the same share one layout, and so their masks.
+            same = made.get(id(segment))
+            if same is not None and torch.equal(same[0], left):
+                layer.layout = same[1].layout
+            made[id(segment)] = left, layer
+            call.held[i] = left
 
     def _eviction_signal(self, call: Call, segment: Segment, groups: Groups, request: Hashable) -> Tensor:
         if isinstance(request, AliveInLastLayer):
