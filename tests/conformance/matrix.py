@@ -25,7 +25,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OWN = [name for name, cls in vtprune.list_methods().items() if cls.__module__.startswith("vtprune.methods")]
 METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
 METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
-MERGING = {"pool", "holitom", "aim", "progressive_pooling", "adaptive_pool", "bvllm_merge"}
+METHODS["holitom + transprune"] = [
+    METHODS["holitom"][0] | {"keep_ratio": 0.6},
+    {"name": "transprune", "keep_ratio": 0.5},
+]
+MERGING = {"pool", "holitom", "holitom + transprune", "aim", "progressive_pooling", "adaptive_pool", "bvllm_merge"}
 """What averages features, so that a recompute has to average, too."""
 COMPACT_ONCE = {"aim"}
 """What keeps positions inside the LLM however they were renumbered before it."""
@@ -34,7 +38,7 @@ REVIVING = {"lazyllm"}
 sliding window."""
 NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim", "mustdrop"}
 """What must be refused where the encoder has no CLS token."""
-NEEDS_ENCODER_ATTENTION = {"holitom", "recoverable"}
+NEEDS_ENCODER_ATTENTION = {"holitom", "holitom + transprune", "recoverable"}
 """What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 
