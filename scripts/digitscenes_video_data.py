@@ -13,7 +13,7 @@ from vtprune.eval.digitscenes.clip_questions import THIRDS, VIDEO_FAMILIES, ask
 from vtprune.eval.digitscenes.clips import DIRECTIONS, FRAME_SIZE, TICKS, Actor, Clip, draw_clip, third_of
 from vtprune.eval.digitscenes.model import PATCH_SIZE
 from vtprune.eval.digitscenes.scenes import digit_images
-from vtprune.eval.digitscenes.video_model import FRAME_GRID, FRAME_TOKENS
+from vtprune.eval.digitscenes.video_model import FRAME_GRID, FRAME_TOKENS, FRAMES
 
 STORED = 24
 """Frames drawn of a training clip; a step shows the model some of them."""
@@ -117,7 +117,7 @@ class ClipData:
         direction = torch.zeros_like(owner)
         for number, (step_x, step_y) in enumerate(DIRECTIONS.values()):
             direction[(dx.sign() == step_x) & (dy.sign() == step_y) & (away > 0)] = number + 1
-        time = (torch.arange(tokens) // FRAME_TOKENS * 12 // len(frames)).expand_as(owner)
+        time = (torch.arange(tokens) // FRAME_TOKENS).clamp(max=FRAMES - 1).expand_as(owner)
         grid = centre * FRAME_GRID // FRAME_SIZE
         return Labels(value, colour, grid, time, rank, torch.where(clear, direction, -1), first)
 
@@ -127,9 +127,9 @@ class Labels:
     """Of visual tokens, (clips, tokens); meaningless where `digit` is 0.
 
     digit and colour: 0 is background. centre: (clips, tokens, 2), column and row of the patch in which the digit's
-    centre lies. time: twelfth of the clip. rank: how many other digits were seen before this one.
-    direction: 0 stays, 1 to 4 as `DIRECTIONS`, -1 too early to tell.
-    first: (clips, MAX_ACTORS), the token where an actor is seen first.
+    centre lies. time: which of the frames it is, the twelfth also for later ones. rank: how many other digits were seen
+    before this one. direction: 0 stays, 1 to 4 as `DIRECTIONS`, -1 too early to tell. first: (clips, MAX_ACTORS), the
+    token where an actor is seen first.
     """
 
     digit: torch.Tensor
@@ -142,7 +142,8 @@ class Labels:
 
 
 def clip_caption_blocks(rng, actors: tuple[Actor, ...], first: list[int]) -> list[Block]:
-    """Lists of what a clip holds: both pairings, what moves where, what is seen when, and the order of appearance.
+    """Lists of what a clip holds: both pairings, what moves where, what is seen when (in which third alone, from which
+    on, up to which), and the order of appearance.
 
     first: when an actor is seen first; any numbers.
     """
@@ -152,7 +153,10 @@ def clip_caption_blocks(rng, actors: tuple[Actor, ...], first: list[int]) -> lis
         "list digit colour": [(str(actor.value), actor.colour) for actor in shuffled],
         "list digit moves": [],
         "list moves digit": [],
+        "list moves colour": [],
         "list digit seen": [],
+        "list digit start": [(str(actor.value), THIRDS[actor.start * 3 // TICKS]) for actor in shuffled],
+        "list digit end": [(str(actor.value), THIRDS[(actor.end - 1) * 3 // TICKS]) for actor in shuffled],
     }
     for actor in shuffled:
         always = (actor.start, actor.end) == (0, TICKS)
@@ -160,6 +164,7 @@ def clip_caption_blocks(rng, actors: tuple[Actor, ...], first: list[int]) -> lis
             pairs["list digit moves"].append((str(actor.value), actor.direction or "still"))
         if always and actor.direction:
             pairs["list moves digit"].append((actor.direction, str(actor.value)))
+            pairs["list moves colour"].append((actor.direction, actor.colour))
         if always or third_of(actor.start, actor.end) is not None:
             when = "always" if always else THIRDS[third_of(actor.start, actor.end)]
             pairs["list digit seen"].append((str(actor.value), when))

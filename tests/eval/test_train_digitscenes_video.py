@@ -97,9 +97,14 @@ def test_captions_and_questions_are_true(script, clips):
         assert {(v, value[v].colour) for v in value} == set(pairs["digit colour"])
         assert all((value[v].direction or "still") == way for v, way in pairs.get("digit moves", []))
         assert all(value[v].direction == way for way, v in pairs.get("moves digit", []))
+        moving = {(way, value[v].colour) for way, v in pairs.get("moves digit", [])}
+        assert moving == set(pairs.get("moves colour", []))
         for v, when in pairs.get("digit seen", []):
             third = {"start": (0, 16), "middle": (16, 32), "end": (32, 48), "always": (0, 48)}[when]
             assert third[0] <= value[v].start and value[v].end <= third[1]
+        names = "start", "middle", "end"
+        assert all(names.index(third) == value[v].start // 16 for v, third in pairs["digit start"])
+        assert all(names.index(third) == (value[v].end - 1) // 16 for v, third in pairs["digit end"])
         asked = script.clip_question_blocks(rng, clip.actors, dict.fromkeys(digitscenes.VIDEO_FAMILIES, 3))
         assert len({" ".join(b.words) for b in asked}) == len(asked) and {"count"} <= {b.family for b in asked}
 
