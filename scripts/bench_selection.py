@@ -9,25 +9,21 @@ Everything runs on the CPU in float32. Torch's number of threads is used as it i
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import vtprune
+from vtprune.eval.bench.stopwatch import peak_bytes
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.coverage import coverage_matrices, max_coverage
 from vtprune.ops.density_peaks import density_peaks, merge_clusters
@@ -80,20 +76,6 @@ def seconds(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
-
-
-def peak_bytes(function: Callable) -> int:
-    """Most that torch holds for tensors during a call, beyond what it held before."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports to stderr that there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = [event["args"] for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]
-    return max(change["Total Allocated"] for change in changes) - before
 
 
 def compare(

@@ -42,17 +42,91 @@ def evaluate(
     config: Annotated[Path, typer.Argument(help="YAML file: a model, a task, methods and budgets.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of the file's.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="E.g. methods.0.layer=3; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they would cost.")] = False,
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
-    from vtprune.eval.config import load_config
+    from vtprune.eval.config import load_config, parse_changes
+    from vtprune.eval.estimate import estimate_tables
     from vtprune.eval.runner import run
-    from vtprune.eval.summary import terminal_table
+    from vtprune.eval.summary import studies, terminal_table
 
-    settings = load_config(config, output=output, limit=limit)
-    results = run(settings, Console(stderr=True))
+    settings = load_config(config, parse_changes(change or []), output=output, limit=limit)
     console = Console()
-    console.print(terminal_table(results))
-    console.print(f"results.jsonl, summary.md, pareto.png and families.png are in {settings.output}", highlight=False)
+    if dry_run:
+        for table in estimate_tables(settings):
+            console.print(table)
+        return
+    results = run(settings, Console(stderr=True))
+    if not results:  # another process has them
+        return
+    for own in studies(results).values():
+        console.print(terminal_table(own))
+    console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
+
+
+@app.command()
+@_plain_errors
+def schema() -> None:
+    """Print the JSON schema of evaluation files, for editors."""
+    import json
+
+    from vtprune.eval.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+@_plain_errors
+def bench(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; options replace its fields.")] = None,
+    shape: Annotated[str | None, typer.Option(help="A published model's shape, with random weights.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape; default all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a model, instead of a shape.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    keep_ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of the visual tokens to keep; repeatable.")
+    ] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Numbers, separated by commas.")] = None,
+    output_tokens: Annotated[str | None, typer.Option(help="Lengths of answers, separated by commas.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds, in each of which every row runs once.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.jsonl and bench.md.")] = None,
+) -> None:
+    """Measure time and memory of encoder, selection, prefill and decoding, beside what the FLOPs promise."""
+    from rich.markdown import Markdown
+
+    from vtprune.eval.bench.config import load_config
+    from vtprune.eval.bench.run import run
+    from vtprune.eval.bench.table import NOTES, terminal_tables
+
+    def split(option: str | None) -> list[str] | None:
+        return None if option is None else option.split(",")
+
+    settings = load_config(
+        config,
+        shape=shape,
+        layers=layers,
+        model=model,
+        dtype=dtype,
+        device=device,
+        methods=split(methods),
+        keep_ratios=keep_ratio or None,
+        batch_sizes=split(batch_sizes),
+        output_tokens=split(output_tokens),
+        repeats=repeats,
+        output=output,
+    )
+    lines = run(settings, Console(stderr=True))
+    console = Console()
+    for table in terminal_tables(lines):
+        console.print(table)
+    console.print(Markdown(NOTES))
+    if settings.output is not None:
+        console.print(f"bench.jsonl and bench.md are in {settings.output}", highlight=False)
 
 
 @app.command()
@@ -127,3 +201,36 @@ def run(
         kept = torch.searchsorted(report.visual[0], report.kept(0))
         overlay(processed_view(processor, picture), kept, grid).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")
+
+
+@app.command()
+@_plain_errors
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `vtprune eval` or `vtprune bench` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="The file; default report.html in the first folder.")] = None,
+) -> None:
+    """Write one HTML file with tables, plots, pictures of what was kept, disagreements and provenance."""
+    from vtprune.eval.pages.report import write_report
+
+    path = output or folders[0] / "report.html"
+    write_report(folders, path)
+    typer.echo(path)
+
+
+@app.command()
+@_plain_errors
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of results.")],
+    second: Annotated[Path, typer.Argument(help="Folder of results of the same task and limit.")],
+) -> None:
+    """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
+    from vtprune.eval.compare import compare as paired
+    from vtprune.eval.compare import terminal_table
+
+    compared = paired(first, second)
+    Console().print(terminal_table(compared, str(first), str(second)))
+    for folder, names in zip((first, second), compared.only, strict=True):
+        if names:
+            typer.echo(f"only in {folder}: {', '.join(names)}")
+    if compared.worse:
+        raise typer.Exit(1)

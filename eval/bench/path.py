@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt's way through a model, in the steps that `generate()` takes: encode, prefill, then token after token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.cache import CacheLayout, PrunedLayer
+
+PIXELS = "pixel_values"
+
+
+def encode(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """What the base model's `get_image_features` returns."""
+    function = model.base_model.get_image_features
+    known = inspect.signature(function).parameters
+    return function(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
+
+
+def prefill(model: Any, inputs: Mapping[str, Tensor], encoded: Any) -> tuple[Tensor, Any]:
+    """The first token of each answer, (batch, 1), and the KV cache."""
+    rest = {name: value for name, value in inputs.items() if name != PIXELS}
+    output = model(**rest, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def decode(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """The token (batch, 1) that follows `ids` (batch, n)."""
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+
+def grow(model: Any, ids: Tensor, cache: Any, tokens: int) -> None:
+    """Make the cache as long as after `tokens` more tokens; the last ones, `ids` (batch, 1), stand for all of them.
+
+    A step's time depends on how much the cache holds, not on what, so the keys and values of the last column are
+    repeated. Where a method keeps account of every column, the tokens really pass through the model.
+    """
+    if any(isinstance(layer, PrunedLayer) and layer.slots is not None for layer in cache.layers):
+        decode(model, ids.expand(-1, tokens), cache)
+        return
+    grown: dict[int, CacheLayout] = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PrunedLayer):
+            # Layers that share a layout also share masks, so they have to go on sharing it.
+            old = layer.layout
+            layer.layout = grown.setdefault(id(old), old.extend(tokens, None, 0, None, layer.physical))
+        last = layer.keys[:, :, -1:], layer.values[:, :, -1:]
+        cache.update(*(column.expand(-1, -1, tokens, -1) for column in last), index)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
