@@ -42,40 +42,17 @@ def evaluate(
     config: Annotated[Path, typer.Argument(help="YAML file: a model, a task, methods and budgets.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of the file's.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="E.g. methods.0.layer=3; repeatable.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they would cost.")] = False,
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
-    from vtprune.eval.config import load_config, parse_changes
-    from vtprune.eval.estimate import estimate_tables
+    from vtprune.eval.config import load_config
     from vtprune.eval.runner import run
-    from vtprune.eval.summary import studies, terminal_table
+    from vtprune.eval.summary import terminal_table
 
-    settings = load_config(config, parse_changes(change or []), output=output, limit=limit)
-    console = Console()
-    if dry_run:
-        for table in estimate_tables(settings):
-            console.print(table)
-        return
+    settings = load_config(config, output=output, limit=limit)
     results = run(settings, Console(stderr=True))
-    if not results:  # another process has them
-        return
-    for own in studies(results).values():
-        console.print(terminal_table(own))
-    console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
-
-
-@app.command()
-@_plain_errors
-def schema() -> None:
-    """Print the JSON schema of evaluation files, for editors."""
-    import json
-
-    from vtprune.eval.schema import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=2))
+    console = Console()
+    console.print(terminal_table(results))
+    console.print(f"results.jsonl, summary.md, pareto.png and families.png are in {settings.output}", highlight=False)
 
 
 @app.command()
@@ -201,36 +178,3 @@ def run(
         kept = torch.searchsorted(report.visual[0], report.kept(0))
         overlay(processed_view(processor, picture), kept, grid).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")
-
-
-@app.command()
-@_plain_errors
-def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that `vtprune eval` or `vtprune bench` wrote.")],
-    output: Annotated[Path | None, typer.Option(help="The file; default report.html in the first folder.")] = None,
-) -> None:
-    """Write one HTML file with tables, plots, pictures of what was kept, disagreements and provenance."""
-    from vtprune.eval.pages.report import write_report
-
-    path = output or folders[0] / "report.html"
-    write_report(folders, path)
-    typer.echo(path)
-
-
-@app.command()
-@_plain_errors
-def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of results.")],
-    second: Annotated[Path, typer.Argument(help="Folder of results of the same task and limit.")],
-) -> None:
-    """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
-    from vtprune.eval.compare import compare as paired
-    from vtprune.eval.compare import terminal_table
-
-    compared = paired(first, second)
-    Console().print(terminal_table(compared, str(first), str(second)))
-    for folder, names in zip((first, second), compared.only, strict=True):
-        if names:
-            typer.echo(f"only in {folder}: {', '.join(names)}")
-    if compared.worse:
-        raise typer.Exit(1)
