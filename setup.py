@@ -21,6 +21,7 @@ setup(
     package_data={
         "vtprune.eval": ["configs/*.yaml", "configs/lmms/*.yaml"],
         "vtprune.eval.digitscenes": ["model/*", "video_model/*"],
+        "vtprune.eval.pages": ["templates/*.j2"],
         "vtprune.eval.tasks": ["*.yaml", "*.jsonl"],
     },
 )

@@ -6,7 +6,8 @@ Importing this module imports matplotlib.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vtprune.eval.summary import Entry, Record, rows
 
-_COLOURS = [
+COLOURS = [
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -28,8 +29,8 @@ _COLOURS = [
     "#56b4e9",
     "#b8860b",
 ]
-_MARKERS = "osD^vP*X<>"
-_PLAIN = {
+MARKERS = "osD^vP*X<>"
+PLAIN = {
     "random": "#8a8a8a",
     "uniform": "#6b6b6b",
     "uniform_frames": "#9c9c9c",
@@ -37,8 +38,31 @@ _PLAIN = {
     "downsample": "#4d4d4d",
 }
 """The baselines are grey, so that the methods stand out against them."""
+LINES = ("full", "zero")
+"""Rows that are drawn as horizontal lines, because they have one budget of their own."""
 _DODGE = 1.015
 """Factor between neighbouring rows on the horizontal axis: most have the same cost, and their bars would coincide."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a row is drawn."""
+
+    colour: str
+    marker: str
+    baseline: bool
+
+
+def styles(grid: Mapping[str, Mapping[float, Entry]]) -> dict[str, Style]:
+    """Label of a row, but for `LINES` -> its style, the same in all plots of the results."""
+    colours = iter(COLOURS * len(grid))
+    markers = iter(MARKERS * len(grid))
+    found = {}
+    for label, by_ratio in grid.items():
+        if label not in LINES:
+            plain = PLAIN.get(next(iter(by_ratio.values())).cells[0]["method"])
+            found[label] = Style(plain or next(colours), next(markers), plain is not None)
+    return found
 
 
 def pareto(results: Sequence[Record], path: Path) -> None:
@@ -51,8 +75,8 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    _panel(left, results, _average_tokens)
-    _panel(right, results, lambda entry: entry.mean("prefill_flops"))
+    panel(left, results, average_tokens)
+    panel(right, results, prefill_flops)
     first = results[0]
     left.set_ylabel("accuracy (%)")
     left.set_xlabel("visual tokens measured, averaged over decoder layers")
@@ -78,7 +102,7 @@ def families(results: Sequence[Record], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, name in zip(panels, names, strict=False):
-        _panel(axes, results, _average_tokens, family=name)
+        panel(axes, results, average_tokens, family=name)
         axes.set_title(name, fontsize=10)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -89,11 +113,17 @@ def families(results: Sequence[Record], path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def _average_tokens(entry: Entry) -> float:
+def average_tokens(entry: Entry) -> float:
+    """Visual tokens measured, averaged over the decoder layers."""
     return entry.mean("measured_keep_ratio") * entry.mean("visual_tokens")
 
 
-def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:
+def prefill_flops(entry: Entry) -> float:
+    """FLOPs of the language model's prefill of one example."""
+    return entry.mean("prefill_flops")
+
+
+def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:
     """One plot of score against cost: over all questions with intervals, or over one family without."""
 
     def points(entry: Entry) -> tuple[float, float, float]:
@@ -104,22 +134,19 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
         return 100 * entry.mean("score"), 100 * low, 100 * high
 
     axes.set_xscale("log")
-    colours = iter(_COLOURS * len(results))
-    marker = iter(_MARKERS * len(results))
     grid = rows(results)
+    drawn = styles(grid)
     for place, (label, by_ratio) in enumerate(grid.items(), start=-len(grid) // 2):
         entries = sorted((entry for entry in by_ratio.values() if entry.ok), key=cost)
-        if label in ("full", "zero"):
-            style = {"color": "black", "linestyle": "-" if label == "full" else "--", "linewidth": 1.2}
+        if label in LINES:
             score, low, high = points(entries[0])
-            axes.axhline(score, label=label, zorder=1, **style)
+            dash = "-" if label == "full" else "--"
+            axes.axhline(score, label=label, zorder=1, color="black", linestyle=dash, linewidth=1.2)
             axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
             continue
-        method = next(iter(by_ratio.values())).cells[0]["method"]
-        colour = _PLAIN.get(method) or next(colours)
-        shape = next(marker)
+        style = drawn[label]
         if not entries:  # every budget under its floor: the legend still says that the method was asked for
-            axes.plot([], [], color=colour, marker=shape, label=f"{label} (no cell)")
+            axes.plot([], [], color=style.colour, marker=style.marker, label=f"{label} (no cell)")
             continue
         score, low, high = zip(*map(points, entries), strict=True)
         below = [y - bound for y, bound in zip(score, low, strict=True)]
@@ -129,14 +156,17 @@ def _panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float]
             score,
             yerr=None if family else [below, above],
             label=label,
-            color=colour,
-            marker=shape,
+            color=style.colour,
+            marker=style.marker,
             markersize=6,
-            linestyle=":" if method in _PLAIN else "-",
+            linestyle=":" if style.baseline else "-",
             linewidth=1.4,
             elinewidth=0.8,
             capsize=2,
         )
+    bottom, top = axes.get_ylim()
+    if top - bottom < 1:  # all rows alike, e.g. with random weights
+        axes.set_ylim(bottom - 1, top + 1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(_number))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals: seeded bootstraps over examples, alone and paired with the full model."""
+"""Intervals and differences: seeded bootstraps over examples, alone and paired with another row."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 2000
+RESAMPLES_OF_DIFFERENCES = 20_000
+"""More of them: a p value that is to survive correction for many rows has to be small."""
 LEVEL = 0.95
 _SEED = 0
+_FEW = 16  # values up to which counting them is faster
 _CHUNK = 200  # resamples at a time: bounds memory at chunk x examples
 
 
@@ -50,3 +56,53 @@ def retention_interval(scores: list[float], full: list[float]) -> tuple[float, l
     means = _resampled_means(pair)
     means = means[means[:, 1] > 0]
     return float(mine / theirs), _interval(means[:, 0] / means[:, 1])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one row does than another on the same examples."""
+
+    mean: float
+    """mean score of the one less that of the other"""
+    interval: list[float]
+    """paired 95 % percentile bootstrap interval"""
+    p: float
+    """two-sided bootstrap p value of "no difference"; at least 2 / (RESAMPLES_OF_DIFFERENCES + 1)"""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval[0] > 0 or self.interval[1] < 0
+
+
+def difference(scores: Sequence[float], others: Sequence[float]) -> Difference:
+    """Paired bootstrap of the mean difference.
+
+    Args:
+        scores: (examples,) of the one row; of several seeds their mean, example by example.
+        others: (examples,) of the other row, in the same order.
+    """
+    change = np.asarray(scores, dtype=float) - np.asarray(others, dtype=float)
+    rng = np.random.default_rng(_SEED)
+    values, counts = np.unique(change.round(12), return_counts=True)
+
+    def draw() -> np.ndarray:
+        if len(values) <= _FEW:  # drawing examples is drawing how often each value occurs
+            return rng.multinomial(len(change), counts / len(change), size=_CHUNK) @ values / len(change)
+        return change[rng.integers(0, len(change), size=(_CHUNK, len(change)))].mean(axis=1)
+
+    drawn = [draw() for _ in range(RESAMPLES_OF_DIFFERENCES // _CHUNK)]
+    means = np.concatenate(drawn).round(12)
+    tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
+    p = min(1.0, 2 * float(tail) / (RESAMPLES_OF_DIFFERENCES + 1))
+    return Difference(float(change.mean()), _interval(means), p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm 1979), so that 5 % is the chance of any false alarm among them."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

@@ -64,7 +64,7 @@ def write_views(folder: Path, model: Any, processor: Any, examples: Sequence[Exa
         pictures, layout = found
         grids = [[grid.rows, grid.cols] for grid in layout.grids]
         view = View(example.question, kind, grids, _places(layout))
-        write_atomically(folder / f"{index}.jpg", _strip(pictures, _HEIGHT[kind]))
+        write_atomically(folder / f"{index}.jpg", strip(pictures, _HEIGHT[kind]))
         write_atomically(folder / f"{index}.json", json.dumps(asdict(view)).encode())
 
 
@@ -121,8 +121,8 @@ def _places(layout: Medium) -> list[list[int] | None]:
     return places
 
 
-def _strip(pictures: Sequence[Image.Image], height: int) -> bytes:
-    """JPEG of pictures of one size, side by side."""
+def strip(pictures: Sequence[Image.Image], height: int) -> bytes:
+    """JPEG of pictures of one size, side by side, no higher than `height` pixels."""
     width, full = pictures[0].size
     scale = min(1, height / full)
     size = max(1, round(width * scale)), max(1, round(full * scale))

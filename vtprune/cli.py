@@ -178,3 +178,36 @@ def run(
         kept = torch.searchsorted(report.visual[0], report.kept(0))
         overlay(processed_view(processor, picture), kept, grid).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")
+
+
+@app.command()
+@_plain_errors
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `vtprune eval` or `vtprune bench` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="The file; default report.html in the first folder.")] = None,
+) -> None:
+    """Write one HTML file with tables, plots, pictures of what was kept, disagreements and provenance."""
+    from vtprune.eval.pages.report import write_report
+
+    path = output or folders[0] / "report.html"
+    write_report(folders, path)
+    typer.echo(path)
+
+
+@app.command()
+@_plain_errors
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of results.")],
+    second: Annotated[Path, typer.Argument(help="Folder of results of the same task and limit.")],
+) -> None:
+    """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
+    from vtprune.eval.compare import compare as paired
+    from vtprune.eval.compare import terminal_table
+
+    compared = paired(first, second)
+    Console().print(terminal_table(compared, str(first), str(second)))
+    for folder, names in zip((first, second), compared.only, strict=True):
+        if names:
+            typer.echo(f"only in {folder}: {', '.join(names)}")
+    if compared.worse:
+        raise typer.Exit(1)

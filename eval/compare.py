@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune compare`: the same rows of two runs, example by example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from vtprune.errors import ConfigError
+from vtprune.eval.finished import Comparison, comparisons
+from vtprune.eval.statistics import Difference, difference, holm
+from vtprune.eval.summary import Entry, percent, rows
+
+LEVEL = 0.05
+"""Chance that any row is called different when none is."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A method at a budget in one of the runs."""
+
+    comparison: Comparison
+    label: str
+    keep_ratio: float | None
+    entry: Entry
+
+    @property
+    def name(self) -> str:
+        budget = "" if self.keep_ratio in (None, 0.0, 1.0) else f" at {100 * self.keep_ratio:g} %"
+        return f"{self.comparison.task}: {self.label}{budget}"
+
+    @property
+    def seeds(self) -> list[int | None]:
+        return [line["seed"] for line in self.entry.cells]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(examples,) the mean over the seeds."""
+        return self.comparison.scores(self.entry)
+
+    @property
+    def score(self) -> float:
+        return float(self.scores.mean())
+
+    @property
+    def predictions(self) -> list[str]:
+        """Of all seeds, one after another."""
+        return [said for line in self.entry.cells for said in self.comparison.answers[line["cell"]].predictions]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method at a budget in both runs."""
+
+    first: Side
+    second: Side
+    difference: Difference
+    """the second run less the first"""
+    p: float
+    """corrected for the number of rows (Holm)"""
+
+    @property
+    def changed(self) -> float:
+        """Share of the answers that are others; of all seeds."""
+        both = list(zip(self.first.predictions, self.second.predictions, strict=True))
+        return sum(some != other for some, other in both) / len(both)
+
+    @property
+    def verdict(self) -> str:
+        """ "better", "worse" or "same": the second run, where that is significant."""
+        if self.p >= LEVEL:
+            return "same"
+        return "better" if self.difference.mean > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two runs of the same tasks."""
+
+    pairs: list[Pair]
+    only: tuple[list[str], list[str]]
+    """rows with scores that the other run does not have"""
+
+    @property
+    def worse(self) -> bool:
+        """Whether the second run is significantly worse anywhere."""
+        return any(pair.verdict == "worse" for pair in self.pairs)
+
+
+def compare(first: Path, second: Path) -> Compared:
+    """Pairs the rows of two folders of results.
+
+    Raises:
+        ConfigError: a folder cannot be read, the runs asked other questions, or they have no row in common.
+    """
+    runs = [_by_task(folder) for folder in (first, second)]
+    if set(runs[0]) != set(runs[1]):
+        names = " and ".join(", ".join(sorted(run)) for run in runs)
+        raise ConfigError(f"{first} and {second} hold different tasks: {names}")
+    both: list[tuple[Side, Side]] = []
+    only: tuple[list[str], list[str]] = ([], [])
+    for task, comparison in runs[0].items():
+        _check_questions(comparison, runs[1][task], first, second)
+        ours, theirs = _sides(comparison), _sides(runs[1][task])
+        both += [(ours[key], theirs[key]) for key in ours if key in theirs]
+        for names, some, others in zip(only, (ours, theirs), (theirs, ours), strict=True):
+            names += [side.name for key, side in some.items() if key not in others]
+    if not both:
+        raise ConfigError(f"{first} and {second} have no row in common")
+    for ours, theirs in both:
+        if ours.seeds != theirs.seeds:
+            raise ConfigError(f"{ours.name}: seeds {ours.seeds} in {first}, {theirs.seeds} in {second}")
+    gaps = [difference(theirs.scores, ours.scores) for ours, theirs in both]
+    corrected = holm([gap.p for gap in gaps])
+    pairs = [Pair(ours, theirs, gap, p) for (ours, theirs), gap, p in zip(both, gaps, corrected, strict=True)]
+    return Compared(pairs, only)
+
+
+def _by_task(folder: Path) -> dict[str, Comparison]:
+    found: dict[str, Comparison] = {}
+    for comparison in comparisons([folder]):
+        if comparison.task in found:
+            names = f"{found[comparison.task].model} and {comparison.model}"
+            raise ConfigError(f"{folder}: {comparison.task} was run on several models ({names}); compare runs of one")
+        found[comparison.task] = comparison
+    return found
+
+
+def _check_questions(ours: Comparison, theirs: Comparison, first: Path, second: Path) -> None:
+    counts = len(ours.asked), len(theirs.asked)
+    if counts[0] != counts[1]:
+        raise ConfigError(
+            f"{ours.task}: {counts[0]} examples in {first}, {counts[1]} in {second}; run both with the same limit"
+        )
+    for some, other in zip(ours.asked, theirs.asked, strict=True):
+        if some != other:
+            raise ConfigError(
+                f"{ours.task}: example {some.index} is {some.question!r} ({some.answer!r}) in {first}, "
+                f"{other.question!r} ({other.answer!r}) in {second}"
+            )
+
+
+def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:
+    return {
+        (label, ratio): Side(comparison, label, ratio, entry)
+        for label, by_ratio in rows(comparison.lines).items()
+        for ratio, entry in by_ratio.items()
+        if entry.ok
+    }
+
+
+def terminal_table(compared: Compared, first: str, second: str) -> Table:
+    """A line a row: both accuracies, their difference and what it is worth."""
+    table = Table(
+        title=f"{escape(first)} and {escape(second)}",
+        caption="accuracy in %; difference: the second less the first in points, paired 95 % bootstrap interval; "
+        f"p: bootstrap, corrected for {len(compared.pairs)} rows (Holm); changed: share of other answers",
+    )
+    for heading in ("task", "method", "budget"):
+        table.add_column(heading)
+    for heading in ("first", "second", "difference", "p", "changed", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    colours = {"better": "green", "worse": "red", "same": "dim"}
+    for pair in compared.pairs:
+        low, high = pair.difference.interval
+        side = pair.first
+        table.add_row(
+            escape(side.comparison.task),
+            escape(side.label),
+            "" if side.keep_ratio is None else f"{100 * side.keep_ratio:g} %",
+            percent(pair.first.score),
+            percent(pair.second.score),
+            f"{100 * pair.difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+            f"{pair.p:.3f}",
+            f"{percent(pair.changed)} %",
+            f"[{colours[pair.verdict]}]{pair.verdict}[/]",
+        )
+    return table

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures inside a page: each stands in it once, as a data URI, and is drawn as often as wanted."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+from PIL import Image
+
+from vtprune.errors import VTPruneError
+from vtprune.eval.finished import Comparison
+from vtprune.eval.tasks import TASKS, Example, Kind
+from vtprune.eval.views import View, strip
+
+_THUMBNAIL = {"image": 160, "video": 80}
+"""Pixels of height of a small picture, or of each of the frames that stand for a video."""
+_FRAMES = 4
+
+
+class Picture:
+    """One picture of an album."""
+
+    def __init__(self, name: str, width: int, height: int):
+        self.name, self.width, self.height = name, width, height
+
+    def draw(self, title: str, over: Markup | str = "") -> Markup:
+        """SVG of it. `title` is what is said of it to those who cannot see it; `over` what is drawn on it."""
+        return Markup(
+            '<svg class="picture" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
+            '<use href="#{}"/>{}</svg>'
+        ).format(self.width, self.height, self.width, self.height, title, self.name, over)
+
+
+class Album:
+    """The pictures of a page."""
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, str] = {}
+        self._definitions: list[Markup] = []
+
+    def add(self, jpeg: bytes) -> Picture:
+        """A picture to be drawn; the same one for the same bytes."""
+        width, height = Image.open(io.BytesIO(jpeg)).size
+        if jpeg not in self._names:
+            self._names[jpeg] = name = f"picture-{len(self._names)}"
+            uri = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+            image = Markup('<image id="{}" width="{}" height="{}" href="{}"/>').format(name, width, height, uri)
+            self._definitions.append(image)
+        return Picture(self._names[jpeg], width, height)
+
+    @property
+    def definitions(self) -> Markup:
+        """What the page has to contain before its pictures are drawn."""
+        return Markup('<svg width="0" height="0" class="album"><defs>{}</defs></svg>').format(
+            Markup("").join(self._definitions)
+        )
+
+
+def seams(view: View, picture: Picture) -> Markup:
+    """Lines between the frames of a video, or the crops of an image."""
+    width = picture.width / len(view.grids)
+    lines = "".join(f"M{number * width:.5g} 0v{picture.height}" for number in range(1, len(view.grids)))
+    return Markup('<path class="seams" d="{}"/>').format(lines) if lines else Markup("")
+
+
+def dimmed(view: View, kept: Iterable[int], picture: Picture) -> Markup:
+    """A path over the places of the visual tokens that were dropped."""
+    alive = set(kept)
+    dark = {tuple(place) for token, place in enumerate(view.places) if place is not None and token not in alive}
+    width = picture.width / len(view.grids)
+    strokes = []
+    for number, (rows, cols) in enumerate(view.grids):
+        across, down = width / cols, picture.height / rows
+        for row in range(rows):
+            for start, end in _runs([(number, row, col) in dark for col in range(cols)]):
+                x, y, length = number * width + start * across, row * down, (end - start) * across
+                strokes.append(f"M{x:.5g} {y:.5g}h{length:.5g}v{down:.5g}h{-length:.5g}z")
+    return Markup('<path class="dropped" d="{}"/>').format("".join(strokes))
+
+
+def _runs(flags: Sequence[bool]) -> Iterable[tuple[int, int]]:
+    """(start, end) of each stretch of True."""
+    start = None
+    for index, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = index
+        elif not flag and start is not None:
+            yield start, index
+            start = None
+
+
+class Thumbnails:
+    """Small pictures of a task's examples, as the data set has them.
+
+    Args:
+        comparison: whose questions they belong to.
+        album: what they are put into.
+        last: index of the last example that may be asked for.
+    """
+
+    def __init__(self, comparison: Comparison, album: Album, last: int):
+        self.missing: str | None = None
+        """Why there are none."""
+        self._album = album
+        self._made: dict[int, Picture] = {}
+        self._examples: Sequence[Example] = ()
+        self._kind: Kind = "image"
+        if comparison.task not in TASKS:
+            self.missing = f"the task {comparison.task} is not known here"
+            return
+        try:
+            task = TASKS[comparison.task]()
+            self._examples, self._kind = task.examples(last + 1), task.kind
+        except (OSError, ImportError, VTPruneError) as error:  # a data set that is not on this machine
+            self.missing = f"the examples of {comparison.task} cannot be loaded here ({error})"
+            return
+        asked = [a.question for a in comparison.asked[: last + 1]]
+        if [example.question for example in self._examples] != asked:
+            self._examples, self.missing = (), f"the examples of {comparison.task} are others than when it ran"
+
+    def __getitem__(self, index: int) -> Picture | None:
+        """The picture of an example, or None where there is none."""
+        if self.missing is not None:
+            return None
+        if index not in self._made:
+            example = self._examples[index]
+            height = _THUMBNAIL[self._kind]
+            frames = _frames(example.video_path()) if self._kind == "video" else [example.image]
+            self._made[index] = self._album.add(strip(frames, height))
+        return self._made[index]
+
+
+def _frames(path: Path) -> list[Image.Image]:
+    """A few frames from all over a video."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    return [frames[round(i * (len(frames) - 1) / (_FRAMES - 1))] for i in range(_FRAMES)]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the page: tables, plots, what was kept, where answers part, and what it was all computed with."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vtprune.errors import ConfigError
+from vtprune.eval.finished import Asked, Comparison, comparisons
+from vtprune.eval.pages import tables
+from vtprune.eval.pages.charts import chart, legend
+from vtprune.eval.pages.pictures import Album, Picture, Thumbnails, dimmed, seams
+from vtprune.eval.plots import LINES, average_tokens, prefill_flops, styles
+from vtprune.eval.results import write_atomically
+from vtprune.eval.summary import rows
+from vtprune.eval.views import read_views, views_folder
+
+SHOWN = 4
+"""Examples of which the page shows what was kept."""
+LISTED = 4
+"""Examples listed of each kind of disagreement, a method and budget."""
+_LONGEST = 400
+"""Characters shown of a text that a data set or a model wrote."""
+
+_TURNS = {"\u061c", "\u200e", "\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+"""Characters that change the direction of the text around them."""
+
+
+def write_report(folders: Sequence[Path], path: Path) -> None:
+    """Writes one HTML file about the results in some folders; the same results give the same file.
+
+    Args:
+        folders: with `results.jsonl` (and what lies beside it) of `vtprune eval`, `bench.jsonl` of `vtprune bench`, or
+            both. Cells that answered the same questions with the same model stand in one comparison.
+        path: the file.
+
+    Raises:
+        ConfigError: a folder holds neither, or cannot be read.
+    """
+    found = comparisons(folder for folder in folders if not _only_bench(folder))
+    album = Album()
+    sections = [_section(f"c{number}", comparison, album) for number, comparison in enumerate(found)]
+    environment = Environment(
+        loader=PackageLoader("vtprune.eval.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["said"] = said
+    page = environment.get_template("report.html.j2").render(
+        title=_title(found),
+        sections=sections,
+        benches=[(folder, bench) for folder in folders if (bench := _bench(folder))],
+        album=album,
+    )
+    write_atomically(path, page.encode())
+
+
+def said(text: Any) -> str:
+    """What a data set or a model wrote, cut to a length, with characters that would act on the page made visible."""
+    text = str(text)
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return "".join(c if _harmless(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
+def mark(score: float) -> str:
+    """A tick, a cross, or what lies between them."""
+    return "✓" if score == 1 else "✗" if score == 0 else f"{score:.2f}"
+
+
+def _harmless(character: str) -> bool:
+    return character in "\n\t" or (character not in _TURNS and unicodedata.category(character) not in ("Cc", "Cs"))
+
+
+def _title(found: Sequence[Comparison]) -> str:
+    return ", ".join(dict.fromkeys(comparison.task for comparison in found)) or "time and memory"
+
+
+def _only_bench(folder: Path) -> bool:
+    return (folder / "bench.jsonl").is_file() and not (folder / "results.jsonl").exists()
+
+
+def _bench(folder: Path) -> dict[str, Any] | None:
+    lines = tables.json_lines(folder / "bench.jsonl")
+    if not lines:
+        return None
+    from vtprune.eval.bench.table import NOTES, sheets
+
+    try:
+        return {"sheets": list(sheets(lines)), "notes": NOTES}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / 'bench.jsonl'}: not of this version of vtprune; run `vtprune bench` again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one row kept of an example, and answered."""
+
+    row: tables.Row
+    drawing: Markup
+    kept: int
+    answer: str
+    mark: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example, and what became of it."""
+
+    asked: Asked
+    original: Markup
+    answer: str
+    """the full model's"""
+    mark: str
+    kind: str
+    seen: dict[str, dict[tables.Budget, Seen]]
+    """label -> budget -> what was kept"""
+
+
+def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
+    """What the template says of one comparison."""
+    lines = comparison.lines
+    kinds = list(comparison.full["family_scores"])
+    apart = tables.disagreements(comparison)
+    listed = [place for found in apart for place in (*found.lost[:LISTED], *found.won[:LISTED])]
+    thumbnails = Thumbnails(comparison, album, max(listed, default=0))
+    grid = rows(lines)
+    return {
+        "name": name,
+        "comparison": comparison,
+        "budgets": tables.budgets(comparison),
+        "budget_name": tables.budget_name,
+        "legend": legend(styles(grid)),
+        "plots": [
+            chart(f"{name}-tokens", lines, average_tokens, "visual tokens, mean of the decoder layers"),
+            chart(f"{name}-flops", lines, prefill_flops, "prefill FLOPs of the language model"),
+        ],
+        "overview": tables.overview(comparison),
+        "rankings": [(budget, tables.ranking(comparison, budget)) for budget in tables.budgets(comparison)],
+        "costs": list(tables.costs(comparison)),
+        "kinds": kinds,
+        "kind_plots": [
+            (kind, chart(f"{name}-kind{number}", lines, average_tokens, "visual tokens", kind, size=(3.6, 2.7)))
+            for number, kind in enumerate(kinds)
+        ],
+        "families": [(budget, tables.families(comparison, budget)) for budget in tables.budgets(comparison)],
+        "shown": list(_shown(comparison, album)),
+        "disagreements": [
+            {
+                "row": found.row,
+                "lost": len(found.lost),
+                "won": len(found.won),
+                "cards": {
+                    title: [_card(comparison, place, found.row, thumbnails) for place in places[:LISTED]]
+                    for title, places in (("Lost", found.lost), ("Won", found.won))
+                    if places
+                },
+            }
+            for found in apart
+        ],
+        "listed": LISTED,
+        "thumbnails": thumbnails,
+        "provenance": tables.provenance(comparison),
+        "seeds": tables.seeds(comparison),
+    }
+
+
+def _shown(comparison: Comparison, album: Album) -> Iterator[Shown]:
+    """The first examples with what every row kept of them; none where the runs left no views."""
+    views = {}
+    for folder in reversed(comparison.folders):
+        views |= read_views(views_folder(folder, comparison.task, comparison.full["weights"]))
+    full = comparison.answers[comparison.full["cell"]]
+    for place, asked in enumerate(comparison.asked[:SHOWN]):
+        view, path = views.get(asked.index, (None, None))
+        if view is None or view.question != asked.question:
+            continue
+        picture = album.add(path.read_bytes())
+        between = seams(view, picture)
+        seen: dict[str, dict[tables.Budget, Seen]] = {}
+        for row in tables.table_rows(comparison):
+            answers = comparison.answers[row.seed_cell["cell"]]
+            kept = answers.kept.get(asked.index)
+            # A smaller image has tokens of its own.
+            if kept is None or row.label in LINES or row.seed_cell["method"] == "downsample":
+                continue
+            words = f"{row.label} at {tables.budget_name(row.budget)}: {len(kept)} of {len(view.places)} tokens kept"
+            drawing = picture.draw(words, dimmed(view, kept, picture) + between)
+            found = Seen(row, drawing, len(kept), answers.predictions[place], mark(answers.scores[place]))
+            seen.setdefault(row.label, {})[row.budget] = found
+        original = picture.draw(f"what the encoder saw of example {asked.index}", between)
+        yield Shown(asked, original, full.predictions[place], mark(full.scores[place]), view.kind, seen)
+
+
+def _card(comparison: Comparison, place: int, row: tables.Row, thumbnails: Thumbnails) -> dict[str, Any]:
+    """One example where a row and the full model part."""
+    picture: Picture | None = thumbnails[place]
+    asked = comparison.asked[place]
+    return {
+        "asked": asked,
+        "picture": None if picture is None else picture.draw(f"example {asked.index}"),
+        "wide": picture is not None and picture.width > 2 * picture.height,
+        "full": comparison.answers[comparison.full["cell"]].predictions[place],
+        "other": comparison.answers[row.seed_cell["cell"]].predictions[place],
+    }

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a page, put into rows: what is compared with what, and the words for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from vtprune.eval.finished import Comparison
+from vtprune.eval.plots import LINES
+from vtprune.eval.statistics import Difference, difference
+from vtprune.eval.summary import Entry, Record, accuracy, flops, percent, rows
+
+Budget = float | None
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget."""
+
+    label: str
+    budget: Budget
+    entry: Entry
+
+    @property
+    def seed_cell(self) -> Record:
+        """The line of its first seed."""
+        return self.entry.cells[0]
+
+
+def table_rows(comparison: Comparison) -> list[Row]:
+    """All rows with numbers, in the order of the results."""
+    return [
+        Row(label, budget, entry)
+        for label, by_budget in rows(comparison.lines).items()
+        for budget, entry in by_budget.items()
+        if entry.ok
+    ]
+
+
+def budgets(comparison: Comparison) -> list[Budget]:
+    """The budgets of the grid, largest first; None, at the end, for counts and for methods' own schedules."""
+    found = {line["keep_ratio"] for line in comparison.lines if line["label"] not in LINES}
+    shares = sorted((budget for budget in found if budget is not None), reverse=True)
+    return [*shares, *([None] if None in found else [])]
+
+
+def budget_name(budget: Budget) -> str:
+    """For people."""
+    return "own budget" if budget is None else f"{100 * budget:.4g} %"
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """A method at a budget in the overview."""
+
+    text: str
+    detail: str = ""
+    warmth: float | None = None
+    """0 for what the question alone gives away, 1 for the full model"""
+
+
+def overview(comparison: Comparison) -> list[tuple[str, list[Place]]]:
+    """Label -> a place for each budget; the rows of `LINES` have one place alone."""
+    zero = [row.entry.mean("score") for row in table_rows(comparison) if row.label == "zero"]
+    floor, ceiling = (zero or [0.0])[0], comparison.full["score"]
+
+    def place(entry: Entry | None) -> Place:
+        if entry is None:
+            return Place(MISSING)
+        if not entry.ok:
+            return Place(entry.status)
+        score = entry.mean("score")
+        spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
+        warmth = min(1.0, max(0.0, (score - floor) / (ceiling - floor))) if ceiling > floor else None
+        kept = entry.mean("retention")
+        return Place(percent(score) + spread, "" if kept is None else f"keeps {percent(kept)} %", warmth)
+
+    found = []
+    for label, by_budget in rows(comparison.lines).items():
+        if label in LINES:
+            found.append((label, [place(next(iter(by_budget.values())))]))
+        else:
+            found.append((label, [place(by_budget.get(budget)) for budget in budgets(comparison)]))
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row against another one."""
+
+    text: str
+    """difference in points of accuracy, its interval"""
+    p: str
+    sign: str
+    """"better", "worse" or "open" """
+
+
+def verdict(found: Difference) -> Verdict:
+    """A difference in words."""
+    low, high = found.interval
+    sign = "open" if not found.significant else "better" if found.mean > 0 else "worse"
+    p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}" if found.p < 0.1 else f"p = {found.p:.2f}"
+    return Verdict(f"{_points(found.mean)} [{_points(low)}, {_points(high)}]", p, sign)
+
+
+def _points(difference: float) -> str:
+    """Of accuracy, signed."""
+    return f"{100 * difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A row of a ranking at one budget."""
+
+    row: Row
+    accuracy: str
+    retention: str
+    tokens: str
+    cost: str
+    below: Verdict | None
+    """against the next row of the ranking"""
+    random: Verdict | None
+    """against random tokens at the same budget"""
+    published: str | None
+    """what the paper of a preset reports"""
+
+
+def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
+    """Rows at a budget, and those of `LINES`, best first, each against the next one."""
+    chosen = [row for row in table_rows(comparison) if row.label in LINES or row.budget == budget]
+    chosen.sort(key=lambda row: row.entry.mean("score"), reverse=True)  # stable: ties stay in the order of the results
+    drawn = next((row for row in chosen if row.seed_cell["method"] == "random"), None)
+
+    def against(row: Row, other: Row | None) -> Verdict | None:
+        if other is None or other is row:
+            return None
+        return verdict(difference(comparison.scores(row.entry), comparison.scores(other.entry)))
+
+    return [
+        Standing(
+            row,
+            accuracy(row.entry),
+            retention(row.entry),
+            f"{row.entry.mean('final_tokens'):.1f}",
+            percent(row.entry.mean("prefill_flops") / row.entry.mean("unpruned_prefill_flops")),
+            against(row, below),
+            None if row.label in LINES else against(row, drawn),
+            published(row.seed_cell),
+        )
+        for row, below in zip(chosen, [*chosen[1:], None], strict=True)
+    ]
+
+
+def retention(entry: Entry) -> str:
+    """Share of the full model's accuracy with its paired interval; over seeds, means and ± standard deviation."""
+    values = [cell["retention"] for cell in entry.cells]
+    if None in values:
+        return MISSING
+    low, high = (mean(cell["retention_ci"][bound] for cell in entry.cells) for bound in (0, 1))
+    spread = f" ±{100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{percent(mean(values))}{spread} [{percent(low)}, {percent(high)}]"
+
+
+def published(line: Record) -> str | None:
+    """What a paper reports for a row, and how far ours is from it; None for rows without a published number."""
+    given = line.get("published")
+    if not given:
+        return None
+    own = line["retention"] if given["metric"] == "retention" else line["score"]
+    apart = "" if own is None else f", ours {100 * (own - given['value']):+.1f}"
+    return f"{percent(given['value'])} ({given['metric']}{apart}; {given['source']}, {given['table']})"
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def seconds_per_example(folders: Sequence[Path]) -> dict[str, float]:
+    """Name of a cell -> wall seconds an example, as the runs noted them; the last ones of a batch that ran twice."""
+    batches: dict[tuple[str, int], tuple[float, int]] = {}
+    for line in (line for folder in folders for line in json_lines(folder / "timings.jsonl")):
+        batches[line["cell"], line["first"]] = line["seconds"], line["examples"]
+    cells = dict.fromkeys(cell for cell, _ in batches)
+    found = {}
+    for cell in cells:
+        own = [batch for (name, _), batch in batches.items() if name == cell]
+        found[cell] = sum(seconds for seconds, _ in own) / sum(examples for _, examples in own)
+    return found
+
+
+def json_lines(path: Path) -> list[Record]:
+    """The whole lines of a file; none without the file."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # torn when a run was killed
+            continue
+    return found
+
+
+def costs(comparison: Comparison) -> Iterator[tuple[Row, dict[str, str]]]:
+    """Every row with what it costs one example, measured."""
+    seconds = seconds_per_example(comparison.folders)
+    for row in table_rows(comparison):
+        entry = row.entry
+
+        def share(key: str, entry: Entry = entry) -> str:
+            return percent(entry.mean(key) / entry.mean(f"unpruned_{key}"))
+
+        timed = [seconds[cell["cell"]] for cell in entry.cells if cell["cell"] in seconds]
+        yield (
+            row,
+            {
+                "tokens in the last layer": f"{entry.mean('final_tokens'):.1f}",
+                "tokens, mean of layers": f"{entry.mean('average_tokens'):.1f}",
+                "kept, %": percent(entry.mean("measured_keep_ratio")),
+                "prefill": flops(entry.mean("prefill_flops")),
+                "prefill, %": share("prefill_flops"),
+                "KV cache": size(entry.mean("kv_bytes")),
+                "KV cache, %": share("kv_bytes"),
+                "wall time": f"{1e3 * mean(timed):.3g} ms" if timed else MISSING,
+            },
+        )
+
+
+def size(count: float) -> str:
+    """Bytes with a unit."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+# -- kinds of question, and single answers ----------------------------------------------------------------------------
+
+
+def families(comparison: Comparison, budget: Budget) -> list[tuple[Row, list[tuple[str, float]]]]:
+    """Rows at a budget, and those of `LINES`, with (accuracy in %, its share) of every kind of question."""
+    names = list(comparison.full["family_scores"])
+    return [
+        (row, [(percent(score), score) for score in map(row.entry.family, names)])
+        for row in table_rows(comparison)
+        if row.label in LINES or row.budget == budget
+    ]
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Where a row and the full model part."""
+
+    row: Row
+    lost: list[int]
+    """places in `asked` where the full model scores higher, widest gaps first"""
+    won: list[int]
+    """where the row does"""
+
+
+def disagreements(comparison: Comparison) -> list[Disagreement]:
+    """One a method and budget; of several seeds the first one."""
+    full = comparison.answers[comparison.full["cell"]].scores
+    found = []
+    for row in table_rows(comparison):
+        if row.label not in LINES:
+            gap = full - comparison.answers[row.seed_cell["cell"]].scores
+            order = sorted(range(len(gap)), key=lambda place: -abs(gap[place]))
+            found.append(Disagreement(row, [i for i in order if gap[i] > 0], [i for i in order if gap[i] < 0]))
+    return found
+
+
+# -- provenance -------------------------------------------------------------------------------------------------------
+
+
+def provenance(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Facts, and the configuration as JSON, of every state of code and configuration that the numbers come from."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in comparison.lines:
+        config = json.dumps(line["config"], indent=2)
+        facts = [*line["versions"].items(), ("fingerprint of the weights", line["weights"])]
+        found.setdefault(json.dumps([facts, config]), [("configuration", config), *facts])
+    return [(facts[0][1], facts[1:]) for facts in found.values()]
+
+
+def seeds(comparison: Comparison) -> list[tuple[str, Any]]:
+    """(label, seeds) of the rows that draw numbers."""
+    found: dict[str, list[Any]] = {}
+    for line in comparison.lines:
+        if line["seed"] is not None:
+            found.setdefault(line["label"], []).append(line["seed"])
+    return [(label, ", ".join(map(str, dict.fromkeys(drawn)))) for label, drawn in found.items()]
