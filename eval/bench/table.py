@@ -78,13 +78,16 @@ def _saving_columns(lengths: Sequence[str]) -> list[Column]:
 
 
 @dataclass(frozen=True)
-class _Sheet:
+class Sheet:
+    """A table in words."""
+
     title: str
     head: list[str]
     body: list[list[str]]
 
 
-def _sheets(lines: Sequence[Record]) -> Iterator[_Sheet]:
+def sheets(lines: Sequence[Record]) -> Iterator[Sheet]:
+    """Time, and what is saved, for each batch size."""
     for size in dict.fromkeys(line["batch_size"] for line in lines):
         of_size = [line for line in lines if line["batch_size"] == size]
         first = of_size[0]
@@ -97,7 +100,7 @@ def _sheets(lines: Sequence[Record]) -> Iterator[_Sheet]:
         )
         for what, columns in (("time", _time_columns(lengths)), ("saving", _saving_columns(lengths))):
             head = ["method", "budget", *(heading for heading, _ in columns)]
-            yield _Sheet(f"{what.capitalize()}. {about}", head, [_row(line, columns) for line in of_size])
+            yield Sheet(f"{what.capitalize()}. {about}", head, [_row(line, columns) for line in of_size])
 
 
 def _row(line: Record, columns: Sequence[Column]) -> list[str]:
@@ -110,7 +113,7 @@ def _row(line: Record, columns: Sequence[Column]) -> list[str]:
 
 def terminal_tables(lines: Sequence[Record]) -> Iterator[Table]:
     """Time, and what is saved, for each batch size."""
-    for sheet in _sheets(lines):
+    for sheet in sheets(lines):
         table = Table(title=sheet.title, title_justify="left")
         for heading in sheet.head:
             table.add_column(heading, justify="left" if heading in ("method", "budget") else "right")
@@ -123,7 +126,7 @@ def markdown(lines: Sequence[Record]) -> str:
     """All tables, how to read them, and what they were measured with."""
     first = lines[0]
     parts = ["# Time and memory", NOTES]
-    for sheet in _sheets(lines):
+    for sheet in sheets(lines):
         rows = [sheet.head, ["---", "---", *["---:"] * (len(sheet.head) - 2)], *sheet.body]
         parts += [f"## {sheet.title}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     facts = {"device": first["device"], "threads": first["threads"], **first["versions"]}

@@ -95,7 +95,7 @@ def _bench(folder: Path) -> dict[str, Any] | None:
     from vtprune.eval.bench.table import NOTES, sheets
 
     try:
-        return {"sheets": list(sheets(lines)), "notes": NOTES}
+        return {"sheets": list(sheets(lines)), "notes": NOTES.replace("*", "").replace("`", "")}
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder / 'bench.jsonl'}: not of this version of vtprune; run `vtprune bench` again"
