@@ -33,6 +33,11 @@ def decode(model: Any, ids: Tensor, cache: Any) -> Tensor:
     return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
+def prefill_text(model: Any, ids: Tensor) -> Tensor:
+    """The first token (batch, 1) of an answer to text (batch, n) alone."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+
 def grow(model: Any, ids: Tensor, cache: Any, tokens: int) -> None:
     """Make the cache as long as after `tokens` more tokens; the last ones, `ids` (batch, 1), stand for all of them.
 

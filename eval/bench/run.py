@@ -23,7 +23,7 @@ import vtprune
 from vtprune import cost
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.eval.bench.config import BenchConfig
-from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill
+from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
 from vtprune.eval.bench.shapes import build_model, random_inputs, shape_of
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
 from vtprune.eval.cells import versions
@@ -144,6 +144,13 @@ def one_pass(model: Any, inputs: Inputs, row: Row, config: BenchConfig) -> Pass:
     return Pass(encoder, selector, seconds, steps)
 
 
+@torch.inference_mode()
+def plain_pass(model: Any, batch: int, length: int) -> float:
+    """Seconds of a prefill of text, without any session: what the model takes for so many tokens."""
+    ids = torch.full((batch, length), 3, device=model.device)
+    return timed(lambda: prefill_text(model, ids), model.device)[0]
+
+
 @dataclass(frozen=True)
 class Holding:
     """What a row holds in memory and computes; the same in every pass."""
@@ -261,15 +268,54 @@ def _batch(
                 holdings[index] = hold(model, inputs, row)
             except UnsupportedStageError as error:
                 row.refused(error)
+    width = inputs["input_ids"].shape[1]
+    widths = {i: [width] if h.report is None else _widths(h.report) for i, h in holdings.items()}
     passes: dict[int, list[Pass]] = {index: [] for index in holdings}
+    plain: dict[int, list[float]] = {own[-1]: [] for own in widths.values() if own[-1] != width}
+    for length in plain:
+        plain_pass(model, batch, length)
+    turns = [*((passes, index) for index in passes), *((plain, length) for length in plain)]
     order = random.Random(0)
     with _no_collection():
         for number in range(config.rounds):
-            for index in order.sample(sorted(passes), len(passes)):
-                done(f"batch {batch}, round {number + 1}: {rows[index].label}")
-                passes[index].append(one_pass(model, inputs, rows[index], config))
+            for measured, which in order.sample(turns, len(turns)):
+                if measured is plain:
+                    plain[which].append(plain_pass(model, batch, which))
+                    continue
+                done(f"batch {batch}, round {number + 1}: {rows[which].label}")
+                passes[which].append(one_pass(model, inputs, rows[which], config))
+    plain[width] = [p.prefill for p in passes[0]]
     shared = _shared(model, inputs, config, batch)
-    return [_line(row, holdings.get(i), passes.get(i), passes[0], inputs, model) | shared for i, row in enumerate(rows)]
+    lines = []
+    for index, row in enumerate(rows):
+        line = _line(row)
+        if index in holdings:
+            line |= _numbers(holdings[index], passes[index], passes[0], inputs, model)
+            line |= _beside_plain(plain, widths[index], passes[index])
+        lines.append(line | shared)
+    return lines
+
+
+def _widths(report: Report) -> list[int]:
+    """Columns of each decoder layer's input; shorter samples of a batch are padded to the longest."""
+    return (report.counts + torch.tensor(report.text_tokens)[:, None]).amax(0).tolist()
+
+
+def _beside_plain(plain: Mapping[int, list[float]], widths: Sequence[int], passes: Sequence[Pass]) -> Record:
+    """The speed-up that the model without a session has at the lengths of a row.
+
+    plain: width of a prompt -> the seconds of its prefill, round by round. Widths between are interpolated; each layer
+    takes its share.
+    """
+    seconds = []
+    for number in range(len(passes)):
+        points = sorted((width, samples[number]) for width, samples in plain.items())
+        seconds.append(mean(_interpolated(points, width) for width in widths))
+    speedup = paired(seconds, plain[max(plain)])
+    return {
+        "plain_prefill_speedup": speedup.to_dict(),
+        "of_plain": paired([p.prefill for p in passes], seconds).median,
+    }
 
 
 def _shared(model: Any, inputs: Inputs, config: BenchConfig, batch: int) -> Record:
@@ -287,10 +333,9 @@ def _shared(model: Any, inputs: Inputs, config: BenchConfig, batch: int) -> Reco
     }
 
 
-def _line(
-    row: Row, holding: Holding | None, passes: list[Pass] | None, full: list[Pass], inputs: Inputs, model: Any
-) -> Record:
-    line: Record = {
+def _line(row: Row) -> Record:
+    """What identifies a row."""
+    return {
         "label": row.label,
         "method": None if row.method is None else json.loads(json.dumps(row.method, default=str)),
         "keep_ratio": row.keep_ratio,
@@ -298,8 +343,10 @@ def _line(
         "reason": row.reason,
         "floor": row.floor,
     }
-    if holding is None or passes is None:
-        return line
+
+
+def _numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inputs, model: Any) -> Record:
+    """What was measured."""
     text_config = model.config.get_text_config()
     visual = (inputs["input_ids"] == vtprune.adapter_for(model).visual_token_ids["image"]).sum(1).tolist()
     length, layers = inputs["input_ids"].shape[1], text_config.num_hidden_layers
@@ -314,7 +361,7 @@ def _line(
     }
     answers = {n: paired([p.answer(n) for p in passes], [p.answer(n) for p in full]) for n in lengths}
     ideal = (unpruned + head) / (decoder + head)
-    return line | {
+    return {
         "visual_tokens": mean(visual),
         "final_tokens": mean(visual if report is None else report.final_tokens),
         "measured_keep_ratio": 1.0 if report is None else report.keep_ratio,

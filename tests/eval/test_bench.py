@@ -325,7 +325,7 @@ def test_what_a_row_holds_is_counted(measured, model, batch):
         assert line["kv_bytes"] == batch * cost.kv_bytes(text, [visual + 10] * 8, dtype_bytes=4)
     assert uniform["ideal_prefill_speedup"] == full["prefill_flops"] / uniform["prefill_flops"] > 3
     assert uniform["peak_bytes"] < full["peak_bytes"]
-    assert full["ideal_prefill_speedup"] == full["realised"] == 1.0
+    assert full["ideal_prefill_speedup"] == full["realised"] == full["of_plain"] == 1.0
 
 
 def test_every_measurement_is_kept(measured):
@@ -376,12 +376,32 @@ def test_realised_is_measured_over_ideal(monkeypatch):
         return Pass(1.0 * slow, 0.0, prefill_seconds * slow, {1: (0.5 * slow,), 4: (0.5 * slow,)})
 
     monkeypatch.setattr(run, "one_pass", fake_pass)
+    monkeypatch.setattr(run, "plain_pass", lambda model, batch, length: 1.0)
     full, uniform = run.run(config(methods=["uniform"], repeats=3))
     assert uniform["speedup"]["prefill"]["samples"] == [2.0, 2.0, 2.0]
     assert uniform["realised"] == 2.0 / uniform["ideal_prefill_speedup"]
     assert uniform["speedup"]["first_token"]["median"] == pytest.approx(5 / 3)
     assert uniform["speedup"]["answer"]["4"]["median"] == pytest.approx(6.5 / 4.5)
     assert full["speedup"]["prefill"]["median"] == 1.0
+
+
+def test_plain_is_the_models_own_time_at_the_lengths_of_each_layer(model):
+    plain = {10: [1.0, 2.0], 30: [3.0, 4.0], 50: [5.0, 10.0]}
+    passes = [Pass(0.0, 0.0, 4.0, {1: (1.0,)}), Pass(0.0, 0.0, 5.0, {1: (1.0,)})]
+    beside = run._beside_plain(plain, [50, 20, 10, 10], passes)
+    # (5 + 2 + 1 + 1) / 4 and (10 + 3 + 2 + 2) / 4 seconds, the text of 20 tokens interpolated
+    assert beside["plain_prefill_speedup"]["samples"] == pytest.approx([5 / 2.25, 10 / 4.25])
+    assert beside["of_plain"] == pytest.approx((2.25 / 4 + 4.25 / 5) / 2)
+
+
+def test_text_as_long_as_what_is_left_is_measured_in_every_round(monkeypatch):
+    measured = []
+    monkeypatch.setattr(run, "plain_pass", lambda model, batch, length: measured.append((batch, length)) or 1.0)
+    lines = run.run(config(methods=["uniform", "divprune", "fastv"], batch_sizes=[2], keep_ratios=[0.25], repeats=3))
+    fastv = round((0.25 * 8 - 1) / 7 * 36)  # everything in the first layer, the rest of the budget behind it
+    assert lines[-1]["final_tokens"] == fastv
+    # 10 text tokens; once to warm up, then in every round
+    assert sorted(measured) == sorted([(2, 10 + 9), (2, 10 + fastv)] * 4)
 
 
 def test_methods_that_a_model_cannot_serve_are_shown_as_such():
