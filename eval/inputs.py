@@ -151,7 +151,7 @@ def _decoding_with_pyav(processor: Any) -> Iterator[None]:
         return
 
     def fetch(videos: Sequence[str], sample_indices_fn: Callable[..., Any] | None = None) -> list[tuple]:
-        return list(zip(*(_frames(video, sample_indices_fn) for video in videos), strict=True))
+        return list(zip(*(read_frames(video, sample_indices_fn) for video in videos), strict=True))
 
     video_processor.fetch_videos = fetch
     try:
@@ -160,7 +160,7 @@ def _decoding_with_pyav(processor: Any) -> Iterator[None]:
         del video_processor.fetch_videos
 
 
-def _frames(path: str, sample: Callable[..., Any] | None) -> tuple[np.ndarray, VideoMetadata]:
+def read_frames(path: str | Path, sample: Callable[..., Any] | None) -> tuple[np.ndarray, VideoMetadata]:
     """Frames of a video file that `sample` chooses (default all), uint8 RGB (frames, height, width, 3).
 
     As transformers' own reader has it, but for three kinds of files: where the container does not say how many frames
@@ -178,7 +178,13 @@ def _frames(path: str, sample: Callable[..., Any] | None) -> tuple[np.ndarray, V
             metadata = VideoMetadata(
                 total, fps=rate, duration=total / rate if rate else 0, video_backend="pyav", **shape
             )
-            indices = range(total) if sample is None else [int(index) for index in sample(metadata=metadata)]
+            asked = getattr(sample, "keywords", {}).get("num_frames") or 0  # transformers makes `sample` a partial
+            if sample is None:
+                indices = list(range(total))
+            elif asked > total:
+                indices = [index * total // asked for index in range(asked)]
+            else:
+                indices = [int(index) for index in sample(metadata=metadata)]
             wanted, read = set(indices), {}
             container.seek(0)
             for index, frame in enumerate(container.decode(stream)):

@@ -73,7 +73,6 @@ class VTPrune(lmms):
                 f"{asked} processes were started, but accelerate sees one; on CPU set ACCELERATE_USE_CPU=1"
             )
         self._load()
-        self.kinds = vtprune.adapter_for(self.model).kinds
         with vtprune.prune(self.model, self.methods):
             pass  # what this model cannot serve shows before any data is loaded
 
@@ -160,14 +159,14 @@ class VTPrune(lmms):
                 yield from zip(own, results, usages, strict=True)
 
     def _inputs(self, conversations: list[list[dict]]) -> Any:
-        parts = [part for turns in conversations for turn in turns for part in turn["content"]]
-        shown = {part["type"] for part in parts} - {"text"}
-        for kind in sorted(shown - set(self.kinds)):
-            raise ConfigError(f"the task shows {kind}s, which {vtprune.adapter_for(self.model).family} does not take")
+        shown = {part["type"] for turns in conversations for turn in turns for part in turn["content"]}
         options = self.arguments.processor_kwargs
         if "video" in shown:
             options = self.arguments.frames | options
-            if not options and not self.processor.video_processor.do_sample_frames:
+            sampling = getattr(self.processor, "video_processor", None)
+            if sampling is None:
+                raise ConfigError(f"the task shows videos, which {type(self.processor).__name__} does not take")
+            if not options and not sampling.do_sample_frames:
                 raise ConfigError("this processor takes every frame of a video; give num_frames= or fps=")
         return conversation_inputs(self.processor, conversations, **options)
 
@@ -233,6 +232,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     kind = part["type"]
     if kind == "text":
         return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "video"):
+        raise ConfigError(f"the task has parts of type {kind!r}; images, videos and text are supported")
     medium = part["url"]
     if isinstance(medium, dict) or part.get("start_time") is not None or part.get("end_time") is not None:
         raise ConfigError("the task shows stretches of videos, which is not supported")
