@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from vtprune.errors import ConfigError
 from vtprune.eval.finished import Asked, Comparison, comparisons
@@ -94,8 +96,15 @@ def _bench(folder: Path) -> dict[str, Any] | None:
         return None
     from vtprune.eval.bench.table import NOTES, sheets
 
+    # The notes are Markdown with words in stars and backticks.
+    notes = re.sub(r"`(.+?)`", r"<code>\1</code>", re.sub(r"\*(.+?)\*", r"<em>\1</em>", escape(NOTES)))
     try:
-        return {"sheets": list(sheets(lines)), "notes": NOTES.replace("*", "").replace("`", "")}
+        return {
+            "sheets": list(sheets(lines)),
+            "notes": Markup(notes),
+            "facts": {key: lines[0][key] for key in ("device", "threads")} | lines[0]["versions"],
+            "config": json.dumps(lines[0]["config"], indent=2),
+        }
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder / 'bench.jsonl'}: not of this version of vtprune; run `vtprune bench` again"
@@ -147,6 +156,7 @@ def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
         ],
         "overview": tables.overview(comparison),
         "rankings": [(budget, tables.ranking(comparison, budget)) for budget in tables.budgets(comparison)],
+        "published": any(line.get("published") for line in lines),
         "costs": list(tables.costs(comparison)),
         "kinds": kinds,
         "kind_plots": [

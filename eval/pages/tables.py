@@ -178,7 +178,8 @@ def published(line: Record) -> str | None:
         return None
     own = line["retention"] if given["metric"] == "retention" else line["score"]
     apart = "" if own is None else f", ours {100 * (own - given['value']):+.1f}"
-    return f"{percent(given['value'])} ({given['metric']}{apart}; {given['source']}, {given['table']})"
+    where = f"{given['benchmarks']}; {given['source']}, {given['table']}"
+    return f"{percent(given['value'])} ({given['metric']}{apart}; {where})"
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

@@ -147,6 +147,19 @@ def test_ranking_is_paired_with_the_next_row_and_with_random(run):
     assert "±" in random.accuracy and "±" in random.retention and random.random is None
 
 
+def test_what_a_paper_reports_stands_beside_ours(run, tmp_path):
+    folder = tmp_path / "preset"
+    shutil.copytree(run[0], folder)
+    given = {"metric": "retention", "value": 0.5, "benchmarks": "nine", "source": "<i>A paper", "table": "Table 2"}
+    lines = [line | {"published": given if line["label"] == "fastv" else None} for line in run[1]]
+    (folder / "results.jsonl").write_bytes(b"".join(map(to_line, lines)))
+    write_report([folder], tmp_path / "report.html")
+    (fastv,) = (line for line in lines if line["label"] == "fastv" and line["status"] == "ok")
+    ours = f"{100 * (fastv['retention'] - 0.5):+.1f}"
+    words = Parsed((tmp_path / "report.html").read_text()).words
+    assert f"50.0 (retention, ours {ours}; nine; <i>A paper, Table 2)" in words
+
+
 def test_two_folders_of_one_comparison_share_a_section(run, model, tmp_path):
     folder, lines = run
     again = tmp_path / "again"
