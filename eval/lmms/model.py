@@ -115,22 +115,23 @@ class VTPrune(lmms):
             log.close()
         return results
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """(mean negative log-likelihood of a token, whether greedy decoding says the same) of each continuation.
 
-        The sign is lmms-eval's: its multiple choice takes the smallest.
+        The sign is lmms-eval's: its multiple choice takes the smallest. The pair stands where an answer's text does,
+        because lmms-eval 0.7.3 makes a string of a bare pair, which it then cannot score.
         """
 
         def score(batch: Sequence[Instance], inputs: Any) -> Done:
             scored = score_continuations(self.model, self.processor, inputs, [*map(self._continuation, batch)])
             return scored, [one.tokens for one in scored]
 
-        results = [(0.0, False)] * len(requests)
+        results = [GenerationResult((0.0, False))] * len(requests)
         with _failures_end_the_command():
             log = UsageLog(self.methods)
             for places in _alike(requests, lambda request: ""):
-                for place, scored, _ in self._run(requests, places, score, log):
-                    results[place] = (scored.loss, scored.greedy)
+                for place, scored, usage in self._run(requests, places, score, log):
+                    results[place] = GenerationResult((scored.loss, scored.greedy), usage)
             log.close()
         return results
 

@@ -126,6 +126,8 @@ def test_answers_come_in_order_whatever_shares_a_batch():
     padded = ask(model, conversations, padding=2)
     assert [answer.text for answer in padded] == ["", "", *texts[2:]]
     assert [answer.token_counts for answer in padded[:2]] == [None, None]
+    spread = VTPruneChat(pretrained=SCENES, device="auto", dtype="float32", attention="eager")
+    assert [answer.text for answer in ask(spread, conversations)] == texts
     short = ask(model, conversations, {"max_new_tokens": 1, "do_sample": False})
     assert {answer.token_counts.output_tokens for answer in short} == {1}
 
