@@ -53,7 +53,7 @@ def test_wheel_holds_every_module_and_data_file(sources, tmp_path):
         f"{target}/{path.relative_to(sources / folder)}"
         for folder, target in FOLDERS.items()
         for path in (sources / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".j2") or path.parent.name == "model" and path.is_file()
+        if path.suffix in (".py", ".yaml", ".j2", ".jsonl") or path.parent.name == "model" and path.is_file()
     }
     assert wanted - packed == set()
     assert {name.split("/")[0] for name in packed if not name.split("/")[0].endswith(".dist-info")} == {"vtprune"}
