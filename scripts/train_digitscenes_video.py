@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from digitscenes_data import PREFIX, Block, Data, Pack, model_input, random_tokens, strided_tokens
+from digitscenes_data import PREFIX, Block, Data, Pack, diverse_tokens, model_input, random_tokens, strided_tokens
 from digitscenes_video_data import (
     STORED,
     ClipData,
@@ -184,10 +184,11 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
     save_to: Annotated[Path | None, typer.Option(help="Where the model goes; default OUT/model.")] = None,
     clips: Annotated[int, typer.Option(help="Training clips; their features take 0.3 MB each.")] = 6000,
-    encoder_steps: int = 600,
+    frames: Annotated[int, typer.Option(help="Frames that the encoder is trained on.")] = 24000,
+    encoder_steps: int = 3000,
     caption_steps: int = 500,
     question_steps: int = 800,
-    variable_steps: int = 1000,
+    variable_steps: int = 1150,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: int = 2,
     seed: int = 0,
@@ -202,7 +203,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     model = build_video_model().to(device)
-    single = draw_frames(12000, "train", seed + 100)
+    single = draw_frames(frames, "train", seed + 100)
     log.info("frames drawn")
     image_model = AutoModelForImageTextToText.from_pretrained(digitscenes.MODEL_PATH).to(device)
     warm_start(model, image_model, single.pixels[:500])
@@ -237,8 +238,8 @@ def main(
         rng = np.random.RandomState([seed, stage, step])
         rows = torch.from_numpy(rng.randint(0, clips, 32))
         count = int(rng.choice([8, 12, 12, 12, 12, 12, 12, 16]))
-        frames = sample(rng, count)
-        labels = data.labels(rows, frames)
+        shown = sample(rng, count)
+        labels = data.labels(rows, shown)
         cast = [data.actors[i] for i in rows]
         asked = [clip_question_blocks(rng, actors, QUESTIONS) for actors in cast]
         if rng.rand() < captions:
@@ -252,14 +253,14 @@ def main(
         else:
             some = int(on_digit.sum(1).float().quantile(rng.uniform(0.6, 1)))
             kept = with_newline(random_tokens(rng, on_digit, some, bias=1.0), on_digit.shape[1])
-        return decoder.loss(features[rows][:, frames], labels, kept, Pack.of(asked), rng.rand() < 0.3, naming)
+        return decoder.loss(features[rows][:, shown], labels, kept, Pack.of(asked), rng.rand() < 0.3, naming)
 
     blocks = [
         clip_question_blocks(np.random.RandomState(i), actors, QUESTIONS) for i, actors in enumerate(held_out.actors)
     ]
 
     def check():
-        log_table(decoder, held_out_features[:, torch.arange(FRAMES) * STORED // FRAMES], blocks)
+        log_table(decoder, held_out_features[:, torch.arange(FRAMES) * STORED // FRAMES], blocks, (48,))
 
     trained = nn.ModuleList(
         [model.model.multi_modal_projector, model.model.language_model, decoder.places, decoder.past]
@@ -275,22 +276,27 @@ def main(
     folder = save_to or out / "model"
     model.eval().save_pretrained(folder)
     build_video_processor().save_pretrained(folder)
-    log.info("saved to %s", folder)
+    log.info("saved to %s; accuracy on the test set:", folder)
+    test = digitscenes.video_examples()
+    sampled = [e.frames()[np.arange(FRAMES) * e.clip.count // FRAMES] for e in test]  # as the processor does
+    asked = [[Block.make(e.question, [e.answer], e.family)] for e in test]
+    log_table(decoder, torch.stack([encode_frames(tower, f, device) for f in sampled]), asked, (96, 48, 24, 12))
 
 
 @torch.no_grad()
-def log_table(decoder: VideoDecoder, features: torch.Tensor, blocks: list[list[Block]]) -> None:
-    """Logs the accuracy per family with all visual tokens, with none, and with some of them chosen simply."""
+def log_table(
+    decoder: VideoDecoder, features: torch.Tensor, blocks: list[list[Block]], counts: tuple[int, ...]
+) -> None:
+    """Logs the accuracy per family with all visual tokens, with none, and with `counts` of them chosen simply."""
     clips = len(blocks)
     visual = torch.cat([decoder.project(part.to(decoder.device).float()).cpu() for part in features.split(32)])
     total = visual.shape[1]
     nothing = torch.zeros(clips, total, dtype=torch.bool)
-    selections = {
-        "full": every_token(clips, features.shape[1]),
-        "zero": strided_tokens(clips, 0),
-        f"random {total // 4}": random_tokens(np.random.RandomState(0), nothing, total // 4),
-        f"stride {total // 4}": strided_tokens(clips, total // 4, total=total),
-    }
+    selections = {"full": every_token(clips, features.shape[1]), "zero": strided_tokens(clips, 0)}
+    for count in counts:
+        selections[f"random {count}"] = random_tokens(np.random.RandomState(0), nothing, count)
+        selections[f"stride {count}"] = strided_tokens(clips, count, total=total)
+        selections[f"diverse {count}"] = diverse_tokens(visual, count)
     for name, kept in selections.items():
         scores = decoder.accuracy(visual, blocks, kept)
         log.info("%-12s %s", name, "  ".join(f"{family} {value:.3f}" for family, value in scores.items()))
