@@ -22,6 +22,7 @@ setup(
         "vtprune.eval": ["configs/*.yaml", "configs/lmms/*.yaml"],
         "vtprune.eval.digitscenes": ["model/*", "video_model/*"],
         "vtprune.eval.pages": ["templates/*.j2"],
+        "vtprune.eval.presets": ["*.yaml"],
         "vtprune.eval.tasks": ["*.yaml", "*.jsonl"],
     },
 )

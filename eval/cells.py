@@ -20,7 +20,7 @@ import vtprune
 import vtprune.adapters
 import vtprune.eval
 from vtprune.errors import ConfigError
-from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig
+from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig, MethodEntry
 from vtprune.eval.tasks import TASKS
 from vtprune.methods import build_method, list_methods
 
@@ -37,17 +37,34 @@ class Cell:
     given: dict[str, Any] = field(default_factory=dict)
     """parameters that the configuration sets"""
     seed: int | None = None
+    keep_tokens: int | None = None
+    """the budget as a count per crop; with neither, the method's own schedule holds"""
+    preset: str | None = None
+    """the published setting that this is"""
 
     @property
     def label(self) -> str:
-        """For people: the method and what was set, e.g. `fastv(layer=3)`; the same for all seeds and budgets."""
-        inside = ", ".join(f"{key}={_short(value)}" for key, value in self.given.items())
-        return f"{self.method}({inside})" if inside else self.method
+        """For people: the method and what was set, e.g. `fastv(layer=3)`; the same for all seeds and ratios."""
+        if self.preset is not None:
+            return self.preset
+        parts = [f"{key}={_short(value)}" for key, value in self.given.items()]
+        if self.keep_tokens is not None:
+            parts.append(f"keep_tokens={self.keep_tokens}")
+        elif self.keep_ratio is None:
+            parts.append("own schedule")
+        return f"{self.method}({', '.join(parts)})" if parts else self.method
+
+    @property
+    def title(self) -> str:
+        """The label, the ratio and the seed."""
+        ratio = "" if self.keep_ratio in (None, 0.0, 1.0) else f" {self.keep_ratio:g}"
+        return f"{self.label}{ratio}{'' if self.seed is None else f' seed{self.seed}'}"
 
     @property
     def spec(self) -> dict[str, Any]:
         """What `vtprune.build_method` takes."""
-        return {"name": self.method, **self.given, **({} if self.seed is None else {"seed": self.seed})}
+        set_here = {"seed": self.seed, "keep_ratio": self.keep_ratio, "keep_tokens": self.keep_tokens}
+        return {"name": self.method, **self.given, **{k: v for k, v in set_here.items() if v is not None}}
 
     @property
     def params(self) -> dict[str, Any]:
@@ -63,7 +80,7 @@ def _short(value: Any) -> str:
 
 
 def expand(config: EvalConfig) -> list[Cell]:
-    """All cells, baselines first, then the methods as listed, each budget by budget and seed by seed."""
+    """All cells of one model on one task: baselines, then the methods as listed, budget by budget and seed by seed."""
     cells = []
     for name in config.baselines:
         if name == "downsample":
@@ -71,11 +88,25 @@ def expand(config: EvalConfig) -> list[Cell]:
         else:
             cells.append(Cell(name, {"full": 1.0, "zero": 0.0}[name]))
     for entry in config.methods:
-        default = getattr(build_method({"name": entry.name, **entry.params}), "seed", None)
-        given = {key: value for key, value in entry.params.items() if key != "seed"}
-        for ratio in entry.keep_ratios or config.keep_ratios:
-            cells += [Cell(entry.name, ratio, given, seed) for seed in entry.seeds or (default,)]
+        for params in entry.rows():
+            default = getattr(build_method({"name": entry.name, **params}), "seed", None)
+            given = {key: value for key, value in params.items() if key != "seed"}
+            for budget in _budgets(entry, config):
+                seeds = entry.seeds or (default,)
+                cells += [Cell(entry.name, given=given, seed=seed, preset=entry.preset, **budget) for seed in seeds]
+    seen: set[str] = set()
+    for cell in cells:
+        if str(cell) in seen:
+            raise ConfigError(f"the configuration has {cell.title} twice")
+        seen.add(str(cell))
     return cells
+
+
+def _budgets(entry: MethodEntry, config: EvalConfig) -> list[dict[str, Any]]:
+    if entry.keep_tokens is not None:
+        return [{"keep_tokens": count} for count in entry.keep_tokens]
+    ratios = config.keep_ratios if entry.keep_ratios is None else entry.keep_ratios
+    return [{"keep_ratio": ratio} for ratio in ratios] or [{}]
 
 
 @dataclass(frozen=True)
@@ -91,12 +122,12 @@ class Identity:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, config: EvalConfig, model_path: str) -> Identity:
-        """The identity of a run on the model at `model_path` (folder or hub id)."""
-        settings = config.resolved()
+    def of(cls, config: EvalConfig, task: str, model_path: str) -> Identity:
+        """The identity of a run of one task on the model at `model_path` (folder or hub id)."""
+        settings = config.resolved(model_path, task)
         for key in ("model", "keep_ratios", "baselines", "methods"):
             settings.pop(key)
-        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[config.task]), versions())
+        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[task]), versions())
 
     def key(self, cell: Cell) -> str:
         """16 hex digits that change whenever a number in the cell could."""
@@ -104,7 +135,7 @@ class Identity:
             **{name: value for name, value in dataclasses.asdict(self).items() if name != "versions"},
             # the commit is provenance: the hash of the code says the same, and says it also of uncommitted changes
             "versions": {name: value for name, value in self.versions.items() if name != "commit"},
-            "cell": [cell.method, cell.keep_ratio, cell.params, cell.seed],
+            "cell": [cell.method, cell.keep_ratio, cell.keep_tokens, cell.params, cell.seed],
             "source": None if cell.method in BASELINES else _source_hash(list_methods()[cell.method]),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

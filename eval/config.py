@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation file: a model, a task, methods and budgets, checked before anything is loaded."""
+"""The evaluation file: models, tasks, methods and budgets, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
-from vtprune.errors import VTPruneError
+from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval.presets import find
 from vtprune.eval.tasks import TASKS
 from vtprune.methods import build_method, list_methods
 
@@ -18,21 +22,35 @@ Baseline = Literal["full", "zero", "downsample"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 KeepRatio = Annotated[float, Field(gt=0, lt=1)]
 
-_ENTRY_KEYS = ("name", "seeds", "keep_ratios")
+_ENTRY_KEYS = ("name", "preset", "seeds", "keep_ratios", "keep_tokens", "grid")
 BUDGETS = ("keep_ratio", "keep_tokens")
-"""fields of every method that the grid sets"""
+"""fields of every method that rows give as lists"""
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""One name, or a list of them."""
 
 
 class MethodEntry(ConfigModel):
-    """One row of the comparison: a method, its parameters, and the seeds to repeat it with."""
+    """A row of the comparison, or a grid of them: a method, its parameters, budgets, and seeds to repeat it with."""
 
     name: str
     params: dict[str, Any] = {}
     """parameters other than the budget and the seed, as written"""
+    grid: dict[str, tuple[Any, ...]] = {}
+    """parameter -> the values it takes; one row for each combination"""
     seeds: tuple[int, ...] = ()
     """one cell each; only for methods with a `seed`"""
     keep_ratios: tuple[KeepRatio, ...] | None = None
-    """budgets of this row; default: those of the file"""
+    """budgets of this row; default: those of the file; empty: the method's own schedule holds"""
+    keep_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """budgets of this row as counts per crop, instead of ratios"""
+    preset: str | None = None
+    """the published setting that all of this comes from"""
 
     @model_validator(mode="after")
     def _buildable(self) -> MethodEntry:
@@ -42,40 +60,70 @@ class MethodEntry(ConfigModel):
         if self.name not in known:
             raise key_error("name", f"unknown method {self.name!r}; {nearest(self.name, known)}")
         fields = [field.name for field in dataclasses.fields(known[self.name]) if field.name not in BUDGETS]
-        for key in self.params:
+        for key in (*self.params, *self.grid):
             if key in BUDGETS:
-                raise key_error(key, "does not belong to a row: the grid gives the budget, see 'keep_ratios'")
+                raise key_error(key, "not as a single value: rows list budgets, see 'keep_ratios' and 'keep_tokens'")
             if key not in fields:
                 raise key_error(key, f"unknown key; {nearest(key, [*fields, *_ENTRY_KEYS])}")
+            if key in self.params and key in self.grid:
+                raise key_error(key, "given twice, by itself and in 'grid'")
+        for key, values in self.grid.items():
+            if key == "seed":
+                raise key_error("grid", "see 'seeds'")
+            if not values or len(set(map(str, values))) < len(values):
+                raise key_error("grid", f"expected different values of {key}, got {list(values)}")
+        self._check_seeds(fields)
+        if self.keep_ratios is not None and self.keep_tokens is not None:
+            raise key_error("keep_tokens", "give 'keep_ratios' or 'keep_tokens', not both")
+        if self.keep_ratios == () and known[self.name].needs_budget:
+            raise key_error("keep_ratios", f"{self.name} has no schedule of its own, it needs a budget")
+        if self.keep_tokens == ():
+            raise key_error("keep_tokens", "expected at least one count")
+        for params in self.rows():
+            try:
+                build_method({"name": self.name, **params})
+            except VTPruneError as error:
+                raise ValueError(str(error)) from error
+        return self
+
+    def _check_seeds(self, fields: list[str]) -> None:
         if self.seeds and "seed" not in fields:
             raise key_error("seeds", f"{self.name} has no randomness to seed")
         if self.seeds and "seed" in self.params:
             raise key_error("seeds", "give 'seed' or 'seeds', not both")
         if len(set(self.seeds)) < len(self.seeds):
             raise key_error("seeds", f"a seed is given twice: {list(self.seeds)}")
-        try:
-            build_method({"name": self.name, **self.params})
-        except VTPruneError as error:
-            raise ValueError(str(error)) from error
-        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The parameters of each row, the last one of the grid changing fastest."""
+        combinations = product(*self.grid.values())
+        return [{**self.params, **dict(zip(self.grid, values, strict=True))} for values in combinations]
 
 
 def _entry(value: Any) -> Any:
     """A bare name, or a flat mapping whose unreserved keys are the method's parameters."""
     if isinstance(value, str):
         return {"name": value}
-    if isinstance(value, dict):
-        known = {key: value[key] for key in _ENTRY_KEYS if key in value}
-        return {**known, "params": {key: item for key, item in value.items() if key not in _ENTRY_KEYS}}
-    return value
+    if not isinstance(value, dict):
+        return value
+    if "preset" in value:
+        for key in value:
+            if key not in ("preset", "seeds"):
+                raise key_error(str(key), "does not go with 'preset', which says it all")
+        try:
+            value = {**value, **find(value["preset"]).row(value["preset"].split("/")[0])}
+        except VTPruneError as error:
+            raise key_error("preset", str(error)) from error
+    known = {key: value[key] for key in _ENTRY_KEYS if key in value}
+    return {**known, "params": {key: item for key, item in value.items() if key not in _ENTRY_KEYS}}
 
 
 class EvalConfig(ConfigModel):
-    """What `vtprune eval` runs. Ratios, limits and seeds span a grid; each point of it is one cell of the result."""
+    """What `vtprune eval` runs: each method at each budget on each model and task is one cell of the result."""
 
-    model: str
-    """folder or hub id of a model; `digitscenes` and `digitscenes_video` come with the library"""
-    task: str = "digitscenes"
+    model: Names
+    """folders or hub ids of models; `digitscenes` and `digitscenes_video` come with the library"""
+    task: Names = ("digitscenes",)
     limit: int | None = Field(default=None, ge=1)
     """first examples of the task only; default all"""
     output: Path
@@ -93,18 +141,27 @@ class EvalConfig(ConfigModel):
 
     @field_validator("model")
     @classmethod
-    def _no_missing_folder(cls, model: str) -> str:
+    def _no_missing_folder(cls, models: tuple[str, ...]) -> tuple[str, ...]:
         # Anything that looks like a path must exist; what else it could be (a hub id) only the hub knows.
-        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
-            raise ValueError("expected a folder that exists")
-        return model
+        for model in models:
+            if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+                raise ValueError("expected a folder that exists")
+        return models
 
     @field_validator("task")
     @classmethod
-    def _known_task(cls, task: str) -> str:
-        if task not in TASKS:
-            raise ValueError(f"expected the name of a task ({nearest(task, TASKS)})")
-        return task
+    def _known_task(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for task in tasks:
+            if task not in TASKS:
+                raise ValueError(f"expected the name of a task ({nearest(task, TASKS)})")
+        return tasks
+
+    @field_validator("model", "task")
+    @classmethod
+    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("expected each name once")
+        return names
 
     @field_validator("baselines")
     @classmethod
@@ -113,16 +170,20 @@ class EvalConfig(ConfigModel):
             raise ValueError("expected 'full' among them, retention is measured against it")
         return tuple(name for name in BASELINES if name in baselines)
 
-    def resolved(self) -> dict[str, Any]:
-        """The configuration as JSON, without the output folder: what determines the numbers, not where they lie."""
-        return self.model_dump(mode="json", exclude={"output"})
+    def resolved(self, model: str, task: str) -> dict[str, Any]:
+        """The configuration of one model on one task as JSON, without the output folder.
+
+        What determines the numbers, not where they lie.
+        """
+        return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
 
 
-def load_config(path: str | Path, **overrides: Any) -> EvalConfig:
+def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **overrides: Any) -> EvalConfig:
     """Reads and checks an evaluation file.
 
     Args:
         path: YAML file with the fields of `EvalConfig`.
+        changes: dotted path into the file -> value, e.g. `{"methods.0.layer": 2}`.
         overrides: fields that replace those of the file; None leaves the file's value.
 
     Raises:
@@ -133,5 +194,45 @@ def load_config(path: str | Path, **overrides: Any) -> EvalConfig:
         got = type(file.data).__name__
         raise file.error((), f"expected a mapping with {', '.join(EvalConfig.model_fields)}, got {got}")
     file.data.setdefault("output", f"results/{file.path.stem}")
+    for key, value in (changes or {}).items():
+        _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})
     return validate(EvalConfig, file)
+
+
+def parse_changes(assignments: list[str]) -> dict[str, Any]:
+    """`["limit=100", "methods.0.layers=[2, 4]"]` -> `{"limit": 100, "methods.0.layers": [2, 4]}`; values are YAML.
+
+    Raises:
+        ConfigError: no `=`, or not YAML.
+    """
+    changes = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, e.g. methods.0.layer=3")
+        try:
+            changes[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {assignment}: the value is not valid YAML") from error
+    return changes
+
+
+def _change(file: YamlFile, key: str, value: Any) -> None:
+    """Sets one value of a parsed file; a bare method's name becomes a mapping when a parameter of it is set."""
+    *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    data, parent = file.data, None
+    for depth, part in enumerate([*path, last]):
+        if isinstance(data, str) and isinstance(parent, list) and part != "name":
+            data = parent[path[depth - 1]] = {"name": data}
+        fits = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if not fits and not isinstance(data, dict):
+            size = f" (a list of {len(data)})" if isinstance(data, list) else ""
+            where = ".".join(map(str, path[:depth]))
+            raise file.error(path[:depth], f"--set {key}: there is no {part!r} in {where}{size}")
+        if depth == len(path):
+            data[part] = value
+        else:
+            if isinstance(data, dict):
+                data.setdefault(part, {})
+            data, parent = data[part], data

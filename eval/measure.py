@@ -10,6 +10,7 @@ import torch
 
 from vtprune.eval.cells import Cell, Identity
 from vtprune.eval.config import EvalConfig
+from vtprune.eval.presets import find
 from vtprune.eval.results import CellFile, Record
 from vtprune.eval.statistics import mean_interval, retention_interval
 from vtprune.report import Report
@@ -40,25 +41,31 @@ def measure(report: Report, indices: Sequence[int]) -> list[Record]:
     return records
 
 
-def result_lines(config: EvalConfig, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]) -> list[Record]:
-    """One line a cell, from the records alone, so that every run of a configuration ends in the same file."""
+def result_lines(
+    config: EvalConfig, model: str, task: str, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]
+) -> list[Record]:
+    """One line a cell of one model on one task, from the records alone: every run ends in the same lines."""
     full = next(file.records for cell, file in cells if cell.method == "full")
     nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields, as null
-    shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved()}
+    shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task)}
     lines = []
     for cell, file in cells:
         line: Record = {
-            "model": config.model,
+            "model": model,
             "method": cell.method,
             "label": cell.label,
             "params": cell.params,
             "keep_ratio": cell.keep_ratio,
+            "keep_tokens": cell.keep_tokens,
             "seed": cell.seed,
-            "task": config.task,
-            "cell": file.path.stem,
+            "task": task,
+            "cell": file.name,
             "status": "ok",
             "n": len(file.records),
         }
+        if cell.preset is not None:
+            given = find(cell.preset).published
+            line["published"] = None if given is None else given.model_dump()
         numbers = nothing | file.ending if file.ending else _numbers(file.records, full)
         lines.append(line | numbers | shared)
     return lines

@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves on disk, and how an interrupted one is picked up again.
 
-    OUTPUT/cells/<name>-<key>.jsonl   one line an example, appended batch by batch
-    OUTPUT/timings.jsonl              wall seconds of every batch that was run, kept apart because they never repeat
-    OUTPUT/results.jsonl              one line a cell, in the order of the configuration
+    OUTPUT/cells/<name>-<key>.jsonl.gz          a finished cell, one line an example, in their order
+    OUTPUT/cells/<name>-<key>.<process>.batches what a process has of an unfinished one, appended batch by batch
+    OUTPUT/timings.jsonl                        wall seconds of every batch that was run, kept apart: they never repeat
+    OUTPUT/results.jsonl                        one line a cell, in the order of the configuration
 
 The key in a cell's file name is a hash of everything that determines its numbers, so files of another configuration
-in the same folder are never mixed in. `results.jsonl` is computed from the cells' files alone: however often a run
-was killed, the finished file is the same, byte for byte.
+in the same folder are never mixed in. Every batch is one gzip member, whose checksum tells a torn or damaged one.
+`results.jsonl` is computed from the cells' files alone: however often a run was killed, and into however many processes
+it was split, the finished files are the same, byte for byte.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vtprune.errors import VTPruneError
+
 Record = dict[str, Any]
+
+_SUFFIX = ".jsonl.gz"
+_PART_SUFFIX = ".batches"
 
 
 def to_line(record: Record) -> bytes:
@@ -27,91 +37,193 @@ def to_line(record: Record) -> bytes:
     return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an OSError becomes a VTPruneError that says what could not be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise VTPruneError(
+            f"{path}: cannot be written: {error.strerror}; what is finished is kept, "
+            "and the same command goes on from there"
+        ) from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
+    """Readers see the old file or the new one, never a part. Raises VTPruneError, e.g. when the disk is full."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with writing(path):
+        try:
+            part.write_bytes(content)
+            os.replace(part, path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds to a file in one write. Raises VTPruneError, e.g. when the disk is full; the file may then end in a part."""
+    # Opened, written and closed each time: when the process dies, at most this write is torn.
+    with writing(path), path.open("ab") as file:
+        file.write(content)
 
 
 class CellFile:
     """The records of one cell: `{"index": i, ...}` for i = 0, 1, ..., or a single `{"status": ...}` that ends the cell.
 
-    Opening it drops what a killed run left unfinished: a torn last line, and examples of a batch that is not complete,
-    because the batch is run again as a whole (an example's numbers may depend on its batch's padding in the last bits).
+    Opening it reads what earlier runs left, whole batches only: a batch is run again as a whole, because an example's
+    numbers may depend on its batch's padding in the last bits. Only one process may do that at a time.
 
     Args:
-        path: the file; made when missing, with its folder.
+        path: the file of the finished cell; its folder is made when missing.
         batches: the examples' indices, batch by batch, the same on every start.
     """
 
     def __init__(self, path: Path, batches: Sequence[range]):
         self.path = path
         self.batches = batches
-        self.records: list[Record] = []
         self.ending: Record | None = None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._load()
+        self._done: dict[range, list[Record]] = {}
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for file in (self.path, *self._unfinished()):
+            for records in members(file):
+                self._take(records)
+        if self.complete:
+            self.finish()
+        else:
+            self._gather_up()
 
-    def _load(self) -> None:
-        content = self.path.read_bytes() if self.path.exists() else b""
-        lines = content.splitlines(keepends=True)
-        for line in lines:
-            record = _parse(line)
-            if record is not None and "status" in record and not self.records:
-                self.ending = record
-                break
-            if record is None or record.get("index") != len(self.records):
-                break
-            self.records.append(record)
-        ends = [0, *(batch.stop for batch in self.batches)]
-        complete = max(end for end in ends if end <= len(self.records))
-        del self.records[complete:]
-        good = sum(map(len, lines[: complete + (self.ending is not None)]))
-        if good < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(good)
+    @property
+    def name(self) -> str:
+        """What `results.jsonl` calls the cell."""
+        return self.path.name.removesuffix(_SUFFIX)
+
+    @property
+    def records(self) -> list[Record]:
+        """Those there are, in the order of the examples."""
+        return [record for batch in self._in_order() for record in self._done[batch]]
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to run."""
-        return self.ending is not None or len(self.records) == sum(map(len, self.batches))
+        return self.ending is not None or len(self._done) == len(self.batches)
 
     @property
     def remaining(self) -> list[range]:
         """The batches still to run."""
-        return [] if self.complete else [batch for batch in self.batches if batch.start >= len(self.records)]
+        return [] if self.complete else [batch for batch in self.batches if batch not in self._done]
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Adds the records of the next batch."""
-        self._write(records)
-        self.records.extend(records)
+    def finish(self, parts: Iterable[CellPart] = ()) -> None:
+        """Writes the whole cell and removes the parts of it.
+
+        Args:
+            parts: what the processes of this run did since the file was opened. A cell that one of them ended has no
+                scores, whatever the others have.
+        """
+        for part in parts:
+            for records in part.batches:
+                self._take(records)
+            self.ending = self.ending or part.ending
+        if self.ending is None:
+            content = b"".join(_packed(self._done[batch]) for batch in self._in_order())
+        else:
+            self._done.clear()
+            content = _packed([self.ending])
+        if not self.path.exists() or self.path.read_bytes() != content:
+            write_atomically(self.path, content)
+        self._remove(self._unfinished())
+
+    def _take(self, records: list[Record]) -> None:
+        if len(records) == 1 and "status" in records[0]:
+            self.ending = records[0]
+        indices = [record.get("index") for record in records]
+        batch = next((batch for batch in self.batches if list(batch) == indices), None)
+        if batch is not None:
+            self._done.setdefault(batch, records)
+
+    def _gather_up(self) -> None:
+        """One file with what is good, so that a run appends behind a whole batch, never behind a torn one."""
+        first = part_path(self.path, 0)
+        stale = [file for file in (self.path, *self._unfinished()) if file.exists()]
+        if self._done:
+            write_atomically(first, b"".join(_packed(self._done[batch]) for batch in self._in_order()))
+            stale = [file for file in stale if file != first]
+        self._remove(stale)
+
+    def _unfinished(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.name}.*{_PART_SUFFIX}"))
+
+    def _in_order(self) -> list[range]:
+        return sorted(self._done, key=lambda batch: batch.start)
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        with writing(self.path):
+            for file in files:
+                file.unlink()
+
+
+class CellPart:
+    """What one process adds to an unfinished cell: batches, written as soon as they are done.
+
+    Args:
+        path: the file of the finished cell.
+        process: number of the process.
+    """
+
+    def __init__(self, path: Path, process: int):
+        self._path = part_path(path, process)
+        self.name = path.name.removesuffix(_SUFFIX)
+        self.batches: list[list[Record]] = []
+        self.ending: Record | None = None
+
+    @property
+    def examples(self) -> int:
+        """How many are done."""
+        return sum(map(len, self.batches))
+
+    def append(self, records: list[Record]) -> None:
+        """Adds the records of a batch."""
+        append(self._path, _packed(records))
+        self.batches.append(records)
 
     def end(self, status: str, **details: Any) -> None:
         """Closes the cell without scores, e.g. because its budget lies under the method's floor."""
         self.ending = {"status": status, **details}
-        self._write([self.ending])
-
-    def _write(self, records: Sequence[Record]) -> None:
-        # Opened, written and closed for each batch: when the process dies, at most the last batch is torn.
-        with self.path.open("ab") as file:
-            file.write(b"".join(map(to_line, records)))
 
 
-def _parse(line: bytes) -> Record | None:
-    """The record of a whole line, or None for a torn or corrupt one."""
-    if not line.endswith(b"\n"):
-        return None
+def part_path(path: Path, process: int) -> Path:
+    """Where a process keeps what it has of the unfinished cell that will lie at `path`."""
+    return path.with_name(f"{path.name.removesuffix(_SUFFIX)}.{process}{_PART_SUFFIX}")
+
+
+def _packed(records: Iterable[Record]) -> bytes:
+    """One gzip member, the same bytes for the same records."""
+    return gzip.compress(b"".join(map(to_line, records)), mtime=0)
+
+
+def members(path: Path) -> Iterator[list[Record]]:
+    """The records of each gzip member, up to the first one that is torn or damaged; none without the file."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    while content:
+        member = zlib.decompressobj(wbits=31)  # a gzip header, and its checksum at the end
+        try:
+            lines = member.decompress(content)
+            records = [json.loads(line) for line in lines.splitlines()]
+        except (zlib.error, ValueError):
+            return
+        if not member.eof:
+            return
+        yield records
+        content = member.unused_data
 
 
 def cell_path(output: Path, label: str, key: str) -> Path:
     """Where a cell's records lie: readable for people, unique by `key`."""
-    return output / "cells" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}.jsonl"
+    return output / "cells" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}{_SUFFIX}"
 
 
 def read_results(path: str | Path) -> list[Record]:
@@ -120,6 +232,13 @@ def read_results(path: str | Path) -> list[Record]:
 
 
 def cell_records(output: Path, cell: str) -> list[Record]:
-    """The records of the examples of a finished cell, in their order; `cell` is what its line of results names."""
-    lines = (output / "cells" / f"{cell}.jsonl").read_bytes().splitlines()
+    """The records of the examples of a finished cell, in their order; `cell` is what its line of results names.
+
+    Raises:
+        OSError, ValueError: the file is missing, or it is damaged.
+    """
+    try:
+        lines = gzip.decompress((output / "cells" / f"{cell}{_SUFFIX}").read_bytes()).splitlines()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(str(error)) from error
     return [record for line in lines if "index" in (record := json.loads(line))]

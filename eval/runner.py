@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the grid: one model, loaded once; every cell through `vtprune.prune`, batch by batch, from where it stopped."""
+"""Runs the grid: each model loaded once, every cell through `vtprune.prune`, batch by batch, from where it stopped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from vtprune.eval.config import EvalConfig
 from vtprune.eval.downsample import Downsampler, FewerFrames
 from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model, resolve_model
 from vtprune.eval.measure import SHOWN, measure, result_lines
-from vtprune.eval.results import CellFile, Record, cell_path, to_line, write_atomically
+from vtprune.eval.processes import Processes
+from vtprune.eval.results import (
+    CellFile,
+    CellPart,
+    Record,
+    append,
+    cell_path,
+    to_line,
+    write_atomically,
+    writing,
+)
 from vtprune.eval.tasks import TASKS, Example, Task
 from vtprune.eval.views import views_folder, write_views
 
@@ -33,70 +44,144 @@ _NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
     """Runs every cell that `config.output` does not hold yet; writes `results.jsonl`, `summary.md` and plots there.
 
+    Started by `torchrun`, the processes share the batches of every cell. The results are the same as of one process.
+
     Args:
         config: what to run, from `load_config`.
         console: where the progress bar goes; default none.
 
     Returns:
-        The lines of `results.jsonl`, in the order of the configuration.
+        The lines of `results.jsonl`, in the order of the configuration; in all processes but the first, none.
 
     Raises:
-        ConfigError: the model or the task cannot be loaded, what evaluation needs is not installed, or another run
-            holds the output folder.
+        ConfigError: a model or a task cannot be loaded, what evaluation needs is not installed, or another run holds
+            the output folder.
+        VTPruneError: the results cannot be written.
     """
-    task = TASKS[config.task]()
-    for module in ("matplotlib", "numpy", "filelock", *(["av"] if task.kind == "video" else [])):
+    tasks = {name: TASKS[name]() for name in config.task}
+    video = ["av"] if any(task.kind == "video" for task in tasks.values()) else []
+    for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f'evaluation needs {module}: pip install "vtprune[eval]"')
-    config.output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(config.output / ".lock", timeout=0):
-            return _run(config, task, console or Console(quiet=True))
-    except Timeout as error:
-        raise ConfigError(f"{config.output}: another evaluation is running in this folder") from error
-
-
-def _run(config: EvalConfig, task: Task, console: Console) -> list[Record]:
-    from vtprune.eval.plots import families, pareto
-    from vtprune.eval.summary import summary_markdown
-
-    cells = expand(config)
-    model_path = resolve_model(config.model)
-    identity = Identity.of(config, model_path)
-    examples = list(task.examples(config.limit))
-    batches = [range(i, min(i + config.batch_size, len(examples))) for i in range(0, len(examples), config.batch_size)]
-    files = [CellFile(_path(config.output, cell, identity), batches) for cell in cells]
-
-    if not all(file.complete for file in files):
-        with _progress(console, files, len(examples)) as report_progress:
-            model, processor = load_model(config.model, config.dtype, config.attention, config.device)
-            evaluator = Evaluator(config, task, examples, model, processor)
-            views = views_folder(config.output, config.task, identity.model)
-            write_views(views, model, processor, examples[:SHOWN], task.kind)
-            for cell, file in zip(cells, files, strict=True):
-                evaluator.run_cell(cell, file, report_progress)
-
-    results = result_lines(config, identity, list(zip(cells, files, strict=True)))
-    write_atomically(config.output / "results.jsonl", b"".join(map(to_line, results)))
-    write_atomically(config.output / "summary.md", summary_markdown(results).encode())
-    pareto(results, config.output / "pareto.png")
-    families(results, config.output / "families.png")
+    processes = Processes.start(config.device)
+    with ExitStack() as stack:
+        if processes.first:
+            _claim(config.output, stack)
+        studies = [Study.of(config, model, name, task) for model in config.model for name, task in tasks.items()]
+        results = _run(config, studies, processes, console or Console(quiet=True))
+    processes.end()
     return results
 
 
-def _path(output: Path, cell: Cell, identity: Identity) -> Path:
-    budget = "" if cell.keep_ratio is None else f"-{cell.keep_ratio:g}"
-    seed = "" if cell.seed is None else f"-seed{cell.seed}"
-    return cell_path(output, f"{cell.label}{budget}{seed}", identity.key(cell))
+def _claim(output: Path, stack: ExitStack) -> None:
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(FileLock(output / ".lock", timeout=0))
+        except Timeout as error:
+            raise ConfigError(f"{output}: another evaluation is running in this folder") from error
+
+
+@dataclass
+class Study:
+    """One model on one task: the cells and the examples that all of them run over."""
+
+    model: str
+    task_name: str
+    task: Task
+    identity: Identity
+    cells: list[Cell]
+    paths: list[Path]
+    examples: list[Example]
+    batches: list[range]
+    files: list[CellFile] = field(default_factory=list)
+    """of the cells; in the first process alone"""
+    remaining: list[list[range]] = field(default_factory=list)
+    """the batches of each cell still to run"""
+
+    @classmethod
+    def of(cls, config: EvalConfig, model: str, name: str, task: Task) -> Study:
+        cells = expand(config)
+        identity = Identity.of(config, name, resolve_model(model))
+        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
+        examples = list(task.examples(config.limit))
+        starts = range(0, len(examples), config.batch_size)
+        batches = [range(start, min(start + config.batch_size, len(examples))) for start in starts]
+        return cls(model, name, task, identity, cells, paths, examples, batches)
+
+    def open(self, processes: Processes) -> None:
+        """Finds out what there is of each cell."""
+        # The first process alone reads and puts in order what earlier runs left; nobody writes before that is done.
+        if processes.first:
+            self.files = [CellFile(path, self.batches) for path in self.paths]
+        self.remaining = processes.share([file.remaining for file in self.files])
+
+    def run(self, evaluator: Evaluator, processes: Processes, progress: Callable[[str, int], None]) -> None:
+        """Runs this process's share of what remains, cell by cell."""
+        for place, (cell, batches) in enumerate(zip(self.cells, self.remaining, strict=True)):
+            if not batches:
+                continue
+            part = CellPart(self.paths[place], processes.index)
+            # Whole batches, as one process has them, so that what an example is padded to stays the same.
+            evaluator.run_cell(cell, batches[processes.index :: processes.count], part, progress)
+            parts = processes.gather(part)
+            if processes.first:
+                self.files[place].finish(parts)
+            progress(cell.title, sum(map(len, batches)) - part.examples)
+
+    def results(self, config: EvalConfig) -> list[Record]:
+        """The lines of the finished cells."""
+        cells = list(zip(self.cells, self.files, strict=True))
+        return result_lines(config, self.model, self.task_name, self.identity, cells)
+
+
+def _run(config: EvalConfig, studies: Sequence[Study], processes: Processes, console: Console) -> list[Record]:
+    for study in studies:
+        study.open(processes)
+    total = sum(len(study.examples) * len(study.cells) for study in studies)
+    left = sum(len(batch) for study in studies for batches in study.remaining for batch in batches)
+    with _progress(console if processes.first else Console(quiet=True), total, left) as progress:
+        for model in config.model:
+            own = [study for study in studies if study.model == model and any(study.remaining)]
+            if own:
+                _run_model(config, own, processes, progress)
+    if not processes.first:
+        return []
+    results = [line for study in studies for line in study.results(config)]
+    write_atomically(config.output / "results.jsonl", b"".join(map(to_line, results)))
+    _summarise(results, config.output)
+    return results
+
+
+def _run_model(
+    config: EvalConfig, studies: Sequence[Study], processes: Processes, progress: Callable[[str, int], None]
+) -> None:
+    model, processor = load_model(studies[0].model, config.dtype, config.attention, processes.device)
+    for study in studies:
+        evaluator = Evaluator(config, study, model, processor)
+        if processes.first:
+            folder = views_folder(config.output, study.task_name, study.identity.model)
+            write_views(folder, model, processor, study.examples[:SHOWN], study.task.kind)
+        study.run(evaluator, processes, progress)
+
+
+def _summarise(results: Sequence[Record], output: Path) -> None:
+    from vtprune.eval.plots import families, pareto
+    from vtprune.eval.summary import studies, summary_markdown
+
+    write_atomically(output / "summary.md", summary_markdown(results).encode())
+    with writing(output):
+        for suffix, own in studies(results).items():
+            pareto(own, output / f"pareto{suffix}.png")
+            families(own, output / f"families{suffix}.png")
 
 
 @contextmanager
-def _progress(console: Console, files: Sequence[CellFile], examples: int) -> Iterator[Callable[[str, int], None]]:
+def _progress(console: Console, total: int, left: int) -> Iterator[Callable[[str, int], None]]:
     """A bar over all examples of all cells; yields a function that takes (what runs, examples done since)."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        done = sum(examples if file.complete else len(file.records) for file in files)
-        row = bar.add_task("loading the model", total=examples * len(files), completed=done)
+        row = bar.add_task("loading the model", total=total, completed=total - left)
         yield lambda label, count: bar.update(row, description=label, advance=count)
 
 
@@ -107,13 +192,14 @@ class Evaluator:
         ConfigError: the model does not take what the task shows.
     """
 
-    def __init__(self, config: EvalConfig, task: Task, examples: Sequence[Example], model: Any, processor: Any):
+    def __init__(self, config: EvalConfig, study: Study, model: Any, processor: Any):
+        task = study.task
         adapter = vtprune.adapter_for(model)
         if task.kind not in adapter.kinds:
-            raise ConfigError(f"task {config.task!r} shows {task.kind}s, which {adapter.family} does not take")
+            raise ConfigError(f"task {study.task_name!r} shows {task.kind}s, which {adapter.family} does not take")
         self.config = config
         self.task = task
-        self.examples = examples
+        self.examples = study.examples
         self.model = model
         self.processor = processor
         self.inputs = InputCache(lambda batch: chat_inputs(processor, *self._asked(batch), task.kind))
@@ -124,27 +210,24 @@ class Evaluator:
         media = [e.video_path() if self.task.kind == "video" else e.image for e in examples]
         return media, [e.question for e in examples]
 
-    def run_cell(self, cell: Cell, file: CellFile, progress: Callable[[str, int], None]) -> None:
-        """Runs the batches that `file` lacks and appends their records."""
-        label = cell.label if cell.keep_ratio in (None, 0.0, 1.0) else f"{cell.label} {cell.keep_ratio:.1%}"
-        if file.complete:
-            return
-        progress(label, 0)
+    def run_cell(
+        self, cell: Cell, batches: Sequence[range], part: CellPart, progress: Callable[[str, int], None]
+    ) -> None:
+        """Runs `batches` and adds their records to `part`, or ends it where the cell cannot be run."""
+        progress(cell.title, 0)
         try:
             with ExitStack() as stack:
                 prepare, session = self._open(cell, stack)
-                for batch in file.remaining:
+                for batch in batches:
                     started = time.perf_counter()
-                    records = self._run_batch(batch, prepare(batch), session)
-                    file.append(records)
-                    self._log_time(file, batch, time.perf_counter() - started)
-                    progress(label, len(batch))
+                    part.append(self._run_batch(batch, prepare(batch), session))
+                    self._log_time(part, batch, time.perf_counter() - started)
+                    progress(cell.title, len(batch))
         except (BudgetError, UnsupportedStageError) as error:
             if isinstance(error, BudgetError) and error.floor is None:
                 raise
             details = {"floor": error.floor} if isinstance(error, BudgetError) else {}
-            file.end(UNDER_FLOOR if details else UNSUPPORTED, reason=str(error), **details)
-            progress(label, len(self.examples))
+            part.end(UNDER_FLOOR if details else UNSUPPORTED, reason=str(error), **details)
 
     def _open(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[range], Mapping[str, Any]], Any]:
         """What makes the cell's inputs of a batch, and the session it runs in; closed with `stack`.
@@ -163,7 +246,7 @@ class Evaluator:
         elif cell.method == "zero":
             session = vtprune.prune(self.model, "zero")
         else:
-            session = vtprune.prune(self.model, cell.spec, keep_ratio=cell.keep_ratio)
+            session = vtprune.prune(self.model, cell.spec)
         return prepare, stack.enter_context(session)
 
     def _downsampled(self, keep_ratio: float, stack: ExitStack) -> Downsampler | FewerFrames:
@@ -191,7 +274,6 @@ class Evaluator:
             for index, example, prediction, costs in zip(batch, examples, predictions, measured, strict=True)
         ]
 
-    def _log_time(self, file: CellFile, batch: range, seconds: float) -> None:
-        line = {"cell": file.path.stem, "first": batch.start, "examples": len(batch), "seconds": round(seconds, 4)}
-        with (self.config.output / "timings.jsonl").open("ab") as timings:
-            timings.write(to_line(line))
+    def _log_time(self, part: CellPart, batch: range, seconds: float) -> None:
+        line = {"cell": part.name, "first": batch.start, "examples": len(batch), "seconds": round(seconds, 4)}
+        append(self.config.output / "timings.jsonl", to_line(line))

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -65,8 +67,22 @@ def rows(results: Sequence[Record]) -> dict[str, dict[float, Entry]]:
 
 
 def ratios(results: Sequence[Record]) -> list[float]:
-    """The budgets of the grid, largest first."""
-    return sorted({record["keep_ratio"] for record in results if 0 < record["keep_ratio"] < 1}, reverse=True)
+    """The ratios of the grid, largest first."""
+    given = {record["keep_ratio"] for record in results} - {None}
+    return sorted((ratio for ratio in given if 0 < ratio < 1), reverse=True)
+
+
+def studies(results: Sequence[Record]) -> dict[str, list[Record]]:
+    """The results of each model on each task, by what their plots' names end in: nothing where there is one alone."""
+    grouped: dict[tuple[str, str], list[Record]] = {}
+    for record in results:
+        grouped.setdefault((record["task"], record["model"]), []).append(record)
+    if len(grouped) == 1:
+        return {"": list(results)}
+    named: dict[str, list[Record]] = {}
+    for number, ((task, model), own) in enumerate(grouped.items(), start=1):
+        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}"] = own
+    return named
 
 
 def percent(value: float | None) -> str:
@@ -112,7 +128,7 @@ def terminal_table(results: Sequence[Record]) -> Table:
     """Methods by budgets; in each place accuracy, retention, measured tokens and FLOPs."""
     first = results[0]
     table = Table(
-        title=f"{first['task']}, {first['n']} examples",
+        title=f"{first['task']}, {first['model']}, {first['n']} examples",
         caption="accuracy in %, ± over seeds; ret: share of the full model's accuracy in %; "
         "visual tokens measured in the last layer, share of the unpruned prefill FLOPs",
         show_lines=True,
@@ -124,7 +140,7 @@ def terminal_table(results: Sequence[Record]) -> Table:
     for label, by_ratio in rows(results).items():
         if set(by_ratio) & set(columns):
             table.add_row(escape(label), *(_place(by_ratio.get(ratio)) for ratio in columns))
-        else:  # full and zero have one budget of their own
+        else:  # full, zero, counts, schedules: one budget of their own
             table.add_row(escape(label), _place(next(iter(by_ratio.values()))))
     return table
 
@@ -165,7 +181,7 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
     families = list(results[0]["family_scores"])
     body = []
     for label, by_ratio in rows(results).items():
-        entry = by_ratio.get(ratio) or by_ratio.get(1.0) or by_ratio.get(0.0)  # the last two: full and zero
+        entry = by_ratio.get(ratio) or next((by_ratio[own] for own in (1.0, 0.0, None) if own in by_ratio), None)
         if entry is None or not entry.ok:
             continue
         body.append([label, *(percent(entry.family(f)) for f in families)])
@@ -175,7 +191,8 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
 _ON_ACCURACY = """\
 Per cent of the answers that are right, with a 95 % bootstrap interval. Rows with several seeds show their
 mean, ± their standard deviation, and the mean interval of one seed. `full` and `zero` have no budget and
-stand in the first column: all visual tokens, and none (what the question alone gives away)."""
+stand in the first column: all visual tokens, and none (what the question alone gives away). So do rows whose budget
+is a count of tokens or their own schedule."""
 
 _ON_RETENTION = """\
 Accuracy over that of the full model in per cent. The interval is a paired bootstrap over examples: both
@@ -194,23 +211,47 @@ of the unpruned model's. Convention `exact` of `vtprune.cost`: two FLOPs per mul
 image encoder and selection not included (`downsample` makes the encoder cheaper as well, no method before the
 LLM does). FLOPs are not seconds."""
 
+_ON_PUBLISHED = """\
+Ours beside what a paper prints for the setting. Its number is of its own benchmarks and model, so the difference says
+something only where these are the same."""
+
 _ON_FAMILIES = "Per cent right of each kind of question, mean over seeds; `full` and `zero` repeated for comparison."
 
 
+def _published(results: Sequence[Record]) -> str:
+    """Markdown table of the rows that are published settings, ours beside what a paper prints."""
+    body = []
+    for label, by_ratio in rows(results).items():
+        entry = next(iter(by_ratio.values()))
+        if not (given := entry.cells[0].get("published")):
+            continue
+        ours = entry.mean("retention" if given["metric"] == "retention" else "score") if entry.ok else None
+        apart = _MISSING if ours is None else f"{100 * (ours - given['value']):+.1f}"
+        where = f"{given['source']}, {given['table']}"
+        body.append([label, given["metric"], percent(ours), percent(given["value"]), apart, given["benchmarks"], where])
+    return _markdown_table(["setting", "in %", "ours", "theirs", "difference", "theirs is of", "source"], body)
+
+
 def summary_markdown(results: Sequence[Record]) -> str:
-    """All tables, how to read them, and what they were computed with."""
+    """All tables of every model on every task, how to read them, and what they were computed with."""
+    return "\n\n".join(_study_markdown(own, suffix) for suffix, own in studies(results).items()) + "\n"
+
+
+def _study_markdown(results: Sequence[Record], suffix: str) -> str:
     first = results[0]
     parts = [
-        f"# {first['task']}: {first['config']['model']}, {first['n']} examples",
-        "![accuracy against visual tokens and FLOPs](pareto.png)",
+        f"# {first['task']}: {first['model']}, {first['n']} examples",
+        f"![accuracy against visual tokens and FLOPs](pareto{suffix}.png)",
         *("## Accuracy", _ON_ACCURACY, budget_table(results, accuracy)),
         *("## Retention", _ON_RETENTION, budget_table(results, retention)),
         *("## Visual tokens, measured", _ON_TOKENS, budget_table(results, tokens)),
         *("## Prefill cost", _ON_COST, budget_table(results, cost)),
-        *("## By kind of question", _ON_FAMILIES, "![accuracy by kind of question](families.png)"),
+        *("## By kind of question", _ON_FAMILIES, f"![accuracy by kind of question](families{suffix}.png)"),
     ]
     for ratio in ratios(results):
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]
+    if any(record.get("published") for record in results):
+        parts += ["## Published settings", _ON_PUBLISHED, _published(results)]
     parts += [
         "## Provenance",
         _markdown_table(
@@ -220,4 +261,4 @@ def summary_markdown(results: Sequence[Record]) -> str:
         "Configuration, defaults filled in:",
         f"```json\n{json.dumps(first['config'], indent=2)}\n```",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)

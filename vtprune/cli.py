@@ -42,17 +42,40 @@ def evaluate(
     config: Annotated[Path, typer.Argument(help="YAML file: a model, a task, methods and budgets.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of the file's.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="E.g. methods.0.layer=3; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they would cost.")] = False,
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
-    from vtprune.eval.config import load_config
+    from vtprune.eval.config import load_config, parse_changes
+    from vtprune.eval.estimate import estimate_tables
     from vtprune.eval.runner import run
-    from vtprune.eval.summary import terminal_table
+    from vtprune.eval.summary import studies, terminal_table
 
-    settings = load_config(config, output=output, limit=limit)
-    results = run(settings, Console(stderr=True))
+    settings = load_config(config, parse_changes(change or []), output=output, limit=limit)
     console = Console()
-    console.print(terminal_table(results))
-    console.print(f"results.jsonl, summary.md, pareto.png and families.png are in {settings.output}", highlight=False)
+    if dry_run:
+        for table in estimate_tables(settings):
+            console.print(table)
+        return
+    results = run(settings, Console(stderr=True))
+    if not results:  # another process has them
+        return
+    for own in studies(results).values():
+        console.print(terminal_table(own))
+    console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
+
+
+@app.command()
+@_plain_errors
+def schema() -> None:
+    """Print the JSON schema of evaluation files, for editors."""
+    import json
+
+    from vtprune.eval.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 @app.command()

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runner from outside: what it writes, what it resumes, what it refuses."""
 
-import json
-import os
+import gzip
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny_eval
+import torch
 import yaml
 from filelock import FileLock
+from typer.testing import CliRunner
 
+from vtprune.cli import app
 from vtprune.errors import ConfigError
+from vtprune.eval import estimate
 from vtprune.eval.config import load_config
 from vtprune.eval.measure import SHOWN
 from vtprune.eval.results import cell_records, read_results
 from vtprune.eval.runner import run
+from vtprune.eval.summary import flops
 
 CONFIG = {
     "task": "tiny",
@@ -88,8 +91,7 @@ def test_seeds_draw_different_tokens_and_their_records_say_what_was_answered(fin
     output, _ = finished
     predictions = []
     for seed in (0, 1):
-        (path,) = (output / "cells").glob(f"random-0.1-seed{seed}-*.jsonl")
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = cell_records(output, cell(finished[1], "random", 0.1, seed)["cell"])
         assert [record["index"] for record in records] == list(range(tiny_eval.EXAMPLES))
         predictions.append([record["prediction"] for record in records])
     assert predictions[0] != predictions[1]
@@ -126,30 +128,23 @@ def test_the_folder_holds_a_summary_and_a_plot(finished):
 def test_killed_and_started_again_gives_the_same_file(finished, config_file, tmp_path):
     output, _ = finished
     command = [sys.executable, tiny_eval.__file__, "eval", str(config_file), "--output", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tiny_eval.__file__).parent)}
     killed = []
     for wanted in (13, 71):  # records on disk before the run is killed
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        while examples_on_disk(tmp_path) < wanted and process.poll() is None:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while tiny_eval.examples_on_disk(tmp_path) < wanted and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
         assert not (tmp_path / "results.jsonl").exists()
-        killed.append(examples_on_disk(tmp_path))
+        killed.append(tiny_eval.examples_on_disk(tmp_path))
     last = max((tmp_path / "cells").iterdir(), key=lambda path: path.stat().st_mtime)
-    with last.open("ab") as file:  # and a line torn by the kill
-        file.write(b'{"index": 4, "question": "wh')
+    with last.open("ab") as file:  # and a batch torn by the kill
+        file.write(gzip.compress(b'{"index": 4, "question": "wh')[:-9])
 
     run(load_config(config_file, output=tmp_path))
 
     assert killed == sorted(killed) and killed[-1] < CELLS * tiny_eval.EXAMPLES * 0.8
-    assert (tmp_path / "results.jsonl").read_bytes() == (output / "results.jsonl").read_bytes()
-    for path in (output / "cells").iterdir():
-        assert (tmp_path / "cells" / path.name).read_bytes() == path.read_bytes()
-
-
-def examples_on_disk(output):
-    return sum(path.read_bytes().count(b"\n") for path in output.glob("cells/*.jsonl"))
+    assert tiny_eval.files(tmp_path) == tiny_eval.files(output)
 
 
 def test_a_finished_folder_is_not_run_again(finished, config_file):
@@ -170,6 +165,79 @@ def test_another_configuration_in_the_same_folder_is_not_mixed_in(config_file, t
 def test_two_runs_in_one_folder(config_file, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another evaluation is running"):
         run(load_config(config_file, output=tmp_path))
+
+
+def test_a_disk_that_takes_no_more(finished, config_file, tmp_path):
+    output, _ = finished
+    command = f"{sys.executable} {tiny_eval.__file__} eval {config_file} --output {tmp_path}"
+    # No file may grow over 8 KiB, and one has nearly that, so that the run ends with a write that fails half-way.
+    (tmp_path / "timings.jsonl").write_text("\n" * (8 * 1024 - 1500))
+    full = subprocess.run(["bash", "-c", f"ulimit -f 8; {command}"], capture_output=True, text=True)
+    assert full.returncode == 2
+    assert "cannot be written: File too large; what is finished is kept" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (tmp_path / "results.jsonl").exists()
+    assert not list(tmp_path.rglob("*.part"))
+    kept = tiny_eval.examples_on_disk(tmp_path)
+    assert kept > tiny_eval.EXAMPLES
+
+    run(load_config(config_file, output=tmp_path))
+    assert tiny_eval.files(tmp_path) == tiny_eval.files(output)
+
+
+def test_several_models_and_tasks(finished, model, config_file, tmp_path):
+    other = tiny_eval.save_model(tmp_path / "other", seed=1)
+    config = load_config(config_file, {"model": [model, str(other)], "task": ["tiny", "tiny again"]}, output=tmp_path)
+    results = run(config)
+    assert [(r["model"], r["task"]) for r in results[::CELLS]] == [
+        (own, task) for own in (model, str(other)) for task in ("tiny", "tiny again")
+    ]
+    assert len({r["cell"] for r in results}) == len(results) == 4 * CELLS
+    alone = [r | {"config": None} for r in finished[1]]
+    assert [r | {"config": None} for r in results[:CELLS]] == alone
+    assert [r["score"] for r in results[2 * CELLS :][:CELLS]] != [r["score"] for r in alone]
+    assert results[CELLS]["config"]["task"] == "tiny again"
+    summary = (tmp_path / "summary.md").read_text()
+    for number, (own, task) in enumerate([(model, "tiny"), (model, "tiny again"), (other, "tiny")], start=1):
+        assert f"# {task}: {own}, 10 examples" in summary
+        assert (
+            len(list(tmp_path.glob(f"pareto-{number}-*.png"))) == len(list(tmp_path.glob(f"families-{number}-*"))) == 1
+        )
+
+
+def test_the_full_model_is_not_run_again_for_another_grid(config_file, tmp_path):
+    run(load_config(config_file, {"methods": []}, output=tmp_path))
+    before = (tmp_path / "timings.jsonl").read_text()
+    run(load_config(config_file, {"methods": ["uniform"]}, output=tmp_path))
+    added = (tmp_path / "timings.jsonl").read_text().removeprefix(before).splitlines()
+    assert added and all("uniform" in line for line in added)
+
+
+def test_what_a_dry_run_says_is_what_is_measured_later(finished, config_file, monkeypatch):
+    _, results = finished
+    config = load_config(config_file)
+    monkeypatch.setattr(estimate, "_EXAMPLES", tiny_eval.EXAMPLES)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)  # no weights
+    (table,) = estimate.estimate_tables(config)
+    columns = [list(column.cells) for column in table.columns]
+    for result, title, tokens, cost, share in zip(results, *columns, strict=True):
+        assert title.startswith(result["label"])
+        if result["status"] != "ok":
+            assert (tokens, cost) == ("", "[dim]under its floor (12.5%)[/dim]")
+        elif result["method"] != "downsample":  # whole patches only
+            assert tokens == f"{result['average_tokens']:.1f}"
+            assert cost == flops(result["prefill_flops"])
+            assert share == f"{result['prefill_flops'] / result['unpruned_prefill_flops']:.1%}"
+
+
+def test_a_dry_run_writes_nothing(config_file, tmp_path):
+    output = tmp_path / "output"
+    options = ["--dry-run", "--output", str(output), "--set", "keep_ratios=[0.3]", "--set", "methods.2.layer=2"]
+    result = CliRunner().invoke(app, ["eval", str(config_file), *options])
+    assert result.exit_code == 0, result.output
+    assert "8 cells" in result.stdout and "random 0.3 seed1" in result.stdout
+    assert "layer=2" in result.stdout
+    assert not output.exists()
 
 
 def test_a_model_that_cannot_be_loaded(config_file, tmp_path):

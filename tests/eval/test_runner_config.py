@@ -10,7 +10,7 @@ import vtprune
 import vtprune.eval
 from vtprune.errors import ConfigError
 from vtprune.eval.cells import Cell, Identity, expand
-from vtprune.eval.config import load_config
+from vtprune.eval.config import load_config, parse_changes
 
 VALID = {"model": "digitscenes", "keep_ratios": [0.5, 0.25], "methods": ["uniform"]}
 
@@ -34,6 +34,67 @@ def test_the_grid_has_one_cell_a_method_budget_and_seed(tmp_path):
         Cell("mmtok", 0.25),
     ]
     assert expand(config)[7].label == "fastv(layer=1)"
+
+
+def test_a_grid_of_parameters_counts_of_tokens_and_the_methods_own_schedule(tmp_path):
+    rows = [
+        {"name": "fastv", "positions": "compact", "grid": {"layer": [1, 2], "share": [0.5, 0.1]}, "keep_ratios": [0.4]},
+        {"name": "random", "grid": {"scope": ["crop", "image"]}, "seeds": [0, 1], "keep_tokens": [8, 4]},
+        {"name": "transprune", "grid": {"schedule": [[0.9, 0.5, 0.1], [0.5, 0.4, 0.3]]}, "keep_ratios": []},
+    ]
+    cells = expand(load_config(write(tmp_path, baselines=["full"], methods=rows)))[1:]
+    given = [{"positions": "compact", "layer": layer, "share": share} for layer in (1, 2) for share in (0.5, 0.1)]
+    assert cells[:4] == [Cell("fastv", 0.4, own) for own in given]
+    assert cells[4:12] == [
+        Cell("random", None, {"scope": scope}, seed, keep_tokens=count)
+        for scope in ("crop", "image")
+        for count in (8, 4)
+        for seed in (0, 1)
+    ]
+    assert [cell.title for cell in cells[11:]] == [
+        "random(scope=image, keep_tokens=4) seed1",
+        "transprune(schedule=[0.9,0.5,0.1], own schedule)",
+        "transprune(schedule=[0.5,0.4,0.3], own schedule)",
+    ]
+    assert vtprune.build_method(cells[4].spec) == vtprune.build_method("random", scope="crop", keep_tokens=8, seed=0)
+    assert vtprune.build_method(cells[13].spec).schedule == (0.5, 0.4, 0.3)
+
+
+def test_the_same_cell_twice(tmp_path):
+    with pytest.raises(ConfigError, match="the configuration has uniform 0.5 twice"):
+        expand(load_config(write(tmp_path, methods=["uniform", "uniform"])))
+
+
+def test_values_set_on_the_command_line(tmp_path):
+    path = write(tmp_path, methods=["fastv", {"name": "random", "seeds": [0, 1]}])
+    changes = parse_changes(["limit=5", "methods.0.layer=3", "methods.1.seeds=[7]", "methods.0.grid.share=[0.5, 0.2]"])
+    config = load_config(path, changes, limit=6)
+    assert config.limit == 6
+    assert [(entry.name, entry.params, entry.grid, entry.seeds) for entry in config.methods] == [
+        ("fastv", {"layer": 3}, {"share": (0.5, 0.2)}, ()),
+        ("random", {}, {}, (7,)),
+    ]
+    assert load_config(path, {"limit": 5}).limit == 5
+    assert load_config(path, {"methods": ["mmtok"]}).methods[0].name == "mmtok"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "part"),
+    [
+        ("limit", "--set limit: expected KEY=VALUE"),
+        ("limit=[1", "--set limit=[1: the value is not valid YAML"),
+        ("limt=3", "key 'limt': unknown key; did you mean limit?"),
+        ("limit=0", "line 1: key 'limit': expected greater than or equal to 1, got 0"),
+        ("methods.3.layer=1", "key 'methods': --set methods.3.layer: there is no 3 in methods (a list of 1)"),
+        ("methods.0.layr=1", "key 'methods.0.layr': unknown key; did you mean layer"),
+        ("model.path=x", "key 'model': --set model.path: there is no 'path' in model"),
+    ],
+)
+def test_what_is_wrong_with_a_value_set_on_the_command_line(tmp_path, assignment, part):
+    path = write(tmp_path, methods=["fastv"])
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, parse_changes([assignment]))
+    assert part in str(caught.value)
 
 
 LEFT_OUT = {
@@ -88,7 +149,30 @@ def test_defaults_and_overrides(tmp_path):
         ({"methods": ["uniform", "zero"]}, "key 'methods.1.name': zero is a baseline, list it under 'baselines'"),
         ({"methods": [{"name": "fastv", "layr": 2}]}, "key 'methods.0.layr': unknown key; did you mean layer?"),
         ({"methods": [{"name": "fastv", "layer": "two"}]}, "key 'methods.0': fastv: layer='two'"),
-        ({"methods": [{"name": "fastv", "keep_ratio": 0.5}]}, "key 'methods.0.keep_ratio': does not belong to a row"),
+        ({"methods": [{"name": "fastv", "keep_ratio": 0.5}]}, "key 'methods.0.keep_ratio': not as a single value"),
+        ({"model": ["digitscenes", "digitscenes"]}, "key 'model': expected each name once"),
+        (
+            {"methods": [{"name": "fastv", "grid": {"layr": [2]}}]},
+            "key 'methods.0.layr': unknown key; did you mean layer",
+        ),
+        ({"methods": [{"name": "fastv", "layer": 1, "grid": {"layer": [2]}}]}, "key 'methods.0.layer': given twice"),
+        ({"methods": [{"name": "fastv", "grid": {"layer": [2, "x"]}}]}, "key 'methods.0': fastv: layer='x'"),
+        ({"methods": [{"name": "fastv", "grid": {"layer": []}}]}, "key 'methods.0.grid': expected different value"),
+        (
+            {"methods": [{"name": "fastv", "grid": {"layer": [2, 2]}}]},
+            "key 'methods.0.grid': expected different values",
+        ),
+        ({"methods": [{"name": "random", "grid": {"seed": [2]}}]}, "key 'methods.0.grid': see 'seeds'"),
+        ({"methods": [{"name": "mmtok", "keep_ratios": []}]}, "key 'methods.0.keep_ratios': mmtok has no schedule"),
+        (
+            {"methods": [{"name": "mmtok", "keep_ratios": [0.5], "keep_tokens": [3]}]},
+            "key 'methods.0.keep_tokens': give 'keep_ratios' or 'keep_tokens', not both",
+        ),
+        (
+            {"methods": [{"preset": "fastv/llava-1.5-7b/19"}]},
+            "key 'methods.0.preset': unknown preset 'fastv/llava-1.5-7b/19'; did you mean fastv/llava-1.5-7b/192",
+        ),
+        ({"methods": [{"preset": "mmtok/llava-1.5-7b/64", "layer": 1}]}, "key 'methods.0.layer': does not go with"),
         ({"methods": [{"name": "mmtok", "seeds": [1]}]}, "key 'methods.0.seeds': mmtok has no randomness to seed"),
         ({"methods": [{"name": "random", "seeds": [1, 1]}]}, "key 'methods.0.seeds': a seed is given twice"),
         ({"methods": [{"name": "random", "seed": 1, "seeds": [1]}]}, "give 'seed' or 'seeds', not both"),
@@ -117,7 +201,7 @@ def test_a_cells_key_changes_with_whatever_its_numbers_depend_on(tmp_path):
 
     def key(cell, **changes):
         config = load_config(write(tmp_path, **changes))
-        return Identity.of(config, str(tmp_path / "model")).key(cell)
+        return Identity.of(config, "digitscenes", str(tmp_path / "model")).key(cell)
 
     cell = Cell("random", 0.5, {}, 0)
     first = key(cell)
@@ -128,6 +212,7 @@ def test_a_cells_key_changes_with_whatever_its_numbers_depend_on(tmp_path):
         key(cell, dtype="bfloat16"),
         key(Cell("random", 0.5, {}, 1)),
         key(Cell("random", 0.25, {}, 0)),
+        key(Cell("random", None, {}, 0, keep_tokens=3)),
         key(Cell("random", 0.5, {"positions": "original"}, 0)),
         key(Cell("uniform", 0.5)),
     ]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation on videos: files are decoded and sampled as the processor does it, and every kind of cell has its row."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from vtprune.eval.digitscenes import mp4
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
 from vtprune.eval.downsample import FewerFrames
 from vtprune.eval.inputs import InputCache, chat_inputs, load_model
+from vtprune.eval.results import cell_records
 
 WHOLE = {"scope": "image"}
 METHODS = [
@@ -179,8 +179,8 @@ def test_the_task_of_clips(tmp_path, monkeypatch):
     ]
     examples = digitscenes.video_examples("test", limit=5)
     assert set(tmp_path.glob("*.mp4")) == {example.video_path(tmp_path) for example in examples}
-    records = next((tmp_path / "output" / "cells").glob("full-*.jsonl")).read_text().splitlines()
-    for example, record in zip(examples, map(json.loads, records), strict=True):
+    records = cell_records(tmp_path / "output", results[0]["cell"])
+    for example, record in zip(examples, records, strict=True):
         assert (record["question"], record["answer"]) == (example.question, example.answer)
         assert record["score"] == digitscenes.score(record["prediction"], example.answer)
 

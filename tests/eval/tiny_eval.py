@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vtprune.eval.results import members
 from vtprune.eval.tasks import TASKS, Task
 
 EXAMPLES = 10
@@ -57,10 +58,21 @@ def slow_score(prediction, answer):
     return score(prediction, answer)
 
 
-TASKS["tiny"] = lambda: Task(examples, score, max_new_tokens=3)
+def files(output: Path) -> dict[str, bytes]:
+    """Name -> content of what a run leaves: its results and its cells."""
+    cells = {path.name: path.read_bytes() for path in (output / "cells").iterdir()}
+    return {"results.jsonl": (output / "results.jsonl").read_bytes(), **cells}
 
 
-def save_model(folder: Path) -> Path:
+def examples_on_disk(output: Path) -> int:
+    """Records of examples in whole batches, also while a run adds to them."""
+    return sum("index" in record for path in output.glob("cells/*") for batch in members(path) for record in batch)
+
+
+TASKS["tiny"] = TASKS["tiny again"] = lambda: Task(examples, score, max_new_tokens=3)
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
     """16 visual tokens, 3 encoder and 8 decoder layers with grouped queries."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -80,7 +92,7 @@ def save_model(folder: Path) -> Path:
         chat_template="{% for m in messages %}USER: {% for part in m['content'] %}"
         "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}ASSISTANT:",
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published settings by name, `METHOD/MODEL/BUDGET`, with what the paper reports for them.
+
+A file beside this one holds the settings of one method and is named after it. Models have the names of
+`vtprune.eval.bench.shapes`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from vtprune.config import ConfigModel, YamlFile, nearest, validate
+from vtprune.errors import ConfigError
+
+
+class Published(ConfigModel):
+    """One number of a paper."""
+
+    metric: Literal["retention", "score"]
+    """share of the unpruned model's score, or the score itself"""
+    value: Annotated[float, Field(ge=0, le=1.1)]
+    benchmarks: str
+    """what it is a number of"""
+    source: str
+    """which paper printed it; not always the method's own"""
+    table: str
+    """where it stands there"""
+
+
+class Flops(ConfigModel):
+    """What a publication says of the language model's cost."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """of the unpruned model's"""
+    convention: Literal["exact", "visual_only", "visual_only_gated", "llm_viewer"]
+    """formula behind it, of `vtprune.cost`"""
+    text: Annotated[int, Field(ge=0)] = 0
+    """text tokens that it counts"""
+
+
+class Preset(ConfigModel):
+    """One published setting."""
+
+    params: dict[str, Any] = {}
+    """parameters of the method other than the budget; layers that are its defaults are left to it, so that they move with
+    the depth of a model that the setting was not made for"""
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep_tokens: Annotated[int, Field(ge=0)] | None = None
+    """the budget, one of the two; with neither, the parameters say it"""
+    visual_tokens: Annotated[int, Field(ge=1)]
+    """what the publication has of them without pruning, all crops or frames together"""
+    crops: Annotated[int, Field(ge=1)] = 1
+    kept: dict[int, int] | None
+    """decoder layer -> visual tokens from its input on; None where only the data say"""
+    flops: Flops | None = None
+    published: Published | None = None
+    """None where no number is printed for this setting"""
+
+    def row(self, method: str) -> dict[str, Any]:
+        """As a row of an evaluation file."""
+        budget: dict[str, Any] = {"keep_ratios": []}
+        if self.keep_tokens is not None:
+            budget = {"keep_tokens": [self.keep_tokens]}
+        elif self.keep_ratio is not None:
+            budget = {"keep_ratios": [self.keep_ratio]}
+        return {"name": method, **self.params, **budget}
+
+
+class _File(ConfigModel):
+    presets: dict[str, Preset]
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """All published settings, by name."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.yaml")):
+        for name, one in validate(_File, YamlFile(path)).presets.items():
+            found[f"{path.stem}/{name}"] = one
+    return found
+
+
+def find(name: Any) -> Preset:
+    """The published setting called `name`.
+
+    Raises:
+        ConfigError: there is none; names the nearest ones.
+    """
+    known = presets()
+    if name not in known:
+        raise ConfigError(f"unknown preset {name!r}; {nearest(str(name), known)}")
+    return known[name]
