@@ -46,8 +46,8 @@ class Preset(ConfigModel):
     """One published setting."""
 
     params: dict[str, Any] = {}
-    """parameters of the method other than the budget; layers that are its defaults are left to it, so that they move with
-    the depth of a model that the setting was not made for"""
+    """parameters of the method other than the budget; layers that are its defaults are left to it, and move with the
+    depth of other models"""
     keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     keep_tokens: Annotated[int, Field(ge=0)] | None = None
     """the budget, one of the two; with neither, the parameters say it"""

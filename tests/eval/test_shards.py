@@ -94,6 +94,7 @@ def repeated(output):
     return sum(json.loads(line)["examples"] for line in lines) - tiny_eval.examples_on_disk(output)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_taken_fails_all_processes(config_file, tmp_path):
     with FileLock(tmp_path / ".lock"):
         process = launch(config_file, tmp_path)
