@@ -106,7 +106,7 @@ class Thumbnails:
         self.missing: str | None = None
         """Why there are none."""
         self._album = album
-        self._made: dict[int, Picture] = {}
+        self._made: dict[int, Picture | None] = {}
         self._examples: Sequence[Example] = ()
         self._kind: Kind = "image"
         if comparison.task not in TASKS:
@@ -127,11 +127,15 @@ class Thumbnails:
         if self.missing is not None:
             return None
         if index not in self._made:
-            example = self._examples[index]
-            height = _THUMBNAIL[self._kind]
-            frames = _frames(example.video_path()) if self._kind == "video" else [example.image]
-            self._made[index] = self._album.add(strip(frames, height))
+            try:
+                self._made[index] = self._album.add(strip(self._pictures(index), _THUMBNAIL[self._kind]))
+            except (OSError, ValueError):  # a file that is gone or damaged: the page does without it
+                self._made[index] = None
         return self._made[index]
+
+    def _pictures(self, index: int) -> list[Image.Image]:
+        example = self._examples[index]
+        return _frames(example.video_path()) if self._kind == "video" else [example.image.convert("RGB")]
 
 
 def _frames(path: Path) -> list[Image.Image]:

@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import finished_runs
 import pytest
@@ -15,10 +16,11 @@ from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.finished import comparisons
 from vtprune.eval.pages.report import said, write_report
-from vtprune.eval.pages.tables import ranking
+from vtprune.eval.pages.tables import ranking, verdict
 from vtprune.eval.results import to_line
+from vtprune.eval.statistics import Difference
 from vtprune.eval.summary import percent
-from vtprune.eval.tasks import TASKS
+from vtprune.eval.tasks import TASKS, Task
 
 SHOUT = '<b onclick="x()">shout</b>'
 
@@ -137,11 +139,12 @@ def test_ranking_is_paired_with_the_next_row_and_with_random(run):
     scores = [standing.row.entry.mean("score") for standing in standings]
     assert scores == sorted(scores, reverse=True)
     assert {standing.row.label for standing in standings} == {"full", "zero", "random", "uniform", "fastv"}
-    for standing, score, below in zip(standings, scores, scores[1:], strict=False):
-        found = comparison.scores(standing.row.entry).mean()
-        assert found == pytest.approx(score, abs=0.11)  # records were rewritten, lines were not
-        assert standing.below.text.startswith(("+", "−", "0.0"))
-        assert below <= score
+    means = {standing.row.label: 100 * comparison.scores(standing.row.entry).mean() for standing in standings}
+    for standing, below in zip(standings, standings[1:], strict=False):
+        label = standing.row.label
+        assert points(standing.below) == pytest.approx(means[label] - means[below.row.label], abs=0.051)
+        if standing.random is not None:
+            assert points(standing.random) == pytest.approx(means[label] - means["random"], abs=0.051)
     assert standings[-1].below is None
     random = next(standing for standing in standings if standing.row.label == "random")
     assert "±" in random.accuracy and "±" in random.retention and random.random is None
@@ -158,6 +161,24 @@ def test_what_a_paper_reports_stands_beside_ours(run, tmp_path):
     ours = f"{100 * (fastv['retention'] - 0.5):+.1f}"
     words = Parsed((tmp_path / "report.html").read_text()).words
     assert f"50.0 (retention, ours {ours}; nine; <i>A paper, Table 2)" in words
+
+
+def points(found):
+    return float(found.text.split()[0].replace("−", "-"))
+
+
+@pytest.mark.parametrize(
+    ("interval", "sign", "text"),
+    [
+        ([0.01, 0.05], "better", "+3.0 [+1.0, +5.0]"),
+        ([-0.05, -0.01], "worse", "−3.0 [−5.0, −1.0]"),
+        ([0.0, 0.06], "open", "+3.0 [0.0, +6.0]"),
+        ([-0.0001, 0.1], "open", "+5.0 [0.0, +10.0]"),
+    ],
+)
+def test_a_difference_counts_when_its_interval_leaves_zero_out(interval, sign, text):
+    found = verdict(Difference(sum(interval) / 2, interval, 0.04))
+    assert (found.sign, found.text, found.p) == (sign, text, "p = 0.040")
 
 
 def test_two_folders_of_one_comparison_share_a_section(run, model, tmp_path):
@@ -183,6 +204,22 @@ def test_without_the_task_or_the_pictures_the_rest_is_shown(run, tmp_path, monke
     assert "Without pictures: the task nasty is not known here" in page
     assert "The results hold no pictures" in page and "<image" not in page
     assert "uniform" in page
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(run, tmp_path, monkeypatch):
+    class Gone:
+        def convert(self, mode):
+            raise OSError("truncated")
+
+    def examples(limit):
+        first, *rest = finished_runs.nasty_examples(limit)
+        return [replace(first, image=Gone()), *rest]
+
+    monkeypatch.setitem(TASKS, "nasty", lambda: Task(examples, tiny_eval.score, max_new_tokens=3))
+    write_report([run[0]], tmp_path / "report.html")
+    cards = re.findall(r'<div class="card">(.*?)</div>\s*</div>', (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert {"&lt;script&gt;" in card for card in cards if "<use" not in card} == {True}
+    assert any("<use" in card for card in cards)
 
 
 def test_the_command_writes_the_page_into_the_folder(run):
