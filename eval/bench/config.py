@@ -73,7 +73,7 @@ class BenchConfig(ConfigModel):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention back end, the same for every row"""
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
-    text_tokens: int = Field(default=64, ge=2)
+    text_tokens: int = Field(default=128, ge=2)
     """of a shape's prompt, half of them before the image"""
     batch_sizes: tuple[Count, ...] | None = Field(default=None, min_length=1)
     """default 1 and 8 on a GPU; 1 on a CPU, where eight prompts take minutes a round"""

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import vtprune
+import vtprune.eval
 from vtprune import cost
 from vtprune.cli import app
 from vtprune.errors import ConfigError
@@ -420,6 +421,11 @@ def test_a_model_from_a_folder_is_shown_an_image_by_its_processor(tmp_path):
 
 
 # -- configuration and command ----------------------------------------------------------------------------------------
+
+
+def test_the_file_in_the_package_is_valid():
+    loaded = load_config(Path(vtprune.eval.__file__).parent / "configs" / "bench.yaml")
+    assert (loaded.device, loaded.batches) == ("cuda", (1, 8))
 
 
 def test_defaults_depend_on_the_device():
