@@ -9,6 +9,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -196,6 +197,11 @@ class Progressive(InLLM):
     def count(self, entering: int, share: float) -> int:
         """Tokens alive for an exact share; truncates unless the method's reference rounds otherwise."""
         return int(entering * share)
+
+    def check_schedule(self, schedule: tuple[float, ...], cuts: int) -> None:
+        """Raise ConfigError unless a schedule has a share for each of so many cuts, none above the one before."""
+        if len(schedule) != cuts or any(a < b for a, b in pairwise(schedule)):
+            raise ConfigError(f"{self.name}: schedule={schedule} must be {cuts} shares that do not increase")
 
     def place(self, layers: tuple[int, ...] | None, published: tuple[int, ...], shape: ModelShape) -> tuple[int, ...]:
         """The user's layers, checked against the model, or the published ones rescaled to its depth."""

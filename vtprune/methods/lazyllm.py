@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.errors import ConfigError
 from vtprune.methods.base import Reviving, Scorer, Share
 from vtprune.signals import LastQueryAttention
 from vtprune.tokens import ModelShape, VisualTokens
@@ -42,9 +41,7 @@ class LazyLLM(Scorer, Reviving):
 
     def __post_init__(self):
         super().__post_init__()
-        expected = 3 if self.layers is None else len(self.layers)
-        if len(self.schedule) != expected or any(a < b for a, b in zip(self.schedule, self.schedule[1:], strict=False)):
-            raise ConfigError(f"lazyllm: schedule={self.schedule} must be {expected} shares that do not increase")
+        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
 
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
         return self.place(self.layers, (9, 19, 28), shape)

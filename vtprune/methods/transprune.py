@@ -46,9 +46,7 @@ class TransPrune(Scorer, Progressive):
 
     def __post_init__(self):
         super().__post_init__()
-        expected = 3 if self.layers is None else len(self.layers)
-        if len(self.schedule) != expected or any(a < b for a, b in zip(self.schedule, self.schedule[1:], strict=False)):
-            raise ConfigError(f"transprune: schedule={self.schedule} must be {expected} shares that do not increase")
+        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
 
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
         return self.place(self.layers, (7, 9, 12), shape)
