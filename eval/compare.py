@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +19,8 @@ from vtprune.eval.summary import Entry, percent, rows
 
 LEVEL = 0.05
 """Chance that any row is called different when none is."""
+
+_COLOURS = {"better": "green", "worse": "red", "same": "dim"}
 
 
 @dataclass(frozen=True)
@@ -153,30 +157,35 @@ def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:
     }
 
 
-def terminal_table(compared: Compared, first: str, second: str) -> Table:
-    """A line a row: both accuracies, their difference and what it is worth."""
-    table = Table(
-        title=f"{escape(first)} and {escape(second)}",
-        caption="accuracy in %; difference: the second less the first in points, paired 95 % bootstrap interval; "
-        f"p: bootstrap, corrected for {len(compared.pairs)} rows (Holm); changed: share of other answers",
-    )
-    for heading in ("task", "method", "budget"):
-        table.add_column(heading)
-    for heading in ("first", "second", "difference", "p", "changed", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
-    colours = {"better": "green", "worse": "red", "same": "dim"}
-    for pair in compared.pairs:
-        low, high = pair.difference.interval
-        side = pair.first
-        table.add_row(
-            escape(side.comparison.task),
-            escape(side.label),
-            "" if side.keep_ratio is None else f"{100 * side.keep_ratio:g} %",
-            percent(pair.first.score),
-            percent(pair.second.score),
-            f"{100 * pair.difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-            f"{pair.p:.3f}",
-            f"{percent(pair.changed)} %",
-            f"[{colours[pair.verdict]}]{pair.verdict}[/]",
+def terminal_tables(compared: Compared) -> Iterator[Table]:
+    """A table a task, a line a row: both accuracies, their difference and what it is worth."""
+    for task in dict.fromkeys(pair.first.comparison.task for pair in compared.pairs):
+        table = Table(
+            title=escape(task),
+            caption="accuracy in %; difference: the second run less the first in points, paired 95 % bootstrap "
+            f"interval; p: corrected for {len(compared.pairs)} rows (Holm); changed: answers that are others",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
         )
-    return table
+        table.add_column("method", overflow="fold", min_width=8)
+        for heading in ("asked", "first", "second", "difference", "p", "changed", "verdict"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for pair in compared.pairs:
+            if pair.first.comparison.task == task:
+                table.add_row(*_cells(pair))
+        yield table
+
+
+def _cells(pair: Pair) -> list[str]:
+    side, (low, high) = pair.first, pair.difference.interval
+    return [
+        escape(side.label),
+        "" if side.keep_ratio is None else f"{100 * side.keep_ratio:g} %",
+        percent(side.score),
+        percent(pair.second.score),
+        f"{100 * pair.difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+        f"{pair.p:.3f}",
+        f"{100 * pair.changed:.0f} %",
+        f"[{_COLOURS[pair.verdict]}]{pair.verdict}[/]",
+    ]

@@ -225,10 +225,11 @@ def compare(
 ) -> None:
     """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
     from vtprune.eval.compare import compare as paired
-    from vtprune.eval.compare import terminal_table
+    from vtprune.eval.compare import terminal_tables
 
     compared = paired(first, second)
-    Console().print(terminal_table(compared, str(first), str(second)))
+    for table in terminal_tables(compared):
+        Console().print(table)
     for folder, names in zip((first, second), compared.only, strict=True):
         if names:
             typer.echo(f"only in {folder}: {', '.join(names)}")

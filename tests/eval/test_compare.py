@@ -38,7 +38,7 @@ def changed(run, tmp_path):
 
 
 def command(*folders):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["compare", *map(str, folders)])
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["compare", *map(str, folders)])
 
 
 def pair(compared, label, ratio):
@@ -68,7 +68,7 @@ def test_a_row_that_got_worse_is_named_and_sets_the_exit_code(run, changed):
     result = command(run[0], folder)
     assert result.exit_code == 1
     (line,) = (line for line in result.stdout.splitlines() if "uniform" in line and "50 %" in line)
-    assert "-50.0 [-50.0, -50.0]" in line and "worse" in line and "100.0 %" in line
+    assert "-50.0 [-50.0, -50.0]" in line and "worse" in line and "100 %" in line
     assert command(folder, run[0]).exit_code == 1  # then fastv is the one that got worse
 
 
