@@ -98,6 +98,7 @@ def bench(
 ) -> None:
     """Measure time and memory of encoder, selection, prefill and decoding, beside what the FLOPs promise."""
     from rich.markdown import Markdown
+    from rich.measure import Measurement
 
     from vtprune.eval.bench.config import load_config
     from vtprune.eval.bench.run import run
@@ -123,7 +124,9 @@ def bench(
     lines = run(settings, Console(stderr=True))
     console = Console()
     for table in terminal_tables(lines):
-        console.print(table)
+        # In 80 columns, which pipes and files have, numbers would be cut off.
+        natural = Measurement.get(console, console.options.update(width=1000), table).maximum
+        Console(width=max(console.width, natural)).print(table)
     console.print(Markdown(NOTES))
     if settings.output is not None:
         console.print(f"bench.jsonl and bench.md are in {settings.output}", highlight=False)

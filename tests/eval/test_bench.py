@@ -484,7 +484,7 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path):
 def test_the_command_prints_both_tables(tmp_path):
     arguments = ["bench", "--shape", "tiny", "--methods", "uniform,fastv", "--keep-ratio", "0.11", "--repeats", "1"]
     arguments += ["--output-tokens", "1,3", "--batch-sizes", "2", "--output", str(tmp_path)]
-    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, arguments)
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for text in ("Time. tiny, 8 decoder layers, float32, batch 2", "Saving. tiny", "per token at 3", "realised"):
         assert text in result.stdout
