@@ -4,6 +4,7 @@
 As a script it is the `vtprune` command with that task registered: `python tiny_eval.py eval CONFIG`.
 """
 
+import re
 import time
 import zlib
 from dataclasses import dataclass
@@ -65,8 +66,21 @@ def files(output: Path) -> dict[str, bytes]:
 
 
 def examples_on_disk(output: Path) -> int:
-    """Records of examples in whole batches, also while a run adds to them."""
-    return sum("index" in record for path in output.glob("cells/*") for batch in members(path) for record in batch)
+    """Records of examples in whole batches, also while a run adds to them.
+
+    Between the writing of a finished cell and the removal of its parts, its records are in both.
+    """
+    kinds = (re.match(r"(.+?)(?:\.jsonl\.gz|\.\d+\.batches)$", path.name) for path in output.glob("cells/*"))
+    return len(
+        {
+            (kind[1], record["index"])
+            for kind in kinds
+            if kind
+            for batch in members(output / "cells" / kind[0])
+            for record in batch
+            if "index" in record
+        }
+    )
 
 
 TASKS["tiny"] = TASKS["tiny again"] = lambda: Task(examples, score, max_new_tokens=3)
