@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
@@ -174,6 +174,31 @@ class InLLM(_OneStage):
         """(samples,) visual tokens entering the LLM, (samples,) crops -> (cuts, samples) long counts to keep,
         -1 without a budget."""
 
+    def scheduled(
+        self,
+        shape: ModelShape,
+        shares: tuple[float, ...],
+        samples: Iterable[tuple[int, int, int]],
+        unasked: Callable[[int], list[int]],
+    ) -> Tensor:
+        """(cuts, samples) long counts that meet the budget by a schedule of shares of the entering tokens.
+
+        samples: each one's tokens entering the LLM, its crops, and the tokens that its budget is a share of. unasked:
+        the counts for so many tokens entering, where there is no budget.
+        """
+        cuts, depth = self.cuts(shape), shape.decoder_layers
+        rows = []
+        for n, crops, original in samples:
+            if self.keep_ratio is None and self.keep_tokens is None:
+                rows.append(unasked(n))
+            elif n == 0:
+                rows.append([0] * len(cuts))
+            else:
+                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, original, crops)
+                ratio = min(ratio * original / n, 1.0) if original != n else ratio
+                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
+        return torch.tensor(rows, dtype=torch.long).T
+
     def prompt_budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor, original: Tensor) -> Tensor:
         """The same, for methods that need to know the (samples,) `original` visual tokens of the prompts, too."""
         return self.budgets(shape, entering, crops)
@@ -220,17 +245,8 @@ class Progressive(InLLM):
             budget.check_floor(self.name, cuts, shape.decoder_layers, self.keep_ratio)
 
     def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
-        cuts, shares, depth = self.cuts(shape), self.shares(), shape.decoder_layers
-        rows = []
-        for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
-            if n == 0:
-                rows.append([0] * len(cuts))
-            elif self.keep_ratio is None and self.keep_tokens is None:
-                rows.append([self.count(n, share) for share in shares])
-            else:
-                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, n, count)
-                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
-        return torch.tensor(rows, dtype=torch.long).T
+        shares, samples = self.shares(), zip(entering.tolist(), crops.tolist(), entering.tolist(), strict=True)
+        return self.scheduled(shape, shares, samples, lambda n: [self.count(n, share) for share in shares])
 
 
 @dataclass(frozen=True, kw_only=True)

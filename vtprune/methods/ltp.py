@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
@@ -57,18 +56,10 @@ class LTP(InLLM):
             budget.check_floor(self.name, self.cuts(shape), shape.decoder_layers, self.keep_ratio)
 
     def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
-        cuts, depth = self.cuts(shape), shape.decoder_layers
-        shares = [1 - cut / depth for cut in cuts]
-        rows = []
-        for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
-            if self.keep_ratio is None and self.keep_tokens is None:
-                rows.append([-1] * len(cuts))
-            elif n == 0:
-                rows.append([0] * len(cuts))
-            else:
-                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, n, count)
-                rows.append(budget.schedule_counts(self.name, cuts, shares, depth, n, ratio))
-        return torch.tensor(rows, dtype=torch.long).T
+        cuts = self.cuts(shape)
+        shares = tuple(1 - cut / shape.decoder_layers for cut in cuts)
+        samples = zip(entering.tolist(), crops.tolist(), entering.tolist(), strict=True)
+        return self.scheduled(shape, shares, samples, lambda n: [-1] * len(cuts))
 
     def signals(self, shape: ModelShape):
         return (AttentionShare(of_padded=self.reference_quirks),)

@@ -10,7 +10,6 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from vtprune import budget
 from vtprune.errors import ConfigError
 from vtprune.methods.base import AfterPrefill, Composite, InEncoder, Method, Progressive, Share, require_cls
 from vtprune.ops.dual_attention import dual_attention_filter
@@ -159,18 +158,8 @@ class _Filter(Progressive):
         return tuple(1 - step / steps for step in range(1, steps))
 
     def prompt_budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor, original: Tensor) -> Tensor:
-        cuts, depth = self.cuts(shape), shape.decoder_layers
-        columns = []
-        for n, crop_count, all_tokens in zip(entering.tolist(), crops.tolist(), original.tolist(), strict=True):
-            if self.keep_ratio is None and self.keep_tokens is None:
-                columns.append([-1] * len(cuts))
-            elif n == 0:
-                columns.append([0] * len(cuts))
-            else:
-                ratio = budget.schedule_budget(self.keep_ratio, self.keep_tokens, all_tokens, crop_count)
-                ratio = min(ratio * all_tokens / n, 1.0)
-                columns.append(budget.schedule_counts(self.name, cuts, self.shares(), depth, n, ratio))
-        return torch.tensor(columns, dtype=torch.long).T
+        shares, samples = self.shares(), zip(entering.tolist(), crops.tolist(), original.tolist(), strict=True)
+        return self.scheduled(shape, shares, samples, lambda n: [-1] * len(shares))
 
     def _keys(self, shape: ModelShape) -> KeyTokens:
         return KeyTokens(shape.encoder_layers - 1, self.key_share)
