@@ -88,30 +88,27 @@ def _in_prompt(call: Call, groups: Groups) -> Tensor:
 def _token_ids(adapter: Adapter, text: str | Tensor, only_keywords: bool) -> Tensor:
     if not isinstance(text, str):
         return torch.as_tensor(text, dtype=torch.long)
-    path = adapter.model.name_or_path
-    try:
-        tokenizer = _tokenizer(path)
-    except Exception as error:
-        raise ConfigError(
-            f"text is a string, but no tokenizer could be loaded from the model's checkpoint {path!r} ({error}); "
-            "pass token ids instead"
-        ) from error
+    tokenizer = _tokenizer_of(adapter, "text is a string", "; pass token ids instead")
     words = keywords(text).split() if only_keywords else None
     ids = tokenizer(words or text, is_split_into_words=bool(words), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 
+def _tokenizer_of(adapter: Adapter, need: str, instead: str):
+    """The tokenizer in the model's checkpoint. Raises ConfigError that says what needs it and what to do instead."""
+    path = adapter.model.name_or_path
+    try:
+        return _tokenizer(path)
+    except Exception as error:
+        raise ConfigError(
+            f"{need}, but no tokenizer could be loaded from the model's checkpoint {path!r} ({error}){instead}"
+        ) from error
+
+
 def _string(adapter: Adapter, text: str | Tensor) -> str:
     if isinstance(text, str):
         return text
-    path = adapter.model.name_or_path
-    try:
-        tokenizer = _tokenizer(path)
-    except Exception as error:
-        raise ConfigError(
-            f"a text tower reads strings, but no tokenizer could be loaded from the model's checkpoint {path!r} "
-            f"({error}) to make the prompt's tokens one; pass text="
-        ) from error
+    tokenizer = _tokenizer_of(adapter, "a text tower reads strings", " to make the prompt's tokens one; pass text=")
     return tokenizer.decode(torch.as_tensor(text).tolist(), skip_special_tokens=True).strip()
 
 
