@@ -7,17 +7,15 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicCache
 
 from vtprune.adapters import adapter_for
-from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
@@ -27,9 +25,9 @@ from vtprune.report import Report, Stretch, Timings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
 from vtprune.stages.decode import DecodeStage
-from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap, clock
+from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
-from vtprune.stages.media import Media
+from vtprune.stages.incoming import Columns, Incoming, open_call
 from vtprune.tokens import Selection, VisualTokens
 
 _ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -87,26 +85,6 @@ def _is_compiled(module) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Incoming:
-    """What the outer model was called with, noted before it calls the language model."""
-
-    ids: Tensor | None
-    embeddings: Tensor | None
-    mask: Any
-    """The attention mask; some models build their layers' masks from it before they call the language model."""
-    blocks: Tensor | None
-    """See `Adapter.blocks`."""
-    pixels: tuple[str, ...]
-    """Kinds of media that come as pixels."""
-    encoded: dict[str, Any]
-    """Kind -> encoded features that came ready-made, as `generate()` passes them."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return (*self.pixels, *self.encoded)
-
-
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
@@ -124,7 +102,7 @@ class Session:
         self._profile = profile
         self._owner = Owner()
         self._handles: list = []
-        self._incoming: _Incoming | None = None
+        self._incoming: Incoming | None = None
         self._call: Call | None = None
         self._choices: list[Selection] = []
         self._replayed: list[Selection] = []
@@ -212,17 +190,7 @@ class Session:
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def _before_base(self, module, args, kwargs):
-        given = kwargs.get("mm_encoder_outputs") or {}
-        encoded = {kind: given[kind] for kind in PIXELS if given.get(kind) is not None}
-        pixels = tuple(kind for kind, key in PIXELS.items() if kwargs.get(key) is not None)
-        self._incoming = _Incoming(
-            ids=kwargs.get("input_ids", args[0] if args else None),
-            embeddings=kwargs.get("inputs_embeds"),
-            mask=kwargs.get("attention_mask"),
-            blocks=self.adapter.blocks(kwargs) if encoded or pixels else None,
-            pixels=pixels,
-            encoded=encoded,
-        )
+        self._incoming = Incoming.of(self.adapter, args, kwargs)
 
     def _before_decoder(self, module, args, kwargs):
         incoming = self._incoming
@@ -241,13 +209,14 @@ class Session:
                 self._report_text_only(hidden, mask, cache)
                 return None
             if held[0].slots is not None:
-                self._begin_step(cache, hidden, mask, kwargs)
+                self._decode.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
                 return args, {**kwargs, "attention_mask": None}
             if self._needs_no_mask(hidden.shape[1], mask, held):
                 return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
         try:
-            call = self._call = self._open_call(hidden, kwargs, mask, incoming if has_images else None)
+            noted = incoming if has_images else None
+            call = self._call = open_call(self.adapter, self._owner, self._tap, hidden, kwargs, mask, noted)
         except UnsupportedStageError:
             if self._prunes or held:
                 raise
@@ -265,17 +234,6 @@ class Session:
         kwargs["position_ids"] = call.positions_at(0)
         kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
-
-    def _begin_step(self, cache, hidden: Tensor, mask: Any, kwargs: dict) -> None:
-        """Follow a call on a cache that tokens may come back to."""
-        length, past = hidden.shape[1], cache.get_seq_length()
-        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        if torch.is_tensor(mask) and mask.ndim == 2 and length > 1:
-            real = mask[:, -length:].bool()
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + length, device=hidden.device)[None]
-        self._decode.begin(cache, hidden, real, positions)
 
     def _take_planes(self, call: Call, kwargs: dict) -> None:
         """Take over the planes that the model adds to its first layers' outputs (DeepStack) if tokens go missing there.
@@ -302,73 +260,7 @@ class Session:
             return False
         return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
 
-    def _open_call(self, hidden: Tensor, kwargs: dict, mask: Any, incoming: _Incoming | None) -> Call:
-        """The state of a call that carries images (`incoming`), or continues a pruned cache (None)."""
-        batch, length = hidden.shape[:2]
-        config = self.adapter.text_config
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.language_model.config)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
-            raise UnsupportedStageError(
-                "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
-                "chunked prefill); pass a 2D padding mask"
-            )
-        real = hidden.new_ones(batch, length, dtype=torch.bool)
-        past_real, unpadded = None, True
-        if mask is not None and (incoming is not None or length > 1):  # a single decoded token is never padding
-            mask = mask.to(device=hidden.device, dtype=torch.bool)
-            real = mask[:, -length:]
-            unpadded = bool(real.all())
-            if past and not bool(mask[:, :past].all()):
-                past_real = mask[:, :past]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + length, device=hidden.device)[None]
-
-        media = None if incoming is None else self._place(incoming, hidden, real)
-        return Call(
-            adapter=self.adapter,
-            owner=self._owner,
-            batch=batch,
-            length=length,
-            past=past,
-            cache=cache,
-            real=real,
-            positions=positions,
-            media=media,
-            blocks=None if incoming is None else incoming.blocks,
-            masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
-            planes=(),
-            ids=None if incoming is None else incoming.ids,
-            embeddings=hidden,
-            past_real=past_real,
-            unpadded=unpadded,
-        )
-
-    def _place(self, incoming: _Incoming, hidden: Tensor, real: Tensor) -> Media:
-        """Where the media of a call stand in it. Raises UnsupportedStageError if that cannot be told."""
-        # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
-        kinds = [kind for kind in self.adapter.visual_token_ids if kind in incoming.kinds]
-        visual = [self._columns(incoming, kind, hidden) & real for kind in kinds]
-        encodings = [self._tap.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
-        media = Media.find(visual, encodings, self.adapter.tiles_adjoin)
-        if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
-            raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")
-        return media
-
-    def _columns(self, incoming: _Incoming, kind: str, hidden: Tensor) -> Tensor:
-        """(batch, length) bool: columns that hold features of a kind."""
-        placeholder = self.adapter.visual_token_ids[kind]
-        if incoming.ids is not None:
-            return incoming.ids.to(hidden.device) == placeholder
-        # The caller gave embeddings: transformers, too, then finds the places by the placeholder's embedding.
-        embedding = self.adapter.base.get_input_embeddings()(torch.tensor(placeholder, device=hidden.device))
-        return (incoming.embeddings.to(hidden.device) == embedding).all(-1)
-
-    def _start_prefill(self, call: Call, incoming: _Incoming) -> None:
+    def _start_prefill(self, call: Call, incoming: Incoming) -> None:
         """Check what is about to be pruned, and find out whether its choices were made before."""
         # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
         replayable = not incoming.pixels and call.cache is None and call.ids is not None
@@ -475,9 +367,9 @@ class Session:
         columns = tuple((v + call.past).cpu() for v in visual)
         self._set_report(stretches, columns, text, sequences, call.embeddings.element_size(), timings)
         wants_less = not all(self._asks_for_everything(method, call) for method in self.methods)
-        if self.strict and wants_less and any(map(len, visual)) and self.report.keep_ratio == 1.0:
+        if self.strict and wants_less and any(map(len, visual)) and self._report.keep_ratio == 1.0:
             raise NothingPrunedError(
-                f"{', '.join(m.name for m in self.methods)}: {sum(self.report.original_tokens)} visual tokens came "
+                f"{', '.join(m.name for m in self.methods)}: {sum(self._report.original_tokens)} visual tokens came "
                 "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
             )
 

@@ -55,16 +55,19 @@ class PromptTable(PerSample):
     counts: Tensor
     """(batch, cuts) long: visual tokens let through by each cut."""
 
+    def places(self, columns: Tensor) -> Tensor:
+        """columns (batch, n) of the sequence -> (batch, n), the nearest columns of the prompt."""
+        return (columns - self.first).clamp(min=0, max=self.prunable.shape[1] - 1)
+
     def look_up(self, values: Tensor, columns: Tensor, other) -> Tensor:
         """values (batch, columns of the prompt), columns (batch, n) of the sequence -> (batch, n); `other` beyond the
         prompt."""
-        place = columns - self.first
-        inside = (place >= 0) & (place < values.shape[1])
-        return values.gather(1, place.clamp(0, values.shape[1] - 1)).masked_fill(~inside, other)
+        place = self.places(columns)
+        return values.gather(1, place).masked_fill(place + self.first != columns, other)
 
     def positions_of(self, columns: Tensor) -> Tensor:
         """columns (batch, n) of the sequence -> (..., batch, n) position ids; any value where a column is -1."""
-        place = (columns - self.first).clamp(min=0)
+        place = self.places(columns)
         if self.positions.ndim == 3:
             place = place[:, None].expand(-1, self.positions.shape[1], -1)
         return self.positions.gather(-1, place).movedim(0, -2)

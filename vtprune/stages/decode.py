@@ -28,6 +28,8 @@ from vtprune.signals import AliveInLastLayer, LastQueryAttention, cached_attenti
 from vtprune.slots import Aside, PromptTable, Slots
 from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
+from vtprune.stages.hooks import hidden_of, with_hidden
+from vtprune.stages.incoming import Columns
 from vtprune.tokens import ModelShape, VisualTokens
 
 
@@ -220,8 +222,7 @@ class DecodeStage:
 
     def _eviction_signal(self, call: Call, segment: Segment, groups: Groups, request: Hashable) -> Tensor:
         if isinstance(request, AliveInLastLayer):
-            alive = torch.zeros(call.batch, call.length, dtype=torch.bool, device=segment.real.device)
-            alive.scatter_(1, call.segment.columns, call.segment.visual)
+            alive = _spread(call.segment.columns, call.segment.visual, call.length)
             return groups.gather(take_columns(alive, segment.columns))
         raise UnsupportedStageError(f"{type(request).__name__} is not available after prefill")
 
@@ -256,20 +257,18 @@ class DecodeStage:
             layer.layout = replace(layer.layout, real=None, _derived={})
         self._take_stock(pruned_layers(call.cache))
 
-    def begin(self, cache: Cache, hidden: Tensor, real: Tensor, positions: Tensor) -> None:
-        """Follow a call of the language model on `hidden` (batch, q, dim) behind a cache that tokens may come back to.
-
-        real: (batch, q) bool; positions: (..., batch | 1, q) position ids as they came in.
-        """
+    def begin(self, cache: Cache, hidden: Tensor, given: Columns) -> None:
+        """Follow a call of the language model on `hidden` (batch, q, dim) behind a cache that tokens may come back to."""
         layers = pruned_layers(cache)
         batch, count = hidden.shape[:2]
-        table, past, shift = layers[0].slots.table, layers[0].get_seq_length(), layers[0].layout.shift
-        columns = torch.arange(past, past + count, device=table.prunable.device).expand(batch, -1)
-        positions = positions.to(columns.device).expand(*positions.shape[:-2], batch, -1)
+        table, shift = layers[0].slots.table, layers[0].layout.shift
+        columns = torch.arange(given.past, given.past + count, device=table.prunable.device).expand(batch, -1)
+        positions = given.positions.to(columns.device)
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
         self.step = _Step(
             layers=layers,
             table=table,
-            new=columns.masked_fill(~real.to(columns.device), -1),
+            new=columns.masked_fill(~given.real.to(columns.device), -1),
             new_positions=positions if shift is None else (positions - shift.to(columns.device)).clamp(min=0),
             chosen=table.prunable,
             revived=columns[:, :0],
@@ -294,11 +293,11 @@ class DecodeStage:
             step = self.step
             if step is None:
                 return None
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_of(args, kwargs)
             back = step.revived.shape[1]
             if back and i - 1 in step.table.planes:
                 plane = step.table.planes[i - 1].to(hidden)
-                due = take_columns(plane, (step.revived - step.table.first).clamp(min=0))
+                due = take_columns(plane, step.table.places(step.revived))
                 hidden = torch.cat([hidden[:, :back] + due, hidden[:, back:]], 1)
             if i in self.cuts:
                 hidden = self._cut(i, hidden)
@@ -310,7 +309,7 @@ class DecodeStage:
             missing = layer.layout.dropped + step.new.shape[1] - grown
             layer.layout = replace(layer.layout, dropped=missing, _derived={})
             kwargs = {**kwargs, "position_ids": None, "position_embeddings": view.rope, "attention_mask": view.mask}
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            return with_hidden(args, kwargs, hidden)
 
         return hook
 
@@ -346,11 +345,9 @@ class DecodeStage:
         step, back = self.step, self.step.revived.shape[1]
         step.chosen = self._chosen(i)
         layer = step.layers[i]
-        held = _spread(
-            (layer.slots.columns - step.table.first).clamp(min=0, max=step.chosen.shape[1] - 1),
-            step.table.look_up(step.table.prunable, layer.slots.columns, False),
-            step.chosen.shape[1],
-        )
+        there = layer.slots.columns
+        prunable = step.table.look_up(step.table.prunable, there, False)
+        held = _spread(step.table.places(there), prunable, step.chosen.shape[1])
         columns, states = step.revived, hidden[:, :back]
         if layer.aside is not None:
             columns = torch.cat([columns, layer.aside.columns], 1)
@@ -379,11 +376,10 @@ class DecodeStage:
         )
         rows = torch.arange(len(columns), device=columns.device)
         groups = Groups.of_labels(torch.where(step.chosen, rows[:, None], -1), rows, torch.full_like(rows, -1))
-        place = (columns - table.first).clamp(min=0, max=step.chosen.shape[1] - 1)
         slots = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
         inside = table.look_up(table.prunable, columns, False)
         slot = torch.zeros_like(step.chosen, dtype=torch.long).scatter_reduce(
-            1, place, slots.masked_fill(~inside, 0), "amax"
+            1, table.places(columns), slots.masked_fill(~inside, 0), "amax"
         )
         slot = groups.gather(slot)
         valid = groups.valid.to(keys.device)[..., None]

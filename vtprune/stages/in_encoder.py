@@ -21,6 +21,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import take_columns
 from vtprune.methods.base import InEncoder
+from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.tokens import Grid, Selection, VisualTokens
 
 
@@ -141,9 +142,7 @@ class EncoderCut:
         encoding = self.encoding()
         if encoding is None or encoding.merge is None:
             return None
-        if args:
-            return (encoding.merge.left(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": encoding.merge.left(kwargs["hidden_states"])}
+        return with_hidden(args, kwargs, encoding.merge.left(hidden_of(args, kwargs)))
 
     def _before_attention(self, module, args, kwargs):
         encoding = self.encoding()

@@ -40,6 +40,7 @@ from vtprune.slots import Aside
 from vtprune.stages.before_llm import Chooser, encoder_signal
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 TEXT_ROWS = 256
@@ -115,6 +116,7 @@ class InLLMStage:
         self._projected: dict[tuple[int, str], Tensor] = {}
         self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
         self._marks: dict[KeyTokens, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
         self.aside: dict[int, Aside] = {}
         """Decoder layer -> what a cut on its input dropped that may come back."""
 
@@ -125,8 +127,7 @@ class InLLMStage:
             call = self.call
             if call is None:
                 return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            hidden = call.add_plane(i - 1, hidden)
+            hidden = call.add_plane(i - 1, hidden_of(args, kwargs))
             if self._selecting and i in self.cuts:
                 hidden = self._cut(i, hidden)
             if self._selecting and i in self.watched | self.passing:
@@ -138,9 +139,7 @@ class InLLMStage:
             if call.key(i) != call.key(0):
                 kwargs["position_embeddings"] = call.rope_at(i, hidden)
                 kwargs["attention_mask"] = call.mask_at(i, hidden)
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+            return with_hidden(args, kwargs, hidden)
 
         return hook
 
@@ -148,7 +147,7 @@ class InLLMStage:
         def hook(module, args, kwargs, output):
             if self.call is None or not self._selecting:
                 return
-            inputs = args[0] if args else kwargs["hidden_states"]
+            inputs = hidden_of(args, kwargs)
             outputs = output[0] if isinstance(output, tuple) else output
             real = self.call.segment_at(i).real.to(inputs.device)
             score = token_transition(inputs.detach(), outputs.detach(), real)
@@ -169,9 +168,7 @@ class InLLMStage:
         call = self.call
         for method, number in self.cuts[i]:
             groups = call.sample_groups()
-            original = (call.media.labels >= 0).sum(1).cpu()
-            crops = call.media.crops_per_sample.cpu()
-            budget = method.prompt_budgets(self.shape, self._entering, crops, original)[number]
+            budget = self._budgets(method)[number]
             alive = groups.valid.sum(1).cpu()
             if bool((budget >= alive).all()):
                 continue
@@ -210,6 +207,15 @@ class InLLMStage:
             # Queries of whole prompts are large; nothing later asks for them.
             del self._ropes[i - 1], self._projected[i - 1, "q_proj"], self._projected[i - 1, "k_proj"]
         return hidden
+
+    def _budgets(self, method: InLLM) -> Tensor:
+        """(cuts, samples) long: a method's budgets in this call, all its cuts at once."""
+        if id(method) not in self._counts:
+            media = self.call.media
+            original = (media.labels >= 0).sum(1).cpu()
+            crops = media.crops_per_sample.cpu()
+            self._counts[id(method)] = method.prompt_budgets(self.shape, self._entering, crops, original)
+        return self._counts[id(method)]
 
     def _put_aside(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
         segment = self.call.segment

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states in the arguments of a layer, which transformers passes by place or by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def hidden_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The same arguments with other hidden states, as a forward pre-hook returns them."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is called with: noted before it computes anything, and read when its language model begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.cache import Owner
+from vtprune.errors import UnsupportedStageError
+from vtprune.stages.call import Call
+from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
+from vtprune.stages.media import Media
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What the outer model was called with, noted before it calls the language model."""
+
+    ids: Tensor | None
+    embeddings: Tensor | None
+    mask: Any
+    """The attention mask; some models build their layers' masks from it before they call the language model."""
+    blocks: Tensor | None
+    """See `Adapter.blocks`."""
+    pixels: tuple[str, ...]
+    """Kinds of media that come as pixels."""
+    encoded: dict[str, Any]
+    """Kind -> encoded features that came ready-made, as `generate()` passes them."""
+
+    @classmethod
+    def of(cls, adapter: Adapter, args: tuple, kwargs: dict[str, Any]) -> Incoming:
+        """From the arguments of the base model's forward."""
+        given = kwargs.get("mm_encoder_outputs") or {}
+        encoded = {kind: given[kind] for kind in PIXELS if given.get(kind) is not None}
+        pixels = tuple(kind for kind, key in PIXELS.items() if kwargs.get(key) is not None)
+        return cls(
+            ids=kwargs.get("input_ids", args[0] if args else None),
+            embeddings=kwargs.get("inputs_embeds"),
+            mask=kwargs.get("attention_mask"),
+            blocks=adapter.blocks(kwargs) if encoded or pixels else None,
+            pixels=pixels,
+            encoded=encoded,
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (*self.pixels, *self.encoded)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a call of the language model."""
+
+    past: int
+    """Logical length of the cache."""
+    real: Tensor
+    """(batch, length) bool."""
+    positions: Tensor
+    """(..., batch | 1, length): position ids."""
+    past_real: Tensor | None
+    """(batch, past) bool; None if there is no padding in the cache, or it is not looked for."""
+    unpadded: bool
+    """Whether `real` is known to be all True."""
+
+    @classmethod
+    def of(cls, hidden: Tensor, kwargs: dict[str, Any], mask: Any, *, has_images: bool) -> Columns:
+        """From the embeddings (batch, length, dim) and arguments of the language model and the attention mask that the
+        outer model was called with. Raises UnsupportedStageError for a mask that is not of columns."""
+        batch, length = hidden.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
+            raise UnsupportedStageError(
+                "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
+                "chunked prefill); pass a 2D padding mask"
+            )
+        real = hidden.new_ones(batch, length, dtype=torch.bool)
+        past_real, unpadded = None, True
+        if mask is not None and (has_images or length > 1):  # a single decoded token is never padding
+            mask = mask.to(device=hidden.device, dtype=torch.bool)
+            real = mask[:, -length:]
+            unpadded = bool(real.all())
+            if past and not bool(mask[:, :past].all()):
+                past_real = mask[:, :past]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=hidden.device)[None]
+        return cls(past, real, positions, past_real, unpadded)
+
+
+def open_call(
+    adapter: Adapter, owner: Owner, tap: EncoderTap, hidden: Tensor, kwargs: dict, mask: Any, incoming: Incoming | None
+) -> Call:
+    """The state of a call that carries images (`incoming`), or continues a pruned cache (None).
+
+    hidden (batch, length, dim), kwargs: embeddings and arguments of the language model, which are given a cache if they
+    lack one that is to be used.
+    """
+    use_cache = kwargs.get("use_cache")
+    if kwargs.get("past_key_values") is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
+        kwargs["past_key_values"] = DynamicCache(config=adapter.language_model.config)
+    columns = Columns.of(hidden, kwargs, mask, has_images=incoming is not None)
+    return Call(
+        adapter=adapter,
+        owner=owner,
+        batch=hidden.shape[0],
+        length=hidden.shape[1],
+        past=columns.past,
+        cache=kwargs.get("past_key_values"),
+        real=columns.real,
+        positions=columns.positions,
+        media=None if incoming is None else _place(adapter, tap, incoming, hidden, columns.real),
+        blocks=None if incoming is None else incoming.blocks,
+        masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
+        planes=(),
+        ids=None if incoming is None else incoming.ids,
+        embeddings=hidden,
+        past_real=columns.past_real,
+        unpadded=columns.unpadded,
+    )
+
+
+def _place(adapter: Adapter, tap: EncoderTap, incoming: Incoming, hidden: Tensor, real: Tensor) -> Media:
+    """Where the media of a call stand in it. Raises UnsupportedStageError if that cannot be told."""
+    # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
+    kinds = [kind for kind in adapter.visual_token_ids if kind in incoming.kinds]
+    visual = [_columns_of(adapter, incoming, kind, hidden) & real for kind in kinds]
+    encodings = [tap.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
+    media = Media.find(visual, encodings, adapter.tiles_adjoin)
+    if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
+        raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")
+    return media
+
+
+def _columns_of(adapter: Adapter, incoming: Incoming, kind: str, hidden: Tensor) -> Tensor:
+    """(batch, length) bool: columns that hold features of a kind."""
+    placeholder = adapter.visual_token_ids[kind]
+    if incoming.ids is not None:
+        return incoming.ids.to(hidden.device) == placeholder
+    # The caller gave embeddings: transformers, too, then finds the places by the placeholder's embedding.
+    embedding = adapter.base.get_input_embeddings()(torch.tensor(placeholder, device=hidden.device))
+    return (incoming.embeddings.to(hidden.device) == embedding).all(-1)
