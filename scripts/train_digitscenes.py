@@ -270,6 +270,19 @@ class Decoder:
         return {"all": float(np.mean(sum(right.values(), []))), **{f: float(np.mean(v)) for f, v in right.items()}}
 
 
+def begin(out: Path, threads: int, seed: int) -> None:
+    """What a training run starts with: its folder, the log there and on the terminal, threads and seed."""
+    out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(), logging.FileHandler(out / "train.log")],
+    )
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
     save_to: Annotated[Path | None, typer.Option(help="Where the model goes; default OUT/model.")] = None,
@@ -282,15 +295,7 @@ def main(
     threads: int = 2,
     seed: int = 0,
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(out / "train.log")],
-    )
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    begin(out, threads, seed)
     model = build_model().to(device)
     data = Data.draw(scenes, "train", seed)
     log.info("%d scenes drawn", scenes)

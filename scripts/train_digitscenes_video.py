@@ -34,7 +34,7 @@ from digitscenes_video_data import (
     draw_training_clip,
 )
 from torch import nn
-from train_digitscenes import Decoder, EncoderHeads, Stage, chosen, train
+from train_digitscenes import Decoder, EncoderHeads, Stage, begin, chosen, train
 from transformers import AutoModelForImageTextToText
 
 from vtprune.eval import digitscenes
@@ -193,15 +193,7 @@ def main(
     threads: int = 2,
     seed: int = 0,
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(out / "train.log")],
-    )
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    begin(out, threads, seed)
     model = build_video_model().to(device)
     single = draw_frames(frames, "train", seed + 100)
     log.info("frames drawn")

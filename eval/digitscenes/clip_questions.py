@@ -4,7 +4,7 @@
 import numpy as np
 
 from .clips import LEAD, TICKS, Actor, third_of
-from .questions import Question
+from .questions import Question, pick
 
 THIRDS = ("start", "middle", "end")
 """Names of the thirds of a clip."""
@@ -28,14 +28,14 @@ def _order(rng, actors):
     clear = [(word, found) for word in ("first", "last") if (found := leader(actors, word))]
     if not clear:
         return None
-    word, found = _pick(rng, clear)
+    word, found = pick(rng, clear)
     return f"what digit appears {word} ?", str(found.value)
 
 
 def _motion(rng, actors):
     if not (moving := _movers(actors)):
         return None
-    chosen = _pick(rng, moving)
+    chosen = pick(rng, moving)
     return f"what digit moves {chosen.direction} ?", str(chosen.value)
 
 
@@ -43,7 +43,7 @@ def _mover(rng, actors):
     """The direction is named where two digits move."""
     if not (moving := _movers(actors)):
         return None
-    chosen = _pick(rng, moving)
+    chosen = pick(rng, moving)
     return f"what colour moves {chosen.direction} ?" if len(moving) > 1 else "what colour moves ?", chosen.colour
 
 
@@ -55,7 +55,7 @@ def _third(rng, actors):
     short = [(actor, third) for actor in actors if (third := third_of(actor.start, actor.end)) is not None]
     if not short:
         return None
-    actor, third = _pick(rng, short)
+    actor, third = pick(rng, short)
     return f"when is {actor.value} seen ?", THIRDS[third]
 
 
@@ -63,10 +63,6 @@ def _movers(actors):
     """Those that move; none where one of them is not seen all the time, which makes its way short."""
     moving = [actor for actor in actors if actor.direction]
     return moving if all((actor.start, actor.end) == (0, TICKS) for actor in moving) else []
-
-
-def _pick(rng, items):
-    return items[rng.randint(len(items))]
 
 
 VIDEO_FAMILIES = {

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """DigitScenes questions: six families, each answered by one word."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from .scenes import COLOURS, Digit
+
+Item = TypeVar("Item")
 
 DIRECTIONS: dict[str, Callable[[Digit], float]] = {
     "leftmost": lambda digit: digit.centre[0],
@@ -28,6 +31,11 @@ class Question:
     family: str
 
 
+def pick(rng: np.random.RandomState, items: Sequence[Item]) -> Item:
+    """One of them, each as likely as the others."""
+    return items[rng.randint(len(items))]
+
+
 def ask(rng: np.random.RandomState, digits: tuple[Digit, ...], family: str) -> Question:
     """A random question of `family` (a key of `FAMILIES`) about a scene with `digits`."""
     text, answer = FAMILIES[family](rng, digits)
@@ -35,29 +43,29 @@ def ask(rng: np.random.RandomState, digits: tuple[Digit, ...], family: str) -> Q
 
 
 def _digit(rng, digits):
-    chosen = _pick(rng, digits)
+    chosen = pick(rng, digits)
     return f"what digit is {chosen.colour} ?", str(chosen.value)
 
 
 def _colour(rng, digits):
-    chosen = _pick(rng, digits)
+    chosen = pick(rng, digits)
     return f"what colour is {chosen.value} ?", chosen.colour
 
 
 def _presence(rng, digits):
     """Half "yes". Half of the "no" pair a colour and a digit that are both there, but not together (POPE's adversarial
     negatives, arXiv 2305.10355); in the rest one of the two is absent."""
-    chosen = _pick(rng, digits)
+    chosen = pick(rng, digits)
     colour, value = chosen.colour, chosen.value
     answer = "yes" if rng.randint(2) else "no"
     if answer == "no":
         kind = rng.randint(4)
         if kind < 2:
-            colour = _pick(rng, [other for other in digits if other is not chosen]).colour
+            colour = pick(rng, [other for other in digits if other is not chosen]).colour
         elif kind == 2:
-            colour = _pick(rng, [name for name in COLOURS if all(name != other.colour for other in digits)])
+            colour = pick(rng, [name for name in COLOURS if all(name != other.colour for other in digits)])
         else:
-            value = _pick(rng, [v for v in range(10) if all(v != other.value for other in digits)])
+            value = pick(rng, [v for v in range(10) if all(v != other.value for other in digits)])
     return f"is there a {colour} {value} ?", answer
 
 
@@ -80,10 +88,6 @@ def _comparison(rng, digits):
     word, choose = (("larger", max), ("smaller", min))[rng.randint(2)]
     answer = choose(first, second, key=lambda digit: digit.value).colour
     return f"which is {word} {first.colour} or {second.colour} ?", answer
-
-
-def _pick(rng, items):
-    return items[rng.randint(len(items))]
 
 
 FAMILIES = {

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training script: what it trains on is what a test prompt looks like, and a killed run loses nothing."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +9,7 @@ from torch import nn
 from vtprune.eval import digitscenes
 from vtprune.eval.digitscenes.model import VISUAL_TOKENS, build_model, build_processor
 
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    try:
-        import train_digitscenes
-    finally:
-        sys.path.pop(0)
-    return train_digitscenes
+SCRIPT = "train_digitscenes"
 
 
 @torch.no_grad()

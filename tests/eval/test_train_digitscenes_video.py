@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The video training script: what it trains on is what a test prompt looks like, and its labels are what is drawn."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,17 +11,9 @@ from vtprune.eval import digitscenes
 from vtprune.eval.digitscenes.clips import DIRECTIONS
 from vtprune.eval.digitscenes.video_model import FRAME_TOKENS, FRAMES, build_video_model, build_video_processor
 
+SCRIPT = "train_digitscenes_video"
+
 TOKENS = FRAMES * FRAME_TOKENS
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    try:
-        import train_digitscenes_video
-    finally:
-        sys.path.pop(0)
-    return train_digitscenes_video
 
 
 @pytest.fixture(scope="module")

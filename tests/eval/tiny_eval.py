@@ -86,20 +86,25 @@ def examples_on_disk(output: Path) -> int:
 TASKS["tiny"] = TASKS["tiny again"] = lambda: Task(examples, score, max_new_tokens=3)
 
 
+def word_tokenizer(words: list[str], placeholders: list[str]) -> PreTrainedTokenizerFast:
+    """A token a word, the special ones first."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=placeholders,
+    )
+
+
 def save_model(folder: Path, seed: int = 0) -> Path:
     """16 visual tokens, 3 encoder and 8 decoder layers with grouped queries."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            additional_special_tokens=["<image>"],
-        ),
+        tokenizer=word_tokenizer(WORDS, ["<image>"]),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -12,8 +12,7 @@ import av
 import numpy as np
 import torch
 import transformers as hf
-from tiny_eval import EXAMPLES, score
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_eval import EXAMPLES, score, word_tokenizer
 
 from vtprune.eval.tasks import TASKS, Task
 
@@ -73,19 +72,10 @@ TASKS["tiny_video"] = lambda: Task(examples, score, max_new_tokens=3, kind="vide
 
 def save_model(folder: Path) -> Path:
     """4 x 4 tokens a frame, 3 encoder and 8 decoder layers with grouped queries."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     square = {"size": {"height": SIZE, "width": SIZE}}
     processor = hf.LlavaOnevisionProcessor(
         hf.LlavaOnevisionImageProcessor(**square, image_grid_pinpoints=[[SIZE, SIZE]]),
-        hf.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            additional_special_tokens=["<image>", "<video>"],
-        ),
+        word_tokenizer(WORDS, ["<image>", "<video>"]),
         hf.LlavaOnevisionVideoProcessor(**square, do_sample_frames=True, num_frames=FRAMES),
         num_image_tokens=64,
         vision_feature_select_strategy="full",

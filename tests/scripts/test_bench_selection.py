@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark compares like with like: both sides choose the same, and its figures are what they say."""
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +12,7 @@ from vtprune.ops.coverage import max_coverage
 from vtprune.ops.diversity import max_min_diversity
 from vtprune.ops.segmentation import segment_frames
 
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    try:
-        import bench_selection
-    finally:
-        sys.path.pop(0)
-    return bench_selection
+SCRIPT = "bench_selection"
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 39, 40])

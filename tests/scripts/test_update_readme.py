@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured results land between the README's markers, each run's in its own place."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 from vtprune.eval.results import to_line
+
+SCRIPT = "update_readme"
 
 ROOT = Path(__file__).parents[2]
 PAGE = """\
@@ -19,16 +20,6 @@ between
 <!-- video:begin -->
 <!-- video:end -->
 """
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import update_readme
-    finally:
-        sys.path.pop(0)
-    return update_readme
 
 
 def finished_run(folder: Path, score: float) -> Path:
