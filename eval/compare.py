@@ -14,11 +14,8 @@ from rich.table import Table
 
 from vtprune.errors import ConfigError
 from vtprune.eval.finished import Comparison, comparisons
-from vtprune.eval.statistics import Difference, difference, holm
+from vtprune.eval.statistics import Difference, corrected, difference
 from vtprune.eval.summary import Entry, percent, rows
-
-LEVEL = 0.05
-"""Chance that any row is called different when none is."""
 
 _COLOURS = {"better": "green", "worse": "red", "same": "dim"}
 
@@ -63,9 +60,7 @@ class Pair:
     first: Side
     second: Side
     difference: Difference
-    """the second run less the first"""
-    p: float
-    """corrected for the number of rows (Holm)"""
+    """the second run less the first; p corrected for the number of rows (Holm)"""
 
     @property
     def changed(self) -> float:
@@ -76,7 +71,7 @@ class Pair:
     @property
     def verdict(self) -> str:
         """ "better", "worse" or "same": the second run, where that is significant."""
-        if self.p >= LEVEL:
+        if not self.difference.significant:
             return "same"
         return "better" if self.difference.mean > 0 else "worse"
 
@@ -118,10 +113,8 @@ def compare(first: Path, second: Path) -> Compared:
     for ours, theirs in both:
         if ours.seeds != theirs.seeds:
             raise ConfigError(f"{ours.name}: seeds {ours.seeds} in {first}, {theirs.seeds} in {second}")
-    gaps = [difference(theirs.scores, ours.scores) for ours, theirs in both]
-    corrected = holm([gap.p for gap in gaps])
-    pairs = [Pair(ours, theirs, gap, p) for (ours, theirs), gap, p in zip(both, gaps, corrected, strict=True)]
-    return Compared(pairs, only)
+    gaps = corrected([difference(theirs.scores, ours.scores) for ours, theirs in both])
+    return Compared([Pair(ours, theirs, gap) for (ours, theirs), gap in zip(both, gaps, strict=True)], only)
 
 
 def _by_task(folder: Path) -> dict[str, Comparison]:
@@ -185,7 +178,7 @@ def _cells(pair: Pair) -> list[str]:
         percent(side.score),
         percent(pair.second.score),
         f"{100 * pair.difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-        f"{pair.p:.3f}",
+        f"{pair.difference.p:.3f}",
         f"{100 * pair.changed:.0f} %",
         f"[{_COLOURS[pair.verdict]}]{pair.verdict}[/]",
     ]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,8 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.interval[0] > 0 or self.interval[1] < 0
+        """Whether p is below 5 %; corrected or not, as it is."""
+        return self.p < 1 - LEVEL
 
 
 def difference(scores: Sequence[float], others: Sequence[float]) -> Difference:
@@ -106,3 +107,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def corrected(found: Sequence[Difference]) -> list[Difference]:
+    """The same differences, their p values corrected for how many they are; intervals remain those of one alone."""
+    return [dataclasses.replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from vtprune.eval.finished import Comparison
 from vtprune.eval.plots import LINES
-from vtprune.eval.statistics import Difference, difference
+from vtprune.eval.statistics import Difference, corrected, difference
 from vtprune.eval.summary import Entry, Record, accuracy, flops, percent, rows
 
 Budget = float | None
@@ -141,11 +141,15 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
     chosen.sort(key=lambda row: row.entry.mean("score"), reverse=True)  # stable: ties stay in the order of the results
     drawn = next((row for row in chosen if row.seed_cell["method"] == "random"), None)
 
-    def against(row: Row, other: Row | None) -> Verdict | None:
-        if other is None or other is row:
-            return None
-        return verdict(difference(comparison.scores(row.entry), comparison.scores(other.entry)))
+    def against(others: Sequence[Row | None]) -> list[Verdict | None]:
+        """Each row against another one, or none; corrected for how many they are."""
+        pairs = [(row, other) for row, other in zip(chosen, others, strict=True) if other is not None]
+        found = [difference(comparison.scores(row.entry), comparison.scores(other.entry)) for row, other in pairs]
+        verdicts = map(verdict, corrected(found))
+        return [None if other is None else next(verdicts) for other in others]
 
+    below = against([*chosen[1:], None] if chosen else [])
+    random = against([None if row is drawn or row.label in LINES else drawn for row in chosen])
     return [
         Standing(
             row,
@@ -153,11 +157,11 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
             retention(row.entry),
             f"{row.entry.mean('final_tokens'):.1f}",
             percent(row.entry.mean("prefill_flops") / row.entry.mean("unpruned_prefill_flops")),
-            against(row, below),
-            None if row.label in LINES else against(row, drawn),
+            against_next,
+            against_random,
             published(row.seed_cell),
         )
-        for row, below in zip(chosen, [*chosen[1:], None], strict=True)
+        for row, against_next, against_random in zip(chosen, below, random, strict=True)
     ]
 
 

@@ -51,7 +51,7 @@ def test_a_run_is_the_same_as_itself(run):
     compared = compare(folder, folder)
     rows = {(line["label"], line["keep_ratio"]) for line in lines if line["status"] == "ok"}
     assert {(p.first.label, p.first.keep_ratio) for p in compared.pairs} == rows
-    assert all((p.verdict, p.changed, p.p) == ("same", 0, 1.0) for p in compared.pairs)
+    assert all((p.verdict, p.changed, p.difference.p) == ("same", 0, 1.0) for p in compared.pairs)
     assert compared.only == ([], [])
     assert command(folder, folder).exit_code == 0
 

@@ -18,7 +18,7 @@ from vtprune.eval.finished import comparisons
 from vtprune.eval.pages.report import said, write_report
 from vtprune.eval.pages.tables import ranking, verdict
 from vtprune.eval.results import to_line
-from vtprune.eval.statistics import Difference
+from vtprune.eval.statistics import Difference, corrected, difference
 from vtprune.eval.summary import percent
 from vtprune.eval.tasks import TASKS, Task
 
@@ -168,17 +168,31 @@ def points(found):
 
 
 @pytest.mark.parametrize(
-    ("interval", "sign", "text"),
+    ("interval", "p", "sign", "text"),
     [
-        ([0.01, 0.05], "better", "+3.0 [+1.0, +5.0]"),
-        ([-0.05, -0.01], "worse", "−3.0 [−5.0, −1.0]"),
-        ([0.0, 0.06], "open", "+3.0 [0.0, +6.0]"),
-        ([-0.0001, 0.1], "open", "+5.0 [0.0, +10.0]"),
+        ([0.01, 0.05], 0.04, "better", "+3.0 [+1.0, +5.0]"),
+        ([-0.05, -0.01], 0.04, "worse", "−3.0 [−5.0, −1.0]"),
+        ([0.0, 0.06], 0.06, "open", "+3.0 [0.0, +6.0]"),
+        ([0.01, 0.05], 0.06, "open", "+3.0 [+1.0, +5.0]"),  # significant alone, not among so many
     ],
 )
-def test_a_difference_counts_when_its_interval_leaves_zero_out(interval, sign, text):
-    found = verdict(Difference(sum(interval) / 2, interval, 0.04))
-    assert (found.sign, found.text, found.p) == (sign, text, "p = 0.040")
+def test_a_difference_counts_when_its_p_does(interval, p, sign, text):
+    found = verdict(Difference(sum(interval) / 2, interval, p))
+    assert (found.sign, found.text, found.p) == (sign, text, f"p = {p:.3f}")
+
+
+def test_p_is_corrected_for_all_of_a_column(run):
+    (comparison,) = comparisons([run[0]])
+    standings = ranking(comparison, 0.5)
+    scores = [comparison.scores(standing.row.entry) for standing in standings]
+    alone = [difference(some, others) for some, others in zip(scores, scores[1:], strict=False)]
+    shown = [standing.below for standing in standings[:-1]]
+    assert shown == [verdict(found) for found in corrected(alone)] != [verdict(found) for found in alone]
+    labels = [standing.row.label for standing in standings]
+    methods = [label in ("uniform", "fastv") for label in labels]
+    alone = [difference(s, scores[labels.index("random")]) for s, method in zip(scores, methods, strict=True) if method]
+    shown = [standing.random for standing, method in zip(standings, methods, strict=True) if method]
+    assert shown == [verdict(found) for found in corrected(alone)]
 
 
 def test_two_folders_of_one_comparison_share_a_section(run, model, tmp_path):
