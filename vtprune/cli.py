@@ -87,6 +87,9 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a model, instead of a shape.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    linear: Annotated[
+        str | None, typer.Option(help="onednn or torch computes linear layers; default onednn for float32 on a CPU.")
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
     keep_ratio: Annotated[
         list[float] | None, typer.Option(help="Share of the visual tokens to keep; repeatable.")
@@ -114,6 +117,7 @@ def bench(
         model=model,
         dtype=dtype,
         device=device,
+        linear=linear,
         methods=split(methods),
         keep_ratios=keep_ratio or None,
         batch_sizes=split(batch_sizes),

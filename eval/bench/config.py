@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vtprune.config import ConfigModel, YamlFile, validate
 from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval.bench.linear import onednn_available
 from vtprune.eval.bench.shapes import shape_of
 from vtprune.methods import build_method
 
@@ -73,6 +74,8 @@ class BenchConfig(ConfigModel):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention back end, the same for every row"""
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    linear: Literal["onednn", "torch"] | None = None
+    """what computes linear layers of all rows: oneDNN, or what torch chooses; default oneDNN for float32 on a CPU"""
     text_tokens: int = Field(default=128, ge=2)
     """of a shape's prompt, half of them before the image"""
     batch_sizes: tuple[Count, ...] | None = Field(default=None, min_length=1)
@@ -108,6 +111,12 @@ class BenchConfig(ConfigModel):
                 raise ValueError(str(error)) from error
         return shape
 
+    @model_validator(mode="after")
+    def _linear_where_it_is(self) -> BenchConfig:
+        if self.linear == "onednn" and not self._takes_onednn:
+            raise ValueError("linear 'onednn' is for float32 on a CPU, with a torch that was built with oneDNN")
+        return self
+
     @field_validator("output_tokens")
     @classmethod
     def _ascending(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -116,6 +125,15 @@ class BenchConfig(ConfigModel):
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
+
+    @property
+    def _takes_onednn(self) -> bool:
+        return not self.on_gpu and self.dtype == "float32" and onednn_available()
+
+    @property
+    def computes_linear(self) -> Literal["onednn", "torch"]:
+        """`linear`, the default filled in."""
+        return self.linear or ("onednn" if self._takes_onednn else "torch")
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -129,7 +147,7 @@ class BenchConfig(ConfigModel):
 
     def resolved(self) -> dict[str, Any]:
         """The configuration as JSON, defaults filled in, without the output folder."""
-        filled = {"batch_sizes": list(self.batches), "repeats": self.rounds}
+        filled = {"batch_sizes": list(self.batches), "repeats": self.rounds, "linear": self.computes_linear}
         return self.model_dump(mode="json", exclude={"output"}) | filled
 
 

@@ -23,6 +23,7 @@ import vtprune
 from vtprune import cost
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.eval.bench.config import BenchConfig
+from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
 from vtprune.eval.bench.shapes import build_model, random_inputs, shape_of
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
@@ -206,6 +207,9 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Record]:
     with Progress(*columns, TimeRemainingColumn(), console=console or Console(quiet=True)) as bar:
         task = bar.add_task("building the model", total=None)
         model, make_inputs = _subject(config)
+        weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        if config.computes_linear == "onednn":
+            use_onednn(model)
         rows = table_rows(config, model)
         total = sum(row.status == OK for row in rows) * (config.rounds + 1) * len(config.batches)
         bar.update(task, total=total)
@@ -214,7 +218,9 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Record]:
             bar.update(task, description=label, advance=1)
 
         lines = [
-            line for batch in config.batches for line in _batch(model, make_inputs(batch), rows, config, batch, done)
+            line | {"weight_bytes": weight_bytes}
+            for batch in config.batches
+            for line in _batch(model, make_inputs(batch), rows, config, batch, done)
         ]
     if config.output is not None:
         from vtprune.eval.bench.table import markdown
@@ -324,7 +330,6 @@ def _shared(model: Any, inputs: Inputs, config: BenchConfig, batch: int) -> Reco
     return {
         "batch_size": batch,
         "prompt_tokens": inputs["input_ids"].shape[1],
-        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "decoder_layers": model.config.get_text_config().num_hidden_layers,
         "device": device,
         "threads": torch.get_num_threads(),

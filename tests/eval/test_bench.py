@@ -19,6 +19,7 @@ from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.bench import path, run
 from vtprune.eval.bench.config import BenchConfig, load_config
+from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.path import decode, encode, grow, prefill
 from vtprune.eval.bench.run import Pass, Row, one_pass
 from vtprune.eval.bench.shapes import SHAPES, Shape, build_model, random_inputs
@@ -159,6 +160,51 @@ def test_a_model_is_built_in_the_dtype_and_depth_asked_for(dtype):
     assert {p.dtype for p in built.parameters()} == {getattr(torch, dtype)}
     assert len(built.get_decoder().layers) == 3 == built.config.text_config.num_hidden_layers
     assert built.config.text_config._attn_implementation == "eager"
+
+
+# -- linear layers ----------------------------------------------------------------------------------------------------
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", BILLIONS)
+@torch.inference_mode()
+def test_a_model_computes_the_same_with_onednn(name):
+    built = build_model(thin(SHAPES[name]), 2, "float32", "sdpa", "cpu")
+    inputs = random_inputs(SHAPES[name], built, batch=2, text_tokens=6)
+
+    def logits():
+        with vtprune.prune(built, "uniform", keep_ratio=0.5):
+            return built(**inputs, logits_to_keep=1).logits
+
+    before, head = logits(), built.lm_head
+    use_onednn(built)
+    assert not [key for key, module in built.base_model.named_modules() if type(module) is torch.nn.Linear]
+    assert built.lm_head is head and type(head) is torch.nn.Linear
+    torch.testing.assert_close(logits(), before, atol=1e-4, rtol=1e-4)
+
+
+@needs_onednn
+def test_onednn_is_for_float32_on_a_cpu():
+    assert config().computes_linear == config(linear="onednn").computes_linear == "onednn"
+    assert config(linear="torch").computes_linear == "torch"
+    assert config(dtype="bfloat16").computes_linear == config(device="cuda").computes_linear == "torch"
+    assert config().resolved()["linear"] == "onednn"
+    with pytest.raises(ConfigError, match="float32 on a CPU"):
+        config(linear="onednn", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("linear", ["onednn", "torch"])
+@needs_onednn
+def test_a_run_replaces_linear_layers_only_where_it_is_asked_to(monkeypatch, linear):
+    computed = []
+    monkeypatch.setattr(run, "use_onednn", lambda model: computed.append("onednn") or use_onednn(model))
+    lines = run.run(config(methods=["uniform", "transprune"], repeats=1, output_tokens=[1], linear=linear))
+    assert [line["status"] for line in lines] == ["ok", "ok", "under its floor", "ok"]
+    assert computed == ["onednn"] * (linear == "onednn") and lines[0]["config"]["linear"] == linear
+    built = build_model(TINY["tiny"], None, "float32", "sdpa", "cpu")
+    assert lines[0]["weight_bytes"] == sum(parameter.nbytes for parameter in built.parameters())
 
 
 # -- seconds and bytes ------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ class DecodeStage:
         self._take_stock(pruned_layers(call.cache))
 
     def begin(self, cache: Cache, hidden: Tensor, given: Columns) -> None:
-        """Follow a call of the language model on `hidden` (batch, q, dim) behind a cache that tokens may come back to."""
+        """Follow a call of the language model on `hidden` (batch, q, dim) on a cache that tokens may come back to."""
         layers = pruned_layers(cache)
         batch, count = hidden.shape[:2]
         table, shift = layers[0].slots.table, layers[0].layout.shift
