@@ -26,6 +26,9 @@ _ENTRY_KEYS = ("name", "preset", "seeds", "keep_ratios", "keep_tokens", "grid")
 BUDGETS = ("keep_ratio", "keep_tokens")
 """fields of every method that rows give as lists"""
 
+LISTS = {"keep_ratio": "keep_ratios", "keep_tokens": "keep_tokens", "seed": "seeds"}
+"""Field of a method -> the list of a row that it takes its values from, which may stand in `grid` as well."""
+
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -42,7 +45,7 @@ class MethodEntry(ConfigModel):
     params: dict[str, Any] = {}
     """parameters other than the budget and the seed, as written"""
     grid: dict[str, tuple[Any, ...]] = {}
-    """parameter -> the values it takes; one row for each combination"""
+    """parameter -> the values it takes; one row for each combination. Budgets and seeds may stand here or below"""
     seeds: tuple[int, ...] = ()
     """one cell each; only for methods with a `seed`"""
     keep_ratios: tuple[KeepRatio, ...] | None = None
@@ -68,8 +71,6 @@ class MethodEntry(ConfigModel):
             if key in self.params and key in self.grid:
                 raise key_error(key, "given twice, by itself and in 'grid'")
         for key, values in self.grid.items():
-            if key == "seed":
-                raise key_error("grid", "see 'seeds'")
             if not values or len(set(map(str, values))) < len(values):
                 raise key_error("grid", f"expected different values of {key}, got {list(values)}")
         self._check_seeds(fields)
@@ -115,6 +116,12 @@ def _entry(value: Any) -> Any:
         except VTPruneError as error:
             raise key_error("preset", str(error)) from error
     known = {key: value[key] for key in _ENTRY_KEYS if key in value}
+    if isinstance(known.get("grid"), dict):
+        known["grid"] = dict(known["grid"])
+        for field in known["grid"].keys() & LISTS.keys():
+            if LISTS[field] in known:
+                raise key_error("grid", f"{field} is given twice, here and as {LISTS[field]!r}")
+            known[LISTS[field]] = known["grid"].pop(field)
     return {**known, "params": {key: item for key, item in value.items() if key not in _ENTRY_KEYS}}
 
 

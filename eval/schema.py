@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig, MethodEntry
+from vtprune.eval.config import BASELINES, BUDGETS, LISTS, EvalConfig, MethodEntry
 from vtprune.eval.presets import presets
 from vtprune.eval.tasks import TASKS
 from vtprune.methods import Method, list_methods
@@ -49,7 +49,7 @@ def _row(name: str, method: type[Method], own: dict[str, Any]) -> dict[str, Any]
     parameters = {field: TypeAdapter(hints[field]).json_schema() for field in fields}
     lists = {field: {"type": "array", "items": parameter, "minItems": 1} for field, parameter in parameters.items()}
     shared = {key: own[key] for key in _SHARED if key != "seeds" or "seed" in fields}
-    lists.pop("seed", None)
+    lists |= {field: own[key] for field, key in LISTS.items() if key in shared}
     grid = {"grid": {"type": "object", "properties": lists, "additionalProperties": False}}
     summary = inspect.getdoc(method).splitlines()[0]
     return _mapping({"name": {"const": name}, **parameters, **shared, **grid}, ["name"]) | {"description": summary}

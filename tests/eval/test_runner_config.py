@@ -60,6 +60,17 @@ def test_a_grid_of_parameters_counts_of_tokens_and_the_methods_own_schedule(tmp_
     assert vtprune.build_method(cells[13].spec).schedule == (0.5, 0.4, 0.3)
 
 
+def test_a_grid_of_budgets_and_seeds_is_the_row_that_lists_them(tmp_path):
+    def cells(row):
+        return expand(load_config(write(tmp_path, methods=[{"name": "random", **row}])))
+
+    grid = {"scope": ["crop", "image"], "seed": [0, 1]}
+    listed = {"grid": {"scope": ["crop", "image"]}, "seeds": [0, 1]}
+    assert cells({"grid": grid | {"keep_ratio": [0.3, 0.2]}}) == cells(listed | {"keep_ratios": [0.3, 0.2]})
+    assert cells({"grid": grid | {"keep_tokens": [8, 4]}}) == cells(listed | {"keep_tokens": [8, 4]})
+    assert len(cells({"grid": grid | {"keep_tokens": [8, 4]}})) - len(cells({"seeds": [0]})) == 8 - 2
+
+
 def test_the_same_cell_twice(tmp_path):
     with pytest.raises(ConfigError, match="the configuration has uniform 0.5 twice"):
         expand(load_config(write(tmp_path, methods=["uniform", "uniform"])))
@@ -162,7 +173,12 @@ def test_defaults_and_overrides(tmp_path):
             {"methods": [{"name": "fastv", "grid": {"layer": [2, 2]}}]},
             "key 'methods.0.grid': expected different values",
         ),
-        ({"methods": [{"name": "random", "grid": {"seed": [2]}}]}, "key 'methods.0.grid': see 'seeds'"),
+        (
+            {"methods": [{"name": "random", "seeds": [1], "grid": {"seed": [2]}}]},
+            "key 'methods.0.grid': seed is given twice, here and as 'seeds'",
+        ),
+        ({"methods": [{"name": "fastv", "grid": {"seed": [2]}}]}, "key 'methods.0.seeds': fastv has no randomness"),
+        ({"methods": [{"name": "fastv", "grid": {"keep_ratio": [2]}}]}, "key 'methods.0': expected less than 1, got 2"),
         ({"methods": [{"name": "mmtok", "keep_ratios": []}]}, "key 'methods.0.keep_ratios': mmtok has no schedule"),
         (
             {"methods": [{"name": "mmtok", "keep_ratios": [0.5], "keep_tokens": [3]}]},

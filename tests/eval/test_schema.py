@@ -69,6 +69,8 @@ GOOD = [
     {"methods": ["random", {"name": "random", "seeds": [0, 1], "keep_tokens": [4]}]},
     {"methods": [{"name": "fastv", "layer": 3, "grid": {"share": [0.5, 0.2]}, "keep_ratios": []}]},
     {"methods": [{"name": "transprune", "layers": [2, 4, 6], "grid": {"schedule": [[0.9, 0.5, 0.1]]}}]},
+    {"methods": [{"name": "fastv", "grid": {"layer": [2, 3], "keep_ratio": [0.5, 0.4]}}]},
+    {"methods": [{"name": "random", "grid": {"seed": [2, 3], "keep_tokens": [5]}}]},
     {"methods": [{"preset": "fastv/llava-1.5-7b/192"}]},
     {"output": "there", "limit": None, "max_new_tokens": 3, "attention": "eager"},
 ]
@@ -86,6 +88,8 @@ BAD = [
     {"methods": [{"name": "fastv", "layer": "two"}]},
     {"methods": [{"name": "fastv", "seeds": [1]}]},
     {"methods": [{"name": "fastv", "grid": {"share": [0.5, 2]}}]},
+    {"methods": [{"name": "fastv", "grid": {"seed": [2]}}]},
+    {"methods": [{"name": "fastv", "grid": {"keep_ratio": [2]}}]},
     {"methods": [{"preset": "fastv/llava-1.5-7b/193"}]},
 ]
 
