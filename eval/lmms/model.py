@@ -6,6 +6,7 @@ Prompts, padding and generation are those of `vtprune eval` (`vtprune.eval.input
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableMessagesTask
-from lmms_eval.utils import simple_parse_args_string
+from lmms_eval.utils import eval_logger, simple_parse_args_string
 from PIL import Image
 from tqdm import tqdm
 
@@ -49,6 +50,19 @@ def _failures_end_the_command() -> Iterator[None]:
             raise SystemExit(2) from error
         traceback.print_exc()
         raise SystemExit(1) from error
+
+
+@functools.cache
+def _end_where_lmms_eval_fails() -> None:
+    """What stops an evaluation elsewhere (a missing data set, a metric), lmms-eval logs, and then exits with 0."""
+
+    def end(message: str) -> None:
+        raise SystemExit(1)
+
+    def stops(record: dict[str, Any]) -> bool:
+        return record["name"] == "lmms_eval.__main__" and record["message"].startswith("Error during evaluation")
+
+    eval_logger.add(end, level="ERROR", filter=stops, catch=False)
 
 
 class VTPrune(lmms):
@@ -79,6 +93,7 @@ class VTPrune(lmms):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> VTPrune:
         """From `--model_args`, and from `--batch_size` and `--device` where those do not say."""
+        _end_where_lmms_eval_fails()
         with _failures_end_the_command():
             besides = {key: value for key, value in (additional_config or {}).items() if value is not None}
             return cls(**besides | simple_parse_args_string(arg_string))

@@ -186,6 +186,25 @@ def test_a_failing_run_does_not_exit_with_0(home, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        ("process_results: !function broken.no_metric", "ZeroDivisionError"),
+        ("dataset_path: no/such/data\ndataset_kwargs: null", "no/such/data"),
+    ],
+    ids=["metric", "data"],
+)
+def test_what_fails_in_lmms_eval_does_not_exit_with_0_either(home, tmp_path, broken, problem):
+    (tmp_path / "broken.yaml").write_text(f"include: {TASK_FOLDER}/digitscenes.yaml\ntask: broken\n{broken}\n")
+    (tmp_path / "broken.py").write_text("def no_metric(doc, results):\n    return 1 / 0\n")
+    model = ["--model", "vtprune", "--model_args", f"pretrained={digitscenes.MODEL_PATH}"]
+    where = ["--include_path", tmp_path, "--output_path", tmp_path / "out", "--limit", 1]
+    done = lmms_eval(home, *model, "--tasks", "broken", *where)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert problem in done.stderr and "Error during evaluation" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_processes(home, lmms_runs, tmp_path):
     """Each answers half of the documents; an odd one makes lmms-eval invent a request, which is not run."""
