@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
 
-from . import models
+from . import families, matrix, models
 from .methods import SPECS, spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate
@@ -49,6 +49,31 @@ def test_no_square_of_attention_is_computed(methods):
     n = models.tokens_per_image(model)
     assert max(eager.squares) > n, "the probe does not see eager attention"
     assert max(pruned.squares, default=0) < n // 2
+
+
+@pytest.mark.parametrize("method", ["vtc_cls", "fastv", "transprune", "lazyllm", "mustdrop"])
+@pytest.mark.parametrize("name", [name for name in families.NAMES if name != "paligemma2"])  # which is always eager
+def test_no_square_of_attention_is_computed_on_any_family(name, method):
+    model = families.shared(name)
+    batch = families.batch(name, model, samples=1)
+    (inputs,) = batch.singles
+    visual = torch.isin(inputs["input_ids"][0], torch.tensor(batch.visual_ids))
+    text = len(visual) - 1 - int(visual.nonzero().max())
+    methods = matrix.spec(method)
+    if method == "mustdrop":
+        methods[0]["similarity"] = None  # merging in the encoder compares patches of a window
+    if matrix.refusal(model, methods) is not None:
+        assert method in matrix.NEEDS_CLS | matrix.REVIVING
+        return
+    with LargestSquare() as unpatched:
+        model(**inputs)
+    with LargestSquare() as eager, attention_of(model, "eager"):
+        model(**inputs)
+    with LargestSquare() as pruned, vtprune.prune(model, methods):
+        model(**inputs)
+    assert unpatched.squares == [] and max(eager.squares) > visual.sum() > 2 * text
+    rows = text if method in ("transprune", "mustdrop") else 1
+    assert 0 < max(pruned.squares) <= 2 * rows  # two queries share a key
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ import torch
 
 import vtprune
 
+from . import families
+from .matrix import CELLS, refusal
+from .matrix import spec as matrix_spec
 from .methods import SPECS, spec
 from .models import batch_of_three
 from .reference import depth, generate
@@ -18,6 +21,16 @@ def kept(report, layers):
     return [[report.kept(sample, layer).tolist() for layer in range(layers)] for sample in range(3)]
 
 
+def global_state():
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def assert_same_state(before, after):
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    np.testing.assert_equal(before[2], after[2])
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_global_random_state_is_untouched_and_unread(gqa, name):
     inputs, seen = batch_of_three(gqa).inputs(), []
@@ -25,16 +38,34 @@ def test_global_random_state_is_untouched_and_unread(gqa, name):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        before = global_state()
         with vtprune.prune(gqa, spec(name)) as session:
             output = generate(gqa, inputs, new_tokens=3)
-        after = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        assert torch.equal(before[0], after[0])
-        assert before[1] == after[1]
-        np.testing.assert_equal(before[2], after[2])
+        assert_same_state(before, global_state())
         seen.append((kept(session.report, depth(gqa)), output.logits))
     assert seen[0][0] == seen[1][0]
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
+
+
+@pytest.mark.parametrize(("name", "media", "method"), CELLS, ids=["-".join(cell) for cell in CELLS])
+@torch.no_grad()
+def test_no_family_brings_chance_in(name, media, method):
+    """The same in the second run, after other global seeds."""
+    model = families.shared(name)
+    if refusal(model, matrix_spec(method)) is not None:
+        return
+    inputs, seen = families.batch(name, model, media=media).inputs, []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        before = global_state()
+        with vtprune.prune(model, matrix_spec(method)) as session:
+            logits = model(**inputs).logits
+        assert_same_state(before, global_state())
+        seen.append((kept(session.report, session.report.depth), logits))
+    assert seen[0][0] == seen[1][0]
+    assert torch.equal(seen[0][1], seen[1][1])
 
 
 def test_random_takes_a_seed(gqa):
