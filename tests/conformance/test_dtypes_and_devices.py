@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Half precision, and weights that accelerate moves about."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 
 import vtprune
 
-from . import models
+from . import families, matrix, models
+from .lazy_reference import separators
+from .matrix import CELLS
 from .methods import MERGING, SPECS, on_every_model, spec
 from .models import batch_of_three
+from .recompute import recompute
 from .reference import assert_recomputed, expected_steps, generate
 
 
@@ -32,6 +38,42 @@ def test_bfloat16(model_name, name):
         got = torch.stack(output.logits, 1)[sample].float()
         # eight bits of mantissa through six or eight layers: alike, not equal
         assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.95
+
+
+@functools.cache
+def half(name):
+    return copy.deepcopy(families.shared(name)).bfloat16()
+
+
+def to_half(inputs):
+    return {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "media", "method"), CELLS, ids=["-".join(cell) for cell in CELLS])
+@torch.no_grad()
+def test_bfloat16_on_every_family(name, media, method):
+    """As many tokens as in float32, and the answer's first logits near those of a recompute without them."""
+    model, exact, methods = half(name), families.shared(name), matrix.spec(method, positions="original")
+    if matrix.refusal(model, methods) is not None:
+        return
+    batch = families.batch(name, model, media=media)
+    with vtprune.prune(model, methods) as session:
+        logits = model(**to_half(batch.inputs)).logits
+    report = session.report
+    with vtprune.prune(exact, methods) as reference:
+        exact(**batch.inputs)
+    for sample, inputs in enumerate(batch.singles):
+        first, layers = batch.first_column(sample), range(report.depth)
+        kept = [report.kept(sample, layer) - first for layer in layers]
+        lines = separators(exact, inputs)  # how many of them go depends on which tokens do
+        for ours, layer in zip(kept, layers, strict=True):
+            theirs = reference.report.kept(sample, layer) - first
+            assert len(set(ours.tolist()) - lines) == len(set(theirs.tolist()) - lines)
+        sources = report.sources(sample, 0) if method in matrix.MERGING else None
+        nothing = torch.empty(0, dtype=torch.long)
+        expected = recompute(model, to_half(inputs), nothing, kept, "original", sources)[-1]
+        assert torch.nn.functional.cosine_similarity(logits[sample, -1].float(), expected.float(), dim=-1) > 0.98
 
 
 @pytest.mark.parametrize("name", SPECS)
