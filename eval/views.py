@@ -3,8 +3,12 @@
 
 A run leaves this beside its results, so that a page can show which tokens were kept without the model or its processor:
 
-    OUTPUT/views/<task>-<fingerprint of the weights>/<index>.jpg    the image; its crops, or a video's frames, abreast
+    OUTPUT/views/<task>-<fingerprint of the weights>/<index>.jpg    what the encoder saw, pictures abreast
     OUTPUT/views/<task>-<fingerprint of the weights>/<index>.json   question, grids and places
+
+The pictures are drawn from the pixels that the encoder was given: an image, or its crops; a mosaic of tiles without the
+padding that the model cuts off; a frame a picture of a video, or two frames, one shining through the other, where they
+share their tokens.
 """
 
 from __future__ import annotations
@@ -13,23 +17,32 @@ import inspect
 import io
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 import vtprune
 from vtprune.adapters.base import Adapter
+from vtprune.adapters.llava_onevision import UNLIMITED
 from vtprune.eval.inputs import chat_inputs
 from vtprune.eval.results import write_atomically
 from vtprune.eval.tasks import Example, Kind
-from vtprune.tokens import Medium
+from vtprune.tokens import Grid, Medium
 
 _HEIGHT = {"image": 336, "video": 128}
 """Pixels of a picture at most."""
+_ALIKE = 8
+"""Mean difference, of 255, up to which tiles put together are taken for what the overview shows."""
+
+Place = list[int] | None
+"""[picture, row, column] of a visual token; None for tokens without a place (CLS, newlines)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,12 @@ class View:
 
     question: str
     kind: Kind
+    widths: list[int]
+    """of each picture, in pixels of the file"""
     grids: list[list[int]]
-    """[rows, columns] of each picture: one of an image, or one a crop; one a frame of a video"""
-    places: list[list[int] | None]
-    """[picture, row, column] of each visual token; None for tokens without a place (CLS, newlines)"""
+    """[rows, columns] of each picture"""
+    places: list[Place]
+    """of each visual token, in the order of the prompt"""
 
 
 def views_folder(output: Path, task: str, weights: str) -> Path:
@@ -51,54 +66,113 @@ def views_folder(output: Path, task: str, weights: str) -> Path:
 
 @torch.inference_mode()
 def write_views(folder: Path, model: Any, processor: Any, examples: Sequence[Example], kind: Kind) -> None:
-    """Writes the views of `examples`; encodes each of them once. Padded tiles have no view."""
+    """Writes the views of `examples`; encodes each of them once. No view where the adapter knows no grid."""
     adapter = vtprune.adapter_for(model)
     folder.mkdir(parents=True, exist_ok=True)
     for index, example in enumerate(examples):
         medium = example.video_path() if kind == "video" else example.image
         inputs = chat_inputs(processor, [medium], [example.question], kind).to(model.device, model.dtype)
-        found = _seen(adapter, processor, medium, inputs, kind)
-        if found is None:
+        seen = _seen(adapter, processor, inputs, kind)
+        if seen is None:
             (folder / f"{index}.json").unlink(missing_ok=True)
             continue
-        pictures, layout = found
-        grids = [[grid.rows, grid.cols] for grid in layout.grids]
-        view = View(example.question, kind, grids, _places(layout))
-        write_atomically(folder / f"{index}.jpg", strip(pictures, _HEIGHT[kind]))
+        images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in seen.pictures]
+        images = level(images, _HEIGHT[kind])
+        view = View(example.question, kind, [image.width for image in images], seen.grids, seen.places)
+        write_atomically(folder / f"{index}.jpg", strip(images))
         write_atomically(folder / f"{index}.json", json.dumps(asdict(view)).encode())
 
 
 def read_views(folder: Path) -> dict[int, tuple[View, Path]]:
     """Index of an example -> its view, and the file with its pictures; empty without the folder."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+    read = {path: json.loads(path.read_bytes()) for path in paths}
+    known = {field.name for field in fields(View)}  # earlier versions wrote others
     return {
-        int(path.stem): (View(**json.loads(path.read_bytes())), path.with_suffix(".jpg"))
-        for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+        int(path.stem): (View(**view), path.with_suffix(".jpg")) for path, view in read.items() if view.keys() == known
     }
 
 
-def _seen(
-    adapter: Adapter, processor: Any, medium: Any, inputs: Any, kind: Kind
-) -> tuple[list[Image.Image], Medium] | None:
-    """The pictures of one image or video and its layout; None where the grids do not lie on the pictures."""
+# -- what the encoder saw ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    pictures: list[Tensor]
+    """(3, height, width) uint8 each"""
+    grids: list[list[int]]
+    places: list[Place]
+
+
+def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | None:
+    """One image or video, which may be several media of a prompt."""
     encode = getattr(adapter.base, f"get_{kind}_features")
     given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
     media = adapter.media(kind, given, encode(**given).pooler_output)
-    if len(media) != 1 or None in media[0].grids:
+    if any(None in medium.grids for medium in media):
         return None
-    (pixels,) = adapter.pixels(kind, given)
-    if pixels.ndim == 2:  # packed patches: of the whole image, resized
-        pictures = [medium.convert("RGB")] if kind == "image" else []
-    else:
-        plain = _denormalised(pixels.float().cpu(), getattr(processor, f"{kind}_processor"))
-        pictures = [Image.fromarray(crop.permute(1, 2, 0).numpy()) for crop in plain.reshape(-1, *pixels.shape[-3:])]
-        # Cells that are not square belong to another part of the image than the picture shows (padding cut off).
-        if any(abs(p.height / g.rows - p.width / g.cols) > 1 for p, g in zip(pictures, media[0].grids, strict=False)):
-            return None
-    return (pictures, media[0]) if len(pictures) == len(media[0].grids) else None
+    seen = _Seen([], [], [])
+    for medium, pixels in zip(media, adapter.pixels(kind, given), strict=True):
+        crops = _unpacked(adapter, medium, pixels) if pixels.ndim == 2 else pixels.reshape(-1, *pixels.shape[-3:])
+        crops = _whole_patches(crops.float().cpu(), _patch(adapter))
+        # An overview, and tiles whose tokens run on from one to another.
+        if kind == "image" and medium.lines is not None and len(medium.grids) > 1:
+            layout, pictures = _one_mosaic(medium), [crops[0], _mosaic(adapter, given, crops)]
+        else:
+            layout, pictures = medium, crops
+        first = len(seen.grids)
+        seen.places.extend(place and [first + place[0], *place[1:]] for place in _places(layout))
+        seen.grids.extend([grid.rows, grid.cols] for grid in layout.grids)
+        seen.pictures.extend(_plain(picture, getattr(processor, f"{kind}_processor")) for picture in pictures)
+    return _assembled(seen) if len(media) > 2 else seen
 
 
-def _denormalised(pixels: torch.Tensor, processor: Any) -> torch.Tensor:
-    """(..., channels, height, width) as the encoder gets them -> uint8."""
+def _unpacked(adapter: Adapter, medium: Medium, patches: Tensor) -> Tensor:
+    """Patches (patches, pixels of some frames) as Qwen's processors pack them -> (grids, 3, height, width).
+
+    Frames that share a grid are averaged; of an image they are the same.
+    """
+    count, grid = len(medium.grids), medium.grids[0]
+    side = _patch(adapter)
+    merged = round((len(patches) / len(medium)) ** 0.5)
+    order = "(t r c i j) (ch f p q) -> t f ch (r i p) (c j q)"
+    sizes = dict(t=count, r=grid.rows, c=grid.cols, i=merged, j=merged, ch=3, p=side, q=side)
+    return rearrange(patches, order, **sizes).float().mean(1)
+
+
+def _one_mosaic(medium: Medium) -> Medium:
+    """The layout with all tiles as one crop, whose rows the newline tokens end."""
+    rows = int(medium.lines.max()) + 1
+    grid = Grid(rows, int((medium.crops > 0).sum()) // rows)
+    return Medium(medium.crops.clamp(max=1), (medium.grids[0], grid), medium.lines)
+
+
+def _mosaic(adapter: Adapter, given: Mapping[str, Any], crops: Tensor) -> Tensor:
+    """What the tiles' tokens show, (3, height, width): the overview (first of crops) and padding are left out."""
+    # Resized features stretch as far as the others, and pixels would not survive it.
+    given = {**given, "vision_aspect_ratio": UNLIMITED}
+    (medium,) = adapter.media("image", given, [])
+    side = _patch(adapter)
+    sizes = dict(p=side, q=side)
+    patches = rearrange(crops, "n ch (r p) (c q) -> n (r c) (ch p q)", **sizes)
+    content = adapter.patch_values("image", given, patches)[medium.crops > 0]
+    rows = _one_mosaic(medium).grids[1].rows
+    return rearrange(content, "(r c) (ch p q) -> ch (r p) (c q)", r=rows, **sizes)
+
+
+def _whole_patches(pixels: Tensor, side: int) -> Tensor:
+    """(..., height, width) without what is left over at the edge, which encoders do not look at."""
+    height, width = (length // side * side for length in pixels.shape[-2:])
+    return pixels[..., :height, :width]
+
+
+def _patch(adapter: Adapter) -> int:
+    side = adapter.vision_config.patch_size
+    return side if isinstance(side, int) else side[0]
+
+
+def _plain(pixels: Tensor, processor: Any) -> Tensor:
+    """(channels, height, width) as the encoder gets them -> uint8."""
     if processor.do_normalize:
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
@@ -107,9 +181,9 @@ def _denormalised(pixels: torch.Tensor, processor: Any) -> torch.Tensor:
     return pixels.round().clamp(0, 255).byte()
 
 
-def _places(layout: Medium) -> list[list[int] | None]:
+def _places(layout: Medium) -> list[Place]:
     seen = [0] * len(layout.grids)
-    places: list[list[int] | None] = []
+    places: list[Place] = []
     for crop in layout.crops.tolist():
         if crop < 0:
             places.append(None)
@@ -121,14 +195,52 @@ def _places(layout: Medium) -> list[list[int] | None]:
     return places
 
 
-def strip(pictures: Sequence[Image.Image], height: int) -> bytes:
-    """JPEG of pictures of one size, side by side, no higher than `height` pixels."""
-    width, full = pictures[0].size
-    scale = min(1, height / full)
-    size = max(1, round(width * scale)), max(1, round(full * scale))
-    strip = Image.new("RGB", (size[0] * len(pictures), size[1]))
-    for index, picture in enumerate(pictures):
-        strip.paste(picture.resize(size, Image.Resampling.LANCZOS), (index * size[0], 0))
+def _assembled(seen: _Seen) -> _Seen:
+    """Tiles of an image as one picture, where the last one is an overview of it.
+
+    Models are not told how the tiles lie, so the overview has to say: put together in the right way, they look like it.
+    """
+    *tiles, overview = seen.pictures
+    if any(tile.shape != tiles[0].shape for tile in tiles) or any(grid != seen.grids[0] for grid in seen.grids):
+        return seen
+    downs = [down for down in range(1, len(tiles) + 1) if len(tiles) % down == 0]
+    wholes = {down: rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=down) for down in downs}
+    unlike = {down: float((_small(whole) - _small(overview)).abs().mean()) for down, whole in wholes.items()}
+    down = min(downs, key=unlike.__getitem__)
+    if unlike[down] > _ALIKE:  # crops that are no tiles
+        return seen
+    across, (rows, cols) = len(tiles) // down, seen.grids[0]
+
+    def moved(picture: int, row: int, col: int) -> list[int]:
+        if picture == len(tiles):
+            return [1, row, col]
+        return [0, picture // across * rows + row, picture % across * cols + col]
+
+    grids = [[down * rows, across * cols], [rows, cols]]
+    return _Seen([wholes[down], overview], grids, [place and moved(*place) for place in seen.places])
+
+
+def _small(picture: Tensor) -> Tensor:
+    return interpolate(picture[None].float(), (16, 16), mode="bilinear", antialias=True)
+
+
+# -- pictures abreast -------------------------------------------------------------------------------------------------
+
+
+def level(pictures: Sequence[Image.Image], height: int) -> list[Image.Image]:
+    """The pictures at one height, that of the highest, but no more than `height` pixels."""
+    height = min(height, max(picture.height for picture in pictures))
+    widths = [max(1, round(picture.width * height / picture.height)) for picture in pictures]
+    return [p.resize((width, height), Image.Resampling.LANCZOS) for p, width in zip(pictures, widths, strict=True)]
+
+
+def strip(pictures: Sequence[Image.Image]) -> bytes:
+    """JPEG of pictures of one height, side by side."""
+    strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width
     file = io.BytesIO()
     strip.save(file, "JPEG", quality=88)
     return file.getvalue()

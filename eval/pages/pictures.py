@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from markupsafe import Markup
@@ -14,7 +15,7 @@ from PIL import Image
 from vtprune.errors import VTPruneError
 from vtprune.eval.finished import Comparison
 from vtprune.eval.tasks import TASKS, Example, Kind
-from vtprune.eval.views import View, strip
+from vtprune.eval.views import View, level, strip
 
 _THUMBNAIL = {"image": 160, "video": 80}
 """Pixels of height of a small picture, or of each of the frames that stand for a video."""
@@ -29,10 +30,11 @@ class Picture:
 
     def draw(self, title: str, over: Markup | str = "") -> Markup:
         """SVG of it. `title` is what is said of it to those who cannot see it; `over` what is drawn on it."""
+        shape = " wide" if self.width > 1.5 * self.height else ""
         return Markup(
-            '<svg class="picture" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
+            '<svg class="picture{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
             '<use href="#{}"/>{}</svg>'
-        ).format(self.width, self.height, self.width, self.height, title, self.name, over)
+        ).format(shape, self.width, self.height, self.width, self.height, title, self.name, over)
 
 
 class Album:
@@ -62,8 +64,7 @@ class Album:
 
 def seams(view: View, picture: Picture) -> Markup:
     """Lines between the frames of a video, or the crops of an image."""
-    width = picture.width / len(view.grids)
-    lines = "".join(f"M{number * width:.5g} 0v{picture.height}" for number in range(1, len(view.grids)))
+    lines = "".join(f"M{left} 0v{picture.height}" for left in accumulate(view.widths[:-1]))
     return Markup('<path class="seams" d="{}"/>').format(lines) if lines else Markup("")
 
 
@@ -71,13 +72,13 @@ def dimmed(view: View, kept: Iterable[int], picture: Picture) -> Markup:
     """A path over the places of the visual tokens that were dropped."""
     alive = set(kept)
     dark = {tuple(place) for token, place in enumerate(view.places) if place is not None and token not in alive}
-    width = picture.width / len(view.grids)
+    lefts = accumulate(view.widths, initial=0)
     strokes = []
-    for number, (rows, cols) in enumerate(view.grids):
+    for number, (left, width, (rows, cols)) in enumerate(zip(lefts, view.widths, view.grids, strict=False)):
         across, down = width / cols, picture.height / rows
         for row in range(rows):
             for start, end in _runs([(number, row, col) in dark for col in range(cols)]):
-                x, y, length = number * width + start * across, row * down, (end - start) * across
+                x, y, length = left + start * across, row * down, (end - start) * across
                 strokes.append(f"M{x:.5g} {y:.5g}h{length:.5g}v{down:.5g}h{-length:.5g}z")
     return Markup('<path class="dropped" d="{}"/>').format("".join(strokes))
 
@@ -128,7 +129,7 @@ class Thumbnails:
             return None
         if index not in self._made:
             try:
-                self._made[index] = self._album.add(strip(self._pictures(index), _THUMBNAIL[self._kind]))
+                self._made[index] = self._album.add(strip(level(self._pictures(index), _THUMBNAIL[self._kind])))
             except (OSError, ValueError):  # a file that is gone or damaged: the page does without it
                 self._made[index] = None
         return self._made[index]
