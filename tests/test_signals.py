@@ -153,8 +153,8 @@ def test_attention_rows_inside_the_llm(name):
     model, eager = models.shared(name), models.shared(name, "eager")
     batch = batch_of_three(model)
     inputs = batch.inputs()
-    last, question = LastQueryAttention(1), InstructionAttention()
-    run(model, batch, InsideProbe(requests=(last, question)))
+    last, question, end = LastQueryAttention(1), InstructionAttention(), InstructionAttention(last_only=True)
+    run(model, batch, InsideProbe(requests=(last, question, end)))
     _, signals = SEEN[0]
     attentions = eager(**inputs, output_attentions=True).attentions
     for sample, columns in enumerate(visual_columns(inputs)):
@@ -164,6 +164,8 @@ def test_attention_rows_inside_the_llm(name):
         rows = slice(int(columns[-1]) + 1, None)
         expected = attentions[2][sample].mean(0)[rows][:, columns].mean(0)
         torch.testing.assert_close(signals[question][sample, :n], expected, atol=1e-5, rtol=0)
+        expected = attentions[2][sample, :, -1, columns].mean(0)
+        torch.testing.assert_close(signals[end][sample, :n], expected, atol=1e-5, rtol=0)
         assert not signals[question][sample, n:].any()
 
 

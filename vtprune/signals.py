@@ -121,6 +121,9 @@ class InstructionAttention:
     """(groups, tokens): attention of the text after the last visual token over the visual tokens, averaged over heads
     and rows, in the decoder layer that runs next."""
 
+    last_only: bool = False
+    """Instead, the row of the prompt's last token alone."""
+
 
 @dataclass(frozen=True)
 class TextAttention:

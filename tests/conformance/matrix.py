@@ -29,16 +29,25 @@ METHODS["holitom + transprune"] = [
     METHODS["holitom"][0] | {"keep_ratio": 0.6},
     {"name": "transprune", "keep_ratio": 0.5},
 ]
-MERGING = {"pool", "holitom", "holitom + transprune", "aim", "progressive_pooling", "adaptive_pool", "bvllm_merge"}
+MERGING = {
+    "pool",
+    "visionzip",
+    "holitom",
+    "holitom + transprune",
+    "aim",
+    "progressive_pooling",
+    "adaptive_pool",
+    "bvllm_merge",
+}
 """What averages features, so that a recompute has to average, too."""
 COMPACT_ONCE = {"aim"}
 """What keeps positions inside the LLM however they were renumbered before it."""
 REVIVING = {"lazyllm"}
 """What chooses again while decoding, with original positions only, and what must be refused where a decoder layer has a
 sliding window."""
-NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim", "mustdrop"}
+NEEDS_CLS = {"vtc_cls", "fastervlm", "token_correlation", "glsim", "visionzip", "mustdrop"}
 """What must be refused where the encoder has no CLS token."""
-NEEDS_ENCODER_ATTENTION = {"holitom", "holitom + transprune", "recoverable"}
+NEEDS_ENCODER_ATTENTION = {"holitom", "holitom + transprune", "recoverable", "vispruner"}
 """What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 

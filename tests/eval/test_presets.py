@@ -24,6 +24,7 @@ BY_HAND = {
     "vtc_cls/llava-1.5-7b/128": ({0: 128}, 0.605),
     "transprune/llava-1.5-7b/high": ({0: 576, 7: 504, 9: 360, 12: 72}, 1.0),
     "holitom/llava-onevision-7b/10%": ({0: 640, 18: 320}, 0.991),
+    "visionzip/llava-1.5-7b/64": ({0: 64}, 0.932),
     "aim/llava-1.5-7b/252": ({0: 252, 14: 220, 15: 189, 17: 126, 20: 31, 21: 0}, 0.586),
 }
 """Copied from the papers by hand a second time: some of the decoder layers, and the number that is printed."""

@@ -114,6 +114,7 @@ LEFT_OUT = {
     "aim",
     "mustdrop",
     "lazyllm",
+    "pdrop",
     "ltp",
     "textmonkey",
     "bvllm_merge",
@@ -122,6 +123,9 @@ LEFT_OUT = {
     "token_correlation",
     "recoverable",
     "glsim",
+    "vispruner",
+    "visionzip",
+    "fastervlm",
 }
 """What is for videos, or not worth the minutes of a quickstart."""
 

@@ -88,6 +88,14 @@ def one_per_group(features: Tensor, budget: int, **facts) -> VisualTokens:
     )
 
 
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, (1, tokens, head_dim) each, for positions (tokens,)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = positions[:, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[None]
+    return angles.cos(), angles.sin()
+
+
 def kept(method, tokens: VisualTokens) -> Tensor:
     """Ascending indices of the tokens that a method keeps of a single group."""
     return method.select(tokens).keep[0].nonzero()[:, 0]
@@ -110,6 +118,7 @@ from . import (  # noqa: E402 (they register themselves)
     aim,  # noqa: F401
     bvllm,  # noqa: F401
     divprune,  # noqa: F401
+    fastervlm,  # noqa: F401
     fastv,  # noqa: F401
     glsim,  # noqa: F401
     holitom,  # noqa: F401
@@ -117,8 +126,11 @@ from . import (  # noqa: E402 (they register themselves)
     mmtok,  # noqa: F401
     mmtok_qwen,  # noqa: F401
     mustdrop,  # noqa: F401
+    pdrop,  # noqa: F401
     recoverable,  # noqa: F401
     textmonkey,  # noqa: F401
     transprune,  # noqa: F401
+    visionzip,  # noqa: F401
+    vispruner,  # noqa: F401
     vtccls,  # noqa: F401
 )

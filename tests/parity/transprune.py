@@ -13,7 +13,7 @@ from vtprune.ops.transition import token_transition
 from vtprune.signals import InstructionAttention, RowContext, decoder_attention_rows
 from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, kept, one_group, recording, same
+from . import Vector, close, handles, kept, one_group, recording, rotary, same
 
 
 @handles("transprune_ttv_*")
@@ -25,13 +25,6 @@ def transition(v: Vector) -> None:
     # The default softmax is over each sample alone: what a batch of one gives.
     singles = [token_transition(x[None], y[None], reference_quirks=True)[0] for x, y in zip(*attention, strict=True)]
     close(token_transition(*attention), torch.stack(singles))
-
-
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    frequencies = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
-    angles = positions[:, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)[None]
-    return angles.cos(), angles.sin()
 
 
 @handles("transprune_stage*")

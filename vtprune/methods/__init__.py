@@ -26,6 +26,7 @@ from vtprune.methods.base import (
 )
 from vtprune.methods.bvllm_merge import BVLLMMerge
 from vtprune.methods.divprune import DivPrune
+from vtprune.methods.fastervlm import FasterVLM
 from vtprune.methods.fastv import FastV
 from vtprune.methods.glsim import GLSim
 from vtprune.methods.holitom import HoliTom
@@ -33,6 +34,7 @@ from vtprune.methods.lazyllm import LazyLLM
 from vtprune.methods.ltp import LTP
 from vtprune.methods.mmtok import MMTok
 from vtprune.methods.mustdrop import MustDrop
+from vtprune.methods.pdrop import PyramidDrop
 from vtprune.methods.pool import Pool
 from vtprune.methods.progressive_pooling import ProgressivePooling
 from vtprune.methods.random import Random
@@ -42,6 +44,8 @@ from vtprune.methods.token_correlation import TokenCorrelation
 from vtprune.methods.transprune import TransPrune
 from vtprune.methods.uniform import Uniform
 from vtprune.methods.uniform_frames import UniformFrames
+from vtprune.methods.visionzip import VisionZip
+from vtprune.methods.vispruner import VisPruner
 from vtprune.methods.vtc_cls import VTCCls
 from vtprune.methods.zero import Zero
 
@@ -54,6 +58,7 @@ __all__ = [
     "Composite",
     "DivPrune",
     "FastV",
+    "FasterVLM",
     "GLSim",
     "HoliTom",
     "InEncoder",
@@ -66,6 +71,7 @@ __all__ = [
     "Pool",
     "Progressive",
     "ProgressivePooling",
+    "PyramidDrop",
     "Random",
     "Recoverable",
     "Reviving",
@@ -76,6 +82,8 @@ __all__ = [
     "Uniform",
     "UniformFrames",
     "VTCCls",
+    "VisPruner",
+    "VisionZip",
     "Zero",
     "build_method",
     "build_methods",
@@ -99,6 +107,8 @@ def register_method(method: type[Method]) -> type[Method]:
 
 for _method in (
     VTCCls,
+    FasterVLM,
+    VisPruner,
     TransPrune,
     MMTok,
     DivPrune,
@@ -108,6 +118,7 @@ for _method in (
     MustDrop,
     LTP,
     LazyLLM,
+    PyramidDrop,
     TextMonkey,
     ProgressivePooling,
     AdaptivePool,
@@ -115,6 +126,7 @@ for _method in (
     TokenCorrelation,
     Recoverable,
     GLSim,
+    VisionZip,
     Random,
     Uniform,
     UniformFrames,

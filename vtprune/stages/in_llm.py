@@ -251,7 +251,7 @@ class InLLMStage:
             return groups.gather(share / self.call.length if request.of_padded else share)
         if isinstance(request, InstructionAttention):
             layer = self.adapter.decoder_layers[i]
-            rows, valid = self._text_rows(last_only=False)
+            rows, valid = self._text_rows(last_only=request.last_only)
             inner = layer.input_layernorm(hidden)
             queries = layer.self_attn.q_proj(take_columns(inner, rows))
             keys = layer.self_attn.k_proj(inner)

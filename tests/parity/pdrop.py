@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+
+from vtprune import PyramidDrop
+from vtprune.signals import RowContext, decoder_attention_rows
+from vtprune.tokens import ModelShape
+
+from . import Vector, handles, kept, one_group, rotary, same
+
+
+@handles("pdrop_*")
+def stage(v: Vector) -> None:
+    ratios, index = v["ratios"].tolist(), v["stage"]
+    method = PyramidDrop(layers=tuple(range(1, len(ratios))), schedule=tuple(ratios[1:]))
+    assert method.positions == "compact"
+    shape = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
+    width = v["out"].shape[1]
+    for sample, mask in enumerate(v["attention_mask"]):
+        length, start, original = int(mask.sum()), int(v["image_start"][sample]), int(v["image_tokens"][sample])
+        features, after = v["features"][sample, :length], torch.arange(length)
+        if start >= 0:
+            n = length - int(v["prompt_len"][sample])
+            assert n == int(original * ratios[index])
+            counts = method.budgets(shape, torch.tensor([original]), torch.tensor([1]))
+            image = slice(start, start + n)
+            (request,) = method.signals(shape)
+            weights = last_row(v, features, v["position_ids"][sample, :length])[None, image]
+            tokens = one_group(features[image], int(counts[index, 0]), {request: weights}, shape, layer=index + 1)
+            chosen = kept(method, tokens) + start
+            after = torch.cat((after[:start], chosen, after[image.stop :]))
+        # Shorter samples are filled up on the right; here they never enter a batch.
+        same(v["out_mask"][sample].nonzero()[:, 0], torch.arange(len(after)))
+        same(v["out"][sample, : len(after)], features[after])
+        same(v["out_position_ids"][sample], torch.arange(width).masked_fill(~v["out_mask"][sample], 0))
+
+
+def last_row(v: Vector, features: Tensor, positions: Tensor) -> Tensor:
+    """(tokens,) attention of the last of them, mean over heads; features (tokens, dim)."""
+    length, dim = features.shape
+    head_dim = dim // v["heads"]
+    context = RowContext(
+        attention=SimpleNamespace(scaling=head_dim**-0.5),
+        head_dim=head_dim,
+        rope=rotary(positions, head_dim, 10000.0),
+        real=torch.ones(1, length, dtype=torch.bool),
+        past_keys=None,
+        past_real=None,
+    )
+    normed = rms_norm(features, (dim,), v["norm_w"], 1e-6)[None]
+    queries, keys = linear(normed[:, -1:], v["q_w"]), linear(normed, v["k_w"])
+    return decoder_attention_rows(queries, keys, torch.tensor([[length - 1]]), context).mean(1)[0, 0]

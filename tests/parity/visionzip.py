@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from vtprune.methods import VisionZip
+from vtprune.ops.attention import attention_rows
+from vtprune.ops.contextual_merging import head_mean
+from vtprune.ops.mosaic import mosaic_order
+from vtprune.signals import ClsAttention, EncoderKeys
+from vtprune.tokens import ModelShape
+
+from . import Vector, close, handles, one_per_group, same
+
+SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
+
+
+@handles("visionzip_d*", "visionzip_odd49", "visionzip_c1")
+def through_the_method(v: Vector) -> None:
+    """The reference counts CLS, puts it first and contextual tokens last."""
+    attention, hidden, metric = v["cls_attn"], v["hidden"], v["metric"][:, 1:]
+    dominant, contextual = v["dominant"] - 1, v["contextual"]
+    budget = dominant + contextual
+    signals = {
+        ClsAttention((22,)): attention[:, None],
+        EncoderKeys(22): metric.repeat(1, 1, attention.shape[1]),
+    }
+    tokens = one_per_group(hidden[:, 1:], budget, signals=signals, shape=SHAPE)
+    method = VisionZip(keep_tokens=budget, contextual_share=contextual / budget, reference_quirks=True)
+    sane = VisionZip(keep_tokens=budget, contextual_share=contextual / budget).select(tokens)
+    selection = method.select(tokens)
+    assert torch.equal(selection.keep, sane.keep) and torch.equal(selection.sources, sane.sources)
+    for group, features in enumerate(selection.features):
+        keep = selection.keep[group]
+        assert int(keep.sum()) == budget
+        chosen = v["all_indices_sorted"][group, 1:] - 1
+        assert bool(keep[chosen].all())
+        others = keep.index_fill(0, chosen, False)
+        close(torch.cat((hidden[group, :1], features[chosen], features[others])), v["out"][group], atol=1e-6)
+        for place in others.nonzero()[:, 0].tolist():
+            members = hidden[group, 1:][sane.sources[group] == place]
+            close(sane.features[group, place], members.mean(0), rtol=1e-4, atol=1e-6)
+
+
+@handles("visionzip_keymetric")
+def attention_and_keys(v: Vector) -> None:
+    queries, keys = (linear(v["x"], v[f"{name}_w"], v[f"{name}_b"]) for name in "qk")
+    close(head_mean(keys, v["heads"]), v["metric"], rtol=1e-4, atol=1e-6)
+    queries, keys = (t.unflatten(-1, (v["heads"], -1)).transpose(1, 2) for t in (queries, keys))
+    rows = attention_rows(queries[:, :, :1], keys, scale=keys.shape[-1] ** -0.5)
+    close(rows[:, :, 0, 1:], v["cls_attn"], rtol=1e-4, atol=1e-6)
+
+
+@handles("visionzip_anyres")
+def tiles(v: Vector) -> None:
+    """Dominant patches in the order of the mosaic, as ours are; then what the reference puts after them."""
+    features, patches = v["tile_features"], v["all_indices"].sort(1).values[:, 1:] - 1
+    crops = torch.arange(1, len(features) + 1)[:, None].expand_as(patches).flatten()
+    order = mosaic_order(crops, patches.flatten(), v["grid_w"], 24)
+    count = patches.shape[1]
+    parts: tuple[Tensor, ...] = (features[:, 1 : count + 1], features[:, :1], features[:, count + 1 :])
+    patched, cls, contextual = (part.flatten(0, 1) for part in parts)
+    same(torch.cat((patched[order], cls, contextual)), v["out"])

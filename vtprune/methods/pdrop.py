@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyramidDrop: halves the visual tokens at the end of every stage of the LLM, by the last token's attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vtprune.methods.base import Progressive, Scorer, Share
+from vtprune.signals import InstructionAttention
+from vtprune.tokens import ModelShape, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Scorer, Progressive):
+    """Drops visual tokens in stages by the attention of the prompt's last token (arXiv 2410.17247).
+
+    Stage: inside the LLM. The score of a token is the attention that the last token pays to it in the layer that runs
+    next, averaged over heads. Positions are renumbered after every stage, as in the reference.
+    Deviations: attention is in float32; grouped-query attention, padding on either side, and several images, which
+    compete with one another, work; of equally good tokens the earlier stays. The reference's training, which drops
+    tokens as well, is not here.
+
+    Fields
+        layers: cuts on the input of these decoder layers, 0-based, ascending; default None: (8, 16, 24) of 32 layers,
+            rescaled to the model's depth.
+        schedule: share of the entering visual tokens alive after each cut, in [0, 1], not increasing; default (0.5,
+            0.25, 0.125). With a budget it is scaled to meet it.
+    """
+
+    name: ClassVar[str] = "pdrop"
+    signal: ClassVar[str] = "attention in the LLM"
+    paper: ClassVar[str] = "arXiv 2410.17247"
+
+    layers: tuple[int, ...] | None = None
+    schedule: tuple[Share, ...] = (0.5, 0.25, 0.125)
+    positions: Literal["original", "compact"] = "compact"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(self.layers, (8, 16, 24), shape)
+
+    def shares(self) -> tuple[float, ...]:
+        return self.schedule
+
+    def signals(self, shape: ModelShape):
+        return (InstructionAttention(last_only=True),)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        return tokens[InstructionAttention(last_only=True)]

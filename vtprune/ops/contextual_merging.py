@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of an image beside its salient tokens, summed up by tokens at an even stride."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune.ops.density_peaks import merge_clusters
+
+
+def head_mean(keys: Tensor, heads: int) -> Tensor:
+    """Keys averaged over the attention heads: ``(..., heads * head_dim)`` -> ``(..., head_dim)`` float32."""
+    return keys.float().unflatten(-1, (heads, -1)).mean(-2)
+
+
+def merge_contextual(
+    features: Tensor,
+    keys: Tensor,
+    salient: Tensor,
+    valid: Tensor,
+    counts: Tensor,
+    *,
+    reference_quirks: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the tokens that are not salient into some of them (VisionZip, arXiv 2412.04467).
+
+    Of the ``n`` tokens that are not salient, every ``n // count``-th is a centre, from the first on, until there are
+    ``count``; each other one joins the centre whose key is most like its own in cosine, the first of equals. A centre
+    becomes the mean of all that joined it and itself. A zero key is like nothing and joins the first centre.
+
+    Args:
+        features: ``(groups, tokens, dim)``.
+        keys: ``(groups, tokens, key_dim)``.
+        salient: ``(groups, tokens)`` bool, tokens that stay as they are.
+        valid: ``(groups, tokens)`` bool.
+        counts: ``(groups,)`` long, centres of each group, at least 0; no more than there are tokens are made. Without
+            any, what is not salient is dropped.
+        reference_quirks: a centre is itself plus the mean of those that joined it, and so about twice as long.
+
+    Returns:
+        keep: ``(groups, tokens)`` bool, salient tokens and centres.
+        features: the same with those of the centres replaced.
+        sources: ``(groups, tokens)`` long, the kept token that each went into; -1 for dropped ones and padding.
+    """
+    rest = valid & ~salient
+    left = rest.sum(1)
+    counts = torch.minimum(counts.to(left), left)
+    step = (left // counts.clamp_min(1)).clamp_min(1)[:, None]
+    rank = rest.cumsum(1) - 1
+    centre = rest & (rank % step == 0) & (rank // step < counts[:, None])
+    keep = (valid & salient) | centre
+    own = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    sources = own.masked_fill(~keep, -1)
+    most = int(counts.max()) if len(counts) else 0
+    if most == 0:
+        return keep, features, sources
+
+    places = centre.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
+    present = torch.arange(most, device=keep.device) < counts[:, None]
+    directions = normalize(keys.float(), dim=-1)
+    of_centres = directions.gather(1, places[..., None].expand(-1, -1, directions.shape[-1]))
+    likeness = (directions @ of_centres.mT).masked_fill(~present[:, None], -torch.inf)
+    # A centre that coincides with another one still is a centre of its own.
+    joined = torch.where(centre, centre.cumsum(1) - 1, likeness.argmax(-1))
+    joined = joined.masked_fill(~rest | (counts == 0)[:, None], -1)
+    merged = merge_clusters(features, places, joined, 0.5 if reference_quirks else None)
+    if reference_quirks:
+        sizes = torch.zeros_like(places).scatter_add_(1, joined.clamp_min(0), (joined >= 0).long())
+        merged = torch.where(sizes[..., None] > 1, 2 * merged, merged)
+    group, row = present.nonzero(as_tuple=True)
+    features = features.clone()
+    features[group, places[group, row]] = merged[group, row]
+    return keep, features, torch.where(joined >= 0, places.gather(1, joined.clamp_min(0)), sources)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The important tokens, and of the others those left when the most duplicated ones are taken out again and again."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune.errors import VTPruneError
+
+
+def important_and_distinct(
+    scores: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    budget: Tensor,
+    *,
+    important_ratio: float = 0.5,
+    step: int = 8,
+) -> Tensor:
+    """Keep the best tokens by score, and fill the budget with what duplicates least (VisPruner, arXiv 2412.01818).
+
+    ``floor(budget * important_ratio)`` tokens stay for their score. The others stand in a list by falling score. While
+    too many are left, each at an even place is compared with all at odd places; the up to ``step`` with the most
+    similar partner (cosine) go, and the list becomes the survivors of the even places, most similar first, followed by
+    the odd places in their order.
+
+    Deviations: a list of odd length is split with the longer half at the even places, and never more go than there are
+    odd places; the reference fails in either case. Of equal scores the lower index comes first, of equal similarities
+    the earlier place.
+
+    Args:
+        scores: ``(groups, tokens)``, higher is more important.
+        features: ``(groups, tokens, dim)``.
+        valid: ``(groups, tokens)`` bool; a token outside is never kept.
+        budget: ``(groups,)`` long, at least 0; a budget above the number of valid tokens keeps them all.
+        important_ratio: share of the budget, in ``[0, 1]``.
+        step: tokens that go at a time, at least 1.
+
+    Returns:
+        ``(groups, tokens)`` bool.
+
+    Raises:
+        VTPruneError: a score or feature of a valid token is NaN or infinite.
+    """
+    groups = torch.arange(len(valid), device=valid.device).unsqueeze(1)
+    scores = scores.float().masked_fill(~valid, -torch.inf)
+    features = features.float().masked_fill(~valid.unsqueeze(2), 0.0)
+    if not (scores[valid].isfinite().all() and features.isfinite().all()):
+        raise VTPruneError("scores or features hold NaN or infinite values: tokens cannot be ranked")
+    directions = normalize(features, dim=2, eps=1e-8)
+    similarity = directions @ directions.transpose(1, 2)
+
+    lengths = valid.sum(1)
+    budget = torch.minimum(budget.to(lengths.device), lengths)
+    important = torch.tensor([int(k * important_ratio) for k in budget.tolist()], device=lengths.device).long()
+    # Padding has the lowest scores, so it stands at the end of the list.
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(order.shape[1], device=order.device)
+    kept = torch.zeros_like(valid).scatter(1, order, ranks < important.unsqueeze(1))
+
+    wanted = budget - important
+    left = torch.where(wanted > 0, lengths - important, 0)
+    # A list that goes round names no token twice, whatever stands behind its `left` first entries.
+    rest = order.gather(1, (important.unsqueeze(1) + ranks) % max(len(ranks), 1))
+    while bool((left > wanted).any()):
+        rest = rest[:, : int(left.max())]
+        going = torch.minimum((left - wanted).clamp(max=step), left // 2).unsqueeze(1)
+        evens, odds = ((left + 1) // 2).unsqueeze(1), (left // 2).unsqueeze(1)
+        even, odd = rest[:, 0::2], rest[:, 1::2]
+        even_ranks, odd_ranks = ranks[: even.shape[1]], ranks[: odd.shape[1]]
+        partner = similarity[groups.unsqueeze(2), even.unsqueeze(2), odd.unsqueeze(1)]
+        partner = partner.masked_fill((odd_ranks >= odds).unsqueeze(1), -torch.inf).amax(2)
+        partner = partner.masked_fill(even_ranks >= evens, -torch.inf)
+        even = even.gather(1, partner.argsort(dim=1, descending=True, stable=True))
+        alive = torch.cat(((even_ranks >= going) & (even_ranks < evens), odd_ranks < odds), dim=1)
+        rest = torch.cat((even, odd), dim=1).gather(1, (~alive).long().argsort(dim=1, stable=True))
+        left = left - going.squeeze(1)
+    stays = ranks[: rest.shape[1]] < left.unsqueeze(1)
+    return kept.scatter(1, rest, kept.gather(1, rest) | stays)
