@@ -111,6 +111,7 @@ def test_what_is_wrong_with_a_value_set_on_the_command_line(tmp_path, assignment
 LEFT_OUT = {
     "uniform_frames",
     "holitom",
+    "vidcom2",
     "aim",
     "mustdrop",
     "lazyllm",

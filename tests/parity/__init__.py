@@ -130,6 +130,7 @@ from . import (  # noqa: E402 (they register themselves)
     recoverable,  # noqa: F401
     textmonkey,  # noqa: F401
     transprune,  # noqa: F401
+    vidcom2,  # noqa: F401
     visionzip,  # noqa: F401
     vispruner,  # noqa: F401
     vtccls,  # noqa: F401

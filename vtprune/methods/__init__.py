@@ -44,6 +44,7 @@ from vtprune.methods.token_correlation import TokenCorrelation
 from vtprune.methods.transprune import TransPrune
 from vtprune.methods.uniform import Uniform
 from vtprune.methods.uniform_frames import UniformFrames
+from vtprune.methods.vidcom2 import VidCom2
 from vtprune.methods.visionzip import VisionZip
 from vtprune.methods.vispruner import VisPruner
 from vtprune.methods.vtc_cls import VTCCls
@@ -82,6 +83,7 @@ __all__ = [
     "Uniform",
     "UniformFrames",
     "VTCCls",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "Zero",
@@ -114,6 +116,7 @@ for _method in (
     DivPrune,
     FastV,
     HoliTom,
+    VidCom2,
     AIM,
     MustDrop,
     LTP,

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is particular about a token of a video: among all its tokens, and among those of its frame."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from vtprune.errors import VTPruneError
+
+WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+"""Of the Gaussians whose sum tells how near two directions are."""
+
+TEMPERATURE = 0.01
+
+
+def steady_channels(features: Tensor) -> Tensor:
+    """The half of the channels that varies least over all tokens, the lower index first of equals, at least one.
+
+    ``(tokens, dim)`` -> ``(max(dim // 2, 1),)`` long, ascending.
+    """
+    variance = features.float().var(0, correction=0)
+    return variance.argsort(stable=True)[: max(len(variance) // 2, 1)].sort().values
+
+
+def nearness(features: Tensor, centres: Tensor) -> Tensor:
+    """Sum of Gaussians of the distance, ``(..., dim)`` twice -> ``(...)``: ``len(WIDTHS)`` for what coincides."""
+    squares = (features - centres).square().sum(-1)
+    return torch.stack([(-squares / (2 * width)).exp() for width in WIDTHS]).sum(0)
+
+
+def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """How near each token is to the mean of the video, and to that of its frame (VidCom2, arXiv 2505.14454).
+
+    Both are taken between directions, over the channels that vary least.
+
+    Args:
+        features: ``(tokens, dim)``, at least one token.
+        frames: ``(tokens,)`` long, the frame of each, numbered from 0 without gaps.
+
+    Returns:
+        ``(tokens,)`` float32 each.
+
+    Raises:
+        VTPruneError: a feature is NaN or infinite.
+    """
+    if not features.isfinite().all():
+        raise VTPruneError("features hold NaN or infinite values: no token can be called common")
+    directions = normalize(features.float()[:, steady_channels(features)], dim=-1)
+    # A product instead of a scattered sum, whose order an accelerator leaves to chance.
+    members = one_hot(frames).T.to(directions)
+    means = members @ directions / members.sum(1, keepdim=True)
+    return nearness(directions, directions.mean(0)), nearness(directions, means[frames])
+
+
+def frame_shares(common: Tensor, frames: Tensor) -> Tensor:
+    """Share of its tokens that each frame keeps, more if it is less like the rest of the video (VidCom2).
+
+    Args:
+        common: ``(tokens,)``, nearness to the mean of the video.
+        frames: ``(tokens,)`` long, as in :func:`commonness`.
+
+    Returns:
+        ``(frames,)``, as multiples of the share that is kept of the video, whose average they have: one plus what a
+        sharp softmax gives a frame above its average.
+    """
+    members = one_hot(frames).T.to(common)
+    lead = (-(members @ common) / members.sum(1) / TEMPERATURE).softmax(0)
+    return 1 + lead - lead.mean()
+
+
+def least_per_frame(scores: Tensor, frames: Tensor, counts: Tensor) -> Tensor:
+    """Mark the tokens of the lowest score in each frame, the lower index first of equals.
+
+    Args:
+        scores: ``(tokens,)``.
+        frames: ``(tokens,)`` long, numbered from 0 without gaps.
+        counts: ``(frames,)`` long, how many of each.
+
+    Returns:
+        ``(tokens,)`` bool.
+    """
+    order = scores.argsort(stable=True)
+    order = order[frames[order].argsort(stable=True)]
+    sizes = frames.bincount(minlength=len(counts))
+    first = sizes.cumsum(0) - sizes
+    sorted_frames = frames[order]
+    rank = torch.arange(len(order), device=order.device) - first[sorted_frames]
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[order] = rank < counts.to(rank)[sorted_frames]
+    return keep
