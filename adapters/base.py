@@ -73,7 +73,7 @@ class Adapter(ABC):
 
     @property
     def language_model(self) -> nn.Module:
-        """The decoder, called with `inputs_embeds`; has `layers` and `rotary_emb`."""
+        """The decoder, called with `inputs_embeds`; has `layers`, `norm` and `rotary_emb`."""
         return self.model.get_decoder()
 
     @property

@@ -21,7 +21,9 @@ from vtprune.signals import (
     EncoderFeatures,
     EncoderKeys,
     InstructionAttention,
+    KeyNorms,
     LastQueryAttention,
+    NormedStates,
     TextEmbeddings,
     Transition,
 )
@@ -167,6 +169,27 @@ def test_attention_rows_inside_the_llm(name):
         expected = attentions[2][sample, :, -1, columns].mean(0)
         torch.testing.assert_close(signals[end][sample, :n], expected, atol=1e-5, rtol=0)
         assert not signals[question][sample, n:].any()
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "siglip"])
+def test_normed_states_and_lengths_of_keys(name):
+    """Keys as the cache of the unpruned model holds them; the last prompt ends with its image."""
+    model = models.shared(name)
+    batch = prompts(model, "tItttt", "ttIttItttttt", "ttI")
+    inputs = batch.inputs()
+    run(model, batch, InsideProbe(requests=(NormedStates(), KeyNorms())))
+    (states, text_states), (norms, text_norms) = SEEN[0][1].values()
+    plain = model(**inputs, use_cache=True, output_hidden_states=True)
+    expected = model.model.language_model.norm(plain.hidden_states[2])
+    lengths = plain.past_key_values.layers[1].keys.abs().sum((1, 3))
+    for sample, columns in enumerate(visual_columns(inputs)):
+        n, text = len(columns), slice(int(columns[-1]) + 1, None)
+        torch.testing.assert_close(states[sample, :n], expected[sample, columns], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(norms[sample, :n], lengths[sample, columns], atol=1e-3, rtol=1e-4)
+        real = text_norms[sample] >= 0
+        assert int(real.sum()) == [4, 6, 0][sample]
+        torch.testing.assert_close(text_states[sample, real], expected[sample, text], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(text_norms[sample, real], lengths[sample, text], atol=1e-3, rtol=1e-4)
 
 
 def test_attention_rows_on_a_kept_cache_share_their_mass_with_it():

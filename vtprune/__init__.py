@@ -17,6 +17,7 @@ from vtprune.errors import (
 )
 from vtprune.methods import (
     AIM,
+    DART,
     LTP,
     AdaptivePool,
     AfterPrefill,
@@ -72,6 +73,7 @@ __all__ = [
     "BudgetError",
     "Composite",
     "ConfigError",
+    "DART",
     "DivPrune",
     "FastV",
     "FasterVLM",

@@ -85,12 +85,14 @@ class EncoderOutput:
 
     layer: int
     """0-based encoder layer."""
+    normalised: bool = False
+    """After CLIP's last normalisation, whatever the layer; other encoders are refused."""
 
 
 @dataclass(frozen=True)
 class JointSpace:
     """A pair: (groups, dim), the question by the text tower of the CLIP that is the model's vision encoder, and
-    (dim, width), the matrix that takes `EncoderOutput` of the last layer to the same space.
+    (dim, width), the matrix that takes an `EncoderOutput` to the same space.
 
     The question is the session's `text`, or the prompt's text as in `TextEmbeddings`, decoded.
     """
@@ -129,6 +131,18 @@ class InstructionAttention:
 class TextAttention:
     """(groups, tokens, 2): attention of the text after the last visual token over the visual tokens, averaged over
     heads, in the decoder layer before the cut: summed over that text, and that of the text token that looks most."""
+
+
+@dataclass(frozen=True)
+class NormedStates:
+    """A pair, (groups, tokens, dim) and (groups, text tokens, dim): what enters the next decoder layer, put through the
+    LLM's last normalisation; of the visual tokens, and of the text after the last of them."""
+
+
+@dataclass(frozen=True)
+class KeyNorms:
+    """A pair, (groups, tokens) and (groups, text tokens) float32: L1 norms of the keys, positions applied, in the
+    decoder layer before the cut; of the visual tokens, and of the text after the last of them, -1 for padding."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +229,14 @@ def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context:
     ]
 
 
+def decoder_key_norms(keys: Tensor, context: RowContext) -> Tensor:
+    """L1 norm of the key of every current column of one decoder layer, all heads together, (batch, n) float32.
+
+    keys: as in `decoder_attention_rows`. Its position turns a key, which changes this norm.
+    """
+    return _rotated_keys(keys, context).float().abs().sum((1, 3))
+
+
 def cached_attention_row(
     queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, rope: tuple[Tensor, Tensor]
 ) -> Tensor:
@@ -281,17 +303,23 @@ def _scores(attention: nn.Module, head_dim: int) -> dict[str, Any]:
 def _rotated(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> tuple[Tensor, Tensor]:
     """(batch, heads, r, head_dim) queries and (batch, kv heads, past + n, head_dim) keys with their positions."""
     q = rearrange(queries, "b r (h d) -> b h r d", d=context.head_dim)
-    k = rearrange(keys, "b n (h d) -> b h n d", d=context.head_dim)
     # Some families normalise each head's queries and keys before the rotation.
     if (norm := getattr(context.attention, "q_norm", None)) is not None:
         q = norm(q)
+    cos, sin = (t.to(q.device).expand(len(q), -1, -1) for t in context.rope)
+    index = rows.to(q.device)[..., None].expand(-1, -1, cos.shape[-1])
+    q = rotate(q, cos.gather(1, index), sin.gather(1, index))
+    k = _rotated_keys(keys, context)
+    return q, k if context.past_keys is None else torch.cat([context.past_keys.to(k.device), k], 2)
+
+
+def _rotated_keys(keys: Tensor, context: RowContext) -> Tensor:
+    """(batch, n, kv heads * head_dim) -> (batch, kv heads, n, head_dim), with their positions."""
+    k = rearrange(keys, "b n (h d) -> b h n d", d=context.head_dim)
     if (norm := getattr(context.attention, "k_norm", None)) is not None:
         k = norm(k)
     cos, sin = (t.to(k.device).expand(len(k), -1, -1) for t in context.rope)
-    index = rows.to(k.device)[..., None].expand(-1, -1, cos.shape[-1])
-    q = rotate(q, cos.gather(1, index), sin.gather(1, index))
-    k = rotate(k, cos, sin)
-    return q, k if context.past_keys is None else torch.cat([context.past_keys.to(k.device), k], 2)
+    return rotate(k, cos, sin)
 
 
 def _visible(rows: Tensor, context: RowContext) -> Tensor:

@@ -116,6 +116,7 @@ LEFT_OUT = {
     "mustdrop",
     "lazyllm",
     "pdrop",
+    "dart",
     "ltp",
     "textmonkey",
     "bvllm_merge",

@@ -25,6 +25,7 @@ from vtprune.methods.base import (
     Scorer,
 )
 from vtprune.methods.bvllm_merge import BVLLMMerge
+from vtprune.methods.dart import DART
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastervlm import FasterVLM
 from vtprune.methods.fastv import FastV
@@ -57,6 +58,7 @@ __all__ = [
     "BVLLMMerge",
     "BeforeLLM",
     "Composite",
+    "DART",
     "DivPrune",
     "FastV",
     "FasterVLM",
@@ -115,6 +117,7 @@ for _method in (
     MMTok,
     DivPrune,
     FastV,
+    DART,
     HoliTom,
     VidCom2,
     AIM,

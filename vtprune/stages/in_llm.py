@@ -26,14 +26,17 @@ from vtprune.signals import (
     AttentionShare,
     ClsAttention,
     InstructionAttention,
+    KeyNorms,
     KeyTokens,
     LastQueryAttention,
+    NormedStates,
     RowContext,
     SampleKeys,
     TextAttention,
     Transition,
     decoder_attention_rows,
     decoder_attention_share,
+    decoder_key_norms,
     decoder_page_rank,
 )
 from vtprune.slots import Aside
@@ -62,7 +65,7 @@ class InLLMStage:
         requests = set()
         for method in methods:
             requests.update(method.signals(shape))
-            passing = (AttentionPageRank, AttentionShare, TextAttention)
+            passing = (AttentionPageRank, AttentionShare, KeyNorms, TextAttention)
             tapped = any(isinstance(r, passing) for r in method.signals(shape))
             for number, layer in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(layer, []).append((method, number))
@@ -225,7 +228,7 @@ class InLLMStage:
             columns = (take_columns(segment.columns, index) + self.call.past).masked_fill(~real, -1)
             self.aside[i] = Aside(hidden=take_columns(hidden.detach(), index), columns=columns)
 
-    def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor | list[int]:
+    def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor | tuple[Tensor, Tensor] | list[int]:
         if isinstance(request, Transition):
             done = [self._transitions[layer] for layer in request.layers if layer in self._transitions]
             if not done:
@@ -240,6 +243,15 @@ class InLLMStage:
             return self._over_groups(weights[:, :, 0], groups)
         if isinstance(request, KeyTokens):
             return groups.gather(take_columns(self._marks[request], self.call.segment.columns))
+        if isinstance(request, NormedStates):
+            normed, (rows, _) = self.adapter.language_model.norm(hidden).to(hidden.device), self._text_rows()
+            return groups.gather(normed), take_columns(normed, rows)
+        if isinstance(request, KeyNorms):
+            norms = decoder_key_norms(self._projected[i - 1, "k_proj"], self._context(i - 1, self._ropes[i - 1]))
+            rows, text = self._text_rows()
+            # Where no text follows, the row is a visual token's.
+            text = (text & ~self.call.segment.visual.gather(1, rows)).to(norms.device)
+            return groups.gather(norms), take_columns(norms, rows).masked_fill(~text, -1)
         if isinstance(request, (AttentionPageRank, AttentionShare, TextAttention)):
             queries, keys = (self._projected[i - 1, name] for name in ("q_proj", "k_proj"))
             context = self._context(i - 1, self._ropes[i - 1])
@@ -265,7 +277,7 @@ class InLLMStage:
 
     def _text_attention(self, queries: Tensor, keys: Tensor, context: RowContext) -> Tensor:
         """(batch, n, 2): see `TextAttention`."""
-        rows, valid = self._text_rows(last_only=False)
+        rows, valid = self._text_rows()
         total, peak = None, None
         # All of a long text at once would be large.
         for some, real in zip(rows.split(TEXT_ROWS, 1), valid.split(TEXT_ROWS, 1), strict=True):
@@ -288,7 +300,7 @@ class InLLMStage:
         """(batch, heads, n) -> (groups, heads, tokens)."""
         return groups.gather(weights.transpose(1, 2)).transpose(1, 2)
 
-    def _text_rows(self, last_only: bool) -> tuple[Tensor, Tensor]:
+    def _text_rows(self, last_only: bool = False) -> tuple[Tensor, Tensor]:
         """Columns (batch, r) of the text after each sample's last visual token, and which of them are real rows.
 
         Samples without such text, and `last_only`, give the last real column.

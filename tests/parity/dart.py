@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
+import torch
+
+from vtprune import DART
+from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.signals import KeyNorms, NormedStates, RowContext, decoder_key_norms
+from vtprune.tokens import ModelShape
+
+from . import Vector, handles, kept, one_group, same
+
+
+@handles("dart_*")
+def selection(v: Vector) -> None:
+    state, keys, start, end = v["state"], v["keys"], v["start"], v["start"] + v["length"]
+    image, text = slice(start, end), slice(end, None)
+    # The recorded keys are turned already.
+    still = torch.ones(1, state.shape[1], keys.shape[-1])
+    context = RowContext(
+        attention=SimpleNamespace(),
+        head_dim=keys.shape[-1],
+        rope=(still, torch.zeros_like(still)),
+        real=torch.ones(1, state.shape[1], dtype=torch.bool),
+        past_keys=None,
+        past_real=None,
+    )
+    norms = decoder_key_norms(keys.transpose(1, 2).flatten(2), context)
+
+    def pivots(where: slice, count: int) -> torch.Tensor:
+        index, real = leading(norms[:, where], torch.ones_like(norms[:, where], dtype=torch.bool), count)
+        assert real.all()
+        return index[0] + where.start
+
+    by_image, by_text = pivots(image, v["pivot_image"]), pivots(text, v["pivot_text"])
+    same(by_image, v["image_pivots"])
+    same(by_text, v["text_pivots"])
+
+    budget = len(v["kept_sorted"])
+    chosen = torch.zeros(1, v["length"], dtype=torch.bool)
+    chosen[0, by_image - start] = True
+    keep = unlike_pivots(
+        state[:, image],
+        state[:, v["pivot_order"]],
+        torch.ones(1, len(v["pivot_order"]), dtype=torch.bool),
+        chosen,
+        torch.ones_like(chosen),
+        torch.tensor([budget]),
+    )
+    same(keep[0].nonzero()[:, 0] + start, v["kept_sorted"])
+
+    # The method's own order of pivots is another one; with a single pivot there is none.
+    method = DART(image_pivots=v["pivot_image"], text_pivots=v["pivot_text"])
+    signals = {
+        NormedStates(): (state[:, image], state[:, text]),
+        KeyNorms(): (norms[:, image], norms[:, text]),
+    }
+    shape = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
+    own = kept(method, one_group(state[0, image], budget, signals, shape, layer=2)) + start
+    assert len(own) == budget and set(by_image.tolist()) <= set(own.tolist())
+    if len(v["pivot_order"]) == 1:
+        same(own, v["kept_sorted"])

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DART: what is least like a few pivots of image and text stays, the duplicates go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge
+
+from vtprune.methods.base import Progressive, Share
+from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.signals import KeyNorms, NormedStates
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DART(Progressive):
+    """Drops visual tokens once, before layer K, that resemble pivots of the image and of the text (arXiv 2502.11494).
+
+    Stage: inside the LLM. Pivots are the visual tokens, and the tokens of the text after the last of them, whose keys
+    in layer K-1 have the largest L1 norm. The visual pivots stay; then each pivot chooses its share of the tokens with
+    the lowest cosine to it, of states that went through the LLM's last normalisation. Attention is not looked at.
+    Original positions are kept, as in the reference.
+    Deviations: the budget is met exactly (the reference keeps the visual pivots on top of it); visual pivots choose
+    first, then those of the text, each by falling norm (the reference's order is that of a hash table); samples
+    without text after the image have visual pivots alone; batches and several images work.
+
+    Fields
+        layer: K, 0-based, in 1..depth-1; default None: 2 of 32 layers, rescaled to the model's depth, at least 1.
+        share: share of the visual tokens alive from layer K on when no budget is given, in [0, 1], default 2/9 (128
+            of 576).
+        image_pivots: >= 1, default 4.
+        text_pivots: >= 0, default 4.
+    """
+
+    name: ClassVar[str] = "dart"
+    signal: ClassVar[str] = "similarity in the LLM, length of keys"
+    paper: ClassVar[str] = "arXiv 2502.11494"
+
+    layer: Annotated[int, Ge(1)] | None = None
+    share: Share = 2 / 9
+    image_pivots: Annotated[int, Ge(1)] = 4
+    text_pivots: Annotated[int, Ge(0)] = 4
+    positions: Literal["original", "compact"] = "original"
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(None if self.layer is None else (self.layer,), (2,), shape)
+
+    def shares(self) -> tuple[float, ...]:
+        return (self.share,)
+
+    def count(self, entering: int, share: float) -> int:
+        return round(entering * share)
+
+    def signals(self, shape: ModelShape):
+        return (NormedStates(), KeyNorms())
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        states, text_states = tokens[NormedStates()]
+        norms, text_norms = tokens[KeyNorms()]
+        valid, budget = tokens.valid.to(states.device), tokens.budget.to(states.device)
+        image, real = leading(norms, valid, self.image_pivots)
+        real &= torch.arange(image.shape[1], device=real.device) < budget[:, None]
+        chosen = torch.zeros_like(valid).scatter(1, image, real)
+        text, text_real = leading(text_norms, text_norms >= 0, self.text_pivots)
+        pivots = torch.cat([_rows(states, image), _rows(text_states, text)], 1)
+        return Selection(unlike_pivots(states, pivots, torch.cat([real, text_real], 1), chosen, valid, budget))
+
+
+def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(groups, tokens, dim), (groups, n) -> (groups, n, dim)."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
