@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 import vtprune
+from vtprune.ops.determinantal import conditional_diversity, scaled_relevance
 from vtprune.ops.recovery import text_scores
 from vtprune.signals import EncoderOutput, JointSpace
 
@@ -136,11 +137,36 @@ def test_scores_are_those_of_the_whole_clip(of_transformers):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_cdpruner_takes_the_layer_that_is_read_to_the_space_of_the_clip(of_transformers, layer):
+    """Through CLIP's last normalisation, whatever layer it is."""
+    model = families.build("llava")
+    model.config.vision_feature_layer = layer
+    inputs = families.batch("llava", model).singles[0]
+    clip = of_transformers.clip
+    seen = clip.vision_model(inputs["pixel_values"], output_hidden_states=True).hidden_states[layer]
+    norm = model.model.vision_tower.post_layernorm
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    patches = clip.visual_projection(norm(seen))[:, 1:]
+    scores = -torch.cosine_similarity(patches, of_transformers.texts(QUESTIONS[:1])[0], dim=-1)
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    features = torch.stack(tuple(model.get_image_features(inputs["pixel_values"]).pooler_output))
+    expected = conditional_diversity(features, scaled_relevance(scores, valid), valid, torch.tensor([9]))
+    with vtprune.prune(
+        model, "cdpruner", text_tower=of_transformers.source, keep_tokens=9, text=QUESTIONS[0]
+    ) as session:
+        model(**inputs)
+    kept = session.report.kept(0, 0) - session.report.visual[0][0]
+    assert kept.tolist() == expected[0].nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_keeps_what_each_sample_keeps_alone(of_transformers, side):
+@pytest.mark.parametrize("name", ["recoverable", "cdpruner"])
+def test_a_batch_keeps_what_each_sample_keeps_alone(of_transformers, name, side):
     model = families.shared("llava")
     batch = families.batch("llava", model, padding_side=side)
-    method = {"name": "recoverable", "keep_ratio": 0.3, "text_tower": of_transformers.source}
+    method = {"name": name, "keep_ratio": 0.3, "text_tower": of_transformers.source}
     with vtprune.prune(model, method, text=QUESTIONS) as session:
         logits = model(**batch.inputs).logits
         together = session.report
@@ -237,8 +263,9 @@ def test_long_questions_are_cut_off(of_transformers):
 def test_encoders_that_are_no_clip_are_refused(of_transformers):
     for name in ("paligemma", "llava_onevision", "internvl"):
         model = families.shared(name)
-        with pytest.raises(vtprune.UnsupportedStageError, match="needs a CLIP as vision encoder"):
-            vtprune.prune(model, "recoverable", text_tower=of_transformers.source)
+        for method in ("recoverable", "cdpruner"):
+            with pytest.raises(vtprune.UnsupportedStageError, match="needs a CLIP as vision encoder"):
+                vtprune.prune(model, method, keep_tokens=5, text_tower=of_transformers.source)
 
 
 @torch.no_grad()

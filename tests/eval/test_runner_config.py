@@ -125,6 +125,7 @@ LEFT_OUT = {
     "token_correlation",
     "recoverable",
     "glsim",
+    "cdpruner",
     "vispruner",
     "visionzip",
     "fastervlm",

@@ -117,6 +117,7 @@ def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
 from . import (  # noqa: E402 (they register themselves)
     aim,  # noqa: F401
     bvllm,  # noqa: F401
+    cdpruner,  # noqa: F401
     dart,  # noqa: F401
     divprune,  # noqa: F401
     fastervlm,  # noqa: F401

@@ -25,6 +25,7 @@ from vtprune.methods.base import (
     Scorer,
 )
 from vtprune.methods.bvllm_merge import BVLLMMerge
+from vtprune.methods.cdpruner import CDPruner
 from vtprune.methods.dart import DART
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastervlm import FasterVLM
@@ -57,6 +58,7 @@ __all__ = [
     "AfterPrefill",
     "BVLLMMerge",
     "BeforeLLM",
+    "CDPruner",
     "Composite",
     "DART",
     "DivPrune",
@@ -115,6 +117,7 @@ for _method in (
     VisPruner,
     TransPrune,
     MMTok,
+    CDPruner,
     DivPrune,
     FastV,
     DART,

@@ -137,7 +137,7 @@ def encoder_signal(call: Call, groups: Groups, tap: EncoderTap, request) -> Tens
     if isinstance(request, EncoderKeys):
         return _per_group(tap.encoder_keys(media.encodings, request.layer), call, groups)
     if isinstance(request, EncoderOutput):
-        return _per_group(tap.encoder_output(media.encodings, request.layer), call, groups)
+        return _per_group(tap.encoder_output(media.encodings, request), call, groups)
     if isinstance(request, ClsSimilarity):
         return _per_group(tap.cls_similarity(media.encodings, request), call, groups)
     if isinstance(request, AttentionReceived):

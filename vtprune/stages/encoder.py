@@ -117,7 +117,8 @@ class EncoderTap:
                 f"{adapter.family} (packed images, or queries and keys of one projection); methods that need none: "
                 "mmtok, divprune, fastv, transprune"
             )
-        if any(isinstance(r, JointSpace) for r in requests) and adapter.vision_config.model_type != CLIP:
+        of_clip = any(isinstance(r, JointSpace) or (isinstance(r, EncoderOutput) and r.normalised) for r in requests)
+        if of_clip and adapter.vision_config.model_type != CLIP:
             raise UnsupportedStageError(
                 f"a text tower needs a CLIP as vision encoder, and that of {adapter.family} is a "
                 f"{adapter.vision_config.model_type}; leave text_tower out to compare in the LLM's space"
@@ -304,9 +305,15 @@ class EncoderTap:
         """(tokens of all encodings, heads * head dim): see `EncoderKeys`."""
         return torch.cat([self._per_token(e, e.keys[layer]) for e in encodings])
 
-    def encoder_output(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
+    def encoder_output(self, encodings: Iterable[Encoding], request: EncoderOutput) -> Tensor:
         """(tokens of all encodings, dim): see `EncoderOutput`."""
-        return torch.cat([self._per_token(e, e.outputs[layer]) for e in encodings])
+        values = []
+        for e in encodings:
+            output = e.outputs[request.layer]
+            if request.normalised:
+                output = self.adapter.vision_tower(e.kind).post_layernorm(output)
+            values.append(self._per_token(e, output))
+        return torch.cat(values)
 
     def cls_similarity(self, encodings: Iterable[Encoding], request: ClsSimilarity) -> Tensor:
         """(tokens of all encodings,): see `ClsSimilarity`."""

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CDPruner: a subset of visual tokens that is diverse, and relevant to the question."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtprune.methods.base import BeforeLLM
+from vtprune.ops.determinantal import conditional_diversity, mean_similarity, scaled_relevance
+from vtprune.signals import EncoderOutput, JointSpace, TextEmbeddings
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(BeforeLLM):
+    """Greedy choice under a determinantal point process: cosine of the projected features, weighted with the relevance
+    of both tokens to the question (arXiv 2506.10967).
+
+    Stage: before the LLM. With a text tower relevance is, as in the reference, *minus* the cosine between the question
+    and what the encoder layer that the projector reads gives in CLIP's own space: patches of a CLIP are least like the
+    text where it points at. Without one it is the mean cosine of the projected features with the question's embeddings
+    in the LLM's space, where likeness counts as it is; this is a choice made here, the reference needs a CLIP.
+    Deviations: relevance is scaled to between 0 and 1 in each group, in the reference over all crops of a batch; if it
+    is the same everywhere, diversity alone decides (the reference divides by zero); tokens that the chosen ones already
+    span come last, by relevance (the reference takes the root of a negative number); a question longer than the text
+    tower's context is cut off, where the reference averages over pieces; newline tokens, which the reference always
+    keeps, go with the last token of their line. Published settings: 128 or 64 tokens of 576, 32 of each tile.
+
+    Fields
+        text_tower: the CLIP that the model's vision encoder was taken from, whose text tower then reads the question:
+            folder or hub id of a transformers CLIP, or "open_clip:NAME@WEIGHTS" with a model's name and a file or tag
+            (`pip install "vtprune[clip]"`). The question is the session's `text`, or the prompt's after the image, if
+            a tokenizer stands in the model's checkpoint. Default None: the LLM's space.
+        reference_quirks: relevance is scaled over all crops together, those of other samples included; default False.
+    """
+
+    name: ClassVar[str] = "cdpruner"
+    signal: ClassVar[str] = "similarity, relevance to the question"
+    paper: ClassVar[str] = "arXiv 2506.10967"
+
+    text_tower: str | None = None
+    reference_quirks: bool = False
+
+    def requests(self, shape: ModelShape) -> tuple[Hashable, ...]:
+        """For relevance; diversity is that of the features."""
+        if self.text_tower is None:
+            return (TextEmbeddings(),)
+        return EncoderOutput(shape.feature_layer, normalised=True), JointSpace(self.text_tower)
+
+    def signals(self, shape: ModelShape):
+        return self.requests(shape)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores = self._scores(tokens).to(tokens.valid.device)
+        relevance = scaled_relevance(scores, tokens.valid, together=self.reference_quirks)
+        return Selection(conditional_diversity(tokens.features, relevance, tokens.valid, tokens.budget))
+
+    def _scores(self, tokens: VisualTokens) -> Tensor:
+        """(groups, tokens), larger is more relevant."""
+        textual = [tokens[request] for request in self.requests(tokens.shape)]
+        if self.text_tower is None:
+            return mean_similarity(tokens.features, textual[0])
+        outputs, (questions, projection) = textual
+        patches = outputs.to(projection.device).float() @ projection.float().T
+        return -mean_similarity(patches, [question[None] for question in questions])
