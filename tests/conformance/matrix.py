@@ -14,6 +14,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero": {},
     # Where merged features are plain means, the recompute can make them from what was merged.
     "holitom": BUDGET | {"centre_weight": None, "inner_share": 1.0},
+    "fastvid": BUDGET | {"anchor_weight": None, "anchor_period": 100},
     "aim": {"keep_ratio": 0.4},  # one round of merging
     "adaptive_pool": BUDGET | {"overlap": False},
     "recoverable": BUDGET | {"gather": False},
@@ -32,6 +33,7 @@ METHODS["holitom + transprune"] = [
 MERGING = {
     "pool",
     "visionzip",
+    "fastvid",
     "holitom",
     "holitom + transprune",
     "aim",
@@ -47,7 +49,7 @@ REVIVING = {"lazyllm"}
 sliding window."""
 NEEDS_CLS = {"vtc_cls", "fastervlm", "token_correlation", "glsim", "visionzip", "mustdrop"}
 """What must be refused where the encoder has no CLS token."""
-NEEDS_ENCODER_ATTENTION = {"holitom", "holitom + transprune", "recoverable", "vispruner"}
+NEEDS_ENCODER_ATTENTION = {"holitom", "holitom + transprune", "recoverable", "vispruner", "fastvid"}
 """What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 

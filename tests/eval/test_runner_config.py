@@ -112,6 +112,7 @@ LEFT_OUT = {
     "uniform_frames",
     "holitom",
     "vidcom2",
+    "fastvid",
     "aim",
     "mustdrop",
     "lazyllm",

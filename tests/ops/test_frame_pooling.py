@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from vtprune.ops.frame_pooling import pool_frames
+from vtprune.ops.frame_pooling import frame_means, pool_frames
 
 
 def draw(*shape, seed=0):
@@ -32,3 +32,12 @@ def test_scores_go_through_what_features_go_through(mode):
         alone = pool_frames(features[..., channel : channel + 1], (5, 7), mode)
         torch.testing.assert_close(alone[..., 0], pooled[..., channel])
     assert pool_frames(features.bfloat16(), (5, 7), mode).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_means_of_frames_that_take_turns_and_differ_in_size(dtype):
+    features, frames = draw(9, 4).to(dtype), torch.tensor([0, 2, 1, 0, 2, 1, 0, 2, 0])
+    expected = torch.stack([features[frames == frame].float().mean(0) for frame in range(3)])
+    means = frame_means(features, frames)
+    assert means.dtype == torch.float32
+    torch.testing.assert_close(means, expected)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.frame_uniqueness import commonness, frame_shares, least_per_frame, steady_channels
+from vtprune.ops.frame_uniqueness import commonness, frame_shares, steady_channels
 
 
 def draw(*shape, seed=0):
@@ -53,24 +53,11 @@ def test_frames_that_differ_more_get_more_and_the_average_stays(sizes, dim, seed
     assert (shares[means.argsort()].diff() <= 1e-6).all()
 
 
-@videos
-@settings(max_examples=60, deadline=None)
-def test_the_lowest_of_each_frame_are_marked(sizes, levels, seed):
-    scores, frames = (draw(sum(sizes), seed=seed) * levels).round(), frames_of(sizes)
-    counts = torch.randint(0, 7, (len(sizes),), generator=torch.Generator().manual_seed(seed))
-    keep = least_per_frame(scores, frames, counts)
-    for frame, count in enumerate(counts.tolist()):
-        own = (frames == frame).nonzero()[:, 0].tolist()
-        expected = sorted(own, key=lambda token: (scores[token].item(), token))[:count]
-        assert sorted(expected) == [token for token in own if keep[token]]
-
-
 def test_frames_need_not_stand_together():
     features, frames = draw(12, 6), torch.tensor([0, 1, 2] * 4)
     mixed = torch.stack(commonness(features, frames))
     order = frames.argsort(stable=True)
     torch.testing.assert_close(mixed[:, order], torch.stack(commonness(features[order], frames[order])))
-    assert least_per_frame(mixed.sum(0), frames, torch.tensor([1, 2, 3])).sum() == 6
 
 
 def test_edges():

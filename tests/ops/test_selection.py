@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.selection import top_k_mask
+from vtprune.ops.selection import best_per_part, top_k_mask
 
 
 @st.composite
@@ -35,3 +35,16 @@ def test_groups_do_not_influence_each_other():
     together = top_k_mask(scores, valid, budget)
     alone = [top_k_mask(scores[g : g + 1], valid[g : g + 1], budget[g : g + 1])[0] for g in range(5)]
     assert torch.equal(together, torch.stack(alone))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=14), st.integers(0, 10_000))
+@settings(max_examples=80, deadline=None)
+def test_the_best_of_every_part(parts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (len(parts),), generator=generator).float()
+    counts = torch.randint(0, 5, (6,), generator=generator)
+    keep = best_per_part(scores, torch.tensor(parts), counts)
+    for part, count in enumerate(counts.tolist()):
+        own = [token for token in range(len(parts)) if parts[token] == part]
+        best = sorted(own, key=lambda token: (-scores[token].item(), token))[:count]
+        assert [token for token in own if keep[token]] == sorted(best)

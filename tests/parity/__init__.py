@@ -122,6 +122,7 @@ from . import (  # noqa: E402 (they register themselves)
     divprune,  # noqa: F401
     fastervlm,  # noqa: F401
     fastv,  # noqa: F401
+    fastvid,  # noqa: F401
     glsim,  # noqa: F401
     holitom,  # noqa: F401
     ltp,  # noqa: F401

@@ -30,6 +30,7 @@ from vtprune.methods.dart import DART
 from vtprune.methods.divprune import DivPrune
 from vtprune.methods.fastervlm import FasterVLM
 from vtprune.methods.fastv import FastV
+from vtprune.methods.fastvid import FastVID
 from vtprune.methods.glsim import GLSim
 from vtprune.methods.holitom import HoliTom
 from vtprune.methods.lazyllm import LazyLLM
@@ -63,6 +64,7 @@ __all__ = [
     "DART",
     "DivPrune",
     "FastV",
+    "FastVID",
     "FasterVLM",
     "GLSim",
     "HoliTom",
@@ -123,6 +125,7 @@ for _method in (
     DART,
     HoliTom,
     VidCom2,
+    FastVID,
     AIM,
     MustDrop,
     LTP,

@@ -10,7 +10,8 @@ import torch
 
 from vtprune.methods.base import BeforeLLM
 from vtprune.ops.apportionment import apportion
-from vtprune.ops.frame_uniqueness import commonness, frame_shares, least_per_frame
+from vtprune.ops.frame_uniqueness import commonness, frame_shares
+from vtprune.ops.selection import best_per_part
 from vtprune.tokens import Selection, VisualTokens
 
 
@@ -45,5 +46,5 @@ class VidCom2(BeforeLLM):
             to_video, to_frame = commonness(tokens.features[group, :length], frames)
             sizes = frames.bincount().cpu()
             counts = apportion(k, frame_shares(to_video, frames).cpu() * sizes, sizes)
-            keep[group, :length] = least_per_frame(to_video + to_frame, frames, counts).to(keep.device)
+            keep[group, :length] = best_per_part(-(to_video + to_frame), frames, counts).to(keep.device)
         return Selection(keep)

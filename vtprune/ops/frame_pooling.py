@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Halving the grid of each frame, as LLaVA's video models do with the features of their encoder."""
+"""Averages over frames: of their grid in cells, as LLaVA's video models take them, and of all that a frame has."""
 
 from typing import Literal
 
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, one_hot
 
 
 def pool_frames(
@@ -31,3 +31,18 @@ def pool_frames(
     else:
         pooled = avg_pool2d(image, 2) if mode == "average" else max_pool2d(image, 2)
     return pooled.flatten(2).mT.to(values.dtype)
+
+
+def frame_means(features: Tensor, frames: Tensor) -> Tensor:
+    """Mean of the tokens of each frame, however many it has.
+
+    Args:
+        features: ``(tokens, dim)``.
+        frames: ``(tokens,)`` long, the frame of each, numbered from 0 without gaps.
+
+    Returns:
+        ``(frames, dim)`` float32.
+    """
+    # A product instead of a scattered sum, whose order an accelerator leaves to chance.
+    members = one_hot(frames).T.float()
+    return members @ features.float() / members.sum(1, keepdim=True)

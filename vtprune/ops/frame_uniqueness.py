@@ -3,9 +3,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
+from vtprune.ops.frame_pooling import frame_means
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 """Of the Gaussians whose sum tells how near two directions are."""
@@ -46,10 +47,7 @@ def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
     if not features.isfinite().all():
         raise VTPruneError("features hold NaN or infinite values: no token can be called common")
     directions = normalize(features.float()[:, steady_channels(features)], dim=-1)
-    # A product instead of a scattered sum, whose order an accelerator leaves to chance.
-    members = one_hot(frames).T.to(directions)
-    means = members @ directions / members.sum(1, keepdim=True)
-    return nearness(directions, directions.mean(0)), nearness(directions, means[frames])
+    return nearness(directions, directions.mean(0)), nearness(directions, frame_means(directions, frames)[frames])
 
 
 def frame_shares(common: Tensor, frames: Tensor) -> Tensor:
@@ -63,28 +61,5 @@ def frame_shares(common: Tensor, frames: Tensor) -> Tensor:
         ``(frames,)``, as multiples of the share that is kept of the video, whose average they have: one plus what a
         sharp softmax gives a frame above its average.
     """
-    members = one_hot(frames).T.to(common)
-    lead = (-(members @ common) / members.sum(1) / TEMPERATURE).softmax(0)
+    lead = (-frame_means(common[:, None], frames)[:, 0] / TEMPERATURE).softmax(0)
     return 1 + lead - lead.mean()
-
-
-def least_per_frame(scores: Tensor, frames: Tensor, counts: Tensor) -> Tensor:
-    """Mark the tokens of the lowest score in each frame, the lower index first of equals.
-
-    Args:
-        scores: ``(tokens,)``.
-        frames: ``(tokens,)`` long, numbered from 0 without gaps.
-        counts: ``(frames,)`` long, how many of each.
-
-    Returns:
-        ``(tokens,)`` bool.
-    """
-    order = scores.argsort(stable=True)
-    order = order[frames[order].argsort(stable=True)]
-    sizes = frames.bincount(minlength=len(counts))
-    first = sizes.cumsum(0) - sizes
-    sorted_frames = frames[order]
-    rank = torch.arange(len(order), device=order.device) - first[sorted_frames]
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order] = rank < counts.to(rank)[sorted_frames]
-    return keep

@@ -21,3 +21,25 @@ def top_k_mask(scores: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
     valid_by_rank = valid.gather(1, order)
     kept_by_rank = valid_by_rank & (valid_by_rank.cumsum(1) <= budget.to(scores.device).unsqueeze(1))
     return torch.zeros_like(valid).scatter(1, order, kept_by_rank)
+
+
+def best_per_part(scores: Tensor, parts: Tensor, counts: Tensor) -> Tensor:
+    """Mark the best tokens of every part of one group, of a frame of a video for example.
+
+    Args:
+        scores: ``(tokens,)`` float, higher is better; of equal scores the lower index is kept.
+        parts: ``(tokens,)`` long, the part of each, numbered from 0; those of a part need not stand together.
+        counts: ``(parts,)`` long, how many of each, at least 0; more than there are keeps them all.
+
+    Returns:
+        ``(tokens,)`` bool.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    order = order[parts[order].argsort(stable=True)]
+    sizes = parts.bincount(minlength=len(counts))
+    first = sizes.cumsum(0) - sizes
+    of = parts[order]
+    rank = torch.arange(len(order), device=order.device) - first[of]
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[order] = rank < counts.to(rank)[of]
+    return keep
