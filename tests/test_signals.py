@@ -24,6 +24,7 @@ from vtprune.signals import (
     KeyNorms,
     LastQueryAttention,
     NormedStates,
+    RaterAttention,
     TextEmbeddings,
     Transition,
 )
@@ -190,6 +191,38 @@ def test_normed_states_and_lengths_of_keys(name):
         assert int(real.sum()) == [4, 6, 0][sample]
         torch.testing.assert_close(text_states[sample, real], expected[sample, text], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(text_norms[sample, real], lengths[sample, text], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_attention_of_raters(name):
+    """Raters are found among the text of the first layer; the last prompt ends with its image."""
+    model, eager = models.shared(name), models.shared(name, "eager")
+    batch = prompts(model, "tItttt", "ttIttItttttt", "ttI")
+    inputs, plain, plus = batch.inputs(), RaterAttention(), RaterAttention(undo_rotation=True)
+    run(model, batch, InsideProbe(requests=(plain, plus), layers=(2,)))
+    _, signals = SEEN[0]
+    output = eager(**inputs, output_attentions=True, output_hidden_states=True)
+    length, text_config = inputs["input_ids"].shape[1], model.config.text_config
+    rotary = model.model.language_model.rotary_emb
+    counts = []
+    for sample, columns in enumerate(visual_columns(inputs)):
+        rows = torch.arange(length)[int(columns[-1]) + 1 :]
+        rows = rows if len(rows) else torch.tensor([length - 1])
+        states = output.hidden_states[0][sample]
+        votes = (states[columns] @ states[rows].T).softmax(-1).mean(0)
+        raters = rows[votes > votes.mean()] if len(rows) > 1 else rows
+        counts.append(len(raters))
+        weights = output.attentions[1][sample][:, raters][..., columns]
+        torch.testing.assert_close(signals[plain][sample, :, : len(columns)], weights.mean(1), atol=1e-5, rtol=0)
+        # Padding on the left, which positions leave out.
+        distance = raters[:, None] - columns
+        half = rotary(states[None], distance.flatten()[None])[0].view(*distance.shape, -1)
+        # ones . R(distance) ones: each pair of dimensions gives twice the cosine of its angle
+        logits = half.sum(-1) * half.shape[-1] ** -0.5
+        expected = (weights / logits).mean(1)
+        torch.testing.assert_close(signals[plus][sample, :, : len(columns)], expected, atol=1e-4, rtol=1e-3)
+    assert text_config.head_dim == half.shape[-1]
+    assert 0 < counts[0] < 4 and 0 < counts[1] < 6 and counts[2] == 1
 
 
 def test_attention_rows_on_a_kept_cache_share_their_mass_with_it():

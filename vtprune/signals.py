@@ -134,6 +134,16 @@ class TextAttention:
 
 
 @dataclass(frozen=True)
+class RaterAttention:
+    """(groups, heads, tokens): attention of those tokens of the text after the last visual token that the image
+    resembles most (`vtprune.ops.raters`) over the visual tokens, averaged over them, in the decoder layer before the
+    cut."""
+
+    undo_rotation: bool = False
+    """Each weight divided by `rotary_logits` first."""
+
+
+@dataclass(frozen=True)
 class NormedStates:
     """A pair, (groups, tokens, dim) and (groups, text tokens, dim): what enters the next decoder layer, put through the
     LLM's last normalisation; of the visual tokens, and of the text after the last of them."""
@@ -235,6 +245,18 @@ def decoder_key_norms(keys: Tensor, context: RowContext) -> Tensor:
     keys: as in `decoder_attention_rows`. Its position turns a key, which changes this norm.
     """
     return _rotated_keys(keys, context).float().abs().sum((1, 3))
+
+
+def rotary_logits(rows: Tensor, context: RowContext) -> Tensor:
+    """(batch, r, n) float32: logits of queries and keys that are all ones but for their positions.
+
+    rows: (batch, r) long, the queries' columns.
+    """
+    cos, sin = context.rope
+    ones = cos.new_ones(len(rows), 1, cos.shape[-2], context.head_dim, dtype=torch.float32)
+    turned = rotate(ones, cos.float(), sin.float())[:, 0]
+    index = rows.to(turned.device)[..., None].expand(-1, -1, context.head_dim)
+    return turned.gather(1, index) @ turned.mT * context.head_dim**-0.5
 
 
 def cached_attention_row(

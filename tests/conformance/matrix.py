@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "aim": {"keep_ratio": 0.4},  # one round of merging
     "adaptive_pool": BUDGET | {"overlap": False},
     "recoverable": BUDGET | {"gather": False},
+    "sparsevlm": BUDGET | {"recycle": 0.0},  # what it merges, it merges between layers
     "bvllm_merge": {"keep_ratio": 0.6, "threshold": 1.0},
 }
 """Methods that are given something else than the budget of all others alone."""

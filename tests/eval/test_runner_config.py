@@ -118,6 +118,7 @@ LEFT_OUT = {
     "lazyllm",
     "pdrop",
     "dart",
+    "sparsevlm",
     "ltp",
     "textmonkey",
     "bvllm_merge",

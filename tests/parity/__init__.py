@@ -131,6 +131,7 @@ from . import (  # noqa: E402 (they register themselves)
     mustdrop,  # noqa: F401
     pdrop,  # noqa: F401
     recoverable,  # noqa: F401
+    sparsevlm,  # noqa: F401
     textmonkey,  # noqa: F401
     transprune,  # noqa: F401
     vidcom2,  # noqa: F401

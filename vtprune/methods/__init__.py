@@ -42,6 +42,7 @@ from vtprune.methods.pool import Pool
 from vtprune.methods.progressive_pooling import ProgressivePooling
 from vtprune.methods.random import Random
 from vtprune.methods.recoverable import Recoverable
+from vtprune.methods.sparsevlm import SparseVLM
 from vtprune.methods.textmonkey import TextMonkey
 from vtprune.methods.token_correlation import TokenCorrelation
 from vtprune.methods.transprune import TransPrune
@@ -83,6 +84,7 @@ __all__ = [
     "Recoverable",
     "Reviving",
     "Scorer",
+    "SparseVLM",
     "TextMonkey",
     "TokenCorrelation",
     "TransPrune",
@@ -131,6 +133,7 @@ for _method in (
     LTP,
     LazyLLM,
     PyramidDrop,
+    SparseVLM,
     TextMonkey,
     ProgressivePooling,
     AdaptivePool,

@@ -20,6 +20,7 @@ from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
 from vtprune.ops.dual_attention import dual_attention, key_tokens
+from vtprune.ops.raters import text_raters
 from vtprune.ops.transition import token_transition
 from vtprune.signals import (
     AttentionPageRank,
@@ -30,6 +31,7 @@ from vtprune.signals import (
     KeyTokens,
     LastQueryAttention,
     NormedStates,
+    RaterAttention,
     RowContext,
     SampleKeys,
     TextAttention,
@@ -38,6 +40,7 @@ from vtprune.signals import (
     decoder_attention_share,
     decoder_key_norms,
     decoder_page_rank,
+    rotary_logits,
 )
 from vtprune.slots import Aside
 from vtprune.stages.before_llm import Chooser, encoder_signal
@@ -65,7 +68,7 @@ class InLLMStage:
         requests = set()
         for method in methods:
             requests.update(method.signals(shape))
-            passing = (AttentionPageRank, AttentionShare, KeyNorms, TextAttention)
+            passing = (AttentionPageRank, AttentionShare, KeyNorms, RaterAttention, TextAttention)
             tapped = any(isinstance(r, passing) for r in method.signals(shape))
             for number, layer in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(layer, []).append((method, number))
@@ -76,6 +79,7 @@ class InLLMStage:
         self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
         self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
         self.keys = {r for r in requests if isinstance(r, KeyTokens)}
+        self.rated = any(isinstance(r, RaterAttention) for r in requests)
         self.end()
 
     def _check_attention(self) -> None:
@@ -119,6 +123,8 @@ class InLLMStage:
         self._projected: dict[tuple[int, str], Tensor] = {}
         self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
         self._marks: dict[KeyTokens, Tensor] = {}
+        self._raters: Tensor | None = None
+        """(batch, call length) bool: the text tokens that rate."""
         self._counts: dict[int, Tensor] = {}
         self.aside: dict[int, Aside] = {}
         """Decoder layer -> what a cut on its input dropped that may come back."""
@@ -131,6 +137,8 @@ class InLLMStage:
             if call is None:
                 return None
             hidden = call.add_plane(i - 1, hidden_of(args, kwargs))
+            if self._selecting and self.rated and i == 0:
+                self._raters = self._rate(hidden)
             if self._selecting and i in self.cuts:
                 hidden = self._cut(i, hidden)
             if self._selecting and i in self.watched | self.passing:
@@ -252,9 +260,11 @@ class InLLMStage:
             # Where no text follows, the row is a visual token's.
             text = (text & ~self.call.segment.visual.gather(1, rows)).to(norms.device)
             return groups.gather(norms), take_columns(norms, rows).masked_fill(~text, -1)
-        if isinstance(request, (AttentionPageRank, AttentionShare, TextAttention)):
+        if isinstance(request, (AttentionPageRank, AttentionShare, RaterAttention, TextAttention)):
             queries, keys = (self._projected[i - 1, name] for name in ("q_proj", "k_proj"))
             context = self._context(i - 1, self._ropes[i - 1])
+            if isinstance(request, RaterAttention):
+                return self._over_groups(self._rater_attention(queries, keys, context, request), groups)
             if isinstance(request, TextAttention):
                 return groups.gather(self._text_attention(queries, keys, context))
             if isinstance(request, AttentionPageRank):
@@ -287,6 +297,25 @@ class InLLMStage:
             peak = most if peak is None else torch.maximum(peak, most)
         return torch.stack([total, peak], -1)
 
+    def _rate(self, hidden: Tensor) -> Tensor:
+        """(batch, call length) bool: the text tokens that rate, by what enters the first layer."""
+        (rows, valid), groups, hidden = self._text_rows(), self.call.sample_groups(), hidden.detach()
+        real = (groups.valid.to(hidden.device), valid.to(hidden.device))
+        raters = text_raters(groups.gather(hidden), take_columns(hidden, rows), *real).to(rows.device)
+        columns = take_columns(self.call.segment.columns, rows)
+        return torch.zeros_like(self.call.real).scatter(1, columns, raters)
+
+    def _rater_attention(self, queries: Tensor, keys: Tensor, context: RowContext, request: RaterAttention) -> Tensor:
+        """(batch, heads, n): see `RaterAttention`."""
+        rows, valid = self._rows_of(take_columns(self._raters, self.call.segment.columns) & self.call.segment.real)
+        total, valid = 0, valid.to(keys.device)
+        for some, rates in zip(rows.split(TEXT_ROWS, 1), valid.split(TEXT_ROWS, 1), strict=True):
+            weights = decoder_attention_rows(take_columns(queries, some), keys, some, context)
+            if request.undo_rotation:
+                weights = weights / rotary_logits(some, context)[:, None].to(weights.device)
+            total = total + weights.masked_fill(~rates[:, None, :, None], 0).sum(2)
+        return total / valid.sum(1)[:, None, None]
+
     def _mark(self, request: KeyTokens) -> Tensor:
         """(batch, call length) bool: see `KeyTokens`."""
         call = self.call
@@ -308,15 +337,21 @@ class InLLMStage:
         segment = self.call.segment
         n = segment.real.shape[1]
         columns = torch.arange(n, device=segment.real.device).expand_as(segment.real)
-        last_visual = torch.where(segment.visual, columns, -1).amax(1, keepdim=True)
-        last = torch.where(segment.real, columns, -1).amax(1, keepdim=True)
         if last_only:
+            last = torch.where(segment.real, columns, -1).amax(1, keepdim=True)
             return last, torch.ones_like(last, dtype=torch.bool)
-        text = segment.real & (columns > last_visual)
-        text = torch.where(text.any(1, keepdim=True), text, columns == last)
-        width = int(text.sum(1).max())
-        rows = torch.argsort(text.to(torch.uint8), dim=1, stable=True)[:, -width:]
-        return rows, text.gather(1, rows)
+        last_visual = torch.where(segment.visual, columns, -1).amax(1, keepdim=True)
+        return self._rows_of(segment.real & (columns > last_visual))
+
+    def _rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns (batch, r) of what is marked, (batch, n) bool, and which are real rows; the last real column where
+        nothing is."""
+        columns = torch.arange(marked.shape[1], device=marked.device)
+        last = torch.where(self.call.segment.real, columns, -1).amax(1, keepdim=True)
+        marked = torch.where(marked.any(1, keepdim=True), marked, columns == last)
+        width = int(marked.sum(1).max())
+        rows = torch.argsort(marked.to(torch.uint8), dim=1, stable=True)[:, -width:]
+        return rows, marked.gather(1, rows)
 
     def _context(self, layer: int, rope: tuple[Tensor, Tensor]) -> RowContext:
         call = self.call
