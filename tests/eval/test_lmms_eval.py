@@ -190,7 +190,7 @@ def test_a_failing_run_does_not_exit_with_0(home, tmp_path):
     ("broken", "problem"),
     [
         ("process_results: !function broken.no_metric", "ZeroDivisionError"),
-        ("dataset_path: no/such/data\ndataset_kwargs: null", "no/such/data"),
+        pytest.param("dataset_path: no/such/data\ndataset_kwargs: null", "no/such/data", marks=pytest.mark.slow),
     ],
     ids=["metric", "data"],
 )
