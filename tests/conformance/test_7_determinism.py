@@ -47,7 +47,13 @@ def test_global_random_state_is_untouched_and_unread(gqa, name):
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
 
 
-@pytest.mark.parametrize(("name", "media", "method"), CELLS, ids=["-".join(cell) for cell in CELLS])
+def cells():
+    """Videos are left to the slow run."""
+    for cell in CELLS:
+        yield pytest.param(*cell, marks=[pytest.mark.slow] if cell[1] != "image" else [], id="-".join(cell))
+
+
+@pytest.mark.parametrize(("name", "media", "method"), cells())
 @torch.no_grad()
 def test_no_family_brings_chance_in(name, media, method):
     """The same in the second run, after other global seeds."""
