@@ -45,8 +45,8 @@ def _checks(cls: type) -> dict[str, Callable]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM`, `Progressive`, `Reviving` or `Composite`, not
-    this.
+    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM`, `Progressive` (or its `Staged` and `CutOnce`),
+    `Reviving` or `Composite`, not this.
 
     Fields (all methods)
         keep_ratio: share of the visual tokens kept, averaged over the LLM's layers; in (0, 1], 1.0 prunes nothing.
@@ -223,11 +223,6 @@ class Progressive(InLLM):
         """Tokens alive for an exact share; truncates unless the method's reference rounds otherwise."""
         return int(entering * share)
 
-    def check_schedule(self, schedule: tuple[float, ...], cuts: int) -> None:
-        """Raise ConfigError unless a schedule has a share for each of so many cuts, none above the one before."""
-        if len(schedule) != cuts or any(a < b for a, b in pairwise(schedule)):
-            raise ConfigError(f"{self.name}: schedule={schedule} must be {cuts} shares that do not increase")
-
     def place(self, layers: tuple[int, ...] | None, published: tuple[int, ...], shape: ModelShape) -> tuple[int, ...]:
         """The user's layers, checked against the model, or the published ones rescaled to its depth."""
         if layers is None:
@@ -247,6 +242,48 @@ class Progressive(InLLM):
     def budgets(self, shape: ModelShape, entering: Tensor, crops: Tensor) -> Tensor:
         shares, samples = self.shares(), zip(entering.tolist(), crops.tolist(), entering.tolist(), strict=True)
         return self.scheduled(shape, shares, samples, lambda n: [self.count(n, share) for share in shares])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Progressive):
+    """A progressive method whose layers and schedule are fields. Subclasses state `published_layers` and a default
+    `schedule`."""
+
+    published_layers: ClassVar[tuple[int, ...]]
+
+    layers: tuple[int, ...] | None = None
+    schedule: tuple[Share, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        cuts = len(self.published_layers if self.layers is None else self.layers)
+        if len(self.schedule) != cuts or any(a < b for a, b in pairwise(self.schedule)):
+            raise ConfigError(f"{self.name}: schedule={self.schedule} must be {cuts} shares that do not increase")
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(self.layers, self.published_layers, shape)
+
+    def shares(self) -> tuple[float, ...]:
+        return self.schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOnce(Progressive):
+    """A progressive method with one cut, whose layer and share are fields. Subclasses state a default `share`."""
+
+    published_layer: ClassVar[int] = 2
+
+    layer: Annotated[int, Ge(1)] | None = None
+    share: Share
+
+    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
+        return self.place(None if self.layer is None else (self.layer,), (self.published_layer,), shape)
+
+    def shares(self) -> tuple[float, ...]:
+        return (self.share,)
+
+    def count(self, entering: int, share: float) -> int:
+        return round(entering * share)
 
 
 @dataclass(frozen=True, kw_only=True)

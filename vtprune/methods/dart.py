@@ -9,14 +9,15 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Ge
 
-from vtprune.methods.base import Progressive, Share
+from vtprune.layout import take_columns
+from vtprune.methods.base import CutOnce, Share
 from vtprune.ops.pivots import leading, unlike_pivots
 from vtprune.signals import KeyNorms, NormedStates
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class DART(Progressive):
+class DART(CutOnce):
     """Drops visual tokens once, before layer K, that resemble pivots of the image and of the text (arXiv 2502.11494).
 
     Stage: inside the LLM. Pivots are the visual tokens, and the tokens of the text after the last of them, whose keys
@@ -39,20 +40,10 @@ class DART(Progressive):
     signal: ClassVar[str] = "similarity in the LLM, length of keys"
     paper: ClassVar[str] = "arXiv 2502.11494"
 
-    layer: Annotated[int, Ge(1)] | None = None
     share: Share = 2 / 9
     image_pivots: Annotated[int, Ge(1)] = 4
     text_pivots: Annotated[int, Ge(0)] = 4
     positions: Literal["original", "compact"] = "original"
-
-    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(None if self.layer is None else (self.layer,), (2,), shape)
-
-    def shares(self) -> tuple[float, ...]:
-        return (self.share,)
-
-    def count(self, entering: int, share: float) -> int:
-        return round(entering * share)
 
     def signals(self, shape: ModelShape):
         return (NormedStates(), KeyNorms())
@@ -65,10 +56,5 @@ class DART(Progressive):
         real &= torch.arange(image.shape[1], device=real.device) < budget[:, None]
         chosen = torch.zeros_like(valid).scatter(1, image, real)
         text, text_real = leading(text_norms, text_norms >= 0, self.text_pivots)
-        pivots = torch.cat([_rows(states, image), _rows(text_states, text)], 1)
+        pivots = torch.cat([take_columns(states, image), take_columns(text_states, text)], 1)
         return Selection(unlike_pivots(states, pivots, torch.cat([real, text_real], 1), chosen, valid, budget))
-
-
-def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(groups, tokens, dim), (groups, n) -> (groups, n, dim)."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))

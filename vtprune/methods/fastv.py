@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from annotated_types import Ge
 from torch import Tensor
 
-from vtprune.methods.base import Progressive, Scorer, Share
+from vtprune.methods.base import CutOnce, Scorer, Share
 from vtprune.signals import LastQueryAttention
 from vtprune.tokens import ModelShape, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Scorer, Progressive):
+class FastV(Scorer, CutOnce):
     """Drops visual tokens once, before layer K, by the last prompt token's attention in layer K-1 (arXiv 2403.06764).
 
     Stage: inside the LLM. Attention is averaged over heads. Original positions are kept, as in the reference.
@@ -31,18 +30,8 @@ class FastV(Scorer, Progressive):
     signal: ClassVar[str] = "attention in the LLM"
     paper: ClassVar[str] = "arXiv 2403.06764"
 
-    layer: Annotated[int, Ge(1)] | None = None
     share: Share = 0.5
     positions: Literal["original", "compact"] = "original"
-
-    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(None if self.layer is None else (self.layer,), (2,), shape)
-
-    def shares(self) -> tuple[float, ...]:
-        return (self.share,)
-
-    def count(self, entering: int, share: float) -> int:
-        return round(entering * share)
 
     def signals(self, shape: ModelShape):
         return (LastQueryAttention(self.cuts(shape)[0] - 1),)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Share
 from vtprune.ops.anchor_merging import merge_into_anchors
+from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.frame_pooling import frame_means
 from vtprune.ops.scene_cuts import scenes
 from vtprune.signals import AttentionReceived, ClsAttention
@@ -63,7 +64,7 @@ class FastVID(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         (request,) = self.signals(tokens.shape)
         saliency = tokens[request].to(tokens.features.device)
-        saliency = saliency.float().mean((1, 2)) if tokens.shape.has_cls else saliency
+        saliency = cls_score(saliency) if tokens.shape.has_cls else saliency
         keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
         sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
         for group, length, k in tokens.each():

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.methods.base import Reviving, Scorer, Share
+from vtprune.methods.base import Reviving, Scorer, Share, Staged
 from vtprune.signals import LastQueryAttention
 from vtprune.tokens import ModelShape, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class LazyLLM(Scorer, Reviving):
+class LazyLLM(Scorer, Reviving, Staged):
     """Drops visual tokens in steps by the last token's attention, and chooses again for each token that is generated.
 
     LazyLLM (arXiv 2407.14057). Stage: inside the LLM, and decode. The score of a token is the attention that the last
@@ -35,19 +35,9 @@ class LazyLLM(Scorer, Reviving):
     name: ClassVar[str] = "lazyllm"
     signal: ClassVar[str] = "attention in the LLM, at every step"
     paper: ClassVar[str] = "arXiv 2407.14057"
+    published_layers: ClassVar[tuple[int, ...]] = (9, 19, 28)
 
-    layers: tuple[int, ...] | None = None
     schedule: tuple[Share, ...] = (0.7, 0.49, 0.343)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
-
-    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(self.layers, (9, 19, 28), shape)
-
-    def shares(self) -> tuple[float, ...]:
-        return self.schedule
 
     def signals(self, shape: ModelShape):
         return tuple(LastQueryAttention(cut - 1) for cut in self.cuts(shape))

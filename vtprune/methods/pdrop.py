@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtprune.methods.base import Progressive, Scorer, Share
+from vtprune.methods.base import Scorer, Share, Staged
 from vtprune.signals import InstructionAttention
 from vtprune.tokens import ModelShape, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Scorer, Progressive):
+class PyramidDrop(Scorer, Staged):
     """Drops visual tokens in stages by the attention of the prompt's last token (arXiv 2410.17247).
 
     Stage: inside the LLM. The score of a token is the attention that the last token pays to it in the layer that runs
@@ -33,20 +33,10 @@ class PyramidDrop(Scorer, Progressive):
     name: ClassVar[str] = "pdrop"
     signal: ClassVar[str] = "attention in the LLM"
     paper: ClassVar[str] = "arXiv 2410.17247"
+    published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
-    layers: tuple[int, ...] | None = None
     schedule: tuple[Share, ...] = (0.5, 0.25, 0.125)
     positions: Literal["original", "compact"] = "compact"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
-
-    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(self.layers, (8, 16, 24), shape)
-
-    def shares(self) -> tuple[float, ...]:
-        return self.schedule
 
     def signals(self, shape: ModelShape):
         return (InstructionAttention(last_only=True),)

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from vtprune.methods.base import Progressive, Share
+from vtprune.methods.base import Share, Staged
 from vtprune.ops.recycling import recycle_dropped
 from vtprune.ops.selection import top_k_mask
 from vtprune.signals import RaterAttention
@@ -18,7 +18,7 @@ from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Progressive):
+class SparseVLM(Staged):
     """Drops visual tokens in stages by the attention of text raters, and merges some of them (arXiv 2410.04417).
 
     Stage: inside the LLM. Raters are the tokens of the text after the image whose input embeddings the image resembles
@@ -48,23 +48,13 @@ class SparseVLM(Progressive):
     name: ClassVar[str] = "sparsevlm"
     signal: ClassVar[str] = "attention in the LLM, similarity of the text to the image"
     paper: ClassVar[str] = "arXiv 2410.04417"
+    published_layers: ClassVar[tuple[int, ...]] = (3, 7, 16)
 
-    layers: tuple[int, ...] | None = None
     schedule: tuple[Share, ...] = (0.5365, 0.3542, 0.1962)
     recycle: Share = 0.3
     undo_rotation: bool = False
     heads: Annotated[int, Ge(1)] | None = None
     positions: Literal["original", "compact"] = "compact"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
-
-    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(self.layers, (3, 7, 16), shape)
-
-    def shares(self) -> tuple[float, ...]:
-        return self.schedule
 
     def signals(self, shape: ModelShape):
         return (RaterAttention(self.undo_rotation),)

@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.errors import ConfigError
-from vtprune.methods.base import Progressive, Scorer, Share
+from vtprune.methods.base import Scorer, Share, Staged
 from vtprune.signals import InstructionAttention, Transition
 from vtprune.tokens import ModelShape, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransPrune(Scorer, Progressive):
+class TransPrune(Scorer, Staged):
     """Drops visual tokens in stages by token transition variation and instruction-guided attention (arXiv 2507.20630).
 
     Stage: inside the LLM. The score of a token is the sum of two shares: of the transition variation accumulated over
@@ -37,22 +37,12 @@ class TransPrune(Scorer, Progressive):
     name: ClassVar[str] = "transprune"
     signal: ClassVar[str] = "token transition, attention in the LLM"
     paper: ClassVar[str] = "arXiv 2507.20630"
+    published_layers: ClassVar[tuple[int, ...]] = (7, 9, 12)
 
     score: Literal["both", "ttv", "iga"] = "both"
-    layers: tuple[int, ...] | None = None
     schedule: tuple[Share, ...] = (0.875, 0.625, 0.125)
     measure: tuple[int, ...] | None = None
     positions: Literal["original", "compact"] = "compact"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_schedule(self.schedule, 3 if self.layers is None else len(self.layers))
-
-    def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(self.layers, (7, 9, 12), shape)
-
-    def shares(self) -> tuple[float, ...]:
-        return self.schedule
 
     def measured(self, shape: ModelShape) -> tuple[int, ...]:
         """Decoder layers whose transitions are accumulated."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtprune.methods.base import BeforeLLM, Share
+from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.thinning import important_and_distinct
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures
 from vtprune.tokens import ModelShape, Selection, VisualTokens
@@ -46,7 +47,7 @@ class VisPruner(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         attention, features = tokens[self.attention(tokens.shape)], tokens[EncoderFeatures()]
         if tokens.shape.has_cls:
-            attention = attention.float().mean((1, 2))
+            attention = cls_score(attention)
         device = features.device
         keep = important_and_distinct(
             attention.to(device),
