@@ -31,20 +31,30 @@ def assert_same_state(before, after):
     np.testing.assert_equal(before[2], after[2])
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_global_random_state_is_untouched_and_unread(gqa, name):
-    inputs, seen = batch_of_three(gqa).inputs(), []
+def assert_global_state_is_untouched_and_unread(run):
+    """run() -> (what was kept, tensors); after other global seeds it gives the same."""
+    seen = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
         before = global_state()
-        with vtprune.prune(gqa, spec(name)) as session:
-            output = generate(gqa, inputs, new_tokens=3)
+        seen.append(run())
         assert_same_state(before, global_state())
-        seen.append((kept(session.report, depth(gqa)), output.logits))
     assert seen[0][0] == seen[1][0]
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_global_random_state_is_untouched_and_unread(gqa, name):
+    inputs = batch_of_three(gqa).inputs()
+
+    def run():
+        with vtprune.prune(gqa, spec(name)) as session:
+            output = generate(gqa, inputs, new_tokens=3)
+        return kept(session.report, depth(gqa)), output.logits
+
+    assert_global_state_is_untouched_and_unread(run)
 
 
 def cells():
@@ -53,25 +63,21 @@ def cells():
         yield pytest.param(*cell, marks=[pytest.mark.slow] if cell[1] != "image" else [], id="-".join(cell))
 
 
-@pytest.mark.parametrize(("name", "media", "method"), cells())
+@pytest.mark.parametrize(("name", "media", "method"), [*cells()])
 @torch.no_grad()
 def test_no_family_brings_chance_in(name, media, method):
     """The same in the second run, after other global seeds."""
     model = families.shared(name)
     if refusal(model, matrix_spec(method)) is not None:
         return
-    inputs, seen = families.batch(name, model, media=media).inputs, []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        before = global_state()
+    inputs = families.batch(name, model, media=media).inputs
+
+    def run():
         with vtprune.prune(model, matrix_spec(method)) as session:
             logits = model(**inputs).logits
-        assert_same_state(before, global_state())
-        seen.append((kept(session.report, session.report.depth), logits))
-    assert seen[0][0] == seen[1][0]
-    assert torch.equal(seen[0][1], seen[1][1])
+        return kept(session.report, session.report.depth), [logits]
+
+    assert_global_state_is_untouched_and_unread(run)
 
 
 def test_random_takes_a_seed(gqa):

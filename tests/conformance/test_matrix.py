@@ -127,7 +127,7 @@ def _cells():
             yield pytest.param(name, media, method, attention, marks=marks, id=f"{name}-{media}-{method}-{attention}")
 
 
-@pytest.mark.parametrize(("name", "media", "method", "attention"), _cells())
+@pytest.mark.parametrize(("name", "media", "method", "attention"), [*_cells()])
 def test_cell(name, media, method, attention):
     run = unpatched(name, attention, media)
     model, batch, positions = run.model, run.batch, POSITIONS[attention]
