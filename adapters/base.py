@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.tokens import Grid, Medium, ModelShape
+from vtprune.transformers_private import rotary_embedding, uses_mrope
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
@@ -95,11 +96,19 @@ class Adapter(ABC):
         names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
         return tuple(value for name in names if (value := getattr(self.config, name, None)) is not None)
 
-    def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (batch, n, rotary dim) of a decoder layer at positions (..., batch, n)."""
+    def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+        """What a decoder layer is handed as `position_embeddings` at positions (..., batch, n).
+
+        Usually cos and sin, (batch, n, rotary dim) each.
+        """
         # Of four rows the first one is for masks alone; the others are the axes of M-RoPE.
         has_text_row = positions.ndim == 3 and len(positions) == 4
-        return self.language_model.rotary_emb(hidden, positions[1:] if has_text_row else positions)
+        return rotary_embedding(self.language_model, layer, hidden, positions[1:] if has_text_row else positions)
+
+    @property
+    def position_axes(self) -> int:
+        """Axes of the language model's position ids: 1, or 3 with M-RoPE."""
+        return 3 if uses_mrope(self.language_model.config) else 1
 
     def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """(batch, tokens) long: the block of each token whose tokens all see one another, -1 for none.
@@ -108,6 +117,10 @@ class Adapter(ABC):
         cached ones included, as transformers does. None: attention is causal throughout.
         """
         return None
+
+    def pixel_argument(self, kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The pixels of a kind among the arguments of the base model's forward, or of an encode call; None if none."""
+        return inputs.get(PIXELS[kind])
 
     # -- the vision encoder -------------------------------------------------------------------------------------
 

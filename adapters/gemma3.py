@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
+from vtprune.transformers_private import gemma3_blocks
 
 
 class Gemma3(Adapter):
@@ -16,20 +17,14 @@ class Gemma3(Adapter):
     and full layers have rotary embeddings of their own.
     """
 
-    model_types = ("gemma3",)
+    model_types = ("gemma3", "shieldgemma2")
     family = "Gemma 3"
     layout = "one grid an image"
     window_cuts_blocks = True
 
-    def rope(self, layer, hidden, positions):
-        return self.language_model.rotary_emb(hidden, positions, self.language_model.config.layer_types[layer])
-
     def blocks(self, inputs):
-        # Importing this takes seconds, and any loaded model has done it already.
-        from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
-
         types = inputs.get("token_type_ids")
-        return None if types is None else get_block_sequence_ids_for_mask(types)
+        return None if types is None else gemma3_blocks(types)
 
     @property
     def image_grid(self):

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtprune.adapters.base import stack_sizes
 from vtprune.adapters.llava import Llava
 from vtprune.tokens import Grid, Medium
+from vtprune.transformers_private import llava_next_crops
 
 
 class LlavaNext(Llava):
@@ -43,11 +44,8 @@ class LlavaNext(Llava):
 
     def crops(self, inputs: Mapping[str, Any]) -> list[int]:
         """How many crops the encoder ran for each image of a call: the overview and the tiles."""
-        # Importing this takes seconds, and any loaded model has done it already.
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
         pinpoints, size = self.config.image_grid_pinpoints, self.vision_config.image_size
-        return [image_size_to_num_patches(image, pinpoints, size) for image in stack_sizes(inputs["image_sizes"])]
+        return [llava_next_crops(image, pinpoints, size) for image in stack_sizes(inputs["image_sizes"])]
 
     def pack(self, inputs: Mapping[str, Any], values: Tensor, newline: float) -> Sequence[Tensor]:
         """Values (crops of all images, patches, dim) where the model puts features: (tokens, dim) an image."""

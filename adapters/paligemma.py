@@ -7,6 +7,7 @@ import torch
 
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
+from vtprune.transformers_private import cache_of
 
 
 class PaliGemma(Adapter):
@@ -22,7 +23,7 @@ class PaliGemma(Adapter):
     layout = "one grid an image"
 
     def blocks(self, inputs):
-        types, cache = inputs.get("token_type_ids"), inputs.get("past_key_values")
+        types, cache = inputs.get("token_type_ids"), cache_of(inputs)
         # With encoded images, on a cache that holds something, the model takes a prompt for a continuation.
         continued = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
         return None if types is None or continued else torch.where(types == 0, 0, -1)

@@ -7,6 +7,7 @@ import torch
 
 from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.tokens import Grid, Medium
+from vtprune.transformers_private import qwen2_5_vl_window_order
 
 
 class Qwen2VL(Adapter):
@@ -65,13 +66,7 @@ class Qwen2_5_VL(Qwen2VL):
     family = "Qwen2.5-VL"
 
     def projector_inputs(self, kind, inputs, features):
-        # Importing this takes seconds, and any loaded model has done it already.
-        from transformers.vision_utils import get_vision_window_index
-
-        vision = self.vision_config
-        order, _ = get_vision_window_index(
-            patch_grids(kind, inputs), vision.spatial_merge_size, vision.window_size, vision.patch_size
-        )
+        order = qwen2_5_vl_window_order(patch_grids(kind, inputs), self.vision_config)
         return super().projector_inputs(kind, inputs, features)[order.argsort().to(features.device)]
 
 

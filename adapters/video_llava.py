@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
 from vtprune.adapters.base import PIXELS
 from vtprune.adapters.llava import Llava
 from vtprune.tokens import Grid, Medium
@@ -38,14 +33,13 @@ class VideoLlava(Llava):
         videos, frames = inputs[PIXELS[kind]].shape[:2]
         return [Medium.of_grids(*[Grid(side, side, prefix=self.cls_tokens)] * frames)] * videos
 
+    def pixel_argument(self, kind, inputs):
+        # The processor gives images a name of their own, under which the model takes them up to transformers 5.21.
+        pixels = super().pixel_argument(kind, inputs)
+        return inputs.get("pixel_values_images") if pixels is None and kind == "image" else pixels
+
     def pixels(self, kind, inputs):
-        return _pixels(kind, inputs)
+        return self.pixel_argument(kind, inputs)
 
     def encoder_sequences(self, kind, inputs):
-        return super().encoder_sequences(kind, {PIXELS[kind]: _pixels(kind, inputs)})
-
-
-def _pixels(kind: str, inputs: Mapping[str, Any]) -> Tensor:
-    pixels = inputs.get(PIXELS[kind])
-    # The processor still gives images their old name.
-    return inputs["pixel_values_images"] if pixels is None else pixels
+        return super().encoder_sequences(kind, {PIXELS[kind]: self.pixels(kind, inputs)})

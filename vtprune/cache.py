@@ -15,10 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.slots import Aside, PerSample, Slots
+from vtprune.transformers_private import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    create_missing_layers,
+    has_keys,
+    is_prunable,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +106,8 @@ class PrunedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.inner.get_max_length()
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.inner.lazy_initialization(key_states, value_states)
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        self.inner.lazy_initialization(*args, **kwargs)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         if not self.owner.active:
@@ -157,8 +164,24 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.prefetch()
 
 
+class PrunedHybridLayer(PrunedLayer, LinearAttentionCacheLayerMixin):
+    """The same for a layer that carries a state beside its keys and values; the state stays the inner layer's."""
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        return self.inner.update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> Tensor:
+        return self.inner.update_recurrent_state(*args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        self.inner.activate_past_recording()
+
+
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
-    """The wrapped layers of a cache; empty if it was never pruned."""
+    """The wrapped layers of a cache; empty if it was never pruned.
+
+    One for each decoder layer, unless some hold a state instead of keys and values: these are never wrapped.
+    """
     return [] if cache is None else [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
 
 
@@ -167,27 +190,18 @@ def check_cache(cache: Cache, owner: Owner) -> None:
     for layer in cache.layers:
         if isinstance(layer, PrunedLayer) and layer.owner is not owner:
             raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")
-        if not isinstance(layer, CacheLayerMixin) or layer.is_compileable:
+        if not is_prunable(layer):
             raise UnsupportedStageError(
-                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static and recurrent "
-                "caches have a fixed length); use the default dynamic cache"
+                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static caches have a fixed "
+                "length); use the default dynamic cache"
             )
 
 
 def wrap_cache(cache: Cache, owner: Owner, num_layers: int) -> None:
-    """Wrap every layer of a cache in place (idempotent), creating those that transformers would create lazily."""
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) < num_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-        cache.layer_class_to_replicate = None
+    """Wrap every layer of a cache that holds keys, in place (idempotent), creating those that transformers would create
+    lazily."""
+    create_missing_layers(cache, num_layers)
     for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, PrunedLayer):
-            cache.layers[i] = PrunedLayer(layer, owner)
-
-
-def layer_type(config, layer: int) -> str:
-    """Kind of attention of a decoder layer, as transformers names it: "full_attention", "sliding_attention", ..."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return types[layer]
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        if has_keys(layer) and not isinstance(layer, PrunedLayer):
+            has_state = isinstance(layer, LinearAttentionCacheLayerMixin)
+            cache.layers[i] = (PrunedHybridLayer if has_state else PrunedLayer)(layer, owner)

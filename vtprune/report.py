@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune import cost
-from vtprune.cache import layer_type
+from vtprune.transformers_private import layer_type
 
 
 @dataclass(frozen=True)

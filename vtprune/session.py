@@ -29,6 +29,7 @@ from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Columns, Incoming, open_call
 from vtprune.tokens import Selection, VisualTokens
+from vtprune.transformers_private import cache_of, check_release, unmasked_steps
 
 _ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 """Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
@@ -92,6 +93,7 @@ class Session:
     """
 
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+        check_release()
         self.adapter: Adapter = adapter_for(model)
         if any(map(_is_compiled, model.modules())):
             raise UnsupportedModelError(COMPILED)
@@ -198,7 +200,9 @@ class Session:
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
+        if incoming is not None and self._prunes:
+            incoming.check_cache(cache)
         held = pruned_layers(cache)
         mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
         has_images = incoming is not None and bool(incoming.kinds)
@@ -252,10 +256,9 @@ class Session:
         """
         if any(layer.layout.real is not None or layer.layout.shift is not None for layer in held):
             return False
-        back_end = self.adapter.text_config._attn_implementation
         # A window that is full is masked, although nothing in it is.
         windows = any(layer.is_sliding for layer in held)
-        unmasked = length == 1 and not windows and (back_end == "sdpa" or "flash" in back_end)
+        unmasked = length == 1 and not windows and unmasked_steps(self.adapter.text_config)
         if not unmasked and len({layer.layout.dropped for layer in held}) > 1:
             return False
         return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())

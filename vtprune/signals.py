@@ -7,15 +7,17 @@ from an eager layer: just the rows asked for are recomputed from queries and key
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from vtprune.ops.attention import attention_received, attention_rows, rotate
+from vtprune.layout import take_columns
+from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.ops.page_rank import attention_page_rank
+from vtprune.transformers_private import Scored, scored
 
 
 @dataclass(frozen=True)
@@ -202,13 +204,37 @@ class AliveInLastLayer:
 
 
 @dataclass(frozen=True)
+class Places:
+    """The positions of the columns of a decoder layer."""
+
+    ids: Tensor
+    """(batch, n) long: position ids of the text; with M-RoPE those of one axis."""
+    rope: Any
+    """What the language model makes of all axes for its layers: usually cos and sin, (batch | 1, n, rotary dim)."""
+
+    def take(self, index: Tensor) -> Places:
+        """Those of the columns `index` (batch, m)."""
+        return Places(take_columns(self.ids.expand(len(index), -1), index), _take_rope(self.rope, index))
+
+    def to(self, device: torch.device) -> Places:
+        return Places(self.ids.to(device), _map_rope(lambda t: t.to(device), self.rope))
+
+
+def _map_rope(function: Callable[[Tensor], Tensor], rope: Any) -> Any:
+    return function(rope) if torch.is_tensor(rope) else tuple(function(part) for part in rope)
+
+
+def _take_rope(rope: Any, index: Tensor) -> Any:
+    return _map_rope(lambda t: take_columns(t.expand(len(index), -1, -1), index), rope)
+
+
+@dataclass(frozen=True)
 class RowContext:
     """Everything that attention rows of one decoder layer need beside its projections."""
 
     attention: nn.Module
-    head_dim: int
-    rope: tuple[Tensor, Tensor]
-    """cos and sin, (batch | 1, n, rotary dim), of the current columns."""
+    places: Places
+    """Of the current columns, n of them."""
     real: Tensor
     """(batch, n) bool."""
     past_keys: Tensor | None
@@ -224,19 +250,28 @@ class RowContext:
     present: Tensor | None = None
     """(batch, n) bool: `real`, and columns that no row sees although they have rows of their own; None: `real`."""
 
+    def scored(self, queries: Tensor | None, keys: Tensor | None, rows: Tensor | None = None) -> Scored:
+        """Projected queries and keys of all columns, or of the columns `rows` (batch, r), as the layer scores them."""
+        places = self.places if rows is None else self.places.take(rows)
+        places = places.to((keys if queries is None else queries).device)
+        return scored(self.attention, queries, keys, places.rope, places.ids)
+
+    def all_keys(self, keys: Tensor) -> Tensor:
+        """(batch, kv heads, n, head dim) -> (batch, kv heads, past + n, head dim)."""
+        return keys if self.past_keys is None else torch.cat([self.past_keys.to(keys.device), keys], 2)
+
 
 def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> Tensor:
     """Attention of chosen query rows over the current columns of one decoder layer.
 
     queries: (batch, r, heads * head_dim), outputs of `q_proj` for the rows; keys: (batch, n, kv heads * head_dim),
     outputs of `k_proj` for all columns; rows: (batch, r) long, the rows' columns. Returns (batch, heads, r, n) float32;
-    mass on cached keys counts in the softmax and is then left out.
+    mass on cached keys and on sinks counts in the softmax and is then left out.
     """
-    q, k = _rotated(queries, keys, rows, context)
-    mask = _visible(rows.to(k.device), context)
-    return attention_rows(q, k, mask=mask[:, None], **_scores(context.attention, context.head_dim))[
-        ..., -keys.shape[1] :
-    ]
+    q, k = context.scored(queries, None, rows), context.scored(None, keys)
+    mask = _visible(rows.to(keys.device), context)
+    weights = attention_rows(q.queries, context.all_keys(k.keys), mask=mask[:, None], **_bounds(q))
+    return weights[..., -keys.shape[1] :]
 
 
 def decoder_key_norms(keys: Tensor, context: RowContext) -> Tensor:
@@ -244,7 +279,7 @@ def decoder_key_norms(keys: Tensor, context: RowContext) -> Tensor:
 
     keys: as in `decoder_attention_rows`. Its position turns a key, which changes this norm.
     """
-    return _rotated_keys(keys, context).float().abs().sum((1, 3))
+    return context.scored(None, keys).keys.float().abs().sum((1, 3))
 
 
 def rotary_logits(rows: Tensor, context: RowContext) -> Tensor:
@@ -252,27 +287,27 @@ def rotary_logits(rows: Tensor, context: RowContext) -> Tensor:
 
     rows: (batch, r) long, the queries' columns.
     """
-    cos, sin = context.rope
-    ones = cos.new_ones(len(rows), 1, cos.shape[-2], context.head_dim, dtype=torch.float32)
-    turned = rotate(ones, cos.float(), sin.float())[:, 0]
-    index = rows.to(turned.device)[..., None].expand(-1, -1, context.head_dim)
-    return turned.gather(1, index) @ turned.mT * context.head_dim**-0.5
+    attention, places = context.attention, context.places
+    shape, device = (len(rows), places.ids.shape[1]), places.ids.device
+    queries, keys = (
+        torch.ones(*shape, projection.out_features, device=device)
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    rope = _map_rope(lambda t: t if t.is_complex() else t.float(), places.rope)
+    turned = scored(attention, queries, keys, rope, places.ids, norms=False)
+    index = rows.to(device)[..., None].expand(-1, -1, turned.queries.shape[-1])
+    return turned.queries[:, 0].gather(1, index) @ turned.keys[:, 0].mT * turned.queries.shape[-1] ** -0.5
 
 
-def cached_attention_row(
-    queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, rope: tuple[Tensor, Tensor]
-) -> Tensor:
+def cached_attention_row(queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, places: Places) -> Tensor:
     """Attention of one query a sample over the keys in a cache, (batch, heads, n) float32.
 
     queries: (batch, 1, heads * head dim), output of `q_proj`; keys: (batch, kv heads, n, head dim), as cached; visible:
-    (batch, n) bool; rope: cos and sin of the query, (batch, 1, rotary dim).
+    (batch, n) bool; places: of the queries.
     """
-    head_dim = keys.shape[-1]
-    q = rearrange(queries, "b r (h d) -> b h r d", d=head_dim)
-    if (norm := getattr(attention, "q_norm", None)) is not None:
-        q = norm(q)
-    q = rotate(q, *(t.to(q.device) for t in rope))
-    return attention_rows(q, keys, mask=visible[:, None, None], **_scores(attention, head_dim))[:, :, 0]
+    places = places.to(queries.device)
+    q = scored(attention, queries, None, places.rope, places.ids)
+    return attention_rows(q.queries, keys, mask=visible[:, None, None], **_bounds(q))[:, :, 0]
 
 
 def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank, context: RowContext) -> Tensor:
@@ -280,18 +315,16 @@ def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank,
 
     queries, keys: outputs of `q_proj` and `k_proj` for all columns.
     """
-    batch, n = keys.shape[:2]
-    columns = torch.arange(n, device=keys.device).expand(batch, -1)
-    q, k = _rotated(queries, keys, columns, context)
+    both, columns = context.scored(queries, keys), _columns(keys)
     return attention_page_rank(
-        q,
-        k,
+        both.queries,
+        context.all_keys(both.keys),
         mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
-        valid=(context.real if context.present is None else context.present).to(k.device),
+        valid=(context.real if context.present is None else context.present).to(keys.device),
         temperature=request.temperature,
         iterations=request.iterations,
         damping=request.damping,
-        **_scores(context.attention, context.head_dim),
+        **_bounds(both),
     )
 
 
@@ -300,48 +333,26 @@ def decoder_attention_share(queries: Tensor, keys: Tensor, context: RowContext) 
 
     queries, keys: as in `decoder_page_rank`. As a multiple of the average, i.e. of one over the number of real columns.
     """
-    batch, n = keys.shape[:2]
-    columns = torch.arange(n, device=keys.device).expand(batch, -1)
-    q, k = _rotated(queries, keys, columns, context)
-    real = context.real.to(k.device)
+    both, columns = context.scored(queries, keys), _columns(keys)
+    real = context.real.to(keys.device)
     received = attention_received(
-        q,
-        k,
+        both.queries,
+        context.all_keys(both.keys),
         mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
         valid=real,
-        **_scores(context.attention, context.head_dim),
+        **_bounds(both),
     )
-    return received[:, -n:] * real.sum(1, keepdim=True)
+    return received[:, -keys.shape[1] :] * real.sum(1, keepdim=True)
 
 
-def _scores(attention: nn.Module, head_dim: int) -> dict[str, Any]:
-    """How a layer scales and bounds its scores."""
-    return {
-        "scale": getattr(attention, "scaling", head_dim**-0.5),
-        "softcap": getattr(attention, "attn_logit_softcapping", None),
-    }
+def _columns(keys: Tensor) -> Tensor:
+    """(batch, n) long: the numbers of the columns of keys (batch, n, width)."""
+    return torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
 
 
-def _rotated(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> tuple[Tensor, Tensor]:
-    """(batch, heads, r, head_dim) queries and (batch, kv heads, past + n, head_dim) keys with their positions."""
-    q = rearrange(queries, "b r (h d) -> b h r d", d=context.head_dim)
-    # Some families normalise each head's queries and keys before the rotation.
-    if (norm := getattr(context.attention, "q_norm", None)) is not None:
-        q = norm(q)
-    cos, sin = (t.to(q.device).expand(len(q), -1, -1) for t in context.rope)
-    index = rows.to(q.device)[..., None].expand(-1, -1, cos.shape[-1])
-    q = rotate(q, cos.gather(1, index), sin.gather(1, index))
-    k = _rotated_keys(keys, context)
-    return q, k if context.past_keys is None else torch.cat([context.past_keys.to(k.device), k], 2)
-
-
-def _rotated_keys(keys: Tensor, context: RowContext) -> Tensor:
-    """(batch, n, kv heads * head_dim) -> (batch, kv heads, n, head_dim), with their positions."""
-    k = rearrange(keys, "b n (h d) -> b h n d", d=context.head_dim)
-    if (norm := getattr(context.attention, "k_norm", None)) is not None:
-        k = norm(k)
-    cos, sin = (t.to(k.device).expand(len(k), -1, -1) for t in context.rope)
-    return rotate(k, cos, sin)
+def _bounds(scores: Scored) -> dict[str, Any]:
+    """How a layer scales and bounds its scores, as `vtprune.ops.attention` takes it."""
+    return {"scale": scores.scale, "softcap": scores.softcap, "sinks": scores.sinks}
 
 
 def _visible(rows: Tensor, context: RowContext) -> Tensor:

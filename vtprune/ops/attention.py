@@ -7,31 +7,14 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings in the rotate-half convention (RoFormer, arXiv 2104.09864).
-
-    Args:
-        x: ``(batch, heads, rows, head_dim)`` queries or keys.
-        cos: ``(batch | 1, rows, rotary_dim)``, each half holding the same angles, as transformers gives it.
-        sin: same shape as ``cos``.
-
-    Returns:
-        ``x`` rotated, same shape. With ``rotary_dim < head_dim`` the remaining dimensions pass unchanged.
-    """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotary_dim = cos.shape[-1]
-    half = rotary_dim // 2
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    # In place on the one new tensor: keys of a whole prompt are large, and each temporary would cost a pass over them.
-    result = turned * cos
-    result[..., :half].addcmul_(turned[..., half:], sin[..., :half], value=-1)
-    result[..., half:].addcmul_(turned[..., :half], sin[..., half:])
-    result = result.to(x.dtype)
-    return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
-
-
 def attention_rows(
-    queries: Tensor, keys: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Post-softmax attention of some query rows over all keys, in float32.
 
@@ -43,10 +26,13 @@ def attention_rows(
             reads key head ``h // (heads // kv_heads)``.
         scale: factor on the dot products, usually ``head_dim ** -0.5``.
         softcap: bound ``c`` of the scores, which become ``c * tanh(score / c)`` (Gemma 2); None for none.
+        sinks: ``(heads,)`` logits of which each takes part in the softmax of all rows of its head, as if of one more
+            key that has no column (gpt-oss); None for none.
         mask: bool, broadcastable to ``(batch, 1 | heads, rows, keys)``, True where a row may attend.
 
     Returns:
-        ``(batch, heads, rows, keys)`` float32. Rows sum to one; a row that may attend to nothing is all zeros.
+        ``(batch, heads, rows, keys)`` float32. Rows sum to one, or with sinks to less; a row that may attend to nothing
+        is all zeros.
     """
     batch, heads, rows, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -55,10 +41,13 @@ def attention_rows(
     scores = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, rows, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        return scores.softmax(dim=-1)
-    weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
-    return weights.masked_fill_(~mask.any(dim=-1, keepdim=True), 0.0)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores).view(1, -1, 1, 1).expand(batch, heads, rows, 1)
+        return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+    weights = scores.softmax(dim=-1)
+    return weights if mask is None else weights.masked_fill_(~mask.any(dim=-1, keepdim=True), 0.0)
 
 
 def attention_received(
@@ -69,6 +58,7 @@ def attention_received(
     mask: Callable[[int, int], Tensor] | None = None,
     valid: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     rows_at_once: int = 128,
 ) -> Tensor:
     """Mean attention that each key receives, over heads and all query rows.
@@ -80,17 +70,18 @@ def attention_received(
         mask: a function that gives what rows ``first`` to ``last - 1`` may attend to, as in :func:`attention_rows`; by
             default all see all.
         valid: ``(batch, rows)`` bool, the query rows that count; by default all.
-        softcap: as in :func:`attention_rows`.
+        softcap, sinks: as in :func:`attention_rows`.
         rows_at_once: query rows held in memory at a time; the attention matrix never is.
 
     Returns:
-        ``(batch, tokens)`` float32; each row sums to one.
+        ``(batch, tokens)`` float32; each row sums to one, or with sinks to less.
     """
     total = keys.new_zeros(len(keys), keys.shape[2], dtype=torch.float32)
     count = queries.shape[2]
     for first in range(0, count, rows_at_once):
         last = min(first + rows_at_once, count)
         visible = None if mask is None else mask(first, last)
-        rows = attention_rows(queries[:, :, first:last], keys, scale=scale, mask=visible, softcap=softcap).mean(1)
+        bounds = {"scale": scale, "mask": visible, "softcap": softcap, "sinks": sinks}
+        rows = attention_rows(queries[:, :, first:last], keys, **bounds).mean(1)
         total += rows.sum(1) if valid is None else (rows * valid[:, first:last, None]).sum(1)
     return total / (count if valid is None else valid.sum(1, keepdim=True).clamp_min(1))

@@ -53,6 +53,7 @@ def attention_page_rank(
     mask: Tensor | Callable[[int, int], Tensor],
     valid: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     temperature: float = 0.1,
     iterations: int = 5,
     damping: float = 0.0,
@@ -73,7 +74,7 @@ def attention_page_rank(
             its rows ``first`` to ``last - 1``. A token whose column is masked throughout (pruned, but not removed) has
             no importance, and its row still passes on the rank that it begins with.
         valid: ``(batch, n)`` bool, False for padding; by default all tokens are real.
-        softcap: as in :func:`vtprune.ops.attention.attention_rows`.
+        softcap, sinks: as in :func:`vtprune.ops.attention.attention_rows`. What goes to sinks is lost.
         temperature: divisor of the scores, > 0.
         iterations, damping: as in :func:`page_rank`.
 
@@ -96,6 +97,7 @@ def attention_page_rank(
             scale=scale / temperature,
             mask=visible(first, last),
             softcap=None if softcap is None else softcap / temperature,
+            sinks=None if sinks is None else sinks[head : head + 1] / temperature,
         )[..., -n:]
 
     importance = keys.new_zeros(batch, n, dtype=torch.float32)

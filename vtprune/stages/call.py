@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache import CacheLayout, Owner, layer_type, pruned_layers, wrap_cache
-from vtprune.layout import Groups, Segment, counted_from, take_columns
+from vtprune.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
+from vtprune.layout import Groups, Segment, counted_from, last_axis, take_columns
+from vtprune.signals import Places
 from vtprune.stages.media import Media
 from vtprune.tokens import Selection
+from vtprune.transformers_private import Cache, layer_mask, layer_type
 
 
 @dataclass
@@ -74,10 +75,10 @@ class Call:
             self.blocks = pad(self.blocks, (0, missing), value=-1)[:, here].to(self.real.device)
         self.whole = Segment.whole(self.real, visual, self.positions)
         self.segments, self.starts = [self.whole], [0]
-        layers = pruned_layers(self.cache)
-        self.wrapped = bool(layers)
+        self.wrapped = bool(pruned_layers(self.cache))
         if self.wrapped:
-            self.before = [(layer.layout, layer.physical) for layer in layers]
+            held = [self.cached(i) for i in range(len(self.adapter.decoder_layers))]
+            self.before = [(layer.layout, layer.physical) for layer in held]
             self.announce(0)
         else:
             self.before = [(CacheLayout(real=self.past_real), self.past)] * len(self.adapter.decoder_layers)
@@ -92,6 +93,14 @@ class Call:
         """Whether this call has dropped anything so far."""
         # Not by length: the longest sample of a batch may have lost nothing.
         return self.segment is not self.whole
+
+    def cached(self, layer: int) -> PrunedLayer:
+        """What a wrapped cache holds of a decoder layer.
+
+        A layer that carries a state instead has what all others have: where such layers are, nothing is cut between.
+        """
+        own = self.cache.layers[layer]
+        return own if isinstance(own, PrunedLayer) else pruned_layers(self.cache)[0]
 
     def segment_at(self, layer: int) -> Segment:
         return self.segments[bisect_right(self.starts, layer) - 1]
@@ -214,6 +223,8 @@ class Call:
             self.wrapped, first_layer = True, 0
         memo = {}
         for i in range(first_layer, len(self.cache.layers)):
+            if not isinstance(self.cache.layers[i], PrunedLayer):
+                continue
             key = self.key(i)
             if key not in memo:
                 layout, physical = self.before[i]
@@ -267,18 +278,19 @@ class Call:
         columns = segment.columns.to(positions.device).expand_as(segment.positions)
         return positions.scatter(-1, columns, segment.positions)
 
-    def rope_at(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of a layer's positions."""
-        key = ("rope", layer_type(self.text_config, layer), self.key(layer))
+    def places_at(self, layer: int, hidden: Tensor) -> Places:
+        """The positions of a layer's columns."""
+        key = ("places", layer_type(self.text_config, layer), self.key(layer))
         if key not in self.memo:
-            self.memo[key] = self.adapter.rope(layer, hidden, self.positions_at(layer).to(hidden.device))
+            positions = self.positions_at(layer).to(hidden.device)
+            self.memo[key] = Places(last_axis(positions), self.adapter.rope(layer, hidden, positions))
         return self.memo[key]
 
     def padding_mask(self, layer: int) -> Tensor | None:
         """2D mask of a layer, logical length; None if all its columns are real and a cache knows the lengths."""
         if self.cache is None:
             return self.segment_at(layer).real
-        return self.cache.layers[layer].layout.mask()
+        return self.cached(layer).layout.mask()
 
     def blocks_at(self, layer: int) -> Tensor | None:
         """(batch, n) long: the block of each column of a layer whose tokens all see one another, -1 for none."""
@@ -288,14 +300,7 @@ class Call:
         return take_columns(self.blocks, segment.columns).masked_fill(~segment.present, -1)
 
     def mask_at(self, layer: int, hidden: Tensor):
-        """Attention mask of a layer in the form its attention back end wants, from transformers' own factory."""
-        # Importing this takes seconds (it pulls in the compiler) and any loaded model has done it already.
-        from transformers.masking_utils import (
-            LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
-            blockwise_overlay,
-            sliding_window_overlay,
-        )
-
+        """Attention mask of a layer in the form its attention back end wants."""
         kind = layer_type(self.text_config, layer)
         key = ("mask", kind, self.key(layer))
         if key not in self.memo:
@@ -304,22 +309,16 @@ class Call:
                 blocks = blocks.to(hidden.device)
                 if self.cache is not None:
                     # The factories count columns from the start of the unpruned sequence.
-                    blocks = pad(blocks, (self.cache.layers[layer].get_seq_length(), 0), value=-1)
-            factory, deviation = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind], {"block_sequence_ids": blocks}
-            if blocks is not None and kind == "sliding_attention" and self.adapter.window_cuts_blocks:
-                # The factory of sliding masks would let tokens see their whole block.
-                factory = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["full_attention"]
-                deviation = {
-                    "or_mask_function": blockwise_overlay(blocks),
-                    "and_mask_function": sliding_window_overlay(self.text_config.sliding_window),
-                }
-            self.memo[key] = factory(
-                config=self.text_config,
-                inputs_embeds=hidden,
-                attention_mask=self.padding_mask(layer),
-                past_key_values=self.cache,
-                layer_idx=layer,
-                **deviation,
+                    blocks = pad(blocks, (self.cached(layer).get_seq_length(), 0), value=-1)
+            self.memo[key] = layer_mask(
+                self.text_config,
+                kind,
+                hidden,
+                self.padding_mask(layer),
+                self.cache,
+                layer,
+                blocks,
+                self.adapter.window_cuts_blocks,
             )
         return self.memo[key]
 

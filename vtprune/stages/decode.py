@@ -17,20 +17,20 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicLayer
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache import PrunedLayer, layer_type, pruned_layers
+from vtprune.cache import PrunedLayer, pruned_layers
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups, Segment, compact_columns, take_columns
+from vtprune.layout import Groups, Segment, compact_columns, last_axis, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
-from vtprune.signals import AliveInLastLayer, LastQueryAttention, cached_attention_row
+from vtprune.signals import AliveInLastLayer, LastQueryAttention, Places, cached_attention_row
 from vtprune.slots import Aside, PromptTable, Slots
 from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.incoming import Columns
 from vtprune.tokens import ModelShape, VisualTokens
+from vtprune.transformers_private import Cache, attention_back_end, is_plain_layer, layer_type, reads_positions
 
 
 @dataclass
@@ -59,7 +59,8 @@ class _View:
     """With the tokens of this step."""
     mask: Tensor
     """(batch, 1, f + q, physical), to be added to attention scores."""
-    rope: tuple[Tensor, Tensor]
+    places: Places
+    """Of the tokens computed in this step."""
 
 
 class DecodeStage:
@@ -127,7 +128,7 @@ class DecodeStage:
             raise UnsupportedStageError(
                 f"{self.reviving.name} takes images in one turn of a conversation only; start with a new cache"
             )
-        back_end = self.adapter.text_config._attn_implementation
+        back_end = attention_back_end(self.adapter.text_config)
         if back_end not in ("sdpa", "eager"):
             raise UnsupportedStageError(
                 f"{self.reviving.name} brings tokens back into the middle of the KV cache, which {back_end} cannot "
@@ -168,7 +169,7 @@ class DecodeStage:
         if call.cache is None or not call.pruned or not self:
             return
         for layer in pruned_layers(call.cache):
-            if type(layer.inner) is not DynamicLayer and not layer.is_sliding:
+            if not is_plain_layer(layer.inner) and not layer.is_sliding:
                 raise UnsupportedStageError(
                     f"tokens cannot be evicted from, or come back to, a {type(layer.inner).__name__} cache layer; use "
                     "the default dynamic cache"
@@ -308,8 +309,9 @@ class DecodeStage:
             # All lengths that are asked for stay those of the unpruned sequence.
             missing = layer.layout.dropped + step.new.shape[1] - grown
             layer.layout = replace(layer.layout, dropped=missing, _derived={})
-            kwargs = {**kwargs, "position_ids": None, "position_embeddings": view.rope, "attention_mask": view.mask}
-            return with_hidden(args, kwargs, hidden)
+            own = {"position_embeddings": view.places.rope, "attention_mask": view.mask}
+            own["position_ids"] = view.places.ids if reads_positions(module) else None
+            return with_hidden(args, {**kwargs, **own}, hidden)
 
         return hook
 
@@ -330,7 +332,7 @@ class DecodeStage:
             step.views[number] = _View(
                 slots=Slots(columns=keys, table=table),
                 mask=mask[:, None],
-                rope=self.adapter.rope(i, hidden, positions),
+                places=Places(last_axis(positions), self.adapter.rope(i, hidden, positions)),
             )
         return step.views[number]
 
@@ -372,7 +374,7 @@ class DecodeStage:
             keys,
             self._visible(columns).to(keys.device),
             self.adapter.decoder_layers[i - 1].self_attn,
-            tuple(take_columns(t.expand(len(keys), -1, -1), row) for t in view.rope),
+            view.places.take(row),
         )
         rows = torch.arange(len(columns), device=columns.device)
         groups = Groups.of_labels(torch.where(step.chosen, rows[:, None], -1), rows, torch.full_like(rows, -1))

@@ -23,6 +23,7 @@ from vtprune.layout import take_columns
 from vtprune.methods.base import InEncoder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.tokens import Grid, Selection, VisualTokens
+from vtprune.transformers_private import encoder_mask
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,11 @@ class EncoderCut:
         encoding = self.encoding()
         if encoding is None or encoding.merge is None or encoding.merge.padding is None:
             return None
-        # Importing this takes seconds (it pulls in the compiler) and any loaded model has done it already.
-        from transformers.masking_utils import create_bidirectional_mask
-
         hidden = args[0] if args else kwargs["hidden_states"]
         merge, mask = self._mask
         if merge is not encoding.merge or mask.device != hidden.device:
             padding = encoding.merge.padding.to(hidden.device)
-            mask = create_bidirectional_mask(config=module.config, inputs_embeds=hidden, attention_mask=padding)
+            mask = encoder_mask(module.config, hidden, padding)
             self._mask = encoding.merge, mask
         return args, {**kwargs, "attention_mask": mask}
 

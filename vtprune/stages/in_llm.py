@@ -11,11 +11,12 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
-from vtprune.cache import PrunedLayer, layer_type
+from vtprune.cache import PrunedLayer
+from vtprune.certificate import check_attention
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
@@ -31,6 +32,7 @@ from vtprune.signals import (
     KeyTokens,
     LastQueryAttention,
     NormedStates,
+    Places,
     RaterAttention,
     RowContext,
     SampleKeys,
@@ -48,6 +50,7 @@ from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.tokens import ModelShape, Selection, VisualTokens
+from vtprune.transformers_private import check_arguments, layer_type, reads_positions
 
 TEXT_ROWS = 256
 """Rows of text whose attention is held in memory at a time."""
@@ -74,23 +77,28 @@ class InLLMStage:
                 self.cuts.setdefault(layer, []).append((method, number))
                 if tapped:
                     self.passing.add(layer - 1)
-        if self.passing or any(isinstance(r, (InstructionAttention, LastQueryAttention)) for r in requests):
-            self._check_attention()
         self.measured = {layer for r in requests if isinstance(r, Transition) for layer in r.layers}
         self.watched = {r.layer for r in requests if isinstance(r, LastQueryAttention)}
         self.keys = {r for r in requests if isinstance(r, KeyTokens)}
         self.rated = any(isinstance(r, RaterAttention) for r in requests)
+        for layer in sorted(self.watched | self.passing):
+            check_attention(adapter, layer, of_input=False)
+        if any(isinstance(r, InstructionAttention) for r in requests):
+            for layer in self.cuts:
+                check_attention(adapter, layer, of_input=True)
+        for layer in sorted(self.measured):
+            self._check_blocks(adapter.decoder_layers[layer])
+        self._reading = {i for i, layer in enumerate(adapter.decoder_layers) if reads_positions(layer)}
         self.end()
 
-    def _check_attention(self) -> None:
-        """Raise unless rows of attention can be recomputed from the layers' own projections."""
-        layer = self.adapter.decoder_layers[0]
-        missing = [name for name in ("q_proj", "k_proj") if not hasattr(layer.self_attn, name)]
-        missing += [name for name in ("input_layernorm",) if not hasattr(layer, name)]
+    @staticmethod
+    def _check_blocks(layer: nn.Module) -> None:
+        """Raise unless a decoder layer has the two blocks whose transitions are measured."""
+        missing = [name for name in ("self_attn", "mlp") if not hasattr(layer, name)]
         if missing:
             raise UnsupportedStageError(
-                f"this method needs attention inside the LLM, which cannot be recomputed for a {type(layer).__name__} "
-                f"(no {', '.join(missing)}); methods before the LLM work: mmtok, divprune"
+                f"this method measures what the blocks of a decoder layer change, and a {type(layer).__name__} has no "
+                f"{' and no '.join(missing)}; methods before the LLM work: mmtok, divprune"
             )
 
     def install(self) -> Iterator[RemovableHandle]:
@@ -121,7 +129,7 @@ class InLLMStage:
         self.call: Call | None = None
         self._transitions: dict[int, Tensor] = {}
         self._projected: dict[tuple[int, str], Tensor] = {}
-        self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._places: dict[int, Places] = {}
         self._marks: dict[KeyTokens, Tensor] = {}
         self._raters: Tensor | None = None
         """(batch, call length) bool: the text tokens that rate."""
@@ -142,14 +150,21 @@ class InLLMStage:
             if self._selecting and i in self.cuts:
                 hidden = self._cut(i, hidden)
             if self._selecting and i in self.watched | self.passing:
-                self._ropes[i] = call.rope_at(i, hidden)
+                self._places[i] = call.places_at(i, hidden)
             if not call.pruned and not call.wrapped and not call.planes:
                 return None
-            # Layers read position ids only to detect packed sequences, for which gaps would be mistaken.
-            kwargs = {**kwargs, "position_ids": None}
-            if call.key(i) != call.key(0):
-                kwargs["position_embeddings"] = call.rope_at(i, hidden)
+            if i == 0:
+                check_arguments(type(module).__name__, kwargs, call.batch, hidden.shape[1])
+            kwargs = dict(kwargs)
+            differs = call.key(i) != call.key(0)
+            if differs:
+                kwargs["position_embeddings"] = call.places_at(i, hidden).rope
                 kwargs["attention_mask"] = call.mask_at(i, hidden)
+            if not (i in self._reading):
+                # Attention back ends read position ids to detect packed sequences, for which gaps would be mistaken.
+                kwargs["position_ids"] = None
+            elif differs:
+                kwargs["position_ids"] = call.places_at(i, hidden).ids
             return with_hidden(args, kwargs, hidden)
 
         return hook
@@ -210,13 +225,10 @@ class InLLMStage:
                 hidden, index = cut
                 self._transitions = {layer: take_columns(t, index) for layer, t in self._transitions.items()}
                 self._projected = {key: take_columns(t, index) for key, t in self._projected.items()}
-                self._ropes = {
-                    layer: tuple(take_columns(t.expand(call.batch, -1, -1), index) for t in rope)
-                    for layer, rope in self._ropes.items()
-                }
+                self._places = {layer: places.take(index) for layer, places in self._places.items()}
         if i - 1 in self.passing - self.watched:
             # Queries of whole prompts are large; nothing later asks for them.
-            del self._ropes[i - 1], self._projected[i - 1, "q_proj"], self._projected[i - 1, "k_proj"]
+            del self._places[i - 1], self._projected[i - 1, "q_proj"], self._projected[i - 1, "k_proj"]
         return hidden
 
     def _budgets(self, method: InLLM) -> Tensor:
@@ -246,7 +258,7 @@ class InLLMStage:
             rows, _ = self._text_rows(last_only=True)
             queries = take_columns(self._projected[request.layer, "q_proj"], rows)
             keys = self._projected[request.layer, "k_proj"]
-            context = self._context(request.layer, self._ropes[request.layer])
+            context = self._context(request.layer)
             weights = decoder_attention_rows(queries, keys, rows, context)
             return self._over_groups(weights[:, :, 0], groups)
         if isinstance(request, KeyTokens):
@@ -255,14 +267,14 @@ class InLLMStage:
             normed, (rows, _) = self.adapter.language_model.norm(hidden).to(hidden.device), self._text_rows()
             return groups.gather(normed), take_columns(normed, rows)
         if isinstance(request, KeyNorms):
-            norms = decoder_key_norms(self._projected[i - 1, "k_proj"], self._context(i - 1, self._ropes[i - 1]))
+            norms = decoder_key_norms(self._projected[i - 1, "k_proj"], self._context(i - 1))
             rows, text = self._text_rows()
             # Where no text follows, the row is a visual token's.
             text = (text & ~self.call.segment.visual.gather(1, rows)).to(norms.device)
             return groups.gather(norms), take_columns(norms, rows).masked_fill(~text, -1)
         if isinstance(request, (AttentionPageRank, AttentionShare, RaterAttention, TextAttention)):
             queries, keys = (self._projected[i - 1, name] for name in ("q_proj", "k_proj"))
-            context = self._context(i - 1, self._ropes[i - 1])
+            context = self._context(i - 1)
             if isinstance(request, RaterAttention):
                 return self._over_groups(self._rater_attention(queries, keys, context, request), groups)
             if isinstance(request, TextAttention):
@@ -277,8 +289,8 @@ class InLLMStage:
             inner = layer.input_layernorm(hidden)
             queries = layer.self_attn.q_proj(take_columns(inner, rows))
             keys = layer.self_attn.k_proj(inner)
-            rope = self.call.rope_at(i, hidden)
-            weights = decoder_attention_rows(queries, keys, rows, self._context(i, rope)).mean(1)
+            context = self._context(i, self.call.places_at(i, hidden))
+            weights = decoder_attention_rows(queries, keys, rows, context).mean(1)
             valid = valid.to(weights.device)[..., None]
             return groups.gather((weights * valid).sum(1) / valid.sum(1))
         if isinstance(request, SampleKeys):
@@ -353,7 +365,8 @@ class InLLMStage:
         rows = torch.argsort(marked.to(torch.uint8), dim=1, stable=True)[:, -width:]
         return rows, marked.gather(1, rows)
 
-    def _context(self, layer: int, rope: tuple[Tensor, Tensor]) -> RowContext:
+    def _context(self, layer: int, places: Places | None = None) -> RowContext:
+        """What the rows of a decoder layer need; places: of its columns, by default those it was given, cut since."""
         call = self.call
         layout, past = call.before[layer]
         config = call.text_config
@@ -368,11 +381,9 @@ class InLLMStage:
                 )
             held = call.cache.layers[layer]
             keys = (held.inner if isinstance(held, PrunedLayer) else held).keys[:, :, :past]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return RowContext(
             attention=self.adapter.decoder_layers[layer].self_attn,
-            head_dim=head_dim,
-            rope=rope,
+            places=self._places[layer] if places is None else places,
             real=call.segment.real,
             past_keys=keys,
             past_real=layout.real,

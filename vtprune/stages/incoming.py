@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.cache import Owner
-from vtprune.errors import UnsupportedStageError
+from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
 from vtprune.stages.media import Media
+from vtprune.transformers_private import Cache, DynamicCache, cache_of, check_arguments, releases, with_cache
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Incoming:
     """Kinds of media that come as pixels."""
     encoded: dict[str, Any]
     """Kind -> encoded features that came ready-made, as `generate()` passes them."""
+    cache: Cache | None
+    """The KV cache that the outer model was called with."""
 
     @classmethod
     def of(cls, adapter: Adapter, args: tuple, kwargs: dict[str, Any]) -> Incoming:
         """From the arguments of the base model's forward."""
         given = kwargs.get("mm_encoder_outputs") or {}
         encoded = {kind: given[kind] for kind in PIXELS if given.get(kind) is not None}
-        pixels = tuple(kind for kind, key in PIXELS.items() if kwargs.get(key) is not None)
+        pixels = tuple(kind for kind in PIXELS if adapter.pixel_argument(kind, kwargs) is not None)
         return cls(
             ids=kwargs.get("input_ids", args[0] if args else None),
             embeddings=kwargs.get("inputs_embeds"),
@@ -46,11 +48,17 @@ class Incoming:
             blocks=adapter.blocks(kwargs) if encoded or pixels else None,
             pixels=pixels,
             encoded=encoded,
+            cache=cache_of(kwargs),
         )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return (*self.pixels, *self.encoded)
+
+    def check_cache(self, cache: Cache | None) -> None:
+        """Raise VTPruneError unless the language model is called with the KV cache that the outer model has."""
+        if self.cache is not None and cache is None:
+            raise VTPruneError(f"a KV cache is in use, but the language model was called without it: {releases()}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Columns:
         """From the embeddings (batch, length, dim) and arguments of the language model and the attention mask that the
         outer model was called with. Raises UnsupportedStageError for a mask that is not of columns."""
         batch, length = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
             raise UnsupportedStageError(
@@ -102,17 +110,18 @@ def open_call(
     hidden (batch, length, dim), kwargs: embeddings and arguments of the language model, which are given a cache if they
     lack one that is to be used.
     """
-    use_cache = kwargs.get("use_cache")
-    if kwargs.get("past_key_values") is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
-        kwargs["past_key_values"] = DynamicCache(config=adapter.language_model.config)
+    decoder, use_cache = adapter.language_model, kwargs.get("use_cache")
+    if cache_of(kwargs) is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
+        kwargs.update(with_cache(decoder, kwargs, DynamicCache(config=decoder.config)))
     columns = Columns.of(hidden, kwargs, mask, has_images=incoming is not None)
+    check_arguments(type(decoder).__name__, kwargs, *hidden.shape[:2])
     return Call(
         adapter=adapter,
         owner=owner,
         batch=hidden.shape[0],
         length=hidden.shape[1],
         past=columns.past,
-        cache=kwargs.get("past_key_values"),
+        cache=cache_of(kwargs),
         real=columns.real,
         positions=columns.positions,
         media=None if incoming is None else _place(adapter, tap, incoming, hidden, columns.real),

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether attention inside a language model is recomputed rightly: asked of the model itself, before its first use.
+
+Recomputed rows of one layer are compared with the layer's own eager attention, on a few random tokens. Language models
+on which the tests have made sure of it are not asked again.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import nn
+
+from vtprune.adapters.base import Adapter
+from vtprune.errors import UnsupportedStageError
+from vtprune.layout import last_axis
+from vtprune.signals import Places, RowContext, decoder_attention_rows
+from vtprune.transformers_private import attention_input, eager_weights, is_tested_release
+
+TESTED_TEXT_MODELS: frozenset[str] = frozenset()
+"""Model types of language models whose attention rows the tests compare with eager attention, in every layer."""
+
+TOKENS = 6
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Largest difference of an attention weight, as a share of the largest weight."""
+HALF_PRECISION = 0.1
+"""The same for shorter floats, whose eager weights are rounded."""
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, bool], str | None]] = weakref.WeakKeyDictionary()
+"""Decoder -> (layer, whether its input was checked, too) -> what was found wrong."""
+
+
+def check_attention(adapter: Adapter, layer: int, *, of_input: bool) -> None:
+    """Raise UnsupportedStageError unless attention rows of a decoder layer can be recomputed.
+
+    of_input: also from what enters the layer, before it runs, and not only from projections seen while it runs.
+    """
+    module = adapter.decoder_layers[layer]
+    attention = getattr(module, "self_attn", None)
+    missing = [name for name in ("q_proj", "k_proj") if not hasattr(attention, name)]
+    if of_input and not hasattr(module, "input_layernorm"):
+        missing.append("input_layernorm")
+    if missing:
+        _refuse(module, f"no {', '.join(missing)}")
+    config = adapter.language_model.config
+    if config.model_type in TESTED_TEXT_MODELS and is_tested_release():
+        return
+    known = _KNOWN.setdefault(adapter.language_model, {})
+    if (layer, of_input) not in known:
+        known[layer, of_input] = _fault(adapter, layer, of_input)
+    if (fault := known[layer, of_input]) is not None:
+        _refuse(module, fault)
+
+
+def _refuse(module: nn.Module, reason: str) -> None:
+    raise UnsupportedStageError(
+        f"this method needs attention inside the LLM, which cannot be recomputed for a {type(module).__name__} "
+        f"({reason}); methods before the LLM work: mmtok, divprune"
+    )
+
+
+@torch.no_grad()
+def _fault(adapter: Adapter, layer: int, of_input: bool) -> str | None:
+    """What is wrong with the recomputed rows of a decoder layer; None if nothing is."""
+    try:
+        error, tolerance = _row_error(adapter, layer, of_input)
+    except Exception as error:  # whatever a layer that works otherwise runs into
+        return f"checking it failed: {type(error).__name__}: {error}"
+    if not error <= tolerance:
+        return f"recomputed weights are off by {error:.2g} of the largest one"
+    return None
+
+
+def _row_error(adapter: Adapter, layer: int, of_input: bool) -> tuple[float, float]:
+    module, decoder = adapter.decoder_layers[layer], adapter.language_model
+    attention, generator = module.self_attn, torch.Generator().manual_seed(0)
+    states = torch.randn(1, TOKENS, decoder.config.hidden_size, generator=generator)
+    states = states.to(adapter.model.device, adapter.model.dtype)
+    # Positions that start late and leave gaps, as they do in a pruned prompt.
+    positions = torch.tensor([[3, 4, 6, 7, 11, 12]], device=states.device)
+    positions = positions.expand(adapter.position_axes, 1, -1) if adapter.position_axes > 1 else positions
+    places = Places(last_axis(positions), adapter.rope(layer, states, positions))
+    entering = module.input_layernorm(states) if of_input else states
+    if of_input:
+        given = attention_input(module, states, places.rope, places.ids)
+        if not torch.allclose(given.float(), entering.float(), atol=1e-2, rtol=1e-2):
+            return float("inf"), 0.0
+    rows = torch.arange(TOKENS, device=states.device)[None]
+    context = RowContext(
+        attention=attention,
+        places=places,
+        real=torch.ones_like(rows, dtype=torch.bool),
+        past_keys=None,
+        past_real=None,
+    )
+    # Weights that are nearly equal say nothing about how they came about.
+    for gain in (1.0, 4.0, 16.0):
+        hidden = entering * gain
+        got = decoder_attention_rows(attention.q_proj(hidden), attention.k_proj(hidden), rows, context)
+        if got[:, :, -1].std(-1).mean() > 0.05:
+            break
+    expected = eager_weights(attention, hidden, places.rope, places.ids).float()
+    error = (got - expected).abs().max() / expected.max()
+    return float(error), TOLERANCES.get(states.dtype, HALF_PRECISION)
