@@ -18,7 +18,7 @@ from vtprune.ops.emission import reading_order, with_newlines
 from vtprune.ops.frame_pooling import pool_frames
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
-from vtprune.signals import AttentionReceived, RowContext, decoder_attention_rows
+from vtprune.signals import AttentionReceived, Places, RowContext, decoder_attention_rows
 from vtprune.tokens import Grid, ModelShape
 
 from . import Vector, close, handles, one_per_group, same
@@ -201,8 +201,7 @@ def _last_row(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> 
     last = torch.tensor([[hidden.shape[1] - 1]])
     context = RowContext(
         attention=attention,
-        head_dim=attention.head_dim,
-        rope=rope,
+        places=Places(torch.arange(hidden.shape[1])[None], rope),
         real=torch.ones(hidden.shape[:2], dtype=torch.bool),
         past_keys=None,
         past_real=None,

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -10,10 +9,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtprune
 from vtprune import TransPrune
 from vtprune.ops.transition import token_transition
-from vtprune.signals import InstructionAttention, RowContext, decoder_attention_rows
+from vtprune.signals import InstructionAttention, decoder_attention_rows
 from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, kept, one_group, recording, rotary, same
+from . import Vector, close, handles, kept, one_group, recording, rotary, row_context, same
 
 
 @handles("transprune_ttv_*")
@@ -40,14 +39,7 @@ def stage(v: Vector) -> None:
 
     normed = rms_norm(features, (dim,), v["input_layernorm_weight"], v["rms_norm_eps"])[None]
     head_dim = dim // v["num_heads"]
-    context = RowContext(
-        attention=SimpleNamespace(scaling=head_dim**-0.5),
-        head_dim=head_dim,
-        rope=rotary(v["position_ids"], head_dim, v["rope_theta"]),
-        real=torch.ones(1, length, dtype=torch.bool),
-        past_keys=None,
-        past_real=None,
-    )
+    context = row_context(rotary(v["position_ids"], head_dim, v["rope_theta"]), v["num_heads"], head_dim)
     queries, keys = linear(normed[:, text[0]], v["q_proj_weight"]), linear(normed, v["k_proj_weight"])
     rows = decoder_attention_rows(queries, keys, text, context)
     attention = rows.mean(1)[:, :, image].mean(1)
