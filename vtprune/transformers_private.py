@@ -82,7 +82,8 @@ def _warn_untested() -> None:
 # -- arguments of a decoder -------------------------------------------------------------------------------------------
 
 _CACHE_NAMES = ("cache", "past_key_values")
-"""What decoders call their KV cache: the first from 5.24 on, the second before."""
+CACHE = _CACHE_NAMES[0] if _version() >= (5, 24) else _CACHE_NAMES[1]
+"""What the installed release calls a KV cache, as an argument and in what models return."""
 
 _KNOWN_ARGUMENTS = {
     *_CACHE_NAMES,
@@ -265,17 +266,9 @@ def layer_mask(
         inputs_embeds=hidden,
         attention_mask=padding,
         layer_idx=layer,
-        **{_cache_name_of_factories(): cache},
+        **{CACHE: cache},
         **deviation,
     )
-
-
-@functools.cache
-def _cache_name_of_factories() -> str:
-    from transformers.masking_utils import create_causal_mask
-
-    parameters = inspect.signature(create_causal_mask).parameters
-    return next(name for name in _CACHE_NAMES if name in parameters)
 
 
 def encoder_mask(config: Any, hidden: Tensor, padding: Tensor) -> Any:

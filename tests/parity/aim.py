@@ -18,7 +18,7 @@ from vtprune.ops.page_rank import attention_page_rank
 from vtprune.ops.schedules import linear_decay
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape
-from vtprune.transformers_private import scored
+from vtprune.transformers_private import CACHE, scored
 
 from . import Vector, close, handles, one_per_group, same
 
@@ -221,7 +221,7 @@ def through_a_session(v: Vector) -> None:
         answer = v["generated_ids"][:, :1]
         step = model(
             input_ids=answer,
-            past_key_values=prefill.past_key_values,
+            **{CACHE: prefill[CACHE]},
             attention_mask=torch.ones(1, length + 1, dtype=torch.long),
         )
     assert bool(mask.all())

@@ -21,7 +21,7 @@ from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens
 from vtprune.ops.eviction import eviction_index
 from vtprune.ops.window_merging import window_merging, window_similarity
-from vtprune.transformers_private import scored
+from vtprune.transformers_private import CACHE, scored
 
 from . import Vector, close, handles, same
 from .aim import heads
@@ -157,7 +157,7 @@ def through_a_decoder(v: Vector) -> None:
             same(positions[0], v[f"prefill_position_ids_layer{index}"])
         rope = decoder.rotary_emb(hidden, positions)
         entering = hidden
-        hidden = layer(hidden, position_embeddings=rope, past_key_values=cache)
+        hidden = layer(hidden, position_embeddings=rope, **{CACHE: cache})
         if index in cuts:
             rows = text_rows(layer, entering, rope, tail)
             visual = slice(start, hidden.shape[1] - tail)
@@ -184,7 +184,7 @@ def through_a_decoder(v: Vector) -> None:
             position = torch.tensor([[cache.get_seq_length(index)]])
             assert position == v["decode_query_position_per_layer"][step, index]
             rope = decoder.rotary_emb(hidden, position)
-            hidden = layer(hidden, position_embeddings=rope, past_key_values=cache)
+            hidden = layer(hidden, position_embeddings=rope, **{CACHE: cache})
         logits.append(model.lm_head(decoder.norm(hidden)))
         same(lengths_of(cache), v["cache_len_after_step"][step + 1])
     logits = torch.cat(logits, dim=1)

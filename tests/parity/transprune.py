@@ -11,6 +11,7 @@ from vtprune import TransPrune
 from vtprune.ops.transition import token_transition
 from vtprune.signals import InstructionAttention, decoder_attention_rows
 from vtprune.tokens import ModelShape
+from vtprune.transformers_private import CACHE
 
 from . import Vector, close, handles, kept, one_group, recording, rotary, row_context, same
 
@@ -122,7 +123,7 @@ def through_a_session(v: Vector) -> None:
     with vtprune.prune(model, RecordingTransPrune(**parameters)) as session:
         output = model(input_ids=ids, pixel_values=pixels, use_cache=True, output_hidden_states=False)
         report = session.report
-    same(torch.tensor([layer.keys.shape[-2] for layer in output.past_key_values.layers]), v["kv_len_per_layer_prefill"])
+    same(torch.tensor([layer.keys.shape[-2] for layer in output[CACHE].layers]), v["kv_len_per_layer_prefill"])
     alive = torch.arange(start, start + n)
     for index, cut in enumerate(cuts):
         close(recorded[index], v[f"score_stage{index}"], rtol=1e-4, atol=1e-6)
@@ -148,5 +149,5 @@ def through_a_session(v: Vector) -> None:
     close(states[0][0], v["prefill_last_hidden"], rtol=1e-4, atol=1e-4)
     same(answer.sequences[0, ids.shape[1] :], v["gen_ids"])
     close(torch.cat(answer.logits), v["gen_logits"], rtol=1e-4, atol=1e-4)
-    held = torch.tensor([layer.keys.shape[-2] for layer in answer.past_key_values.layers])
+    held = torch.tensor([layer.keys.shape[-2] for layer in answer[CACHE].layers])
     same(held, v["kv_len_per_layer_end"])
