@@ -363,7 +363,8 @@ def _replica(module: nn.Module, attention: str, **children: nn.Module) -> nn.Mod
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {**module._modules, **children}
     twin.config = copy.copy(module.config)
-    twin.config._attn_implementation = attention
+    # The property would also reach the sub-configs, which are shared.
+    twin.config._attn_implementation_internal = attention
     return twin
 
 
