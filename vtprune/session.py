@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 import weakref
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters import adapter_for
@@ -38,8 +39,9 @@ from vtprune.transformers_private import (
     unmasked_steps,
 )
 
-_ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one; both
+are held weakly, for a session holds its model."""
 
 
 def prune(
@@ -93,6 +95,12 @@ def _is_compiled(module) -> bool:
     )
 
 
+def _active(decoder: nn.Module) -> Session | None:
+    """The session that is on a language model."""
+    reference = _ACTIVE.get(decoder)
+    return None if reference is None else reference()
+
+
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
@@ -102,13 +110,13 @@ class Session:
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
         check_release()
         self.adapter: Adapter = adapter_for(model)
-        if any(map(_is_compiled, model.modules())):
-            raise UnsupportedModelError(COMPILED)
+        self._check_compiled(model)
         self.methods = methods
         self.strict = strict
         self.text = text
         self._report: Report | None = None
         self._profile = profile
+        self._entered = self._called = False
         self._owner = Owner()
         self._handles: list = []
         self._incoming: Incoming | None = None
@@ -133,6 +141,11 @@ class Session:
         self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)
         self._decode = DecodeStage(self.adapter, active, shape, self._select)
         self._prunes = bool(active)
+
+    def _check_compiled(self, model) -> None:
+        modules = chain(model.modules() if isinstance(model, nn.Module) else (), self.adapter.model.modules())
+        if any(map(_is_compiled, modules)):
+            raise UnsupportedModelError(COMPILED)
 
     def _check_states(self, active: list[Method]) -> None:
         """Raise if tokens are to be dropped where the language model cannot do without them."""
@@ -161,13 +174,13 @@ class Session:
     def install(self) -> None:
         """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
         decoder = self.adapter.language_model
-        if decoder in _ACTIVE:
+        if _active(decoder) is not None:
             raise VTPruneError(
                 "a vtprune session is active on this model already; remove it first, or pass a list of methods to "
                 "compose them in one session"
             )
-        _ACTIVE[decoder] = self
-        self._owner.active = True
+        _ACTIVE[decoder] = weakref.ref(self)
+        self._owner.active, self._called = True, False
         try:
             # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
             for handle in chain(
@@ -189,21 +202,45 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if _ACTIVE.get(self.adapter.language_model) is self:
+        if _active(self.adapter.language_model) is self:
             del _ACTIVE[self.adapter.language_model]
-        self._owner.active = False
+        self._entered = self._owner.active = False
         self._tap.forget()
         self._end_call()
         self._report = self.report
         self._decode.forget()
 
     def __enter__(self) -> Session:
+        if self._entered:
+            raise VTPruneError(
+                "this session is entered already, and leaving it once would end it for the block around, too; open it "
+                "in one place only"
+            )
         if not self._handles:
             self.install()
+        self._entered = True
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        unseen = self.strict and self._prunes and not self._called and error is None
         self.remove()
+        if unseen:
+            warnings.warn(
+                "no call of the model reached this vtprune session, so nothing was pruned; a function that was "
+                "compiled or traced before the session began leaves its hooks out (pass strict=False if there was no "
+                "call)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo):
+        # Hooks are bound to their session, so this is reached by whatever copies a model that has one.
+        raise VTPruneError(
+            "a model cannot be copied or pickled while a vtprune session is on it; end the session first"
+        )
+
+    def __reduce__(self):
+        return self.__deepcopy__({})
 
     def _end_call(self) -> None:
         self._call = self._incoming = None
@@ -213,6 +250,7 @@ class Session:
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def _before_base(self, module, args, kwargs):
+        self._called = True
         self._incoming = Incoming.of(self.adapter, args, kwargs)
 
     def _before_decoder(self, module, args, kwargs):
@@ -230,6 +268,8 @@ class Session:
         if held or (has_images and self._prunes):
             if cache is not None:
                 check_cache(cache, self._owner)
+            if incoming is not None:
+                incoming.check_packed()
             self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
         if not has_images:
             if not held:
