@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -28,7 +28,7 @@ from vtprune.stages.call import Call
 from vtprune.stages.decode import DecodeStage
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
-from vtprune.stages.incoming import Columns, Incoming, open_call
+from vtprune.stages.incoming import Behind, Columns, Incoming, open_call
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
@@ -44,6 +44,9 @@ _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.We
 are held weakly, for a session holds its model."""
 
 
+PromptLength = int | Sequence[int] | Tensor | None
+
+
 def prune(
     model,
     method: MethodLike,
@@ -52,6 +55,7 @@ def prune(
     keep_tokens: int | None = None,
     strict: bool = True,
     text: Text | None = None,
+    prompt_length: PromptLength = None,
     profile: bool = False,
     **parameters,
 ) -> Session:
@@ -66,6 +70,9 @@ def prune(
         strict: raise NothingPrunedError if visual tokens came, pruning was asked for, and nothing was dropped.
         text: the question for text-guided methods, as text (the tokenizer is then loaded from the model's checkpoint)
             or as token ids; by default they read the prompt's own tokens.
+        prompt_length: tokens of each prompt (an int, or one a sample), padding not counted, in calls that hold more: an
+            answer that is scored, for example. Choices are made by the prompt alone. By default it ends where `labels`
+            begin (unless they begin with the prompt), or where `logits_to_keep` says; else all is prompt.
         profile: measure the times in `report.timings`.
         **parameters: further fields of a single method, e.g. `layer=2`.
 
@@ -74,7 +81,8 @@ def prune(
     """
     budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
     parameters |= {key: value for key, value in budget.items() if value is not None}
-    return Session(model, build_methods(method, **parameters), strict=strict, text=text, profile=profile)
+    methods = build_methods(method, **parameters)
+    return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
 
 
 def patch(model, method: MethodLike, **options) -> Session:
@@ -104,16 +112,27 @@ def _active(decoder: nn.Module) -> Session | None:
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
-    `text` may be changed between calls.
+    `text` and `prompt_length` may be changed between calls.
     """
 
-    def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+    def __init__(
+        self,
+        model,
+        methods: list[Method],
+        *,
+        strict: bool,
+        text: Text | None,
+        prompt_length: PromptLength,
+        profile: bool,
+    ):
         check_release()
         self.adapter: Adapter = adapter_for(model)
         self._check_compiled(model)
         self.methods = methods
         self.strict = strict
         self.text = text
+        self.prompt_length = prompt_length
+        self._behind: Behind | None = None
         self._report: Report | None = None
         self._profile = profile
         self._entered = self._called = False
@@ -193,6 +212,8 @@ class Session:
 
     def _install_own(self) -> Iterator[RemovableHandle]:
         decoder = self.adapter.language_model
+        if self.adapter.model is not self.adapter.base:
+            yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
@@ -249,9 +270,13 @@ class Session:
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
+    def _before_model(self, module, args, kwargs):
+        self._behind = Behind.of(kwargs, self.prompt_length)
+
     def _before_base(self, module, args, kwargs):
         self._called = True
-        self._incoming = Incoming.of(self.adapter, args, kwargs)
+        behind, self._behind = self._behind, None
+        self._incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
 
     def _before_decoder(self, module, args, kwargs):
         incoming = self._incoming
@@ -426,7 +451,7 @@ class Session:
             )
             for start, end, s in zip(call.starts, ends, call.segments, strict=True)
         )
-        text = tuple(int((call.real[row] & ~whole[row]).sum()) for row in rows)
+        text = tuple(int((call.prompt[row] & ~whole[row]).sum()) for row in rows)
         timings = None
         if self._profile:
             encoding = sum(encoding.seconds for encoding in call.media.encodings)
