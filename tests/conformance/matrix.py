@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import vtprune
-
-from . import families
+from vtprune.testing import families
 
 BUDGET = {"keep_ratio": 0.3}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
+from vtprune.testing import families
 
-from . import families, matrix, models
+from . import matrix, models
 from .methods import SPECS, spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate

@@ -6,8 +6,8 @@ import torch
 from transformers import DynamicCache
 
 import vtprune
+from vtprune.testing import families
 
-from . import families
 from .lazy_reference import lazy_recompute
 
 ATOL = 1e-4

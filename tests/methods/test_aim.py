@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.methods.base import AfterPrefill
 from vtprune.ops.bipartite_merging import bipartite_merging
+from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection
 
 SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_cls=False)
