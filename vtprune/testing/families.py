@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers as hf
@@ -306,6 +306,14 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.singles)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> Batch:
+        """The same on another device, pixels in another dtype."""
+
+        def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in inputs.items()}
+
+        return replace(self, inputs=moved(self.inputs), singles=[moved(single) for single in self.singles])
 
     def first_column(self, sample: int) -> int:
         """Column of `inputs["input_ids"]` that holds the sample's first real token."""

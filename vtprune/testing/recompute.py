@@ -8,7 +8,9 @@ everything that was generated, and takes visual tokens out of the sequence where
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,18 +140,24 @@ def _placeholders(model) -> dict[str, int]:
     return {kind: value for kind, value in ids.items() if value is not None}
 
 
+def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dict[str, Tensor], Any]]:
+    """Kind, columns of its visual tokens, arguments and output of each encode call that a single prompt needs."""
+    ids = inputs["input_ids"][0]
+    for kind, placeholder in _placeholders(model).items():
+        if any(name in inputs for name in PIXELS[kind]):
+            encode = getattr(model.model, f"get_{kind}_features")
+            accepted = inspect.signature(encode).parameters
+            arguments = {key: value for key, value in inputs.items() if key in accepted}
+            yield kind, (ids == placeholder).nonzero().flatten(), arguments, encode(**arguments, return_dict=True)
+
+
 def look(model, inputs: dict[str, Tensor]) -> Vision:
     """Features from the model's own `get_image_features` and `get_video_features`."""
     ids = inputs["input_ids"][0]
     columns, planes = [ids[:0]], []
     features = [model.get_input_embeddings()(ids[:0])]
-    for kind, placeholder in _placeholders(model).items():
-        if not any(name in inputs for name in PIXELS[kind]):
-            continue
-        encode = getattr(model.model, f"get_{kind}_features")
-        accepted = inspect.signature(encode).parameters
-        output = encode(**{key: value for key, value in inputs.items() if key in accepted}, return_dict=True)
-        columns.append((ids == placeholder).nonzero().flatten())
+    for _, own, _, output in encoded(model, inputs):
+        columns.append(own)
         features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
         planes.append([torch.cat(list(plane)) for plane in getattr(output, "deepstack_features", [])])
     where, order = torch.cat(columns).sort()
