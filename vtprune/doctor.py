@@ -27,6 +27,7 @@ from vtprune.testing.promises import (
     LOGITS,
     MOST,
     NOISE,
+    ROUNDINGS,
     SHARE_OF_LOGITS,
     SHARE_OF_WEIGHTS,
     WEIGHTS,
@@ -217,7 +218,7 @@ def tolerances(dtype: str) -> str:
         )
     return (
         f"Tolerances, {dtype}: keep all exactly; logits {NOISE:g} times the unpatched model's own difference between a "
-        f"padded batch and single samples, at least one rounding of the largest logit, at most {MOST:.0%} of it; "
+        f"padded batch and single samples, at least {ROUNDINGS:g} roundings of the largest logit, at most {MOST:.0%} of it; "
         f"attention weights {SHARE_OF_WEIGHTS:.0%} of the largest weight."
     )
 

@@ -7,6 +7,7 @@ everything that was generated, and takes visual tokens out of the sequence where
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def recompute(
 
     last = model.get_output_embeddings()(decoder.norm(hidden))
     cap = getattr(decoder.config, "final_logit_softcapping", None)
-    if cap is not None:
+    if cap is not None and _caps_logits(type(model)):
         last = cap * torch.tanh(last / cap)
     logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
@@ -189,6 +190,12 @@ def prompt_blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
                 block += column == 0 or types[0, column - 1] != 1
                 none[column] = block
     return none
+
+
+@functools.cache
+def _caps_logits(cls: type) -> bool:
+    """Whether a model caps its logits as its language model's config wants it: PaliGemma does from transformers 5.23."""
+    return "final_logit_softcapping" in inspect.getsource(cls.forward)
 
 
 def layer_kind(config, index: int) -> str:
