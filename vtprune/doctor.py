@@ -106,7 +106,7 @@ def check_family(name: str, settings: Settings) -> Row:
 
 
 def check_checkpoint(source: str, settings: Settings) -> Row:
-    """All checks on a real checkpoint, folder or hub id. Raises VTPruneError if it cannot be loaded or has no adapter."""
+    """All checks on a checkpoint, folder or hub id. Raises VTPruneError if it cannot be loaded or has no adapter."""
     from vtprune.eval.inputs import load_model
 
     model, processor = load_model(source, settings.dtype, settings.attention, settings.device)
@@ -218,8 +218,8 @@ def tolerances(dtype: str) -> str:
         )
     return (
         f"Tolerances, {dtype}: keep all exactly; logits {NOISE:g} times the unpatched model's own difference between a "
-        f"padded batch and single samples, at least {ROUNDINGS:g} roundings of the largest logit, at most {MOST:.0%} of it; "
-        f"attention weights {SHARE_OF_WEIGHTS:.0%} of the largest weight."
+        f"padded batch and single samples, at least {ROUNDINGS:g} roundings of the largest logit, at most {MOST:.0%} of "
+        f"it; attention weights {SHARE_OF_WEIGHTS:.0%} of the largest weight."
     )
 
 

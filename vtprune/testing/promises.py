@@ -255,7 +255,7 @@ def batch_is_singles(case: Case, method: Method) -> Result:
 
 
 def cached_is_recomputed(case: Case, method: Method) -> Result:
-    """Each sample alone: generation on the pruned cache gives what all layers give without a cache and the same tokens."""
+    """Each sample alone: the pruned cache gives what the same tokens give without a cache."""
     outputs = case.alone(method)
     if reason := case.unknown_to_recompute:
         raise Refused(reason)
@@ -299,7 +299,7 @@ def static_cache_is_refused(case: Case, method: Method) -> Result:
     with vtprune.prune(case.model, method), torch.no_grad():
         try:
             case.model(**with_cache(case.model, {**single, "use_cache": True}, cache))
-        except vtprune.VTPruneError as error:
+        except vtprune.UnsupportedStageError as error:
             return Result("", "", "ok", detail=str(error))
         except Exception as error:
             return Result("", "", "failed", detail=f"not refused: it ends in {type(error).__name__}: {error}")

@@ -194,7 +194,7 @@ def prompt_blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
 
 @functools.cache
 def _caps_logits(cls: type) -> bool:
-    """Whether a model caps its logits as its language model's config wants it: PaliGemma does from transformers 5.23."""
+    """Whether a model caps its logits as its language model's config says: PaliGemma does from transformers 5.23 on."""
     return "final_logit_softcapping" in inspect.getsource(cls.forward)
 
 
