@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -217,9 +216,9 @@ def tolerances(dtype: str) -> str:
             f"that is more; attention weights {WEIGHTS:g}."
         )
     return (
-        f"Tolerances, {dtype}: keep all exactly; logits {NOISE:g} times the unpatched model's own difference between a "
-        f"padded batch and single samples, at least {ROUNDINGS:g} roundings of the largest logit, at most {MOST:.0%} of "
-        f"it; attention weights {SHARE_OF_WEIGHTS:.0%} of the largest weight."
+        f"Tolerances, {dtype}: keep all exactly; logits {NOISE:g} times the unpatched model's own difference between "
+        f"a padded batch and single samples, at least {ROUNDINGS:g} roundings of the largest logit, at most {MOST:.0%} "
+        f"of it; attention weights {SHARE_OF_WEIGHTS:.0%} of the largest weight."
     )
 
 
@@ -257,26 +256,35 @@ def run(console: Console, settings: Settings, *, model: str | None = None, famil
         raise ConfigError(f"--family {family!r}: expected one of {', '.join(families.NAMES)}")
     console.print(machine())
     console.print()
-    names = families.NAMES if family is None else (family,)
+    verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would write between the rows
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")  # each once, but errors where the user asked for them
+    try:
         if model is not None:
             rows = [check_checkpoint(model, settings)]
             console.print(checkpoint_table(rows[0]))
         else:
+            rows = []
             with console.status("") as status:
-                rows = []
-                for name in names:
+                for name in families.NAMES if family is None else (family,):
                     status.update(f"checking {name}")
                     rows.append(check_family(name, settings))
             console.print(families_table(rows))
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     for line in explanations(rows):
         console.print(f"* {line}", highlight=False, markup=False)
     console.print(tolerances(settings.dtype), highlight=False)
     holds = all_hold(rows, refusals=model is not None)
-    console.print("Every promise holds." if holds else Text("NOT every promise holds.", style="bold red"))
+    console.print(verdict(rows, holds))
     return holds
+
+
+def verdict(rows: Sequence[Row], holds: bool) -> Text:
+    """The last line."""
+    if holds:
+        return Text("Every promise holds.")
+    checked = any(row.results for row in rows)
+    return Text("NOT every promise holds." if checked else "Nothing was checked.", style="bold red")
 
 
 def all_hold(rows: Sequence[Row], *, refusals: bool) -> bool:
