@@ -145,7 +145,7 @@ def doctor(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     attention: Annotated[str | None, typer.Option(help="Attention back end: eager, flash_attention_2, ...")] = None,
 ) -> None:
-    """Check on this machine, in seconds, that pruning is right; exit code 1 if a promise fails."""
+    """Check that pruning is right on this machine; exit code 1 if a promise fails (docs/doctor.md)."""
     from vtprune.doctor import Settings, run
 
     settings = Settings(device=device, dtype=dtype, attention=attention)
