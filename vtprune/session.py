@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 import weakref
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters import adapter_for
@@ -19,7 +20,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
-from vtprune.methods.base import BeforeLLM, InLLM, Method
+from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
 from vtprune.question import Text, embed_question
 from vtprune.report import Report, Stretch, Timings
 from vtprune.stages.before_llm import prune_before_llm
@@ -29,10 +30,18 @@ from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Columns, Incoming, open_call
 from vtprune.tokens import Selection, VisualTokens
-from vtprune.transformers_private import cache_of, check_release, unmasked_steps
+from vtprune.transformers_private import (
+    cache_of,
+    check_decoder,
+    check_release,
+    longest_prunable,
+    state_kinds,
+    unmasked_steps,
+)
 
-_ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one; both
+are held weakly, for a session holds its model."""
 
 
 def prune(
@@ -86,6 +95,12 @@ def _is_compiled(module) -> bool:
     )
 
 
+def _active(decoder: nn.Module) -> Session | None:
+    """The session that is on a language model."""
+    reference = _ACTIVE.get(decoder)
+    return None if reference is None else reference()
+
+
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
@@ -95,13 +110,13 @@ class Session:
     def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
         check_release()
         self.adapter: Adapter = adapter_for(model)
-        if any(map(_is_compiled, model.modules())):
-            raise UnsupportedModelError(COMPILED)
+        self._check_compiled(model)
         self.methods = methods
         self.strict = strict
         self.text = text
         self._report: Report | None = None
         self._profile = profile
+        self._entered = self._called = False
         self._owner = Owner()
         self._handles: list = []
         self._incoming: Incoming | None = None
@@ -117,6 +132,8 @@ class Session:
         parts = [part for method in methods for part in method.parts(shape)]
         requests = [request for part in parts for request in part.signals(shape)]
         active = [part for part in parts if part.keep_ratio != 1.0]
+        self._check_states(active)
+        self._longest = longest_prunable(self.adapter.language_model.config, shape.decoder_layers)
         self._before = [m for m in active if isinstance(m, BeforeLLM)]
         encoder = [m for m in active if m.stage == "encoder"]
         self._tap = EncoderTap(self.adapter, requests, encoder, profile=profile)
@@ -124,6 +141,23 @@ class Session:
         self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)
         self._decode = DecodeStage(self.adapter, active, shape, self._select)
         self._prunes = bool(active)
+
+    def _check_compiled(self, model) -> None:
+        modules = chain(model.modules() if isinstance(model, nn.Module) else (), self.adapter.model.modules())
+        if any(map(_is_compiled, modules)):
+            raise UnsupportedModelError(COMPILED)
+
+    def _check_states(self, active: list[Method]) -> None:
+        """Raise if tokens are to be dropped where the language model cannot do without them."""
+        decoder, depth = self.adapter.language_model, len(self.adapter.decoder_layers)
+        check_decoder(decoder)
+        states = state_kinds(decoder.config, depth)
+        inside = [part.name for part in active if isinstance(part, InLLM | AfterPrefill)]
+        if states and inside:
+            raise UnsupportedStageError(
+                f"{', '.join(inside)}: tokens cannot be dropped inside this language model, which has layers that "
+                f"carry a state from token to token ({', '.join(states)}); methods before the LLM work: mmtok, divprune"
+            )
 
     @property
     def report(self) -> Report | None:
@@ -140,13 +174,13 @@ class Session:
     def install(self) -> None:
         """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
         decoder = self.adapter.language_model
-        if decoder in _ACTIVE:
+        if _active(decoder) is not None:
             raise VTPruneError(
                 "a vtprune session is active on this model already; remove it first, or pass a list of methods to "
                 "compose them in one session"
             )
-        _ACTIVE[decoder] = self
-        self._owner.active = True
+        _ACTIVE[decoder] = weakref.ref(self)
+        self._owner.active, self._called = True, False
         try:
             # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
             for handle in chain(
@@ -168,21 +202,45 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if _ACTIVE.get(self.adapter.language_model) is self:
+        if _active(self.adapter.language_model) is self:
             del _ACTIVE[self.adapter.language_model]
-        self._owner.active = False
+        self._entered = self._owner.active = False
         self._tap.forget()
         self._end_call()
         self._report = self.report
         self._decode.forget()
 
     def __enter__(self) -> Session:
+        if self._entered:
+            raise VTPruneError(
+                "this session is entered already, and leaving it once would end it for the block around, too; open it "
+                "in one place only"
+            )
         if not self._handles:
             self.install()
+        self._entered = True
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        unseen = self.strict and self._prunes and not self._called and error is None
         self.remove()
+        if unseen:
+            warnings.warn(
+                "no call of the model reached this vtprune session, so nothing was pruned; a function that was "
+                "compiled or traced before the session began leaves its hooks out (pass strict=False if there was no "
+                "call)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo):
+        # Hooks are bound to their session, so this is reached by whatever copies a model that has one.
+        raise VTPruneError(
+            "a model cannot be copied or pickled while a vtprune session is on it; end the session first"
+        )
+
+    def __reduce__(self):
+        return self.__deepcopy__({})
 
     def _end_call(self) -> None:
         self._call = self._incoming = None
@@ -192,6 +250,7 @@ class Session:
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def _before_base(self, module, args, kwargs):
+        self._called = True
         self._incoming = Incoming.of(self.adapter, args, kwargs)
 
     def _before_decoder(self, module, args, kwargs):
@@ -206,8 +265,12 @@ class Session:
         held = pruned_layers(cache)
         mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
         has_images = incoming is not None and bool(incoming.kinds)
-        if cache is not None and (held or (has_images and self._prunes)):
-            check_cache(cache, self._owner)
+        if held or (has_images and self._prunes):
+            if cache is not None:
+                check_cache(cache, self._owner)
+            if incoming is not None:
+                incoming.check_packed()
+            self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
         if not has_images:
             if not held:
                 self._report_text_only(hidden, mask, cache)
@@ -238,6 +301,13 @@ class Session:
         kwargs["position_ids"] = call.positions_at(0)
         kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
+
+    def _check_length(self, length: int) -> None:
+        if self._longest is not None and length > self._longest:
+            raise UnsupportedStageError(
+                f"{length} tokens are too many to prune: this language model attends in chunks, or scales its queries "
+                f"by the tokens before them, and stays right up to {self._longest} tokens only"
+            )
 
     def _take_planes(self, call: Call, kwargs: dict) -> None:
         """Take over the planes that the model adds to its first layers' outputs (DeepStack) if tokens go missing there.

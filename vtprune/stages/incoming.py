@@ -34,6 +34,8 @@ class Incoming:
     """Kind -> encoded features that came ready-made, as `generate()` passes them."""
     cache: Cache | None
     """The KV cache that the outer model was called with."""
+    packed: bool
+    """Whether the rows of the call may hold several samples, one after another."""
 
     @classmethod
     def of(cls, adapter: Adapter, args: tuple, kwargs: dict[str, Any]) -> Incoming:
@@ -49,16 +51,38 @@ class Incoming:
             pixels=pixels,
             encoded=encoded,
             cache=cache_of(kwargs),
+            packed=_is_packed(kwargs),
         )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return (*self.pixels, *self.encoded)
 
+    def check_packed(self) -> None:
+        """Raise UnsupportedStageError if samples are packed: they would see one another once tokens are gone."""
+        if self.packed:
+            raise UnsupportedStageError(
+                "packed samples (position ids that start again, or cu_seq_lens) cannot be pruned; pass one sample a "
+                "row with a 2D padding mask"
+            )
+
     def check_cache(self, cache: Cache | None) -> None:
         """Raise VTPruneError unless the language model is called with the KV cache that the outer model has."""
         if self.cache is not None and cache is None:
             raise VTPruneError(f"a KV cache is in use, but the language model was called without it: {releases()}")
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether a model would take each row of a call for several samples, by its arguments."""
+    if any(name.startswith("cu_seq_lens") and value is not None for name, value in kwargs.items()):
+        return True
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or positions.ndim == 3 and len(positions) == 3:
+        return False
+    # Of four rows the first is the text's; the others are the axes of M-RoPE.
+    steps = (positions[0] if positions.ndim == 3 else positions).diff()
+    # Without a cache models take gaps, too, for the start of another sample.
+    return bool((steps != 1).any()) if cache_of(kwargs) is None else bool((steps < 1).any())
 
 
 @dataclass(frozen=True)
