@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.adapters.internvl import InternVL
 from vtprune.errors import VTPruneError
+from vtprune.testing import families
 
 
 class Careless(InternVL):

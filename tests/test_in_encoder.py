@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys
+from vtprune.testing import families
 from vtprune.tokens import Grid, Selection
 
 FIRST, SECOND = 1, 2

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import transformers as hf
-from conformance import families, processors
+from conformance import processors
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -19,6 +19,7 @@ import vtprune
 from vtprune.ops.determinantal import conditional_diversity, scaled_relevance
 from vtprune.ops.recovery import text_scores
 from vtprune.signals import EncoderOutput, JointSpace
+from vtprune.testing import families
 
 WORDS = ["what", "is", "in", "the", "picture", "where", "are", "they", "now"]
 QUESTIONS = ["what is in the picture", "where are they", "now what is where in the picture"]

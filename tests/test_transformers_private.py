@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
-from conformance import families, models
+from conformance import models
 from transformers import DynamicCache
 
 import vtprune
 from vtprune import transformers_private
 from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.testing import families
 from vtprune.transformers_private import CACHE, VERSION
 
 pytestmark = pytest.mark.release

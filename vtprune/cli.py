@@ -138,6 +138,23 @@ def bench(
 
 @app.command()
 @_plain_errors
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a checkpoint, instead of tiny models.")] = None,
+    family: Annotated[str | None, typer.Option(help="One family, instead of all.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    attention: Annotated[str | None, typer.Option(help="Attention back end: eager, flash_attention_2, ...")] = None,
+) -> None:
+    """Check that pruning is right on this machine; exit code 1 if a promise fails (docs/doctor.md)."""
+    from vtprune.doctor import Settings, run
+
+    settings = Settings(device=device, dtype=dtype, attention=attention)
+    if not run(Console(), settings, model=model, family=family):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_plain_errors
 def methods() -> None:
     """List the methods: where they act, what they look at, their source."""
     from vtprune.methods import Progressive, list_methods

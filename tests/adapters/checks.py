@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conformance import families
-from conformance.recompute import recompute
 from torch import Tensor
 
 import vtprune
+from vtprune.testing import families
+from vtprune.testing.recompute import recompute
 
 ATOL = 1e-4
 NEW = 5

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conformance import families
-from conformance.recompute import visual_columns
 from torch import Tensor
 
 import vtprune
 from vtprune.signals import InstructionAttention, LastQueryAttention
+from vtprune.testing import families
+from vtprune.testing.recompute import visual_columns
 from vtprune.tokens import Selection
 
 SEEN: list = []

@@ -8,12 +8,12 @@ import functools
 
 import pytest
 import torch
-from conformance import families
-from conformance.families import END, FIRST_WORD, IMAGE, START
-from conformance.recompute import recompute, visual_columns
 from torch import Tensor
 
 import vtprune
+from vtprune.testing import families
+from vtprune.testing.families import END, FIRST_WORD, IMAGE, START
+from vtprune.testing.recompute import recompute, visual_columns
 from vtprune.transformers_private import CACHE
 
 from .checks import ATOL, NEW

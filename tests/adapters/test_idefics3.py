@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conformance import families
 
 import vtprune
+from vtprune.testing import families
 from vtprune.tokens import Grid, ModelShape
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell

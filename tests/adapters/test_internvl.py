@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conformance import families
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 import vtprune
 from vtprune.errors import UnsupportedModelError
 from vtprune.signals import ClsAttention
 from vtprune.stages.encoder import EncoderTap
+from vtprune.testing import families
 from vtprune.tokens import Grid, ModelShape
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell

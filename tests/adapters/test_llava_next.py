@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conformance import families
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers import SiglipVisionConfig as Siglip
 
@@ -9,6 +8,7 @@ import vtprune
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 from vtprune.ops.coverage import max_coverage
 from vtprune.ops.mosaic import mosaic_order
+from vtprune.testing import families
 from vtprune.tokens import Grid
 
 from .checks import check_pruned, check_untouched, every_cell, projector_input

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conformance import families
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
 import vtprune
+from vtprune.testing import families
 from vtprune.tokens import Grid
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell, origins, projector_input

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conformance import families
 from transformers import DynamicCache
 
 import vtprune
+from vtprune.testing import families
 from vtprune.tokens import Grid, ModelShape
 from vtprune.transformers_private import CACHE
 

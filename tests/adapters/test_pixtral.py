@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from conformance import families
 from torch.nn.functional import pad
 
 import vtprune
 from vtprune.errors import UnsupportedModelError
+from vtprune.testing import families
 from vtprune.tokens import Grid, ModelShape
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell

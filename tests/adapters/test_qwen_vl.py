@@ -3,14 +3,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conformance import families
-from conformance.media import END, FIRST_WORD, IMAGE, LAYOUTS, MERGE, PATCH, VIDEO
-from conformance.recompute import recompute
 from torch import Tensor
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import vtprune
 from vtprune.signals import TextEmbeddings
+from vtprune.testing import families
+from vtprune.testing.media import END, FIRST_WORD, IMAGE, LAYOUTS, MERGE, PATCH, VIDEO
+from vtprune.testing.recompute import recompute
 from vtprune.tokens import Grid, Selection
 from vtprune.transformers_private import CACHE
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conformance import families
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 import vtprune
 from vtprune.errors import UnsupportedStageError
+from vtprune.testing import families
 from vtprune.tokens import Grid
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell, generate, origins, projector_input

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .recompute import _blocks, _layer_type, _look, _positions
+from vtprune.testing.recompute import layer_kind, look, prompt_blocks, prompt_positions
 
 
 class Lazy(NamedTuple):
@@ -33,18 +33,18 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
     model: with eager attention. inputs: a single prompt without padding. generated: (new tokens,).
     """
     decoder = model.get_decoder()
-    assert all(_layer_type(decoder.config, index) == "full_attention" for index in range(len(decoder.layers)))
+    assert all(layer_kind(decoder.config, index) == "full_attention" for index in range(len(decoder.layers)))
     ids = torch.cat([inputs["input_ids"][0], generated])
     length = inputs["input_ids"].shape[1]
     embedded = model.get_input_embeddings()(ids)
-    vision = _look(model, inputs)
+    vision = look(model, inputs)
     embedded[vision.columns] = vision.features
     planes = []
     for plane in vision.planes:
         planes.append(torch.zeros_like(embedded))
         planes[-1][vision.columns] = plane
-    positions = _positions(model, inputs, len(generated))
-    blocks = _blocks(model, inputs, len(generated))
+    positions = prompt_positions(model, inputs, len(generated))
+    blocks = prompt_blocks(model, inputs, len(generated))
     visual = set(vision.columns.tolist()) - separators(model, inputs)
     # By layer and column: the state a token came in with, and that of tokens which came as far and no further.
     entered: list[dict[int, Tensor]] = [{} for _ in decoder.layers]
@@ -82,7 +82,7 @@ def separators(model, inputs: dict[str, Tensor]) -> set[int]:
     newline = getattr(model.model, "image_newline", None)
     if newline is None:
         return set()
-    vision = _look(model, inputs)
+    vision = look(model, inputs)
     return set(vision.columns[(vision.features == newline).all(-1)].tolist())
 
 

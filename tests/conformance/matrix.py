@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import vtprune
+from vtprune.testing import families
 
-from . import families, text_models
+from . import text_models
 
 BUDGET = {"keep_ratio": 0.3}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -17,10 +17,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-PAD, BOS, IMAGE_TOKEN, VOCABULARY = 0, 1, 120, 121
+from vtprune.testing.families import INIT_STD
 
-# Wide enough that a wrong mask, position or token moves logits by far more than the tolerance of the comparisons.
-INIT_STD = 0.2
+PAD, BOS, IMAGE_TOKEN, VOCABULARY = 0, 1, 120, 121
 
 _VISION = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=INIT_STD)
 TEXT = dict(

@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
-from . import families
-from .media import (
+from vtprune.testing import families
+from vtprune.testing.media import (
     BOS,
     BREAK,
     END,

@@ -11,8 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
 from vtprune.errors import UnsupportedStageError
+from vtprune.testing import families
 
-from . import families, matrix, models, text_models
+from . import matrix, models, text_models
 from .methods import SPECS, spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vtprune
+from vtprune.testing import families
 
-from . import families
 from .matrix import CELLS, refusal
 from .matrix import spec as matrix_spec
 from .methods import SPECS, spec

@@ -6,9 +6,9 @@ import torch
 from transformers import DynamicCache
 
 import vtprune
+from vtprune.testing import families
 from vtprune.transformers_private import CACHE
 
-from . import families
 from .lazy_reference import lazy_recompute
 
 ATOL = 1e-4

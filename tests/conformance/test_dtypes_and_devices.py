@@ -9,13 +9,14 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 
 import vtprune
+from vtprune.testing import families
+from vtprune.testing.recompute import recompute
 
-from . import families, matrix, models
+from . import matrix, models
 from .lazy_reference import separators
 from .matrix import CELLS
 from .methods import MERGING, SPECS, on_every_model, spec
 from .models import batch_of_three
-from .recompute import recompute
 from .reference import assert_recomputed, expected_steps, generate
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune.signals import TextEmbeddings
+from vtprune.testing import families
+from vtprune.testing.recompute import recompute
 from vtprune.transformers_private import CACHE
 
-from . import families
 from .matrix import spec
-from .recompute import recompute
 
 ATOL = 1e-4
 NEW = 5

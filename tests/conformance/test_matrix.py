@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.testing import families
+from vtprune.testing.recompute import recompute, visual_columns
 from vtprune.transformers_private import CACHE
 
-from . import families, matrix
+from . import matrix
 from .lazy_reference import lazy_recompute, separators
 from .matrix import CELLS, COMPACT_ONCE, MERGING, REVIVING, keep_everything, refusal, spec
-from .recompute import recompute, visual_columns
 from .test_4_removal import fingerprint
 
 ATOL = 1e-4

@@ -8,9 +8,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import vtprune
 from vtprune.eval import digitscenes
+from vtprune.testing import families
+from vtprune.testing.recompute import recompute, visual_columns
 
-from . import families, processors
-from .recompute import recompute, visual_columns
+from . import processors
 
 ATOL = 1e-4
 NEW = 4

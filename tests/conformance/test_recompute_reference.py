@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import families
-from .recompute import keep_all, recompute, visual_columns
+from vtprune.testing import families
+from vtprune.testing.recompute import keep_all, recompute, visual_columns
 
 ATOL = 1e-4
 NEW = 5

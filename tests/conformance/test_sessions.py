@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 import vtprune
 from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.testing import families
 from vtprune.transformers_private import CACHE
 
-from . import families, models
+from . import models
 from .methods import spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate

@@ -13,10 +13,11 @@ import vtprune
 from vtprune.certificate import TESTED_TEXT_MODELS
 from vtprune.errors import VTPruneError
 from vtprune.signals import InstructionAttention, LastQueryAttention
+from vtprune.testing import families
 from vtprune.tokens import Selection
 from vtprune.transformers_private import CACHE
 
-from . import families, text_models
+from . import text_models
 from .models import batch_of_three, prompts
 from .reference import generate
 

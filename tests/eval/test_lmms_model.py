@@ -21,7 +21,9 @@ from vtprune.eval.lmms.decoding import Generation, lengths, score_continuations
 from vtprune.eval.lmms.model import VTPruneChat, VTPruneSimple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conformance import families, processors
+from conformance import processors
+
+from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2
 

@@ -23,7 +23,9 @@ from vtprune.eval.pages.pictures import Picture, dimmed, seams
 from vtprune.eval.views import View, read_views, write_views
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conformance import families, processors
+from conformance import processors
+
+from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2
 

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.methods.base import AfterPrefill
 from vtprune.ops.bipartite_merging import bipartite_merging
+from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import CACHE
 

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.ops.determinantal import conditional_diversity, mean_similarity, scaled_relevance
 from vtprune.signals import EncoderOutput, JointSpace, TextEmbeddings
+from vtprune.testing import families
 from vtprune.tokens import ModelShape, VisualTokens
 
 SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=True)

@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.signals import ClsAttention
+from vtprune.testing import families
 from vtprune.tokens import ModelShape, VisualTokens
 
 SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=True)

@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.ops.anchor_merging import merge_into_anchors
 from vtprune.ops.scene_cuts import scenes
 from vtprune.signals import AttentionReceived, ClsAttention
+from vtprune.testing import families
 from vtprune.tokens import ModelShape, VisualTokens
 
 SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=True)

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.ops.video_merging import merge_video
 from vtprune.signals import AttentionReceived
+from vtprune.testing import families
 from vtprune.tokens import ModelShape
 
 NAME = "llava_onevision"

@@ -3,9 +3,9 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
+from vtprune.testing import families
 from vtprune.tokens import ModelShape
 
 DEPTH = 8

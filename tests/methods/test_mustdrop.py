@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from conformance import families
-from conformance.recompute import recompute
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
 from vtprune.cost import encoder_flops
 from vtprune.methods.mustdrop import MustDrop
+from vtprune.testing import families
+from vtprune.testing.recompute import recompute
 from vtprune.tokens import ModelShape
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)

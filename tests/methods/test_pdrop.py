@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune import PyramidDrop
+from vtprune.testing import families
 from vtprune.tokens import ModelShape
 
 

@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.ops.outliers import outlier_share
 from vtprune.ops.recovery import recover, text_scores
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, TextEmbeddings
+from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=True)

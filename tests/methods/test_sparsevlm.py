@@ -3,13 +3,13 @@
 
 import pytest
 import torch
-from conformance import families
-from conformance.recompute import visual_columns
 
 import vtprune
 from vtprune import SparseVLM
 from vtprune.ops.recycling import recycle_dropped
 from vtprune.signals import Places, RowContext, rotary_logits
+from vtprune.testing import families
+from vtprune.testing.recompute import visual_columns
 from vtprune.tokens import ModelShape
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)

@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.ops.frame_uniqueness import commonness
+from vtprune.testing import families
 from vtprune.tokens import VisualTokens
 
 FRAMES, SIZE = 6, 20

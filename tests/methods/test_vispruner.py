@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from conformance import families
 
 import vtprune
 from vtprune.errors import ConfigError
+from vtprune.testing import families
 
 
 def chosen(scores, features, important, wanted):

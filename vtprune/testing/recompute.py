@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pruned generation has to compute, for every family, written without a line of the library.
+"""What pruned generation has to compute, for every family, written without a line of the hooks.
 
 One sample at a time, without padding and without a cache: a plain loop over the decoder layers runs over the prompt and
 everything that was generated, and takes visual tokens out of the sequence where it is told to.
@@ -7,15 +7,23 @@ everything that was generated, and takes visual tokens out of the sequence where
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtprune.transformers_private import attention_back_end
+
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""Kind of medium -> names of the argument that carries its pixels."""
+
 
 @dataclass(frozen=True)
-class _Vision:
+class Vision:
     """What the encoder gave for a prompt."""
 
     columns: Tensor
@@ -25,7 +33,7 @@ class _Vision:
     planes: list[Tensor]
     """(visual tokens, dim) each, added after decoder layer 0, 1, ...; empty for most models"""
 
-    def averaged(self, kept: Tensor, sources: Tensor) -> _Vision:
+    def averaged(self, kept: Tensor, sources: Tensor) -> Vision:
         """Each kept token, and what is added to it later, as the mean of the tokens that went into it."""
 
         def mean(values: Tensor) -> Tensor:
@@ -34,7 +42,7 @@ class _Vision:
             values[torch.searchsorted(self.columns, kept)] = torch.stack(means)
             return values
 
-        return _Vision(self.columns, mean(self.features), [mean(plane) for plane in self.planes])
+        return Vision(self.columns, mean(self.features), [mean(plane) for plane in self.planes])
 
 
 @torch.no_grad()
@@ -60,16 +68,18 @@ def recompute(
         cached: one LongTensor a layer, the columns of `kept` that what was generated still sees in it; default all.
     """
     decoder = model.get_decoder()
+    device = inputs["input_ids"].device
+    generated, kept = generated.to(device), [columns.to(device) for columns in kept]
     ids = torch.cat([inputs["input_ids"][0], generated])
     hidden = model.get_input_embeddings()(ids)
-    vision = _look(model, inputs)
+    vision = look(model, inputs)
     if sources is not None:
         vision = vision.averaged(kept[0], sources)
     hidden[vision.columns] = vision.features
-    original = _positions(model, inputs, len(generated))
-    blocks = _blocks(model, inputs, len(generated))
+    original = prompt_positions(model, inputs, len(generated))
+    blocks = prompt_blocks(model, inputs, len(generated))
 
-    columns = torch.arange(len(ids))
+    columns = torch.arange(len(ids), device=device)
     text = columns[~torch.isin(columns, vision.columns)]
     if positions == "compact once":
         entering = torch.isin(columns, torch.cat([text, kept[0]]))
@@ -82,8 +92,8 @@ def recompute(
         assert int(rows.sum()) == len(wanted), "a dropped token came back in a later layer"
         columns, hidden = columns[rows], hidden[rows]
 
-        kind = _layer_type(decoder.config, index)
-        ranks = torch.arange(len(columns))
+        kind = layer_kind(decoder.config, index)
+        ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
         place = ranks.expand(*original.shape[:-1], -1) if renumbered else original[..., columns]
         per_type = (
@@ -91,32 +101,34 @@ def recompute(
         )
         mask = _mask(model, kind, blocks[columns], hidden.dtype)
         if cached is not None:
-            evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index])
+            evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
         hidden = layer(
             hidden[None],
             attention_mask=mask,
             position_embeddings=decoder.rotary_emb(hidden[None], place, **per_type),
-            position_ids=ranks[None],
+            # FlashAttention takes gaps for the borders of packed sequences.
+            position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
         )[0]
         if index < len(vision.planes):
-            plane = torch.zeros(len(ids), hidden.shape[-1], dtype=hidden.dtype)
+            plane = hidden.new_zeros(len(ids), hidden.shape[-1])
             plane[vision.columns] = vision.planes[index]
             hidden = hidden + plane[columns]
 
-    last = model.lm_head(decoder.norm(hidden))
+    last = model.get_output_embeddings()(decoder.norm(hidden))
     cap = getattr(decoder.config, "final_logit_softcapping", None)
-    if cap is not None:
+    if cap is not None and _caps_logits(type(model)):
         last = cap * torch.tanh(last / cap)
-    logits = torch.full((len(ids), last.shape[-1]), float("nan"), dtype=last.dtype)
+    logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
     return logits
 
 
 def visual_columns(model, inputs: dict[str, Tensor]) -> Tensor:
     """(visual tokens,) columns of a single prompt that hold features."""
-    return torch.isin(inputs["input_ids"][0], torch.tensor(list(_placeholders(model).values()))).nonzero().flatten()
+    ids = inputs["input_ids"][0]
+    return torch.isin(ids, torch.tensor([*_placeholders(model).values()], device=ids.device)).nonzero().flatten()
 
 
 def keep_all(model, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -129,39 +141,46 @@ def _placeholders(model) -> dict[str, int]:
     return {kind: value for kind, value in ids.items() if value is not None}
 
 
-def _look(model, inputs: dict[str, Tensor]) -> _Vision:
+def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dict[str, Tensor], Any]]:
+    """Kind, columns of its visual tokens, arguments and output of each encode call that a single prompt needs."""
+    ids = inputs["input_ids"][0]
+    for kind, placeholder in _placeholders(model).items():
+        if any(name in inputs for name in PIXELS[kind]):
+            encode = getattr(model.model, f"get_{kind}_features")
+            accepted = inspect.signature(encode).parameters
+            arguments = {key: value for key, value in inputs.items() if key in accepted}
+            yield kind, (ids == placeholder).nonzero().flatten(), arguments, encode(**arguments, return_dict=True)
+
+
+def look(model, inputs: dict[str, Tensor]) -> Vision:
     """Features from the model's own `get_image_features` and `get_video_features`."""
     ids = inputs["input_ids"][0]
     columns, planes = [ids[:0]], []
     features = [model.get_input_embeddings()(ids[:0])]
-    for kind, placeholder in _placeholders(model).items():
-        if {"image": "pixel_values", "video": "pixel_values_videos"}[kind] not in inputs:
-            continue
-        encode = getattr(model.model, f"get_{kind}_features")
-        accepted = inspect.signature(encode).parameters
-        output = encode(**{key: value for key, value in inputs.items() if key in accepted}, return_dict=True)
-        columns.append((ids == placeholder).nonzero().flatten())
+    for _, own, _, output in encoded(model, inputs):
+        columns.append(own)
         features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
         planes.append([torch.cat(list(plane)) for plane in getattr(output, "deepstack_features", [])])
     where, order = torch.cat(columns).sort()
-    return _Vision(where, torch.cat(features)[order], [torch.cat(plane)[order] for plane in zip(*planes, strict=True)])
+    return Vision(where, torch.cat(features)[order], [torch.cat(plane)[order] for plane in zip(*planes, strict=True)])
 
 
-def _positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
+def prompt_positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
     """(1, tokens), or (3, 1, tokens) for three axes: positions of the unpruned sequence."""
     length = inputs["input_ids"].shape[1]
     if hasattr(model.model, "get_rope_index"):
         accepted = inspect.signature(model.model.get_rope_index).parameters
         prompt, _ = model.model.get_rope_index(**{key: value for key, value in inputs.items() if key in accepted})
-        return torch.cat([prompt, prompt[..., -1:] + 1 + torch.arange(generated)], -1)
+        return torch.cat([prompt, prompt[..., -1:] + 1 + torch.arange(generated, device=prompt.device)], -1)
     first = 1 if model.config.model_type == "paligemma" else 0
-    return torch.arange(first, first + length + generated)[None]
+    return torch.arange(first, first + length + generated, device=inputs["input_ids"].device)[None]
 
 
-def _blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
+def prompt_blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
     """(tokens,) number of the block of tokens that all see one another; -1 for none."""
     types = inputs.get("token_type_ids")
-    none = torch.full((inputs["input_ids"].shape[1] + generated,), -1)
+    ids = inputs["input_ids"]
+    none = ids.new_full((ids.shape[1] + generated,), -1)
     if model.config.model_type == "paligemma":  # the prompt is one block
         none[: types.shape[1]][types[0] == 0] = 0
     elif model.config.model_type == "gemma3":  # every image is one
@@ -173,15 +192,26 @@ def _blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
     return none
 
 
-def _layer_type(config, index: int) -> str:
+@functools.cache
+def _caps_logits(cls: type) -> bool:
+    """Whether a model caps its logits as its language model's config says: PaliGemma does from transformers 5.23 on."""
+    return "final_logit_softcapping" in inspect.getsource(cls.forward)
+
+
+def layer_kind(config, index: int) -> str:
     if getattr(config, "layer_types", None) is not None:
         return config.layer_types[index]
     return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
 
 
-def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """(1, 1, n, n) additive mask over the tokens that are there. blocks: (n,), as in `_blocks`."""
-    ranks = torch.arange(len(blocks))
+def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(1, 1, n, n) additive mask over the tokens that are there; None for FlashAttention, which is causal by itself.
+
+    blocks: (n,), as in `prompt_blocks`.
+    """
+    if "flash" in attention_back_end(model.get_decoder().config):
+        return None
+    ranks = torch.arange(len(blocks), device=blocks.device)
     distance = ranks[:, None] - ranks
     causal = distance >= 0
     together = (blocks[:, None] == blocks) & (blocks >= 0)
@@ -190,4 +220,5 @@ def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         window = distance < model.get_decoder().config.sliding_window
     # Gemma 3's window also cuts through images; PaliGemma's prefix is whole whatever the window.
     allowed = (window & (causal | together)) if model.config.model_type == "gemma3" else (window & causal) | together
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=blocks.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[None, None]

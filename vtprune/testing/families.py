@@ -8,18 +8,34 @@ the second prompt. Every sample also comes alone, without padding.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .media import BOS, END, FIRST_WORD, IMAGE, LAYOUTS, MERGE, PAD, PATCH, START, TILE, VIDEO, VOCABULARY, Item
-from .models import INIT_STD
+from vtprune.testing.media import (
+    BOS,
+    END,
+    FIRST_WORD,
+    IMAGE,
+    LAYOUTS,
+    MERGE,
+    PAD,
+    PATCH,
+    START,
+    TILE,
+    VIDEO,
+    VOCABULARY,
+    Item,
+)
 
 WIDTH = 32
+INIT_STD = 0.2
+"""Wide enough that a wrong mask, position or token moves logits by far more than the tolerance of any comparison."""
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
@@ -68,20 +84,21 @@ def _qwen2(**text):
     return hf.Qwen2Config(**_TEXT | text)
 
 
-def _idefics(config: type) -> Callable:
+def _idefics(config: str) -> Callable:
     vision = _VISION | dict(image_size=TILE, patch_size=PATCH)
-    return lambda **text: config(
+    return lambda **text: getattr(hf, config)(
         vision_config=vision, text_config=_llama(**text), image_token_id=IMAGE, scale_factor=MERGE, pad_token_id=PAD
     )
 
 
-_MODELS: dict[str, tuple[type, Callable]] = {
+# Classes by name: a release of transformers that lacks one still has the others.
+_MODELS: dict[str, tuple[str, Callable]] = {
     "llava": (
-        hf.LlavaForConditionalGeneration,
+        "LlavaForConditionalGeneration",
         lambda **text: hf.LlavaConfig(vision_config=_clip(42, 7), text_config=_llama(**text), image_token_index=IMAGE),
     ),
     "pixtral": (
-        hf.LlavaForConditionalGeneration,
+        "LlavaForConditionalGeneration",
         lambda **text: hf.LlavaConfig(
             vision_config=_pixtral(),
             text_config=_mistral(**text),
@@ -91,7 +108,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "llava_next": (
-        hf.LlavaNextForConditionalGeneration,
+        "LlavaNextForConditionalGeneration",
         lambda **text: hf.LlavaNextConfig(
             vision_config=_clip(TILE, 8),
             text_config=_llama(**text),
@@ -100,7 +117,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "llava_next_video": (  # an even number of patches a side: frames are pooled 2x2
-        hf.LlavaNextVideoForConditionalGeneration,
+        "LlavaNextVideoForConditionalGeneration",
         lambda **text: hf.LlavaNextVideoConfig(
             vision_config=_clip(32, 8),
             text_config=_llama(**text),
@@ -110,7 +127,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "llava_onevision": (  # 2x2 tiles exceed the maximum, so that their mosaic is resized
-        hf.LlavaOnevisionForConditionalGeneration,
+        "LlavaOnevisionForConditionalGeneration",
         lambda **text: hf.LlavaOnevisionConfig(
             vision_config=_siglip(TILE, 8),
             text_config=_qwen2(**text),
@@ -121,13 +138,13 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "video_llava": (
-        hf.VideoLlavaForConditionalGeneration,
+        "VideoLlavaForConditionalGeneration",
         lambda **text: hf.VideoLlavaConfig(
             vision_config=_clip(32, 8), text_config=_llama(**text), image_token_index=IMAGE, video_token_index=VIDEO
         ),
     ),
     "qwen2_vl": (
-        hf.Qwen2VLForConditionalGeneration,
+        "Qwen2VLForConditionalGeneration",
         lambda **text: hf.Qwen2VLConfig(
             vision_config=_QWEN_VISION | dict(embed_dim=WIDTH, hidden_size=WIDTH, mlp_ratio=2),
             text_config=_TEXT | _MROPE | text,
@@ -135,7 +152,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "qwen2_5_vl": (  # windows of 2x2 merged tokens, so that the tower reorders them
-        hf.Qwen2_5_VLForConditionalGeneration,
+        "Qwen2_5_VLForConditionalGeneration",
         lambda **text: hf.Qwen2_5_VLConfig(
             vision_config=_QWEN_VISION
             | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
@@ -145,7 +162,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "qwen3_vl": (
-        hf.Qwen3VLForConditionalGeneration,
+        "Qwen3VLForConditionalGeneration",
         lambda **text: hf.Qwen3VLConfig(
             vision_config=_QWEN_VISION
             | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
@@ -155,7 +172,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "internvl": (
-        hf.InternVLForConditionalGeneration,
+        "InternVLForConditionalGeneration",
         lambda **text: hf.InternVLConfig(
             vision_config=hf.InternVLVisionConfig(**_VISION, image_size=[TILE] * 2, patch_size=[PATCH] * 2),
             text_config=_qwen2(**text),
@@ -163,10 +180,10 @@ _MODELS: dict[str, tuple[type, Callable]] = {
             image_seq_length=9,
         ),
     ),
-    "idefics3": (hf.Idefics3ForConditionalGeneration, _idefics(hf.Idefics3Config)),
-    "smolvlm": (hf.SmolVLMForConditionalGeneration, _idefics(hf.SmolVLMConfig)),
+    "idefics3": ("Idefics3ForConditionalGeneration", _idefics("Idefics3Config")),
+    "smolvlm": ("SmolVLMForConditionalGeneration", _idefics("SmolVLMConfig")),
     "gemma3": (
-        hf.Gemma3ForConditionalGeneration,
+        "Gemma3ForConditionalGeneration",
         lambda **text: hf.Gemma3Config(
             vision_config=_siglip(32, 4),
             text_config=hf.Gemma3TextConfig(
@@ -179,7 +196,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "paligemma": (
-        hf.PaliGemmaForConditionalGeneration,
+        "PaliGemmaForConditionalGeneration",
         lambda **text: hf.PaliGemmaConfig(
             vision_config=_siglip(35, 7, projection_dim=WIDTH),
             text_config=hf.GemmaConfig(**_TEXT | dict(head_dim=8) | text),
@@ -188,7 +205,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "paligemma2": (  # caps low enough to bend what they cap
-        hf.PaliGemmaForConditionalGeneration,
+        "PaliGemmaForConditionalGeneration",
         lambda **text: hf.PaliGemmaConfig(
             vision_config=_siglip(35, 7, projection_dim=WIDTH),
             text_config=hf.Gemma2Config(
@@ -199,7 +216,7 @@ _MODELS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "mistral3": (
-        hf.Mistral3ForConditionalGeneration,
+        "Mistral3ForConditionalGeneration",
         lambda **text: hf.Mistral3Config(
             vision_config=_pixtral(),
             text_config=_mistral(**text),
@@ -210,6 +227,17 @@ _MODELS: dict[str, tuple[type, Callable]] = {
 }
 
 NAMES = tuple(_MODELS)
+"""All families, those included that the installed transformers lacks."""
+
+
+def model_class(name: str) -> str:
+    """Name of the class in transformers behind a family."""
+    return _MODELS[name][0]
+
+
+def is_available(name: str) -> bool:
+    """Whether the installed transformers has a family's class."""
+    return hasattr(hf, model_class(name))
 
 
 def build(name: str, attention: str = "sdpa", **overrides):
@@ -217,12 +245,12 @@ def build(name: str, attention: str = "sdpa", **overrides):
 
     overrides: fields of the text config, e.g. `sliding_window=24`.
     """
-    cls, config = _MODELS[name]
+    class_name, config = _MODELS[name]
     if name == "paligemma2" and attention == "sdpa":  # Gemma 2 caps attention logits, which sdpa cannot
         attention = {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
     with torch.random.fork_rng():
         torch.manual_seed(sum(map(ord, name)))
-        model = cls._from_config(config(**overrides), attn_implementation=attention)
+        model = getattr(hf, class_name)._from_config(config(**overrides), attn_implementation=attention)
         for parameter_name, parameter in model.named_parameters():
             gain = parameter.ndim == 1 and (parameter_name.endswith(".weight") or "lambda" in parameter_name)
             if gain:  # of a norm or a residual branch: wide ones would drown or blow up the layer
@@ -279,6 +307,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.singles)
 
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> Batch:
+        """The same on another device, pixels in another dtype."""
+
+        def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in inputs.items()}
+
+        return replace(self, inputs=moved(self.inputs), singles=[moved(single) for single in self.singles])
+
     def first_column(self, sample: int) -> int:
         """Column of `inputs["input_ids"]` that holds the sample's first real token."""
         return self.pads[sample] if self.padding_side == "left" else 0
@@ -308,15 +344,17 @@ def batch(name: str, model, samples: int = 3, media: str = "image", padding_side
         items.append(own)
     longest = max(map(len, ids))
     return Batch(
-        inputs=_inputs(name, ids, items, padding_side),
-        singles=[_inputs(name, [one], [own], padding_side) for one, own in zip(ids, items, strict=True)],
+        inputs=_inputs(name, model, ids, items, padding_side),
+        singles=[_inputs(name, model, [one], [own], padding_side) for one, own in zip(ids, items, strict=True)],
         visual_ids=(IMAGE, VIDEO) if name in VIDEO_NAMES else (IMAGE,),
         pads=[longest - len(one) for one in ids],
         padding_side=padding_side,
     )
 
 
-def _inputs(name: str, ids: list[Tensor], items: list[dict[str, list[Item]]], padding_side: str) -> dict[str, Tensor]:
+def _inputs(
+    name: str, model, ids: list[Tensor], items: list[dict[str, list[Item]]], padding_side: str
+) -> dict[str, Tensor]:
     longest = max(map(len, ids))
     widths = [(longest - len(one), 0) if padding_side == "left" else (0, longest - len(one)) for one in ids]
     columns = torch.stack([pad(one, width, value=PAD) for one, width in zip(ids, widths, strict=True)])
@@ -328,4 +366,6 @@ def _inputs(name: str, ids: list[Tensor], items: list[dict[str, list[Item]]], pa
         of_kind = [own[kind] for own in items]
         if any(of_kind):
             inputs |= layout.collate(of_kind)
+    if "pixel_values" in inputs and "pixel_values" not in inspect.signature(model.forward).parameters:
+        inputs["pixel_values_images"] = inputs.pop("pixel_values")  # Video-LLaVA up to transformers 5.20
     return inputs

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from vtprune.transformers_private import llava_next_crops
 
 PAD, BOS, FIRST_WORD = 0, 1, 2
 IMAGE, VIDEO, START, END, BREAK, ROW_COLUMN, GLOBAL, NEWLINE = range(150, 158)
@@ -79,7 +80,7 @@ def _anyres(model, shape, siblings, generator):
     """A base tile, then the tiles of the mosaic. shape: height, width."""
     size = model.config.vision_config.image_size
     tiled = siblings == 1 or model.config.model_type != "llava_onevision"
-    tiles = image_size_to_num_patches(list(shape), model.config.image_grid_pinpoints, size) if tiled else 1
+    tiles = llava_next_crops(list(shape), model.config.image_grid_pinpoints, size) if tiled else 1
     item = Item([], _randn(generator, tiles, 3, size, size), shape)
     arguments = _collate_anyres([[item]])
     if not tiled:
