@@ -9,12 +9,16 @@ model has done it already.
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import inspect
+import textwrap
+import threading
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,6 +318,7 @@ def uses_mrope(config: Any) -> bool:
 
 _CAPTURE = "vtprune_capture"
 """Name of the attention function that hands out what it is called with."""
+_LOCK, _captures = threading.Lock(), 0
 
 _HARMLESS = {"dropout", "is_causal", "position_ids", "scaling", "sliding_window", "softcap", "s_aux"}
 """Arguments of attention functions that are read here, or that say nothing about scores."""
@@ -382,9 +387,46 @@ def _parameters(cls: type) -> frozenset[str]:
 
 
 def reads_positions(layer: nn.Module) -> bool:
-    """Whether a module inside a decoder layer asks for position ids: some scale their queries by them."""
+    """Whether a module inside a decoder layer works with position ids: some scale their queries by them."""
     # Layers themselves all take them, to hand them on.
-    return any("position_ids" in _parameters(type(module)) for module in layer.modules() if module is not layer)
+    return any(_works_with_positions(type(module)) for module in layer.modules() if module is not layer)
+
+
+@functools.cache
+def _works_with_positions(cls: type) -> bool:
+    """Whether the forward of a class does more with position ids than hand them to its attention function."""
+    if "position_ids" not in _parameters(cls):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, SyntaxError):
+        return True
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "position_ids"]
+    handed_on = [
+        keyword.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "attention_interface"
+        for keyword in call.keywords
+    ]
+    return any(node not in handed_on for node in names)
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """While it lasts, transformers knows the attention function that captures. Sessions in several threads share it."""
+    from transformers import AttentionInterface
+
+    global _captures
+    with _LOCK:
+        _captures += 1
+        AttentionInterface.register(_CAPTURE, _capture)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _captures -= 1
+            if not _captures:
+                del AttentionInterface._global_mapping[_CAPTURE]
 
 
 def scored(
@@ -411,9 +453,6 @@ def scored(
 
     Raises UnsupportedStageError if the layer does not work that way.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_CAPTURE, _capture)
     hidden = keys if queries is None else queries
     given = {"q_proj": queries, "k_proj": keys, "v_proj": None}
     children: dict[str, nn.Module] = {
@@ -425,7 +464,8 @@ def scored(
         children |= {name: nn.Identity() for name in attention._modules if "norm" in name}
     twin = _replica(attention, _CAPTURE, **children)
     try:
-        _run(twin, hidden, rope, positions, None)
+        with _capturing():
+            _run(twin, hidden, rope, positions, None)
     except _Captured as captured:
         return captured.scored
     raise UnsupportedStageError(f"{type(attention).__name__} calls no attention function of transformers")
