@@ -17,6 +17,8 @@ import vtprune
 from vtprune.signals import InstructionAttention, LastQueryAttention
 from vtprune.tokens import Selection
 
+pytestmark = pytest.mark.release
+
 SEEN: list = []
 
 
