@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import entry_points
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.gemma3 import Gemma3
@@ -20,6 +19,7 @@ from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
 from vtprune.adapters.video_llava import VideoLlava
 from vtprune.errors import ConfigError, UnsupportedModelError
+from vtprune.plugins import load_plugins
 
 __all__ = ["Adapter", "adapter_for", "list_adapters", "register_adapter"]
 
@@ -56,8 +56,7 @@ for _adapter in (
 
 @functools.cache
 def _load_entry_points() -> None:
-    for entry in entry_points(group="vtprune.adapters"):
-        register_adapter(entry.load())
+    load_plugins("vtprune.adapters", register_adapter)
 
 
 def list_adapters() -> dict[str, type[Adapter]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from vtprune.methods.visionzip import VisionZip
 from vtprune.methods.vispruner import VisPruner
 from vtprune.methods.vtc_cls import VTCCls
 from vtprune.methods.zero import Zero
+from vtprune.plugins import load_plugins
 
 __all__ = [
     "AIM",
@@ -153,8 +153,7 @@ for _method in (
 
 @functools.cache
 def _load_entry_points() -> None:
-    for entry in entry_points(group="vtprune.methods"):
-        register_method(entry.load())
+    load_plugins("vtprune.methods", register_method)
 
 
 def list_methods() -> dict[str, type[Method]]:
