@@ -29,6 +29,7 @@ from vtprune.signals import (
     Transition,
 )
 from vtprune.tokens import Selection
+from vtprune.transformers_private import CACHE
 
 SEEN: list = []
 
@@ -182,7 +183,7 @@ def test_normed_states_and_lengths_of_keys(name):
     (states, text_states), (norms, text_norms) = SEEN[0][1].values()
     plain = model(**inputs, use_cache=True, output_hidden_states=True)
     expected = model.model.language_model.norm(plain.hidden_states[2])
-    lengths = plain.past_key_values.layers[1].keys.abs().sum((1, 3))
+    lengths = plain[CACHE].layers[1].keys.abs().sum((1, 3))
     for sample, columns in enumerate(visual_columns(inputs)):
         n, text = len(columns), slice(int(columns[-1]) + 1, None)
         torch.testing.assert_close(states[sample, :n], expected[sample, columns], atol=1e-4, rtol=1e-4)
@@ -231,13 +232,13 @@ def test_attention_rows_on_a_kept_cache_share_their_mass_with_it():
     first, second = prompts(model, "ttItt"), prompts(model, "ItttI", seed=1)
     joined = torch.cat([first.ids[0], second.ids[0]])[None]
     with vtprune.prune(model, InsideProbe(requests=(LastQueryAttention(1),), layers=(2,))):
-        cache = model(**first.inputs() | {"use_cache": True}).past_key_values
+        cache = model(**first.inputs() | {"use_cache": True})[CACHE]
         held = cache.layers[1].keys.shape[2]
         model(
             input_ids=second.ids[0][None],
             pixel_values=second.images[0],
             attention_mask=torch.ones(1, joined.shape[1], dtype=torch.long),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     _, signals = SEEN[-1]
     pixels = torch.cat([first.images[0], second.images[0]])

@@ -19,7 +19,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
-from vtprune.methods.base import BeforeLLM, InLLM, Method
+from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
 from vtprune.question import Text, embed_question
 from vtprune.report import Report, Stretch, Timings
 from vtprune.stages.before_llm import prune_before_llm
@@ -29,7 +29,14 @@ from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Columns, Incoming, open_call
 from vtprune.tokens import Selection, VisualTokens
-from vtprune.transformers_private import cache_of, check_release, unmasked_steps
+from vtprune.transformers_private import (
+    cache_of,
+    check_decoder,
+    check_release,
+    longest_prunable,
+    state_kinds,
+    unmasked_steps,
+)
 
 _ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 """Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
@@ -117,6 +124,8 @@ class Session:
         parts = [part for method in methods for part in method.parts(shape)]
         requests = [request for part in parts for request in part.signals(shape)]
         active = [part for part in parts if part.keep_ratio != 1.0]
+        self._check_states(active)
+        self._longest = longest_prunable(self.adapter.language_model.config, shape.decoder_layers)
         self._before = [m for m in active if isinstance(m, BeforeLLM)]
         encoder = [m for m in active if m.stage == "encoder"]
         self._tap = EncoderTap(self.adapter, requests, encoder, profile=profile)
@@ -124,6 +133,18 @@ class Session:
         self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)
         self._decode = DecodeStage(self.adapter, active, shape, self._select)
         self._prunes = bool(active)
+
+    def _check_states(self, active: list[Method]) -> None:
+        """Raise if tokens are to be dropped where the language model cannot do without them."""
+        decoder, depth = self.adapter.language_model, len(self.adapter.decoder_layers)
+        check_decoder(decoder)
+        states = state_kinds(decoder.config, depth)
+        inside = [part.name for part in active if isinstance(part, InLLM | AfterPrefill)]
+        if states and inside:
+            raise UnsupportedStageError(
+                f"{', '.join(inside)}: tokens cannot be dropped inside this language model, which has layers that "
+                f"carry a state from token to token ({', '.join(states)}); methods before the LLM work: mmtok, divprune"
+            )
 
     @property
     def report(self) -> Report | None:
@@ -206,8 +227,10 @@ class Session:
         held = pruned_layers(cache)
         mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
         has_images = incoming is not None and bool(incoming.kinds)
-        if cache is not None and (held or (has_images and self._prunes)):
-            check_cache(cache, self._owner)
+        if held or (has_images and self._prunes):
+            if cache is not None:
+                check_cache(cache, self._owner)
+            self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
         if not has_images:
             if not held:
                 self._report_text_only(hidden, mask, cache)
@@ -238,6 +261,13 @@ class Session:
         kwargs["position_ids"] = call.positions_at(0)
         kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
+
+    def _check_length(self, length: int) -> None:
+        if self._longest is not None and length > self._longest:
+            raise UnsupportedStageError(
+                f"{length} tokens are too many to prune: this language model attends in chunks, or scales its queries "
+                f"by the tokens before them, and stays right up to {self._longest} tokens only"
+            )
 
     def _take_planes(self, call: Call, kwargs: dict) -> None:
         """Take over the planes that the model adds to its first layers' outputs (DeepStack) if tokens go missing there.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vtprune.layout import take_columns
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.ops.page_rank import attention_page_rank
-from vtprune.transformers_private import Scored, scored
+from vtprune.transformers_private import Scored, output_width, scored
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,7 @@ def rotary_logits(rows: Tensor, context: RowContext) -> Tensor:
     attention, places = context.attention, context.places
     shape, device = (len(rows), places.ids.shape[1]), places.ids.device
     queries, keys = (
-        torch.ones(*shape, projection.out_features, device=device)
-        for projection in (attention.q_proj, attention.k_proj)
+        torch.ones(*shape, output_width(attention, projection), device=device) for projection in ("q_proj", "k_proj")
     )
     rope = _map_rope(lambda t: t if t.is_complex() else t.float(), places.rope)
     turned = scored(attention, queries, keys, rope, places.ids, norms=False)
@@ -299,7 +298,9 @@ def rotary_logits(rows: Tensor, context: RowContext) -> Tensor:
     return turned.queries[:, 0].gather(1, index) @ turned.keys[:, 0].mT * turned.queries.shape[-1] ** -0.5
 
 
-def cached_attention_row(queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, places: Places) -> Tensor:
+def cached_attention_row(
+    queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, places: Places
+) -> Tensor:
     """Attention of one query a sample over the keys in a cache, (batch, heads, n) float32.
 
     queries: (batch, 1, heads * head dim), output of `q_proj`; keys: (batch, kv heads, n, head dim), as cached; visible:

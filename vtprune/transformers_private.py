@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def _warn_untested() -> None:
 # -- arguments of a decoder -------------------------------------------------------------------------------------------
 
 _CACHE_NAMES = ("cache", "past_key_values")
-"""What decoders call their KV cache: the first from 5.24 on, the second before."""
+CACHE = _CACHE_NAMES[0] if _version() >= (5, 24) else _CACHE_NAMES[1]
+"""What the installed release calls a KV cache, as an argument and in what models return."""
 
 _KNOWN_ARGUMENTS = {
     *_CACHE_NAMES,
@@ -90,6 +92,7 @@ _KNOWN_ARGUMENTS = {
     "hidden_states",
     "input_ids",
     "inputs_embeds",
+    "mamba_attention_mask",
     "position_embeddings",
     "position_ids",
     "visual_pos_masks",
@@ -155,7 +158,7 @@ _STATE_KINDS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"
 
 
 def layer_type(config: Any, layer: int) -> str:
-    """Kind of a decoder layer, as transformers names it: "full_attention", "sliding_attention", "linear_attention", ..."""
+    """Kind of a decoder layer, as transformers names it: "full_attention", "linear_attention", ..."""
     types = getattr(config, "layer_types", None)
     if types:
         return types[layer]
@@ -174,6 +177,31 @@ def state_kinds(config: Any, layers: int) -> list[str]:
             f"{releases()}"
         )
     return sorted(kinds)
+
+
+def longest_prunable(config: Any, layers: int) -> int | None:
+    """Length of the longest sequence in which tokens can go missing; None for any.
+
+    Layers with chunks, or with queries scaled by how many tokens came before, would see other chunks and scales in a
+    sequence that has been cut.
+    """
+    limits = []
+    if any(layer_type(config, layer) == "chunked_attention" for layer in range(layers)):
+        limits.append(config.attention_chunk_size)
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(int(config.floor_scale) - 1)
+    return min(limits, default=None)
+
+
+def check_decoder(decoder: nn.Module) -> None:
+    """Raise UnsupportedModelError if a language model has a class of its own for its KV cache."""
+    parameters = inspect.signature(decoder.forward).parameters
+    annotation = next((parameters[name].annotation for name in _CACHE_NAMES if name in parameters), None)
+    for cls in typing.get_args(annotation):
+        if isinstance(cls, type) and issubclass(cls, Cache) and cls not in (Cache, DynamicCache):
+            raise UnsupportedModelError(
+                f"a {type(decoder).__name__} keeps its KV cache in a {cls.__name__}, in which tokens cannot go missing"
+            )
 
 
 def has_keys(layer: Any) -> bool:
@@ -223,7 +251,9 @@ def layer_mask(
     from transformers import masking_utils as private
 
     factories = private.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
-    factory, deviation = factories[kind], {"block_sequence_ids": blocks}
+    factory: Any = factories[kind]
+    # The factory of chunks takes blocks from 5.20 on only.
+    deviation = {} if blocks is None else {"block_sequence_ids": blocks}
     if blocks is not None and kind == "sliding_attention" and window_cuts_blocks:
         # The factory of sliding masks would let tokens see their whole block.
         factory = factories["full_attention"]
@@ -236,17 +266,9 @@ def layer_mask(
         inputs_embeds=hidden,
         attention_mask=padding,
         layer_idx=layer,
-        **{_cache_name_of_factories(): cache},
+        **{CACHE: cache},
         **deviation,
     )
-
-
-@functools.cache
-def _cache_name_of_factories() -> str:
-    from transformers.masking_utils import create_causal_mask
-
-    parameters = inspect.signature(create_causal_mask).parameters
-    return next(name for name in _CACHE_NAMES if name in parameters)
 
 
 def encoder_mask(config: Any, hidden: Tensor, padding: Tensor) -> Any:
@@ -273,12 +295,14 @@ def attention_back_end(config: Any) -> str:
 def rotary_embedding(decoder: nn.Module, layer: int, hidden: Tensor, positions: Tensor) -> Any:
     """What a decoder hands one of its layers as `position_embeddings` at positions ([axes,] batch, n).
 
-    hidden: gives the device and dtype. Usually cos and sin, (batch, n, rotary dim) each. Some models rotate each kind of
-    layer in its own way.
+    hidden: gives the device and dtype. Usually cos and sin, (batch, n, rotary dim) each. Some models rotate each kind
+    of layer in its own way.
     """
     embedding = getattr(decoder, "rotary_emb", None)
     if embedding is None:
-        raise UnsupportedModelError(f"a {type(decoder).__name__} has no rotary position embedding, so it cannot be pruned")
+        raise UnsupportedModelError(
+            f"a {type(decoder).__name__} has no rotary position embedding, so it cannot be pruned"
+        )
     if "layer_type" in _parameters(type(embedding)):
         return embedding(hidden, positions, layer_type(decoder.config, layer))
     return embedding(hidden, positions)
@@ -366,7 +390,13 @@ def reads_positions(layer: nn.Module) -> bool:
 
 
 def scored(
-    attention: nn.Module, queries: Tensor | None, keys: Tensor | None, rope: Any, positions: Tensor, *, norms: bool = True
+    attention: nn.Module,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    rope: Any,
+    positions: Tensor,
+    *,
+    norms: bool = True,
 ) -> Scored:
     """Put a decoder layer's queries and keys through the layer's own norms and rotation.
 
@@ -387,7 +417,7 @@ def scored(
     hidden = keys if queries is None else queries
     given = {"q_proj": queries, "k_proj": keys, "v_proj": None}
     children: dict[str, nn.Module] = {
-        name: _Given(_nothing(getattr(attention, name), hidden) if output is None else output)
+        name: _Given(_zeros(attention, name, hidden, rope) if output is None else output)
         for name, output in given.items()
         if name in attention._modules
     }
@@ -401,9 +431,22 @@ def scored(
     raise UnsupportedStageError(f"{type(attention).__name__} calls no attention function of transformers")
 
 
-def _nothing(projection: nn.Module, hidden: Tensor) -> Tensor:
-    """Zeros in the shape of a projection's output, without memory of their own."""
-    return hidden.new_zeros(()).expand(*hidden.shape[:2], projection.out_features)
+def output_width(attention: nn.Module, projection: str) -> int:
+    """Width of the output of `q_proj`, `k_proj` or `v_proj`."""
+    width = getattr(getattr(attention, projection), "out_features", None)
+    if width is not None:
+        return width
+    # Not every quantised layer says so.
+    config = attention.config
+    return attention.head_dim * (config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads)
+
+
+def _zeros(attention: nn.Module, projection: str, like: Tensor, rope: Any) -> Tensor:
+    """Zeros in the shape of a projection's output for as many columns as there are in `like`."""
+    shape = (*like.shape[:2], output_width(attention, projection))
+    if torch.is_tensor(rope) and rope.is_complex():  # such rotations need contiguous numbers
+        return like.new_zeros(shape)
+    return like.new_zeros(()).expand(shape)  # without memory of their own
 
 
 def eager_weights(attention: nn.Module, hidden: Tensor, rope: Any, positions: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.cache import CacheLayout, PrunedLayer
+from vtprune.transformers_private import CACHE
 
 PIXELS = "pixel_values"
 
@@ -25,12 +26,12 @@ def prefill(model: Any, inputs: Mapping[str, Tensor], encoded: Any) -> tuple[Ten
     """The first token of each answer, (batch, 1), and the KV cache."""
     rest = {name: value for name, value in inputs.items() if name != PIXELS}
     output = model(**rest, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1:].argmax(-1), output.past_key_values
+    return output.logits[:, -1:].argmax(-1), output[CACHE]
 
 
 def decode(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """The token (batch, 1) that follows `ids` (batch, n)."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    return model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 def prefill_text(model: Any, ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from conformance.recompute import recompute, visual_columns
 from torch import Tensor
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from .checks import ATOL, NEW
 
@@ -195,7 +196,7 @@ def test_a_second_turn_of_a_batch(name, window, method, image, positions):
         inputs["attention_mask"][:, : -NEW - after.shape[1]] = batch.inputs["attention_mask"]
         if image:
             inputs["pixel_values"] = pixels
-        second = generate(model, inputs, past_key_values=first.past_key_values)
+        second = generate(model, inputs, **{CACHE: first[CACHE]})
         if image:
             reports.append(session.report)
     for sample, single in enumerate(batch.singles):

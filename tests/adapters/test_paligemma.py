@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import vtprune
 from vtprune.tokens import Grid, ModelShape
+from vtprune.transformers_private import CACHE
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell
 from .merging import check_layout, encoder_and_projector, means
@@ -43,10 +44,10 @@ def test_the_prompt_is_one_block_unless_it_continues_a_cache():
     expected, used = [[0, 0, 0, -1], [0, 0, 0, 0]], DynamicCache()
     used.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     assert adapter.blocks({"token_type_ids": types}).tolist() == expected
-    assert adapter.blocks({"token_type_ids": types, "past_key_values": DynamicCache()}).tolist() == expected
-    assert adapter.blocks({"token_type_ids": types, "past_key_values": used}) is None
+    assert adapter.blocks({"token_type_ids": types, CACHE: DynamicCache()}).tolist() == expected
+    assert adapter.blocks({"token_type_ids": types, CACHE: used}) is None
     pixels = {"pixel_values": torch.zeros(1, 3, SIZE, SIZE)}
-    assert adapter.blocks({"token_type_ids": types, "past_key_values": used} | pixels).tolist() == expected
+    assert adapter.blocks({"token_type_ids": types, CACHE: used} | pixels).tolist() == expected
     assert adapter.blocks({}) is None
 
 

@@ -12,6 +12,7 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 import vtprune
 from vtprune.signals import TextEmbeddings
 from vtprune.tokens import Grid, Selection
+from vtprune.transformers_private import CACHE
 
 from .checks import ATOL, NEW, check_pruned, check_untouched, every_cell
 
@@ -285,12 +286,12 @@ def test_a_loop_of_plain_calls(name, method, positions):
         inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
         with vtprune.prune(model, method, keep_ratio=0.4, positions=positions) as session:
             output = model(**inputs, use_cache=True)
-            logits, report, cache = [output.logits[0, -1]], session.report, output.past_key_values
+            logits, report, cache = [output.logits[0, -1]], session.report, output[CACHE]
             held = report.counts[0] + report.text_tokens[0]
             assert [layer.keys.shape[-2] for layer in cache.layers] == held.tolist()
             for _ in range(NEW - 1):
                 token = logits[-1].argmax().view(1, 1)
-                logits.append(model(input_ids=token, past_key_values=cache).logits[0, -1])
+                logits.append(model(input_ids=token, **{CACHE: cache}).logits[0, -1])
         generated = torch.stack(logits).argmax(-1)
         kept = [report.kept(0, layer) for layer in range(report.depth)]
         expected = recompute(model, inputs, generated[:-1], kept, positions)[-NEW:]
@@ -311,7 +312,7 @@ def test_plain_calls_after_a_video_that_runs_ahead_of_the_text(positions):
         handle = watch(lambda module, args, given: received.append(given["position_ids"]), with_kwargs=True)
         output = model(**inputs, use_cache=True)
         tokens = torch.randint(2, 100, (NEW,), generator=torch.Generator().manual_seed(0))
-        logits = [model(input_ids=t.view(1, 1), past_key_values=output.past_key_values).logits[0, -1] for t in tokens]
+        logits = [model(input_ids=t.view(1, 1), **{CACHE: output[CACHE]}).logits[0, -1] for t in tokens]
         handle.remove()
         return tokens, torch.stack(logits)
 
@@ -380,7 +381,7 @@ def test_a_second_turn_of_text(name, method, positions):
         talk.ids = first.sequences[0]
         talk.words(4)
         text = {key: talk.inputs()[key] for key in ("input_ids", "mm_token_type_ids")}
-        second, logits = turn(model, text, past_key_values=first.past_key_values)
+        second, logits = turn(model, text, **{CACHE: first[CACHE]})
     expected = recompute(model, talk.inputs(), second.sequences[0, -NEW:-1], kept, positions)[-NEW:]
     torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
 
@@ -411,7 +412,7 @@ def test_a_second_turn_with_another_image(name, method, positions, encoded):
             places, _ = model.model.get_rope_index(whole["input_ids"], whole["mm_token_type_ids"], grids)
             text = torch.arange(places.shape[-1]).view(1, 1, -1)
             given = whole | new | {"position_ids": torch.cat([text, places])}
-        second, logits = turn(model, given, past_key_values=first.past_key_values)
+        second, logits = turn(model, given, **{CACHE: first[CACHE]})
         after = [session.report.kept(0, layer) for layer in range(session.report.depth)]
     assert len(before[-1]) < 12 and len(after[-1]) < 10
     kept = list(map(torch.cat, zip(before, after, strict=True)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from . import models
 from .methods import MERGING, SPECS, spec
@@ -62,7 +63,7 @@ def test_second_turn_of_text(name, positions, layouts, attention):
         merged = name in MERGING
         sources = [session.report.sources(sample, 0) for sample in range(len(batch))] if merged else None
         inputs, whole = second_turn(model, first, batch, "tttt")
-        second = generate(model, inputs, new_tokens=5, past_key_values=first.past_key_values)
+        second = generate(model, inputs, new_tokens=5, **{CACHE: first[CACHE]})
     check_second_turn(model, whole, kept, second, positions, sources)
 
 
@@ -75,7 +76,7 @@ def test_second_turn_with_another_image(gqa, layouts, name, positions):
         first = generate(gqa, batch.inputs(), new_tokens=4)
         kept = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
         inputs, whole = second_turn(gqa, first, batch, "ttItt")
-        second = generate(gqa, inputs, new_tokens=5, past_key_values=first.past_key_values)
+        second = generate(gqa, inputs, new_tokens=5, **{CACHE: first[CACHE]})
         again = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
     columns = inputs["input_ids"].shape[1]
     for sample, layers in enumerate(again):
@@ -95,7 +96,7 @@ def test_a_cache_that_was_not_pruned_can_be_continued(gqa):
     first = generate(gqa, batch.inputs(), new_tokens=4)
     inputs, whole = second_turn(gqa, first, batch, "ttItt")
     with vtprune.prune(gqa, spec("vtc_cls", positions="compact")) as session:
-        second = generate(gqa, inputs, new_tokens=5, past_key_values=first.past_key_values)
+        second = generate(gqa, inputs, new_tokens=5, **{CACHE: first[CACHE]})
     old = (batch.ids[0] == IMAGE_TOKEN).nonzero().flatten()
     kept = [torch.cat([old, columns]) for columns in kept_columns(session.report, batch, 0, depth(gqa))]
     check_second_turn(gqa, whole, [kept], second, "compact")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from . import models
 from .methods import IN_LLM, MERGING, SPECS, on_every_model, spec
@@ -210,7 +211,7 @@ def continue_by_hand(model, batch: Prompts, steps: int, forced: int | None = Non
         logits.append(output.logits[0, -1])
         ids.append(logits[-1].argmax() if forced is None else torch.tensor(forced))
         yield torch.stack(ids), torch.stack(logits)
-        output = model(input_ids=ids[-1].view(1, 1), past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=ids[-1].view(1, 1), **{CACHE: output[CACHE]}, use_cache=True)
 
 
 def assert_by_hand(model, batch: Prompts, kept, ids, logits):
@@ -221,7 +222,7 @@ def assert_by_hand(model, batch: Prompts, kept, ids, logits):
 @pytest.mark.parametrize("forced", [None, IMAGE_TOKEN], ids=["greedy", "image-token"])
 @pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
 def test_step_by_step_by_hand(gqa, name, forced):
-    """`model(..., past_key_values=cache)`; an image token that the model itself generates is text."""
+    """Calls on a cache; an image token that the model itself generates is text."""
     batch = prompts(gqa, "ttIttt")
     with vtprune.prune(gqa, spec(name, positions="original")) as session:
         *_, (ids, logits) = continue_by_hand(gqa, batch, 5, forced)

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from . import models
 from .methods import IN_LLM, MERGING, SPECS, on_every_model, spec
@@ -142,9 +143,9 @@ def test_kv_bytes_are_what_the_cache_holds(gqa, name):
     batch = prompts(gqa, "ttIttIttt")
     with vtprune.prune(gqa, spec(name)) as session:
         output = generate(gqa, batch.inputs(), new_tokens=1)
-    held = sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values))
+    held = sum(t.nbytes for layer in output[CACHE].layers for t in (layer.keys, layer.values))
     assert session.report.kv_bytes == held
-    plain = generate(gqa, batch.inputs(), new_tokens=1).past_key_values
+    plain = generate(gqa, batch.inputs(), new_tokens=1)[CACHE]
     assert session.report.unpruned_kv_bytes == sum(
         t.nbytes for layer in plain.layers for t in (layer.keys, layer.values)
     )

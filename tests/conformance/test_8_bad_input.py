@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from . import models
 from .methods import SPECS, spec
@@ -154,7 +155,7 @@ def test_cache_reused_after_the_session(gqa, name):
     again = {"input_ids": torch.cat([first.sequences, torch.tensor([[5, 6]])], 1)}
     again["attention_mask"] = torch.ones_like(again["input_ids"])
     with pytest.raises(vtprune.VTPruneError, match="(?i)session"):
-        generate(gqa, again, past_key_values=first.past_key_values)
+        generate(gqa, again, **{CACHE: first[CACHE]})
 
 
 def test_chunked_prefill_is_refused_or_exact(gqa):

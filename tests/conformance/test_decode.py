@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from . import families
 from .lazy_reference import lazy_recompute
@@ -71,13 +72,13 @@ def test_several_tokens_at_once_are_one_step(model, batch):
     mask[1, 3:] = 0
     alone = []
     with vtprune.prune(model, LAZY):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         whole = torch.cat([inputs["attention_mask"], mask], 1)
-        together = model(input_ids=more, attention_mask=whole, past_key_values=cache).logits
+        together = model(input_ids=more, attention_mask=whole, **{CACHE: cache}).logits
         for row, single in enumerate(batch.singles):
             own, n = DynamicCache(config=model.config), int(mask[row].sum())
-            model(**single, past_key_values=own)
-            alone.append(model(input_ids=more[row : row + 1, :n], past_key_values=own).logits[0])
+            model(**single, **{CACHE: own})
+            alone.append(model(input_ids=more[row : row + 1, :n], **{CACHE: own}).logits[0])
     for row, logits in enumerate(alone):
         torch.testing.assert_close(together[row, : len(logits)], logits, atol=ATOL, rtol=0)
 
@@ -132,9 +133,9 @@ def test_what_cannot_work_is_refused(model, batch, why, go):
 def test_images_come_in_one_turn(model, batch):
     cache = DynamicCache(config=model.config)
     with vtprune.prune(model, LAZY):
-        model(**batch.singles[0], past_key_values=cache)
+        model(**batch.singles[0], **{CACHE: cache})
         with pytest.raises(vtprune.UnsupportedStageError, match="one turn"):
-            model(**batch.singles[0], past_key_values=cache)
+            model(**batch.singles[0], **{CACHE: cache})
 
 
 def test_no_other_method_drops_inside_the_llm(model):

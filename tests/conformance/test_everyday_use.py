@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune.signals import TextEmbeddings
+from vtprune.transformers_private import CACHE
 
 from . import families
 from .matrix import spec
@@ -238,7 +239,7 @@ def test_a_second_turn_brings_a_second_image(name, method, positions):
         ids = torch.cat([first.sequences, two["input_ids"][:, 1:]], 1)
         images = {key: value for key, value in two.items() if key not in ("input_ids", "attention_mask")}
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
-        second = generate(model, turn, past_key_values=first.past_key_values)
+        second = generate(model, turn, **{CACHE: first[CACHE]})
         again = kept_columns(session.report, 0, 0)
     assert all(len(columns) and int(columns.min()) >= first.sequences.shape[1] for columns in again)
     assert len(again[-1]) < int(torch.isin(two["input_ids"], torch.tensor([families.IMAGE])).sum())

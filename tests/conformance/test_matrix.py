@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.transformers_private import CACHE
 
 from . import families, matrix
 from .lazy_reference import lazy_recompute, separators
@@ -80,9 +81,9 @@ def cached_columns(report, sample: int, first: int) -> list[Tensor]:
 
 def check_cache(output, report, batch: families.Batch, samples: range) -> None:
     """Every cache layer holds the visual tokens that the report says are there, all text, and nothing else."""
-    assert report.counts.shape == (len(samples), len(output.past_key_values.layers))
+    assert report.counts.shape == (len(samples), len(output[CACHE].layers))
     text = [batch.singles[s]["input_ids"].shape[1] - len(report.visual[i]) for i, s in enumerate(samples)]
-    for index, layer in enumerate(output.past_key_values.layers):
+    for index, layer in enumerate(output[CACHE].layers):
         longest = max(len(report.cached(i, index)) + n for i, n in enumerate(text))
         assert layer.keys.shape[-2] == layer.values.shape[-2] == longest + NEW - 1
 

@@ -28,6 +28,8 @@ from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_eval
 
+from vtprune.transformers_private import CACHE
+
 TEXT = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -272,7 +274,7 @@ def grown(model, tokens, *arguments, **options):
         before = [layer.get_seq_length() for layer in cache.layers], [layer.keys.shape[2] for layer in cache.layers]
         grow(model, ids, cache, tokens)
         after = [layer.get_seq_length() for layer in cache.layers], [layer.keys.shape[2] for layer in cache.layers]
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits
     return cache, before, after, logits
 
 
@@ -306,10 +308,10 @@ def test_what_a_cache_was_grown_by_is_attended_to(model):
         plain = DynamicCache()
         for index, layer in enumerate(cache.layers):
             plain.update(layer.keys.clone(), layer.values.clone(), index)
-        ours = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        ours = model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits
     assert torch.equal(plain.layers[0].keys[:, :, -1], plain.layers[0].keys[:, :, -8])
     position = torch.full((2, 1), inputs["input_ids"].shape[1] + 7)
-    theirs = model(input_ids=ids, past_key_values=plain, position_ids=position, use_cache=True).logits
+    theirs = model(input_ids=ids, **{CACHE: plain}, position_ids=position, use_cache=True).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 

@@ -9,6 +9,7 @@ import vtprune
 from vtprune.methods.base import AfterPrefill
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.tokens import ModelShape, Selection
+from vtprune.transformers_private import CACHE
 
 SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_cls=False)
 DEPTH = 8
@@ -103,7 +104,7 @@ def test_inside_the_llm_the_lowest_ranks_go_first(name, turn):
         if turn == 2:
             past = first["input_ids"].shape[1]
             mask = torch.ones(1, past + inputs["input_ids"].shape[1], dtype=torch.long)
-            more = {"past_key_values": model(**first, use_cache=True).past_key_values, "attention_mask": mask}
+            more = {CACHE: model(**first, use_cache=True)[CACHE], "attention_mask": mask}
         handles = [layer.self_attn.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
         model(**inputs | more)
         for handle in handles:
@@ -235,7 +236,7 @@ def test_a_later_removal_takes_what_is_masked_with_it():
     aim["layers"] = (2, 7)
     with vtprune.prune(model, [aim, LATER_CUT]) as session:
         out = model.generate(**batch.inputs, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
-        held = [layer.physical for layer in out.past_key_values.layers]
+        held = [layer.physical for layer in out[CACHE].layers]
     report, start = session.report, batch.inputs["input_ids"].shape[1]
     assert held[5] == start + 3 and held[6] < held[5]
     assert (report.counts[:, 5] < report.counts[:, 2]).all() and (report.counts[:, 6] < report.counts[:, 5]).all()
@@ -248,7 +249,7 @@ def test_masked_tokens_are_reported_as_gone_and_paid_for():
     model = families.shared("llava")
     batch = families.batch("llava", model)
     with vtprune.prune(model, "aim", keep_ratio=0.75, removal="masking") as session:
-        cache = model(**batch.inputs).past_key_values
+        cache = model(**batch.inputs)[CACHE]
         masked = session.report
         for sample, alone in enumerate(batch.singles):
             model(**alone)
@@ -285,7 +286,7 @@ def test_what_is_masked_is_held_until_it_is_evicted():
     model = families.shared("llava")
     first, *_ = families.batch("llava", model).singles
     with vtprune.prune(model, [vtprune.AIM(keep_ratio=0.75, removal="masking"), Evict()]) as session:
-        cache = model(**first).past_key_values
+        cache = model(**first)[CACHE]
         report, length = session.report, first["input_ids"].shape[1]
     text = length - len(report.visual[0])
     stored = [layer.physical for layer in cache.layers]
@@ -304,13 +305,13 @@ def test_what_is_masked_stays_masked_in_the_next_turn():
     for removal in ("masking", "physical"):
         # One cut: what ranks the removed pass on plays no part yet.
         with vtprune.prune(model, "aim", keep_ratio=0.95, removal=removal, layers=(6, 8)) as session:
-            cache = model(**first, use_cache=True).past_key_values
+            cache = model(**first, use_cache=True)[CACHE]
             kept = session.report.kept(0, 7).tolist()
             mask = torch.ones(1, cache.get_seq_length() + 4, dtype=torch.long)
-            logits[removal] = kept, model(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+            logits[removal] = kept, model(input_ids=text, attention_mask=mask, **{CACHE: cache}).logits
     assert logits["masking"][0] == logits["physical"][0]
     torch.testing.assert_close(logits["masking"][1], logits["physical"][1], atol=1e-4, rtol=1e-4)
     with vtprune.prune(model, "aim", keep_ratio=1.0):
-        cache = model(**first, use_cache=True).past_key_values
-        unpruned = model(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+        cache = model(**first, use_cache=True)[CACHE]
+        unpruned = model(input_ids=text, attention_mask=mask, **{CACHE: cache}).logits
     assert not torch.allclose(unpruned, logits["masking"][1], atol=1e-3)

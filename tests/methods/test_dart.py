@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 import vtprune
 from vtprune import DART
 from vtprune.tokens import ModelShape
+from vtprune.transformers_private import CACHE
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
 
@@ -19,7 +20,7 @@ def expected(model, inputs, layer, k, image_pivots, text_pivots):
     """Columns that stay, from the states and the cache of a run without pruning."""
     run = model(**inputs, use_cache=True, output_hidden_states=True)
     states = model.model.language_model.norm(run.hidden_states[layer])[0]
-    norms = run.past_key_values.layers[layer - 1].keys.abs().sum((1, 3))[0]
+    norms = run[CACHE].layers[layer - 1].keys.abs().sum((1, 3))[0]
     visual = (inputs["input_ids"][0] == IMAGE_TOKEN).nonzero()[:, 0].tolist()
     text = range(visual[-1] + 1, len(states))
     by_norm = [sorted(columns, key=lambda column: -norms[column]) for columns in (visual, text)]

@@ -9,7 +9,7 @@ from conformance.recompute import visual_columns
 import vtprune
 from vtprune import SparseVLM
 from vtprune.ops.recycling import recycle_dropped
-from vtprune.signals import RowContext, rotary_logits
+from vtprune.signals import Places, RowContext, rotary_logits
 from vtprune.tokens import ModelShape
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
@@ -106,7 +106,8 @@ def test_version_two_divides_by_the_rotation_and_looks_at_some_heads(name):
         left, places = watched.report.kept(0, cut), watched.places(alive)
         weights = watched.weights[cut]
         cos, sin = watched.rope[cut]
-        context = RowContext(None, cos.shape[-1], (cos, sin), torch.ones(cos.shape[:2]).bool(), None, None)
+        columns, attention = torch.arange(cos.shape[1])[None], watched.model.get_decoder().layers[cut - 1].self_attn
+        context = RowContext(attention, Places(columns, (cos, sin)), torch.ones_like(columns).bool(), None, None)
         weights = (weights[:, rows] / rotary_logits(rows[None], context))[..., places].mean(1)
         scores = weights[weights.sum(-1).argsort(descending=True)[:2]].mean(0)
         kept = torch.isin(alive, left)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vtprune.ops.attention import attention_rows, rotate
+from vtprune.ops.attention import attention_rows
 
 
 def random(*shape, seed=0):
@@ -69,21 +67,13 @@ def test_inputs_are_left_as_they_were():
     assert torch.equal(queries, before[0]) and torch.equal(keys, before[1])
 
 
-def test_rotation_is_the_one_of_transformers():
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
-    queries, keys = random(2, 4, 7, 16), random(2, 2, 7, 16, seed=1)
-    positions = torch.stack((torch.arange(7), torch.arange(7) + 30))
-    cos, sin = LlamaRotaryEmbedding(config)(queries, positions)
-    expected = apply_rotary_pos_emb(queries, keys, cos, sin)
-    torch.testing.assert_close(rotate(queries, cos, sin), expected[0])
-    torch.testing.assert_close(rotate(keys, cos, sin), expected[1])
-
-
-def test_partial_rotation_turns_the_first_dimensions_only():
-    x, angles = random(1, 2, 5, 12), random(1, 5, 4, seed=1)
-    angles = torch.cat((angles, angles), dim=-1)
-    turned = rotate(x, angles.cos(), angles.sin())
-    assert torch.equal(turned[..., 8:], x[..., 8:])
-    torch.testing.assert_close(turned[..., :8], rotate(x[..., :8], angles.cos(), angles.sin()))
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert rotate(x.bfloat16(), angles.cos(), angles.sin()).dtype == torch.bfloat16
+def test_sinks_take_their_share_and_have_no_column():
+    queries, keys, sinks = random(2, 4, 3, 8), random(2, 2, 5, 8, seed=1), torch.tensor([0.5, -1.0, 3.0, 0.0])
+    mask = torch.ones(3, 5, dtype=torch.bool).tril(1)
+    mask[1] = False
+    rows = attention_rows(queries, keys, scale=0.3, mask=mask[None, None], sinks=sinks)
+    scores = queries @ keys.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
+    exponents = scores.exp() * mask
+    expected = exponents / (exponents.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    torch.testing.assert_close(rows, expected)
+    assert not rows[:, :, 1].any()

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from vtprune.methods.base import Scorer
+from vtprune.signals import Places, RowContext
 from vtprune.tokens import ModelShape, VisualTokens
 
 HANDLERS: dict[str, Callable[[Vector], None]] = {}
@@ -94,6 +97,24 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
     angles = positions[:, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[None]
     return angles.cos(), angles.sin()
+
+
+def row_context(rope: tuple[Tensor, Tensor], heads: int, head_dim: int, kv_heads: int | None = None) -> RowContext:
+    """Of one sample without padding, in a decoder layer like LLaMA's; rope: cos and sin, (1, tokens, head_dim) each."""
+    config = LlamaConfig(
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        head_dim=head_dim,
+    )
+    columns = torch.arange(rope[0].shape[1])[None]
+    return RowContext(
+        attention=LlamaAttention(config, layer_idx=0),
+        places=Places(columns, rope),
+        real=torch.ones_like(columns, dtype=torch.bool),
+        past_keys=None,
+        past_real=None,
+    )
 
 
 def kept(method, tokens: VisualTokens) -> Tensor:

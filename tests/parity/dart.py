@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
 
 import torch
 
 from vtprune import DART
 from vtprune.ops.pivots import leading, unlike_pivots
-from vtprune.signals import KeyNorms, NormedStates, RowContext, decoder_key_norms
+from vtprune.signals import KeyNorms, NormedStates, decoder_key_norms
 from vtprune.tokens import ModelShape
 
-from . import Vector, handles, kept, one_group, same
+from . import Vector, handles, kept, one_group, row_context, same
 
 
 @handles("dart_*")
@@ -17,14 +16,7 @@ def selection(v: Vector) -> None:
     image, text = slice(start, end), slice(end, None)
     # The recorded keys are turned already.
     still = torch.ones(1, state.shape[1], keys.shape[-1])
-    context = RowContext(
-        attention=SimpleNamespace(),
-        head_dim=keys.shape[-1],
-        rope=(still, torch.zeros_like(still)),
-        real=torch.ones(1, state.shape[1], dtype=torch.bool),
-        past_keys=None,
-        past_real=None,
-    )
+    context = row_context((still, torch.zeros_like(still)), keys.shape[1], keys.shape[-1])
     norms = decoder_key_norms(keys.transpose(1, 2).flatten(2), context)
 
     def pivots(where: slice, count: int) -> torch.Tensor:

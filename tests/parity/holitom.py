@@ -18,8 +18,9 @@ from vtprune.ops.emission import reading_order, with_newlines
 from vtprune.ops.frame_pooling import pool_frames
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
-from vtprune.signals import AttentionReceived, RowContext, decoder_attention_rows
+from vtprune.signals import AttentionReceived, Places, RowContext, decoder_attention_rows
 from vtprune.tokens import Grid, ModelShape
+from vtprune.transformers_private import CACHE
 
 from . import Vector, close, handles, one_per_group, same
 
@@ -191,7 +192,7 @@ def _decode(model: Qwen2Model, v: Vector, p: dict, causal: bool) -> tuple[list[T
         rope = model.rotary_emb(hidden, columns[None])
         if index == k - 1:
             received = _last_row(layer, hidden, rope)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, **{CACHE: cache})
     return inputs, columns, cache, model.norm(hidden)
 
 
@@ -201,8 +202,7 @@ def _last_row(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> 
     last = torch.tensor([[hidden.shape[1] - 1]])
     context = RowContext(
         attention=attention,
-        head_dim=attention.head_dim,
-        rope=rope,
+        places=Places(torch.arange(hidden.shape[1])[None], rope),
         real=torch.ones(hidden.shape[:2], dtype=torch.bool),
         past_keys=None,
         past_real=None,
@@ -215,7 +215,7 @@ def _step(model: Qwen2Model, embedding: Tensor, position: int, cache: DynamicCac
     """One decoded token that sees all that each layer's cache holds."""
     rope = model.rotary_emb(embedding, torch.tensor([[position]]))
     for layer in model.layers:
-        embedding = layer(embedding, attention_mask=None, position_embeddings=rope, past_key_values=cache)
+        embedding = layer(embedding, attention_mask=None, position_embeddings=rope, **{CACHE: cache})
     return model.norm(embedding)
 
 

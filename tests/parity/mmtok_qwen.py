@@ -7,6 +7,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import vtprune
 from vtprune import MMTok
 from vtprune.ops.coverage import max_coverage
+from vtprune.transformers_private import CACHE
 
 from . import Vector, close, handles, same
 
@@ -51,7 +52,7 @@ def generation(v: Vector) -> None:
             decoder.register_forward_pre_hook(lambda module, args, given: received.append(given), with_kwargs=True),
             decoder.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0])),
             model.register_forward_hook(
-                lambda module, args, out: lengths.append([layer.keys.shape[-2] for layer in out.past_key_values.layers])
+                lambda module, args, out: lengths.append([layer.keys.shape[-2] for layer in out[CACHE].layers])
             ),
         ]
         output = model.generate(

@@ -16,11 +16,12 @@ from transformers import (
 
 import vtprune
 from vtprune.methods import MustDrop
-from vtprune.ops.attention import attention_rows, rotate
+from vtprune.ops.attention import attention_rows
 from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens
 from vtprune.ops.eviction import eviction_index
 from vtprune.ops.window_merging import window_merging, window_similarity
+from vtprune.transformers_private import CACHE, scored
 
 from . import Vector, close, handles, same
 from .aim import heads
@@ -139,7 +140,6 @@ def through_a_decoder(v: Vector) -> None:
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(weights)
     decoder, cuts = model.model, settings["pruning_layers"]
-    head_dim = config.hidden_size // config.num_attention_heads
     hidden, cache = v["inputs_embeds"], DynamicCache(config=config)
     columns = torch.arange(start + count + tail)[None]
     spared = torch.zeros_like(columns, dtype=torch.bool)
@@ -157,9 +157,9 @@ def through_a_decoder(v: Vector) -> None:
             same(positions[0], v[f"prefill_position_ids_layer{index}"])
         rope = decoder.rotary_emb(hidden, positions)
         entering = hidden
-        hidden = layer(hidden, position_embeddings=rope, past_key_values=cache)
+        hidden = layer(hidden, position_embeddings=rope, **{CACHE: cache})
         if index in cuts:
-            rows = text_rows(layer, entering, rope, head_dim, tail)
+            rows = text_rows(layer, entering, rope, tail)
             visual = slice(start, hidden.shape[1] - tail)
             kept = dual_attention_filter(
                 *dual_attention(rows[..., visual]),
@@ -184,7 +184,7 @@ def through_a_decoder(v: Vector) -> None:
             position = torch.tensor([[cache.get_seq_length(index)]])
             assert position == v["decode_query_position_per_layer"][step, index]
             rope = decoder.rotary_emb(hidden, position)
-            hidden = layer(hidden, position_embeddings=rope, past_key_values=cache)
+            hidden = layer(hidden, position_embeddings=rope, **{CACHE: cache})
         logits.append(model.lm_head(decoder.norm(hidden)))
         same(lengths_of(cache), v["cache_len_after_step"][step + 1])
     logits = torch.cat(logits, dim=1)
@@ -192,14 +192,13 @@ def through_a_decoder(v: Vector) -> None:
     same(logits.argmax(-1), v["generated_ids"][:, 1:])
 
 
-def text_rows(layer, entering: Tensor, rope: tuple[Tensor, Tensor], head_dim: int, text: int) -> Tensor:
+def text_rows(layer, entering: Tensor, rope: tuple[Tensor, Tensor], text: int) -> Tensor:
     """(1, heads, text, n) attention of the last tokens in a layer that was given (1, n, dim)."""
     normed = layer.input_layernorm(entering)
-    queries, keys = (
-        rotate(heads(project(normed), head_dim), *rope) for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-    )
+    attention, columns = layer.self_attn, torch.arange(entering.shape[1])[None]
+    both = scored(attention, attention.q_proj(normed), attention.k_proj(normed), rope, columns)
     causal = torch.ones(1, 1, entering.shape[1], entering.shape[1], dtype=torch.bool).tril()
-    return attention_rows(queries[:, :, -text:], keys, scale=head_dim**-0.5, mask=causal[:, :, -text:])
+    return attention_rows(both.queries[:, :, -text:], both.keys, scale=both.scale, mask=causal[:, :, -text:])
 
 
 def lengths_of(cache: DynamicCache) -> Tensor:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from vtprune import PyramidDrop
-from vtprune.signals import RowContext, decoder_attention_rows
+from vtprune.signals import decoder_attention_rows
 from vtprune.tokens import ModelShape
 
-from . import Vector, handles, kept, one_group, rotary, same
+from . import Vector, handles, kept, one_group, rotary, row_context, same
 
 
 @handles("pdrop_*")
@@ -42,14 +41,7 @@ def last_row(v: Vector, features: Tensor, positions: Tensor) -> Tensor:
     """(tokens,) attention of the last of them, mean over heads; features (tokens, dim)."""
     length, dim = features.shape
     head_dim = dim // v["heads"]
-    context = RowContext(
-        attention=SimpleNamespace(scaling=head_dim**-0.5),
-        head_dim=head_dim,
-        rope=rotary(positions, head_dim, 10000.0),
-        real=torch.ones(1, length, dtype=torch.bool),
-        past_keys=None,
-        past_real=None,
-    )
+    context = row_context(rotary(positions, head_dim, 10000.0), v["heads"], head_dim)
     normed = rms_norm(features, (dim,), v["norm_w"], 1e-6)[None]
     queries, keys = linear(normed[:, -1:], v["q_w"]), linear(normed, v["k_w"])
     return decoder_attention_rows(queries, keys, torch.tensor([[length - 1]]), context).mean(1)[0, 0]

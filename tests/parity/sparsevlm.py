@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -8,10 +7,10 @@ from vtprune import SparseVLM
 from vtprune.ops.density_peaks import density_peak_order, density_peaks, merge_clusters, scaled_distances
 from vtprune.ops.raters import text_raters
 from vtprune.ops.recycling import recycle_dropped, recycling_counts
-from vtprune.signals import RaterAttention, RowContext, rotary_logits
+from vtprune.signals import RaterAttention, rotary_logits
 from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, one_group, rotary, same
+from . import Vector, close, handles, one_group, rotary, row_context, same
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
 
@@ -45,7 +44,7 @@ def stages(v: Vector) -> None:
     for stage in range(3):
         weights = v[f"s{stage}_text_rows"]
         if not merges:
-            context = row_context(positions)
+            context = row_context(rotary(positions, 16, 10000.0), heads=1, head_dim=16)
             rows = v["raters"] + len(positions) - v["n_text"]
             weights = weights / rotary_logits(rows[None], context)[:, None]
         visual = slice(pre, pre + n)
@@ -74,18 +73,6 @@ def stages(v: Vector) -> None:
             positions = positions[alive]
         same(positions, v[f"s{stage}_position_ids"][0])
         n = left
-
-
-def row_context(positions: Tensor) -> RowContext:
-    """Of heads of 16 dimensions."""
-    return RowContext(
-        attention=SimpleNamespace(),
-        head_dim=16,
-        rope=rotary(positions, 16, 10000.0),
-        real=torch.ones(1, len(positions), dtype=torch.bool),
-        past_keys=None,
-        past_real=None,
-    )
 
 
 def check(

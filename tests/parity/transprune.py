@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -10,10 +9,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtprune
 from vtprune import TransPrune
 from vtprune.ops.transition import token_transition
-from vtprune.signals import InstructionAttention, RowContext, decoder_attention_rows
+from vtprune.signals import InstructionAttention, decoder_attention_rows
 from vtprune.tokens import ModelShape
+from vtprune.transformers_private import CACHE
 
-from . import Vector, close, handles, kept, one_group, recording, rotary, same
+from . import Vector, close, handles, kept, one_group, recording, rotary, row_context, same
 
 
 @handles("transprune_ttv_*")
@@ -40,14 +40,7 @@ def stage(v: Vector) -> None:
 
     normed = rms_norm(features, (dim,), v["input_layernorm_weight"], v["rms_norm_eps"])[None]
     head_dim = dim // v["num_heads"]
-    context = RowContext(
-        attention=SimpleNamespace(scaling=head_dim**-0.5),
-        head_dim=head_dim,
-        rope=rotary(v["position_ids"], head_dim, v["rope_theta"]),
-        real=torch.ones(1, length, dtype=torch.bool),
-        past_keys=None,
-        past_real=None,
-    )
+    context = row_context(rotary(v["position_ids"], head_dim, v["rope_theta"]), v["num_heads"], head_dim)
     queries, keys = linear(normed[:, text[0]], v["q_proj_weight"]), linear(normed, v["k_proj_weight"])
     rows = decoder_attention_rows(queries, keys, text, context)
     attention = rows.mean(1)[:, :, image].mean(1)
@@ -130,7 +123,7 @@ def through_a_session(v: Vector) -> None:
     with vtprune.prune(model, RecordingTransPrune(**parameters)) as session:
         output = model(input_ids=ids, pixel_values=pixels, use_cache=True, output_hidden_states=False)
         report = session.report
-    same(torch.tensor([layer.keys.shape[-2] for layer in output.past_key_values.layers]), v["kv_len_per_layer_prefill"])
+    same(torch.tensor([layer.keys.shape[-2] for layer in output[CACHE].layers]), v["kv_len_per_layer_prefill"])
     alive = torch.arange(start, start + n)
     for index, cut in enumerate(cuts):
         close(recorded[index], v[f"score_stage{index}"], rtol=1e-4, atol=1e-6)
@@ -156,5 +149,5 @@ def through_a_session(v: Vector) -> None:
     close(states[0][0], v["prefill_last_hidden"], rtol=1e-4, atol=1e-4)
     same(answer.sequences[0, ids.shape[1] :], v["gen_ids"])
     close(torch.cat(answer.logits), v["gen_logits"], rtol=1e-4, atol=1e-4)
-    held = torch.tensor([layer.keys.shape[-2] for layer in answer.past_key_values.layers])
+    held = torch.tensor([layer.keys.shape[-2] for layer in answer[CACHE].layers])
     same(held, v["kv_len_per_layer_end"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
-from vtprune.errors import UnsupportedStageError
+from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.methods.base import InEncoder
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.ops.similarity import similarity_to
@@ -257,7 +257,11 @@ class EncoderTap:
 
     def projector_inputs(self, encodings: Iterable[Encoding]) -> Tensor:
         """(tokens of all encodings, dim): the encoder's feature of each visual token."""
-        return torch.cat([self.adapter.projector_inputs(e.kind, e.inputs, e.projector_input) for e in encodings])
+        values = []
+        for e in encodings:
+            rows = self.adapter.projector_inputs(e.kind, e.inputs, e.projector_input)
+            values.append(_fitting(self.adapter, "projector_inputs", rows, e.tokens))
+        return torch.cat(values)
 
     def sequences(self, encoding: Encoding) -> list[int | tuple[int, ...]]:
         """Patches of every sequence that the encoder ran for an encoding; one number a layer if any were merged."""
@@ -281,6 +285,7 @@ class EncoderTap:
                 into, own = torch.full((e.tokens,), -1), torch.ones(e.tokens, dtype=torch.bool)
             else:
                 into, own = e.merge.destinies()
+                _fitting(self.adapter, "patch_values", into, e.tokens)
             values.append(torch.where(into >= 0, into + start, into))
             same.append(own)
             start += 0 if e.merge is None else e.merge.slots.numel()
@@ -293,7 +298,7 @@ class EncoderTap:
             rows = torch.stack([e.rows[layer].to(e.rows[layers[0]].device) for layer in layers], 1)
             patches = rows[..., 1:] if self.adapter.cuts_cls(e.kind) else rows
             flat = rearrange(patches, "crops layers heads patches -> crops patches (layers heads)")
-            flat = self.adapter.patch_values(e.kind, e.inputs, flat)
+            flat = _fitting(self.adapter, "patch_values", self.adapter.patch_values(e.kind, e.inputs, flat), e.tokens)
             values.append(rearrange(flat, "tokens (layers heads) -> tokens layers heads", layers=len(layers)))
         return torch.cat(values)
 
@@ -327,13 +332,27 @@ class EncoderTap:
     def _per_token(self, encoding: Encoding, values: Tensor) -> Tensor:
         """Values of the encoder's tokens (crops, tokens, dim), CLS included, as one row a visual token."""
         has_cls = self.adapter.shape.has_cls and self.adapter.cuts_cls(encoding.kind)
-        return self.adapter.patch_values(encoding.kind, encoding.inputs, values[:, int(has_cls) :])
+        rows = self.adapter.patch_values(encoding.kind, encoding.inputs, values[:, int(has_cls) :])
+        return _fitting(self.adapter, "patch_values", rows, encoding.tokens)
 
     def image_keys(self, encoding: Encoding) -> list[int]:
         """One number a medium that depends on its pixels alone; zeros if they were not seen."""
         if encoding.inputs is None:
             return [0] * len(encoding.media)
         return [_bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)]
+
+
+def _fitting(adapter: Adapter, name: str, rows: Tensor, tokens: int) -> Tensor:
+    """What an adapter's method `name` made of the encoder's values: (visual tokens, ...).
+
+    Raises VTPruneError unless there is one row for each of so many visual tokens.
+    """
+    if len(rows) != tokens:
+        raise VTPruneError(
+            f"the adapter {type(adapter).__name__} gives {len(rows)} rows of encoder values for {tokens} visual "
+            f"tokens; override its `{name}`, which says how patches become visual tokens"
+        )
+    return rows
 
 
 def _bit_sum(pixels: Tensor) -> int:

@@ -160,7 +160,7 @@ class InLLMStage:
             if differs:
                 kwargs["position_embeddings"] = call.places_at(i, hidden).rope
                 kwargs["attention_mask"] = call.mask_at(i, hidden)
-            if not (i in self._reading):
+            if i not in self._reading:
                 # Attention back ends read position ids to detect packed sequences, for which gaps would be mistaken.
                 kwargs["position_ids"] = None
             elif differs:
