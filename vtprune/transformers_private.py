@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers import __version__ as VERSION
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -46,17 +46,14 @@ OLDEST, NEWEST = (5, 18), (5, 24)
 
 
 def _version() -> tuple[int, int]:
-    major, minor = transformers.__version__.split(".")[:2]
+    major, minor = VERSION.split(".")[:2]
     return int(major), int(minor)
 
 
 def releases() -> str:
     """The installed release and the tested ones, for messages."""
     (first, oldest), (last, newest) = OLDEST, NEWEST
-    return (
-        f"installed is transformers {transformers.__version__}, and vtprune is tested with {first}.{oldest} to "
-        f"{last}.{newest}"
-    )
+    return f"installed is transformers {VERSION}, and vtprune is tested with {first}.{oldest} to {last}.{newest}"
 
 
 def is_tested_release() -> bool:
@@ -366,7 +363,8 @@ def _replica(module: nn.Module, attention: str, **children: nn.Module) -> nn.Mod
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {**module._modules, **children}
     twin.config = copy.copy(module.config)
-    twin.config._attn_implementation = attention
+    # The property would also reach the sub-configs, which are shared.
+    twin.config._attn_implementation_internal = attention
     return twin
 
 
@@ -413,7 +411,9 @@ def scored(
 
     Raises UnsupportedStageError if the layer does not work that way.
     """
-    transformers.AttentionInterface.register(_CAPTURE, _capture)
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_CAPTURE, _capture)
     hidden = keys if queries is None else queries
     given = {"q_proj": queries, "k_proj": keys, "v_proj": None}
     children: dict[str, nn.Module] = {

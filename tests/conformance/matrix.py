@@ -7,7 +7,7 @@ from typing import Any
 
 import vtprune
 
-from . import families
+from . import families, text_models
 
 BUDGET = {"keep_ratio": 0.3}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def refusal(model, methods: list[dict[str, Any]]) -> str | None:
     """Why a session with these methods cannot even be made; None if it can."""
     try:
         vtprune.prune(model, methods)
-    except (vtprune.UnsupportedStageError, vtprune.BudgetError) as error:
+    except (vtprune.UnsupportedModelError, vtprune.UnsupportedStageError, vtprune.BudgetError) as error:
         return str(error)
     return None
 
@@ -121,7 +121,42 @@ def page() -> str:
         has_cls = "yes" if adapter.shape.has_cls else "no"
         facts.append([adapter.family, f"`{name}`", media, adapter.layout, stages, signals, has_cls])
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    return "\n".join([_HEAD, *_markdown(table), "", *notes, "", "## Families", "", *_markdown(facts), ""])
+    text = [_TEXT_HEAD, *_markdown(_text_models())]
+    return "\n".join([_HEAD, *_markdown(table), "", *notes, "", "## Families", "", *_markdown(facts), "", *text, ""])
+
+
+_TEXT_HEAD = """## Language models
+
+Some classes, `LlavaForConditionalGeneration` and InternVL's among them, take any language model. The tests put each of
+these below LLaVA's encoder (`tests/conformance/test_text_models.py`), on the oldest and the newest supported release of
+transformers. A cell that *works* gives, for a padded batch and on a KV cache, what the model computes with the dropped
+columns taken out by hand; and the attention that a method is shown is, in every layer, what the model's own eager
+attention computes. Any other cell is refused when the session is made.
+
+A language model that is not in the table is asked before its first use: the attention of the layers that a method reads
+is recomputed for a few random tokens and compared with the model's own. If it differs, methods that read attention
+inside the LLM are refused, and the others work.
+"""
+
+
+def _text_models() -> list[list[str]]:
+    stages = {
+        "before the LLM": "divprune",
+        "inside, by a layer that has run": "fastv",
+        "inside, by the layer to come": "pdrop",
+    }
+    rows = [["model type", *(f"{stage} (`{method}`)" for stage, method in stages.items())]]
+    for name in text_models.NAMES:
+        reasons = [refusal(text_models.shared(name), spec(method, keep_ratio=0.9)) for method in stages.values()]
+        rows.append([f"`{name}`", *("works" if reason is None else f"refused: {_brief(reason)}" for reason in reasons)])
+    return rows
+
+
+def _brief(reason: str) -> str:
+    """A reason without what is said in all of them."""
+    return (
+        reason.partition("; methods before")[0].rpartition("language model, which ")[2].rpartition("recomputed for ")[2]
+    )
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:

@@ -10,8 +10,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
+from vtprune.errors import UnsupportedStageError
 
-from . import families, matrix, models
+from . import families, matrix, models, text_models
 from .methods import SPECS, spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate
@@ -159,9 +160,8 @@ def flash():
     assert ALL_ATTENTION_FUNCTIONS[name] is before
 
 
-def flash_model(name):
+def flash_model(model):
     """A model whose config says FlashAttention, past the check that the package is installed."""
-    model = models.build(name)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation_internal = "flash_attention_2"
@@ -175,7 +175,7 @@ def test_flash_attention_path(flash, name, layouts, positions):
     assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
     plain = models.shared("gqa")
     batch = prompts(plain, *layouts)
-    model = flash_model("gqa")
+    model = flash_model(models.build("gqa"))
     with vtprune.prune(model, spec(name, positions=positions)) as session:
         output = generate(model, batch.inputs())
     assert flash.packed == 0, "gaps in the position ids were read as packed sequences"
@@ -183,9 +183,26 @@ def test_flash_attention_path(flash, name, layouts, positions):
     assert_recomputed(plain, batch, session.report, output, positions)
 
 
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+def test_flash_attention_and_layers_that_read_positions(flash, method):
+    """Ministral 3 scales its queries by their positions, in which FlashAttention looks for packed sequences."""
+    plain = models.with_text_tower(text_models.text_config("ministral3"))
+    model = flash_model(models.with_text_tower(text_models.text_config("ministral3")))
+    alone, batch = prompts(plain, "ttIttttt"), batch_of_three(plain)
+    with vtprune.prune(model, method, keep_ratio=0.7, positions="original") as session:
+        with pytest.raises(UnsupportedStageError, match="prune with positions='compact'"):
+            generate(model, alone.inputs())
+        output = generate(model, batch.inputs())  # a mask says what is whose
+        assert_recomputed(plain, batch, session.report, output, "original")
+    with vtprune.prune(model, method, keep_ratio=0.7, positions="compact") as session:
+        output = generate(model, alone.inputs())
+        assert_recomputed(plain, alone, session.report, output, "compact")
+    assert flash.packed == 0
+
+
 def test_flash_attention_path_in_the_encoder(flash):
     """Images of one call merge different numbers of windows behind the first layer, so that the others see padding."""
-    plain, pruned = models.shared("gqa"), flash_model("gqa")
+    plain, pruned = models.shared("gqa"), flash_model(models.build("gqa"))
     batch, method = (
         batch_of_three(plain),
         {"name": "mustdrop", "similarity": 0.271, "window": (2, 2), "keep_ratio": 0.5},

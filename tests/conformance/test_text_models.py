@@ -14,9 +14,10 @@ from vtprune.certificate import TESTED_TEXT_MODELS
 from vtprune.errors import VTPruneError
 from vtprune.signals import InstructionAttention, LastQueryAttention
 from vtprune.tokens import Selection
+from vtprune.transformers_private import CACHE
 
 from . import families, text_models
-from .models import batch_of_three
+from .models import batch_of_three, prompts
 from .reference import generate
 
 pytestmark = pytest.mark.release
@@ -78,6 +79,23 @@ def test_before_the_llm(name):
 @pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING])
 def test_inside_the_llm(name):
     check_generation(name, {"name": "fastv", "layer": 2, "keep_ratio": 0.7})
+
+
+@pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING, *text_models.BEFORE])
+def test_a_second_turn(name):
+    """Text on the cache of the first turn: as if all had come at once, without what was dropped."""
+    model = text_models.shared(name)
+    first, more = prompts(model, "tItttt"), torch.tensor([[7, 8, 9, 10, 11]])
+    with vtprune.prune(model, "divprune", keep_ratio=0.4, positions="original") as session:
+        answer = model(**first.inputs(), use_cache=True)
+        kept = [session.report.kept(0, layer) for layer in range(text_models.LAYERS)]
+        cache = answer[CACHE]
+        assert cache.get_seq_length() == len(first.ids[0])
+        logits = model(input_ids=more, **{CACHE: cache}, use_cache=True).logits[0]
+        assert cache.get_seq_length() == len(first.ids[0]) + more.shape[1]
+    ids = torch.cat([first.ids[0], more[0]])
+    expected = text_models.with_columns_taken_out(model, ids, first.images[0], kept)[-more.shape[1] :]
+    torch.testing.assert_close(logits, expected, atol=2e-5 * max(float(expected.abs().max()), 1.0), rtol=0)
 
 
 @pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING])

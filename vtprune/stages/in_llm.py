@@ -50,7 +50,7 @@ from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.tokens import ModelShape, Selection, VisualTokens
-from vtprune.transformers_private import check_arguments, layer_type, reads_positions
+from vtprune.transformers_private import attention_back_end, check_arguments, layer_type, reads_positions
 
 TEXT_ROWS = 256
 """Rows of text whose attention is held in memory at a time."""
@@ -163,11 +163,25 @@ class InLLMStage:
             if i not in self._reading:
                 # Attention back ends read position ids to detect packed sequences, for which gaps would be mistaken.
                 kwargs["position_ids"] = None
-            elif differs:
-                kwargs["position_ids"] = call.places_at(i, hidden).ids
+            else:
+                places = call.places_at(i, hidden).ids
+                if call.pruned:
+                    self._check_packing(places)
+                if differs:
+                    kwargs["position_ids"] = places
             return with_hidden(args, kwargs, hidden)
 
         return hook
+
+    def _check_packing(self, places: Tensor) -> None:
+        """Raise if positions (batch, n) that a layer has to be given would be taken for packed sequences."""
+        packs = "flash" in attention_back_end(self.adapter.text_config) and len(places) == 1
+        if packs and bool((places.diff() != 1).any()):
+            raise UnsupportedStageError(
+                "the layers of this language model read positions, and FlashAttention takes the gaps that pruning "
+                "leaves in them for packed sequences; prune with positions='compact', or load the model with "
+                "attn_implementation='sdpa'"
+            )
 
     def _measure(self, i: int):
         def hook(module, args, kwargs, output):
