@@ -33,6 +33,7 @@ test-release: $(RELEASE)/.installed
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The newest release of everything that pyproject.toml allows, for every supported Python and system.
 lock: | $(BIN)/python

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 
+from torch import nn
+
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.idefics3 import Idefics3
@@ -65,11 +67,11 @@ def list_adapters() -> dict[str, type[Adapter]]:
     return dict(_ADAPTERS)
 
 
-def adapter_for(model) -> Adapter:
+def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a loaded model. Raises UnsupportedModelError naming what is supported."""
     config = getattr(model, "config", None)
     known = list_adapters()
-    model_type = getattr(config, "model_type", None)
+    model_type = getattr(config, "model_type", "")
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     adapter = known.get(f"{model_type}/{tower}", known.get(model_type))
     if adapter is None:

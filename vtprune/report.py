@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ class Report:
 
     # -- views --------------------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         return {
             "model": self.model_name,
@@ -227,7 +228,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        def row(name, pruned, full, unit=""):
+        def row(name: str, pruned: float, full: float, unit: str = "") -> str:
             share = f"{pruned / full:7.1%}" if full else "      -"
             return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{share:>10}{unit}"
 

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters import adapter_for
@@ -43,7 +43,7 @@ _ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def prune(
-    model,
+    model: nn.Module,
     method: MethodLike,
     *,
     keep_ratio: float | None = None,
@@ -51,7 +51,7 @@ def prune(
     strict: bool = True,
     text: Text | None = None,
     profile: bool = False,
-    **parameters,
+    **parameters: Any,
 ) -> Session:
     """A context manager inside which `model` prunes visual tokens.
 
@@ -75,7 +75,7 @@ def prune(
     return Session(model, build_methods(method, **parameters), strict=strict, text=text, profile=profile)
 
 
-def patch(model, method: MethodLike, **options) -> Session:
+def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
     """Like `prune`, but starts at once and lasts until `session.remove()`."""
     session = prune(model, method, **options)
     session.install()
@@ -99,7 +99,7 @@ class Session:
     `text` may be changed between calls.
     """
 
-    def __init__(self, model, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+    def __init__(self, model: nn.Module, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
         check_release()
         self.adapter: Adapter = adapter_for(model)
         if any(map(_is_compiled, model.modules())):
@@ -202,7 +202,7 @@ class Session:
             self.install()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
     def _end_call(self) -> None:
