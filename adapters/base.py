@@ -138,7 +138,7 @@ class Adapter(ABC):
         return layer.self_attn
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         """Maps encoder features, its first argument, to the LLM's width; called once for all media of a call."""
         return self.base.multi_modal_projector
 

@@ -32,7 +32,7 @@ class Gemma3(Adapter):
         return None if types is None else gemma3_blocks(types)
 
     @property
-    def image_grid(self) -> Grid | None:
+    def image_grid(self) -> Grid:
         side = self.projector.tokens_per_side
         return Grid(side, side)
 

@@ -55,8 +55,7 @@ class Llava(Adapter):
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         grid = self.image_grid
-        fits = [grid is not None and len(image) == len(grid) for image in features]
         return [
-            Medium.of_grids(grid) if fit else Medium.without_grid(len(image))
-            for fit, image in zip(fits, features, strict=True)
+            Medium.of_grids(grid) if grid is not None and len(image) == len(grid) else Medium.without_grid(len(image))
+            for image in features
         ]

@@ -33,7 +33,7 @@ class PaliGemma(Adapter):
         return None if types is None or continued else torch.where(types == 0, 0, -1)
 
     @property
-    def image_grid(self) -> Grid | None:
+    def image_grid(self) -> Grid:
         side = self.vision_config.image_size // self.vision_config.patch_size
         return Grid(side, side)
 

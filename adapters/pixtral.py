@@ -52,7 +52,7 @@ class Pixtral(Adapter):
         return [image[:, :height, :width] for image, (height, width) in images]
 
 
-def sizes(inputs) -> list[tuple[int, int]]:
+def sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Height and width of each image of a call, without the padding to the largest one."""
     pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
     return [tuple(pixels.shape[-2:])] * len(pixels) if given is None else stack_sizes(given)

@@ -85,6 +85,6 @@ class Qwen3VL(Qwen2VL):
     family = "Qwen3-VL"
 
 
-def patch_grids(kind: str, inputs) -> torch.Tensor:
+def patch_grids(kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:
     """(media, 3) long: temporal patches, rows and columns of patches of each medium of a call."""
     return torch.as_tensor(inputs[f"{kind}_grid_thw"])

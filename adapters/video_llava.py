@@ -44,7 +44,9 @@ class VideoLlava(Llava):
         return inputs.get("pixel_values_images") if pixels is None and kind == "image" else pixels
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
-        return self.pixel_argument(kind, inputs)
+        pixels = self.pixel_argument(kind, inputs)
+        assert pixels is not None, "asked for the pixels of a call that encoded none"
+        return pixels
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         return super().encoder_sequences(kind, {PIXELS[kind]: self.pixels(kind, inputs)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folders `adapters/` and `eval/` install below `vtprune`, from a wheel and in an editable install."""
+"""Wheels and editable installs: what is in them, who finds it, and what a type checker sees."""
 
 import shutil
 import subprocess
@@ -153,3 +153,73 @@ def test_import_is_light(tmp_path):
         assert heavy == []
         seconds.append(float(elapsed))
     assert min(seconds) < 0.3
+
+
+CLIENT = """
+import torch
+import vtprune
+from vtprune.adapters import list_adapters
+
+
+def ask(model: torch.nn.Module, method: str) -> float:
+    with vtprune.prune(model, method, keep_ratio=0.25) as session:
+        model(torch.zeros(1, 1))
+        report = session.report
+    assert report is not None
+    kept: torch.Tensor = report.kept(0)
+    written: dict[str, object] = report.to_dict()
+    print(report, kept.tolist(), written)
+    return report.keep_ratio
+
+
+def stay(model: torch.nn.Module) -> vtprune.Session:
+    return vtprune.patch(model, vtprune.TransPrune(layers=(7, 9), schedule=(0.5, 0.25)))
+
+
+class Mine(vtprune.Scorer, vtprune.BeforeLLM):
+    name = "mine"
+    signal = "feature length"
+
+    def scores(self, tokens: vtprune.VisualTokens) -> torch.Tensor:
+        return tokens.features.abs().sum(-1)
+
+
+@vtprune.register_adapter
+class MyAdapter(vtprune.Adapter):
+    model_types = ("mine",)
+    family = "Mine"
+
+
+vtprune.register_method(Mine)
+names: list[str] = sorted(vtprune.list_methods()) + sorted(list_adapters())
+method: vtprune.Method = vtprune.build_method({"name": "fastv", "layer": 2}, keep_ratio=0.5)
+adapter: vtprune.Adapter = vtprune.adapter_for(torch.nn.Linear(1, 1))
+"""
+WRONG = "\nask(3, 'mmtok')\nvtprune.prun\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_mypy_strict_of_a_client(kind, request, tmp_path, tmp_path_factory):
+    """In an environment of its own: mypy asks an interpreter where its packages are, and reads .pth files there."""
+    site = request.getfixturevalue(f"{kind}_site")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    purelib = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    lines = [p.read_text() for p in site.glob("*.pth")] or [f"{site}\n"]
+    # Of this environment only what follows: torch.
+    with open(f"{purelib}/all.pth", "w") as file:
+        file.write("".join(line.rstrip() + "\n" for line in lines) + sysconfig.get_path("purelib") + "\n")
+
+    def mypy(code: str) -> str:
+        (tmp_path / "client.py").write_text(code)
+        cache = tmp_path_factory.getbasetemp() / "mypy_cache"  # torch is the same for all
+        options = ["--strict", "--cache-dir", cache, "--python-executable", python]
+        command = [sys.executable, "-m", "mypy", *options, "client.py"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
+
+    assert mypy(CLIENT) == "Success: no issues found in 1 source file\n"
+    wrong = mypy(CLIENT + WRONG)
+    assert '"ask" has incompatible type "int"; expected "Module"' in wrong
+    assert 'has no attribute "prun"' in wrong

@@ -61,8 +61,8 @@ class Report:
     """A sample each: columns of all its visual tokens."""
     text_tokens: tuple[int, ...]
     """A sample each: its real tokens that are not visual."""
-    text_config: object
-    vision_config: object
+    text_config: Any
+    vision_config: Any
     encoder_sequences: tuple[int | tuple[int, ...], ...]
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
     where tokens were merged inside it."""
@@ -190,7 +190,7 @@ class Report:
         return lengths
 
     def _kv_bytes(self, lengths: Tensor) -> int:
-        return sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths.tolist())
+        return int(sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths.tolist()))
 
     @cached_property
     def kv_bytes(self) -> int:
