@@ -31,7 +31,7 @@ class Idefics3(Adapter):
         return self.base.vision_model
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         return self.base.connector
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
