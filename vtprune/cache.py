@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -57,11 +59,37 @@ class CacheLayout(PerSample):
         return None if self.real is None else pad(self.real, (self.dropped, 0), value=True)
 
 
-@dataclass
 class Owner:
-    """Who pruned a cache; goes inactive with its session, after which the cache refuses to be used."""
+    """Who pruned a cache; goes inactive with its session, after which the cache refuses to be used.
 
-    active: bool = True
+    Copies of a cache have the same owner; one that another process has written has one that is gone.
+    """
+
+    def __init__(self):
+        self.active = True
+        self.key = uuid4().hex
+        _OWNERS[self.key] = self
+
+    def __copy__(self) -> Owner:
+        return self
+
+    def __deepcopy__(self, memo) -> Owner:
+        return self
+
+    def __reduce__(self):
+        return _owner, (self.key,)
+
+
+_OWNERS: WeakValueDictionary[str, Owner] = WeakValueDictionary()
+
+
+def _owner(key: str) -> Owner:
+    """The owner with a key; an inactive one if there is none here."""
+    owner = _OWNERS.get(key)
+    if owner is None:
+        owner = Owner()
+        owner.active = False
+    return owner
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -77,6 +105,8 @@ class PrunedLayer(CacheLayerMixin):
         """What may come back."""
 
     def __getattr__(self, name):
+        if "inner" not in self.__dict__:  # while it is being copied
+            raise AttributeError(name)
         return getattr(self.__dict__["inner"], name)
 
     def __setattr__(self, name, value):

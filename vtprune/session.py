@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,7 +28,7 @@ from vtprune.stages.call import Call
 from vtprune.stages.decode import DecodeStage
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
-from vtprune.stages.incoming import Columns, Incoming, open_call
+from vtprune.stages.incoming import Behind, Columns, Incoming, open_call
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
@@ -38,8 +39,12 @@ from vtprune.transformers_private import (
     unmasked_steps,
 )
 
-_ACTIVE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one."""
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one; both
+are held weakly, for a session holds its model."""
+
+
+PromptLength = int | Sequence[int] | Tensor | None
 
 
 def prune(
@@ -50,6 +55,7 @@ def prune(
     keep_tokens: int | None = None,
     strict: bool = True,
     text: Text | None = None,
+    prompt_length: PromptLength = None,
     profile: bool = False,
     **parameters: Any,
 ) -> Session:
@@ -64,6 +70,9 @@ def prune(
         strict: raise NothingPrunedError if visual tokens came, pruning was asked for, and nothing was dropped.
         text: the question for text-guided methods, as text (the tokenizer is then loaded from the model's checkpoint)
             or as token ids; by default they read the prompt's own tokens.
+        prompt_length: tokens of each prompt (an int, or one a sample), padding not counted, in calls that hold more: an
+            answer that is scored, for example. Choices are made by the prompt alone. By default it ends where `labels`
+            begin (unless they begin with the prompt), or where `logits_to_keep` says; else all is prompt.
         profile: measure the times in `report.timings`.
         **parameters: further fields of a single method, e.g. `layer=2`.
 
@@ -72,7 +81,8 @@ def prune(
     """
     budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
     parameters |= {key: value for key, value in budget.items() if value is not None}
-    return Session(model, build_methods(method, **parameters), strict=strict, text=text, profile=profile)
+    methods = build_methods(method, **parameters)
+    return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
 
 
 def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
@@ -93,22 +103,39 @@ def _is_compiled(module) -> bool:
     )
 
 
+def _active(decoder: nn.Module) -> Session | None:
+    """The session that is on a language model."""
+    reference = _ACTIVE.get(decoder)
+    return None if reference is None else reference()
+
+
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
-    `text` may be changed between calls.
+    `text` and `prompt_length` may be changed between calls.
     """
 
-    def __init__(self, model: nn.Module, methods: list[Method], *, strict: bool, text: Text | None, profile: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: list[Method],
+        *,
+        strict: bool,
+        text: Text | None,
+        prompt_length: PromptLength,
+        profile: bool,
+    ):
         check_release()
         self.adapter: Adapter = adapter_for(model)
-        if any(map(_is_compiled, model.modules())):
-            raise UnsupportedModelError(COMPILED)
+        self._check_compiled(model)
         self.methods = methods
         self.strict = strict
         self.text = text
+        self.prompt_length = prompt_length
+        self._behind: Behind | None = None
         self._report: Report | None = None
         self._profile = profile
+        self._entered = self._called = False
         self._owner = Owner()
         self._handles: list = []
         self._incoming: Incoming | None = None
@@ -133,6 +160,11 @@ class Session:
         self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)
         self._decode = DecodeStage(self.adapter, active, shape, self._select)
         self._prunes = bool(active)
+
+    def _check_compiled(self, model) -> None:
+        modules = chain(model.modules() if isinstance(model, nn.Module) else (), self.adapter.model.modules())
+        if any(map(_is_compiled, modules)):
+            raise UnsupportedModelError(COMPILED)
 
     def _check_states(self, active: list[Method]) -> None:
         """Raise if tokens are to be dropped where the language model cannot do without them."""
@@ -161,13 +193,13 @@ class Session:
     def install(self) -> None:
         """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
         decoder = self.adapter.language_model
-        if decoder in _ACTIVE:
+        if _active(decoder) is not None:
             raise VTPruneError(
                 "a vtprune session is active on this model already; remove it first, or pass a list of methods to "
                 "compose them in one session"
             )
-        _ACTIVE[decoder] = self
-        self._owner.active = True
+        _ACTIVE[decoder] = weakref.ref(self)
+        self._owner.active, self._called = True, False
         try:
             # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
             for handle in chain(
@@ -180,6 +212,8 @@ class Session:
 
     def _install_own(self) -> Iterator[RemovableHandle]:
         decoder = self.adapter.language_model
+        if self.adapter.model is not self.adapter.base:
+            yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
@@ -189,21 +223,45 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if _ACTIVE.get(self.adapter.language_model) is self:
+        if _active(self.adapter.language_model) is self:
             del _ACTIVE[self.adapter.language_model]
-        self._owner.active = False
+        self._entered = self._owner.active = False
         self._tap.forget()
         self._end_call()
         self._report = self.report
         self._decode.forget()
 
     def __enter__(self) -> Session:
+        if self._entered:
+            raise VTPruneError(
+                "this session is entered already, and leaving it once would end it for the block around, too; open it "
+                "in one place only"
+            )
         if not self._handles:
             self.install()
+        self._entered = True
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        unseen = self.strict and self._prunes and not self._called and error is None
         self.remove()
+        if unseen:
+            warnings.warn(
+                "no call of the model reached this vtprune session, so nothing was pruned; a function that was "
+                "compiled or traced before the session began leaves its hooks out (pass strict=False if there was no "
+                "call)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo):
+        # Hooks are bound to their session, so this is reached by whatever copies a model that has one.
+        raise VTPruneError(
+            "a model cannot be copied or pickled while a vtprune session is on it; end the session first"
+        )
+
+    def __reduce__(self):
+        return self.__deepcopy__({})
 
     def _end_call(self) -> None:
         self._call = self._incoming = None
@@ -212,8 +270,13 @@ class Session:
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
+    def _before_model(self, module, args, kwargs):
+        self._behind = Behind.of(kwargs, self.prompt_length)
+
     def _before_base(self, module, args, kwargs):
-        self._incoming = Incoming.of(self.adapter, args, kwargs)
+        self._called = True
+        behind, self._behind = self._behind, None
+        self._incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
 
     def _before_decoder(self, module, args, kwargs):
         incoming = self._incoming
@@ -230,6 +293,8 @@ class Session:
         if held or (has_images and self._prunes):
             if cache is not None:
                 check_cache(cache, self._owner)
+            if incoming is not None:
+                incoming.check_packed()
             self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
         if not has_images:
             if not held:
@@ -386,7 +451,7 @@ class Session:
             )
             for start, end, s in zip(call.starts, ends, call.segments, strict=True)
         )
-        text = tuple(int((call.real[row] & ~whole[row]).sum()) for row in rows)
+        text = tuple(int((call.prompt[row] & ~whole[row]).sum()) for row in rows)
         timings = None
         if self._profile:
             encoding = sum(encoding.seconds for encoding in call.media.encodings)

@@ -249,6 +249,12 @@ class RowContext:
     """Whether that holds within a block, too."""
     present: Tensor | None = None
     """(batch, n) bool: `real`, and columns that no row sees although they have rows of their own; None: `real`."""
+    counting: Tensor | None = None
+    """(batch, n) bool: the columns whose rows count where all are asked for, i.e. those of the prompt; None: all."""
+
+    def counted(self, columns: Tensor) -> Tensor:
+        """Those of some columns (batch, n) bool that count."""
+        return columns if self.counting is None else columns & self.counting.to(columns.device)
 
     def scored(self, queries: Tensor | None, keys: Tensor | None, rows: Tensor | None = None) -> Scored:
         """Projected queries and keys of all columns, or of the columns `rows` (batch, r), as the layer scores them."""
@@ -321,7 +327,7 @@ def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank,
         both.queries,
         context.all_keys(both.keys),
         mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
-        valid=(context.real if context.present is None else context.present).to(keys.device),
+        valid=context.counted((context.real if context.present is None else context.present).to(keys.device)),
         temperature=request.temperature,
         iterations=request.iterations,
         damping=request.damping,
@@ -335,7 +341,7 @@ def decoder_attention_share(queries: Tensor, keys: Tensor, context: RowContext) 
     queries, keys: as in `decoder_page_rank`. As a multiple of the average, i.e. of one over the number of real columns.
     """
     both, columns = context.scored(queries, keys), _columns(keys)
-    real = context.real.to(keys.device)
+    real = context.counted(context.real.to(keys.device))
     received = attention_received(
         both.queries,
         context.all_keys(both.keys),

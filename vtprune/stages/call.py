@@ -34,6 +34,9 @@ class Call:
     cache: Cache | None
     real: Tensor
     """(batch, length) bool, before any cut."""
+    prompt: Tensor
+    """(batch, length) bool: what of it is the prompt, and not an answer or guesses behind it. Choices are made by this
+    alone, so that they are those of a prompt without anything behind it."""
     positions: Tensor
     """(..., batch | 1, length): position ids that came in."""
     media: Media | None
@@ -94,6 +97,10 @@ class Call:
         # Not by length: the longest sample of a batch may have lost nothing.
         return self.segment is not self.whole
 
+    def prompt_at(self, segment: Segment) -> Tensor:
+        """(batch, n) bool: the columns of a segment that are of the prompt."""
+        return take_columns(self.prompt, segment.columns)
+
     def cached(self, layer: int) -> PrunedLayer:
         """What a wrapped cache holds of a decoder layer.
 
@@ -153,7 +160,7 @@ class Call:
         """A number that depends on the text of one sample's prompt alone."""
         if self.ids is None:
             return 0
-        text = self.ids[row][(self.real[row] & ~self.media.visual[row]).to(self.ids.device)]
+        text = self.ids[row][(self.prompt[row] & ~self.media.visual[row]).to(self.ids.device)]
         return zlib.crc32(str(text.tolist()).encode())
 
     # -- cutting ------------------------------------------------------------------------------------------------

@@ -189,8 +189,9 @@ class InLLMStage:
                 return
             inputs = hidden_of(args, kwargs)
             outputs = output[0] if isinstance(output, tuple) else output
-            real = self.call.segment_at(i).real.to(inputs.device)
-            score = token_transition(inputs.detach(), outputs.detach(), real)
+            segment = self.call.segment_at(i)
+            counts = (segment.real & self.call.prompt_at(segment)).to(inputs.device)
+            score = token_transition(inputs.detach(), outputs.detach(), counts)
             self._transitions[i] = self._transitions[i] + score if i in self._transitions else score
 
         return hook
@@ -296,7 +297,10 @@ class InLLMStage:
             if isinstance(request, AttentionPageRank):
                 return groups.gather(decoder_page_rank(queries, keys, request, context))
             share = decoder_attention_share(queries, keys, context)
-            return groups.gather(share / self.call.length if request.of_padded else share)
+            if request.of_padded:
+                behind = (self.call.real & ~self.call.prompt).sum(1, keepdim=True)
+                share = share / (self.call.length - behind).to(share.device)
+            return groups.gather(share)
         if isinstance(request, InstructionAttention):
             layer = self.adapter.decoder_layers[i]
             rows, valid = self._text_rows(last_only=request.last_only)
@@ -356,24 +360,28 @@ class InLLMStage:
         return groups.gather(weights.transpose(1, 2)).transpose(1, 2)
 
     def _text_rows(self, last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """Columns (batch, r) of the text after each sample's last visual token, and which of them are real rows.
+        """Columns (batch, r) of the prompt's text after its last visual token, and which of them are real rows.
 
-        Samples without such text, and `last_only`, give the last real column.
+        Samples without such text, and `last_only`, give the prompt's last column.
         """
-        segment = self.call.segment
-        n = segment.real.shape[1]
-        columns = torch.arange(n, device=segment.real.device).expand_as(segment.real)
+        segment, prompt = self.call.segment, self._prompt()
+        columns = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
         if last_only:
-            last = torch.where(segment.real, columns, -1).amax(1, keepdim=True)
+            last = torch.where(prompt, columns, -1).amax(1, keepdim=True)
             return last, torch.ones_like(last, dtype=torch.bool)
         last_visual = torch.where(segment.visual, columns, -1).amax(1, keepdim=True)
-        return self._rows_of(segment.real & (columns > last_visual))
+        return self._rows_of(prompt & (columns > last_visual))
+
+    def _prompt(self) -> Tensor:
+        """(batch, n) bool: the real columns of the prompt, at present."""
+        segment = self.call.segment
+        return segment.real & self.call.prompt_at(segment)
 
     def _rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns (batch, r) of what is marked, (batch, n) bool, and which are real rows; the last real column where
-        nothing is."""
+        """Columns (batch, r) of what is marked, (batch, n) bool, and which are real rows; the prompt's last column
+        where nothing is."""
         columns = torch.arange(marked.shape[1], device=marked.device)
-        last = torch.where(self.call.segment.real, columns, -1).amax(1, keepdim=True)
+        last = torch.where(self._prompt(), columns, -1).amax(1, keepdim=True)
         marked = torch.where(marked.any(1, keepdim=True), marked, columns == last)
         width = int(marked.sum(1).max())
         rows = torch.argsort(marked.to(torch.uint8), dim=1, stable=True)[:, -width:]
@@ -406,4 +414,5 @@ class InLLMStage:
             window=window,
             window_cuts_blocks=self.adapter.window_cuts_blocks,
             present=call.segment.present,
+            counting=call.prompt_at(call.segment),
         )

@@ -11,11 +11,52 @@ from torch import Tensor
 
 from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.cache import Owner
-from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
 from vtprune.stages.media import Media
 from vtprune.transformers_private import Cache, DynamicCache, cache_of, check_arguments, releases, with_cache
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What tells where the prompts of a call end, and an answer or guesses begin."""
+
+    prompt_length: Any = None
+    """Tokens of each prompt, padding not counted: an int, or one a sample; None if nobody said so."""
+    labels: Tensor | None = None
+    """(batch, length) long, -100 for what is not learnt."""
+    logits_to_keep: int | Tensor = 0
+    """How many of the last columns logits are asked for (the prompt's last and all behind it), or which."""
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any], prompt_length: Any) -> Behind:
+        """From the arguments of the outer model's forward."""
+        return cls(prompt_length, kwargs.get("labels"), kwargs.get("logits_to_keep", 0))
+
+    def prompt(self, real: Tensor) -> Tensor:
+        """What of the columns `real` (batch, length) bool is of the prompt, same shape.
+
+        Raises ConfigError for a `prompt_length` that does not fit.
+        """
+        columns = torch.arange(real.shape[1], device=real.device)
+        if self.prompt_length is not None:
+            lengths = torch.as_tensor(self.prompt_length, device=real.device).reshape(-1, 1)
+            if len(lengths) not in (1, len(real)) or bool((lengths < 1).any()):
+                raise ConfigError(
+                    f"prompt_length={self.prompt_length!r}: give a positive number of tokens, or one for each of the "
+                    f"{len(real)} samples"
+                )
+            return real & (real.cumsum(1) <= lengths)
+        if self.labels is not None:
+            learnt = (self.labels.to(real.device) != -100) & real
+            first = torch.where(learnt, columns, real.shape[1]).amin(1, keepdim=True)
+            # Labels from the very first token on say nothing of where the prompt ends.
+            begin = torch.where(real, columns, real.shape[1]).amin(1, keepdim=True)
+            return real & ((columns < first) | (first <= begin + 1))
+        if torch.is_tensor(self.logits_to_keep):
+            return real & (columns <= self.logits_to_keep.min().to(real.device))
+        return real & (columns <= real.shape[1] - max(self.logits_to_keep, 1))
 
 
 @dataclass(frozen=True)
@@ -34,10 +75,13 @@ class Incoming:
     """Kind -> encoded features that came ready-made, as `generate()` passes them."""
     cache: Cache | None
     """The KV cache that the outer model was called with."""
+    behind: Behind
+    packed: bool
+    """Whether the rows of the call may hold several samples, one after another."""
 
     @classmethod
-    def of(cls, adapter: Adapter, args: tuple, kwargs: dict[str, Any]) -> Incoming:
-        """From the arguments of the base model's forward."""
+    def of(cls, adapter: Adapter, args: tuple, kwargs: dict[str, Any], behind: Behind) -> Incoming:
+        """From the arguments of the base model's forward, and what the model around it was told."""
         given = kwargs.get("mm_encoder_outputs") or {}
         encoded = {kind: given[kind] for kind in PIXELS if given.get(kind) is not None}
         pixels = tuple(kind for kind in PIXELS if adapter.pixel_argument(kind, kwargs) is not None)
@@ -49,16 +93,39 @@ class Incoming:
             pixels=pixels,
             encoded=encoded,
             cache=cache_of(kwargs),
+            behind=behind,
+            packed=_is_packed(kwargs),
         )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return (*self.pixels, *self.encoded)
 
+    def check_packed(self) -> None:
+        """Raise UnsupportedStageError if samples are packed: they would see one another once tokens are gone."""
+        if self.packed:
+            raise UnsupportedStageError(
+                "packed samples (position ids that start again, or cu_seq_lens) cannot be pruned; pass one sample a "
+                "row with a 2D padding mask"
+            )
+
     def check_cache(self, cache: Cache | None) -> None:
         """Raise VTPruneError unless the language model is called with the KV cache that the outer model has."""
         if self.cache is not None and cache is None:
             raise VTPruneError(f"a KV cache is in use, but the language model was called without it: {releases()}")
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether a model would take each row of a call for several samples, by its arguments."""
+    if any(name.startswith("cu_seq_lens") and value is not None for name, value in kwargs.items()):
+        return True
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or positions.ndim == 3 and len(positions) == 3:
+        return False
+    # Of four rows the first is the text's; the others are the axes of M-RoPE.
+    steps = (positions[0] if positions.ndim == 3 else positions).diff()
+    # Without a cache models take gaps, too, for the start of another sample.
+    return bool((steps != 1).any()) if cache_of(kwargs) is None else bool((steps < 1).any())
 
 
 @dataclass(frozen=True)
@@ -121,6 +188,7 @@ def open_call(
         batch=hidden.shape[0],
         length=hidden.shape[1],
         past=columns.past,
+        prompt=columns.real if incoming is None else incoming.behind.prompt(columns.real),
         cache=cache_of(kwargs),
         real=columns.real,
         positions=columns.positions,

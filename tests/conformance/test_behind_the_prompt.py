@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands behind the prompt in a call, guesses or an answer, decides nothing: the prompt alone does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vtprune
+from vtprune.errors import ConfigError
+
+from . import families, matrix, models
+from .models import batch_of_three, prompts
+from .reference import generate
+
+FAMILIES = ("llava", "qwen2_5_vl", "internvl", "gemma3", "mistral3")
+ANSWER = (7, 9, 8, 7)
+
+
+def with_answer(inputs: dict[str, Tensor], answer: tuple[int, ...]) -> dict[str, Tensor]:
+    """The inputs of one sample with tokens behind the prompt."""
+    tokens = torch.tensor([answer])
+    extended = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    types = [name for name in inputs if name.endswith("token_type_ids")]
+    extended |= {name: torch.zeros_like(tokens) for name in types}
+    return inputs | {name: torch.cat([inputs[name], more.to(inputs[name])], 1) for name, more in extended.items()}
+
+
+def chosen(report: vtprune.Report) -> list[list[int]]:
+    return [report.kept(0, layer).tolist() for layer in range(report.depth)]
+
+
+@pytest.mark.parametrize("method", matrix.METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_scored_answer_changes_no_choice(name, method):
+    model = families.shared(name)
+    if matrix.refusal(model, matrix.spec(method)) is not None:
+        pytest.skip("refused on this family")
+    inputs = families.batch(name, model).singles[0]
+    length = inputs["input_ids"].shape[1]
+    longer = with_answer(inputs, ANSWER)
+    labels = torch.where(torch.arange(length + len(ANSWER)) < length, -100, longer["input_ids"])
+    with vtprune.prune(model, matrix.spec(method), strict=False) as session:
+        expected = model(**inputs).logits[0, -1]
+        alone = session.report
+        for told in ({"labels": labels}, {"logits_to_keep": len(ANSWER) + 1}):
+            logits = model(**longer, **told).logits[0]
+            assert chosen(session.report) == chosen(alone)
+            assert session.report.text_tokens == alone.text_tokens
+            assert session.report.prefill_flops == alone.prefill_flops
+            torch.testing.assert_close(logits[-len(ANSWER) - 1], expected, atol=1e-4, rtol=0)
+        session.prompt_length = length
+        model(**longer)
+        assert chosen(session.report) == chosen(alone)
+
+
+@pytest.mark.parametrize("told", ["labels", "prompt_length"])
+@pytest.mark.parametrize("method", ["mmtok", "fastv", "transprune", "ltp", "aim", "sparsevlm", "random"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_with_answers_of_different_lengths(gqa, method, told, side):
+    batch, answers = batch_of_three(gqa), [(7, 9), (8,), (9, 7, 8, 10)]
+    ids = [torch.cat([own, torch.tensor(answer)]) for own, answer in zip(batch.ids, answers, strict=True)]
+    together = models.Prompts(tuple(ids), batch.images)
+    inputs, lengths = together.inputs(side), [len(own) for own in batch.ids]
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, (own, length) in enumerate(zip(ids, lengths, strict=True)):
+        first = together.first_column(row, side)
+        labels[row, first + length : first + len(own)] = own[length:]
+    options = {"prompt_length": lengths} if told == "prompt_length" else {}
+    fields = {"keep_ratio": 0.5, "positions": "original"}
+    with vtprune.prune(gqa, method, strict=False, **fields, **options) as session:
+        gqa(**inputs, **({"labels": labels} if told == "labels" else {}))
+    report = session.report
+    for row in range(3):
+        with vtprune.prune(gqa, method, strict=False, **fields) as session:
+            gqa(**batch.one(row).inputs())
+        first = together.first_column(row, side)
+        assert [[c - first for c in report.kept(row, layer).tolist()] for layer in range(6)] == chosen(session.report)
+        assert report.text_tokens[row] == session.report.text_tokens[0]
+
+
+@pytest.mark.parametrize("method", [m for m in matrix.METHODS if m not in matrix.REVIVING])
+@torch.no_grad()
+def test_guesses_by_lookup_change_nothing(mha, method):
+    """The prompt's last token stood before, so that what followed it there is guessed from the first call on."""
+    prompt = prompts(mha, "ttIttttttt")
+    ids = prompt.ids[0].clone()
+    ids[-4:] = torch.tensor([7, 8, 9, 7])
+    inputs = prompt.inputs() | {"input_ids": ids[None]}
+    with vtprune.prune(mha, matrix.spec(method), strict=False) as session:
+        plain, alone = generate(mha, inputs, new_tokens=8), session.report
+        seen, calls = (
+            [],
+            mha.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+            ),
+        )
+        guessed = generate(mha, inputs, new_tokens=8, prompt_lookup_num_tokens=3)
+        calls.remove()
+    assert seen[0] > len(ids), "nothing was guessed"
+    assert guessed.sequences.tolist() == plain.sequences.tolist()
+    assert chosen(session.report) == chosen(alone)
+    assert session.report.text_tokens == alone.text_tokens
+
+
+@pytest.mark.parametrize("method", ["mmtok", "fastv", "transprune", "ltp", "aim", "sparsevlm", "random", "cdpruner"])
+@torch.no_grad()
+def test_guesses_of_an_assistant_model_change_nothing(mha, method):
+    """A small language model guesses, mostly wrong."""
+    inputs, fields = prompts(mha, "ttIttttttt").inputs(), {"keep_ratio": 0.5}
+    assistant = LlamaForCausalLM(LlamaConfig(**models.TEXT, num_hidden_layers=1)).eval()
+    assistant.generation_config.eos_token_id = None
+    assistant.generation_config.num_assistant_tokens = 3
+    with vtprune.prune(mha, method, **fields) as session:
+        plain, alone = generate(mha, inputs, new_tokens=8), session.report
+        guessed = generate(mha, inputs, new_tokens=8, assistant_model=assistant)
+    assert guessed.sequences.tolist() == plain.sequences.tolist()
+    assert chosen(session.report) == chosen(alone)
+    assert session.report.text_tokens == alone.text_tokens
+
+
+@torch.no_grad()
+def test_labels_of_the_whole_sequence_say_nothing(gqa):
+    inputs = prompts(gqa, "ttItttttt").inputs()
+    with vtprune.prune(gqa, "fastv", keep_ratio=0.5) as session:
+        gqa(**inputs)
+        alone = session.report
+        gqa(**inputs, labels=inputs["input_ids"])
+    assert chosen(session.report) == chosen(alone) and session.report.text_tokens == alone.text_tokens
+
+
+@pytest.mark.parametrize("length", [0, [5, 5]])
+def test_a_prompt_length_that_does_not_fit_is_an_error(gqa, length):
+    inputs = prompts(gqa, "ttItttttt").inputs()
+    with (
+        vtprune.prune(gqa, "fastv", keep_ratio=0.5, prompt_length=length),
+        pytest.raises(ConfigError, match="prompt_length=.*give a positive number of tokens, or one for each of the 1"),
+    ):
+        gqa(**inputs)
