@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wheels and editable installs: what is in them, who finds it, and what a type checker sees."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,4 @@ def test_mypy_strict_of_a_client(kind, request, tmp_path, tmp_path_factory):
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
 
     assert mypy(CLIENT) == "Success: no issues found in 1 source file\n"
-    wrong = mypy(CLIENT + WRONG)
-    assert '"ask" has incompatible type "int"; expected "Module"' in wrong
-    assert 'has no attribute "prun"' in wrong
+    assert re.findall(r"\[([a-z-]+)\]$", mypy(CLIENT + WRONG), flags=re.M) == ["arg-type", "attr-defined"]
