@@ -4,25 +4,57 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The versions that are installed. Empty: the newest that pyproject.toml allows.
+LOCK := requirements.lock
+# The release of transformers for test-release: make test-release TRANSFORMERS=5.18.0
+TRANSFORMERS ?= 5.24.0
+RELEASE := .venv-$(TRANSFORMERS)
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-newest test-release lint lock
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-eval
-	$(BIN)/vtprune eval eval/configs/quickstart.yaml
+	$(BIN)/vtprune eval quickstart
 
 # A process a core, a thread a process.
-test: export OMP_NUM_THREADS := 1
+test test-release: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# Without the lock, in an environment of its own: what a stranger gets who installs today.
+test-newest:
+	rm -f .venv-newest/.installed-dev
+	$(MAKE) test VENV=.venv-newest LOCK=
+
+# What fails first where a release of transformers is not understood, on that release.
+test-release: $(RELEASE)/.installed
+	$(RELEASE)/bin/python -m pytest -n auto --dist worksteal -m release $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The newest release of everything that pyproject.toml allows, for every supported Python and system.
+lock: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-emit-index-url \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 # One stamp for each set of extras, so that a changed dependency list is installed and an unchanged one is not.
-$(VENV)/.installed-%: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+# The lock holds for what packages are built with, too; that needs a pip that knows --build-constraint.
+$(VENV)/.installed-%: setup.py pyproject.toml $(LOCK) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade $(LOCK:%=--constraint %) pip
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		$(LOCK:%=--constraint %) $(LOCK:%=--build-constraint %) --editable ".[$*]"
+	touch $@
+
+# Only transformers lies in this environment; a .pth file shows it the packages of the other one.
+$(RELEASE)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv --without-pip --clear $(RELEASE)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(RELEASE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth"
+	$(BIN)/python -m pip --quiet --python $(RELEASE)/bin/python install --no-deps transformers==$(TRANSFORMERS)
 	touch $@
 
 $(BIN)/python:

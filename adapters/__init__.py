@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import entry_points
+
+from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.gemma3 import Gemma3
@@ -20,6 +21,7 @@ from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
 from vtprune.adapters.video_llava import VideoLlava
 from vtprune.errors import ConfigError, UnsupportedModelError
+from vtprune.plugins import load_plugins
 
 __all__ = ["Adapter", "adapter_for", "list_adapters", "register_adapter"]
 
@@ -56,8 +58,7 @@ for _adapter in (
 
 @functools.cache
 def _load_entry_points() -> None:
-    for entry in entry_points(group="vtprune.adapters"):
-        register_adapter(entry.load())
+    load_plugins("vtprune.adapters", register_adapter)
 
 
 def list_adapters() -> dict[str, type[Adapter]]:
@@ -66,11 +67,11 @@ def list_adapters() -> dict[str, type[Adapter]]:
     return dict(_ADAPTERS)
 
 
-def adapter_for(model) -> Adapter:
+def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a loaded model. Raises UnsupportedModelError naming what is supported."""
     config = getattr(model, "config", None)
     known = list_adapters()
-    model_type = getattr(config, "model_type", None)
+    model_type = getattr(config, "model_type", "")
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     adapter = known.get(f"{model_type}/{tower}", known.get(model_type))
     if adapter is None:

@@ -44,11 +44,12 @@ class Adapter(ABC):
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.config = model.config
+        # What transformers' modules and configs hold, no type says; an adapter states it.
+        self.model: Any = model
+        self.config: Any = model.config
 
     @classmethod
-    def refuses(cls, config) -> str | None:
+    def refuses(cls, config: Any) -> str | None:
         """Why a config of this family is not supported after all; None if it is."""
         return None
 
@@ -68,12 +69,12 @@ class Adapter(ABC):
     # -- the language model -------------------------------------------------------------------------------------
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         """The module whose forward takes `input_ids` and pixels and calls the language model."""
         return self.model.base_model
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The decoder, called with `inputs_embeds`; has `layers`, `norm` and `rotary_emb`."""
         return self.model.get_decoder()
 
@@ -82,7 +83,7 @@ class Adapter(ABC):
         return self.language_model.layers
 
     @property
-    def text_config(self):
+    def text_config(self) -> Any:
         return self.config.get_text_config()
 
     @property
@@ -124,7 +125,7 @@ class Adapter(ABC):
 
     # -- the vision encoder -------------------------------------------------------------------------------------
 
-    def vision_tower(self, kind: str = "image") -> nn.Module:
+    def vision_tower(self, kind: str = "image") -> Any:
         """The vision encoder."""
         return self.base.vision_tower
 
@@ -132,17 +133,17 @@ class Adapter(ABC):
         """The encoder's transformer layers; with `self_attn.q_proj` and `.k_proj` if there is a CLS token."""
         return self.vision_tower(kind).encoder.layers
 
-    def encoder_attention(self, layer: nn.Module) -> nn.Module:
+    def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention module of an encoder layer."""
         return layer.self_attn
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         """Maps encoder features, its first argument, to the LLM's width; called once for all media of a call."""
         return self.base.multi_modal_projector
 
     @property
-    def vision_config(self):
+    def vision_config(self) -> Any:
         return self.config.vision_config
 
     @property

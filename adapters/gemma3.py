@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
 from vtprune.transformers_private import gemma3_blocks
@@ -22,22 +27,22 @@ class Gemma3(Adapter):
     layout = "one grid an image"
     window_cuts_blocks = True
 
-    def blocks(self, inputs):
+    def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
         types = inputs.get("token_type_ids")
         return None if types is None else gemma3_blocks(types)
 
     @property
-    def image_grid(self):
+    def image_grid(self) -> Grid:
         side = self.projector.tokens_per_side
         return Grid(side, side)
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         return [Medium.of_grids(self.image_grid) for _ in features]
 
-    def patch_values(self, kind, inputs, values):
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         return self.projector_inputs(kind, inputs, values)
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         side = self.projector.patches_per_image
         grid = features.mT.unflatten(-1, (side, side))
         return self.projector.avg_pool(grid).flatten(2).mT.flatten(0, 1)

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
 
@@ -22,25 +27,25 @@ class Idefics3(Adapter):
     layout = "one grid a tile, text between tiles"
     plain_encoder_attention = False  # the padding of images of different sizes is masked
 
-    def vision_tower(self, kind="image"):
+    def vision_tower(self, kind: str = "image") -> nn.Module:
         return self.base.vision_model
 
     @property
-    def projector(self):
+    def projector(self) -> Any:
         return self.base.connector
 
-    def encoder_sequences(self, kind, inputs):
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         side = inputs["pixel_values"].shape[-1] // self._patch // self.config.scale_factor
         grid = Grid(side, side)
         return [Medium.of_grids(grid) for sample in features for _ in range(len(sample) // len(grid))]
 
-    def pixels(self, kind, inputs):
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         tiles = inputs["pixel_values"].flatten(0, 1)
         return tiles[(tiles != 0).flatten(1).any(1)]
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         stacked = self.projector.pixel_shuffle(features, self.config.scale_factor)
         return stacked.unflatten(-1, (-1, features.shape[-1])).mean(-2).flatten(0, 1)

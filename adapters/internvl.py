@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
 
@@ -23,33 +28,33 @@ class InternVL(Adapter):
     tiles_adjoin = True
 
     @classmethod
-    def refuses(cls, config):
+    def refuses(cls, config: Any) -> str | None:
         if config.vision_feature_select_strategy != "default":
             return "its vision_feature_select_strategy keeps the CLS token, which is then mixed with patches"
         return None
 
-    def encoder_layers(self, kind="image"):
+    def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
         return self.base.vision_tower.encoder.layer
 
-    def encoder_attention(self, layer):
+    def encoder_attention(self, layer: Any) -> nn.Module:
         return layer.attention
 
     @property
-    def has_cls(self):
+    def has_cls(self) -> bool:
         return True
 
     @property
-    def _patch(self):
+    def _patch(self) -> int:
         return self.vision_config.patch_size[0]
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         # The model takes every tile for a square.
         return [Medium.of_grids(square(len(tile))) for tile in features]
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return features.unflatten(-1, (-1, self.vision_config.hidden_size)).mean(-2).flatten(0, 1)
 
-    def patch_values(self, kind, inputs, values):
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         side = square(values.shape[1]).rows
         grid = values.contiguous().unflatten(1, (side, side))
         stacked = self.base.pixel_shuffle(grid, self.config.downsample_ratio)

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
 
@@ -23,14 +28,14 @@ class Llava(Adapter):
     """Supported vision towers and their number of CLS tokens."""
 
     @classmethod
-    def refuses(cls, config) -> str | None:
+    def refuses(cls, config: Any) -> str | None:
         tower = config.vision_config.model_type
         if tower not in cls.towers:
             return f"its vision tower is {tower!r}; supported: {', '.join(cls.towers)}"
         return None
 
     @property
-    def has_cls(self):
+    def has_cls(self) -> bool:
         return bool(self.cls_tokens)
 
     @property
@@ -38,20 +43,19 @@ class Llava(Adapter):
         """CLS tokens that the tower puts before the patches."""
         return self.towers[self.vision_config.model_type]
 
-    def cuts_cls(self, kind):
+    def cuts_cls(self, kind: str) -> bool:
         return self.config.vision_feature_select_strategy == "default"
 
     @property
-    def image_grid(self):
+    def image_grid(self) -> Grid | None:
         if self.cuts_cls("image") and not self.cls_tokens:
             return None
         side = self.vision_config.image_size // self.vision_config.patch_size
         return Grid(side, side, prefix=0 if self.cuts_cls("image") else self.cls_tokens)
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         grid = self.image_grid
-        fits = [grid is not None and len(image) == len(grid) for image in features]
         return [
-            Medium.of_grids(grid) if fit else Medium.without_grid(len(image))
-            for fit, image in zip(fits, features, strict=True)
+            Medium.of_grids(grid) if grid is not None and len(image) == len(grid) else Medium.without_grid(len(image))
+            for image in features
         ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class LlavaNext(Llava):
     image_grid = None
 
     @classmethod
-    def refuses(cls, config):
+    def refuses(cls, config: Any) -> str | None:
         if (reason := super().refuses(config)) is not None:
             return reason
         tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
@@ -66,23 +66,23 @@ class LlavaNext(Llava):
         packed = self.pack(inputs, numbers[:, None, None].expand(-1, self.side**2, 1), newline=-1)
         return [image[:, 0].round().long() for image in packed]
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         tiled = [count > 1 for count in self.crops(inputs)]
         return [_medium(*image, self.side) for image in zip(self.crop_numbers(inputs), tiled, strict=True)]
 
-    def pixels(self, kind, inputs):
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         pixels, counts = inputs["pixel_values"], self.crops(inputs)
         if pixels.ndim == 4:  # the crops of all images, one after another
             return pixels.split(counts)
         return [image[:count] for image, count in zip(pixels, counts, strict=True)]
 
-    def encoder_sequences(self, kind, inputs):
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         return [self.side**2] * sum(map(len, self.pixels(kind, inputs)))
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return torch.cat(list(self.pack(inputs, features, newline=0)))
 
-    def patch_values(self, kind, inputs, values):
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         return torch.cat(list(self.pack(inputs, values, newline=0)))
 
 

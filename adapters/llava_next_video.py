@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from vtprune.adapters.base import PIXELS
@@ -22,19 +26,19 @@ class LlavaNextVideo(LlavaNext):
     kinds = ("image", "video")
     layout = "images: as LLaVA-NeXT; videos: one pooled grid a frame"
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         if kind == "image":
             return super().media(kind, inputs, features)
         side, frames = self.side // self.config.spatial_pool_stride, inputs[PIXELS[kind]].shape[1]
         return [Medium.of_grids(*[Grid(side, side)] * frames) for _ in features]
 
-    def pixels(self, kind, inputs):
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         return super().pixels(kind, inputs) if kind == "image" else inputs[PIXELS[kind]]
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return super().projector_inputs(kind, inputs, features) if kind == "image" else features.flatten(0, 1)
 
-    def patch_values(self, kind, inputs, values):
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         if kind == "image":
             return super().patch_values(kind, inputs, values)
         frames = values.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)

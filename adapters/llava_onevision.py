@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.adapters.base import PIXELS
@@ -30,7 +33,7 @@ class LlavaOnevision(LlavaNext):
     kinds = ("image", "video")
     layout = "images: as LLaVA-NeXT, large ones resized; videos: one pooled grid a frame, one newline token"
 
-    def crops(self, inputs):
+    def crops(self, inputs: Mapping[str, Any]) -> list[int]:
         per_prompt = inputs.get("batch_num_images")
         counts = super().crops(inputs)
         if per_prompt is None:
@@ -38,10 +41,10 @@ class LlavaOnevision(LlavaNext):
         tiled = [n == 1 for n in torch.as_tensor(per_prompt).tolist() for _ in range(n)]
         return [count if tile else 1 for count, tile in zip(counts, tiled, strict=True)]
 
-    def pack_options(self, inputs):
+    def pack_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
 
-    def crop_numbers(self, inputs):
+    def crop_numbers(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         whole = super().crop_numbers({**inputs, "vision_aspect_ratio": UNLIMITED})
         packed = super().crop_numbers(inputs)
         return [
@@ -49,7 +52,7 @@ class LlavaOnevision(LlavaNext):
             for image, unresized in zip(packed, whole, strict=True)
         ]
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         if kind == "image":
             return super().media(kind, inputs, features)
         side, frames = ceil(self.side / 2), inputs[PIXELS[kind]].shape[1]
@@ -57,15 +60,15 @@ class LlavaOnevision(LlavaNext):
         lines = torch.zeros(len(content) + 1, dtype=torch.long)
         return [Medium(pad(content.crops, (0, 1), value=-1), content.grids, lines)] * len(features)
 
-    def pixels(self, kind, inputs):
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         return super().pixels(kind, inputs) if kind == "image" else inputs[PIXELS[kind]]
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         if kind == "image":
             return super().projector_inputs(kind, inputs, features)
         pooled = self.base.apply_pooling(features)
         videos = pooled.unflatten(0, inputs[PIXELS[kind]].shape[:2]).flatten(1, 2)
         return pad(videos, (0, 0, 0, 1)).flatten(0, 1)
 
-    def patch_values(self, kind, inputs, values):
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         return self.projector_inputs(kind, inputs, values)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from vtprune.adapters.pixtral import Pixtral
@@ -21,14 +25,14 @@ class Mistral3(Pixtral):
     family = "Mistral 3"
 
     @classmethod
-    def refuses(cls, config):
+    def refuses(cls, config: Any) -> str | None:
         return None
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         side = self.config.spatial_merge_size
         return [Medium.of_grids(Grid(grid.rows // side, grid.cols // side)) for grid in self.patch_grids(inputs)]
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         grids = self.patch_grids(inputs)
         means = [
             avg_pool2d(patches.T.unflatten(1, (grid.rows, grid.cols)), self.config.spatial_merge_size).flatten(1).T

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.tokens import Grid, Medium
@@ -22,16 +26,16 @@ class PaliGemma(Adapter):
     family = "PaliGemma"
     layout = "one grid an image"
 
-    def blocks(self, inputs):
+    def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
         types, cache = inputs.get("token_type_ids"), cache_of(inputs)
         # With encoded images, on a cache that holds something, the model takes a prompt for a continuation.
         continued = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
         return None if types is None or continued else torch.where(types == 0, 0, -1)
 
     @property
-    def image_grid(self):
+    def image_grid(self) -> Grid:
         side = self.vision_config.image_size // self.vision_config.patch_size
         return Grid(side, side)
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         return [Medium.of_grids(self.image_grid) for _ in features]

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
 from vtprune.adapters.base import Adapter, stack_sizes
 from vtprune.tokens import Grid, Medium
 
@@ -21,33 +26,33 @@ class Pixtral(Adapter):
     plain_encoder_attention = False
 
     @classmethod
-    def refuses(cls, config):
+    def refuses(cls, config: Any) -> str | None:
         if config.vision_feature_select_strategy == "default":
             return "its vision_feature_select_strategy cuts off the first patch, as if it were a CLS token"
         return None
 
-    def encoder_layers(self, kind="image"):
+    def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
         return self.base.vision_tower.transformer.layers
 
-    def encoder_attention(self, layer):
+    def encoder_attention(self, layer: Any) -> nn.Module:
         return layer.attention
 
-    def encoder_sequences(self, kind, inputs):
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         return [len(grid) for grid in self.patch_grids(inputs)]
 
-    def patch_grids(self, inputs) -> list[Grid]:
+    def patch_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """The encoder's patches of each image of a call."""
         return [Grid(height // self._patch, width // self._patch) for height, width in sizes(inputs)]
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         return [Medium.of_grids(grid) for grid in self.patch_grids(inputs)]
 
-    def pixels(self, kind, inputs):
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         images = zip(inputs["pixel_values"], sizes(inputs), strict=True)
         return [image[:, :height, :width] for image, (height, width) in images]
 
 
-def sizes(inputs) -> list[tuple[int, int]]:
+def sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Height and width of each image of a call, without the padding to the largest one."""
     pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
     return [tuple(pixels.shape[-2:])] * len(pixels) if given is None else stack_sizes(given)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.tokens import Grid, Medium
@@ -24,34 +28,34 @@ class Qwen2VL(Adapter):
     plain_encoder_attention = False
     layout = "one grid an image or two frames"
 
-    def vision_tower(self, kind="image"):
+    def vision_tower(self, kind: str = "image") -> nn.Module:
         return self.base.visual
 
-    def encoder_layers(self, kind="image"):
+    def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
         return self.base.visual.blocks
 
-    def encoder_attention(self, layer):
+    def encoder_attention(self, layer: Any) -> nn.Module:
         return layer.attn
 
     @property
-    def projector(self):
+    def projector(self) -> nn.Module:
         return self.base.visual.merger
 
-    def encoder_sequences(self, kind, inputs):
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         # Attention does not cross frames.
         return [rows * columns for frames, rows, columns in patch_grids(kind, inputs).tolist() for _ in range(frames)]
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         side = self.vision_config.spatial_merge_size
         return [
             Medium.of_grids(*[Grid(rows // side, columns // side)] * frames)
             for frames, rows, columns in patch_grids(kind, inputs).tolist()
         ]
 
-    def pixels(self, kind, inputs):
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         return inputs[PIXELS[kind]].split(patch_grids(kind, inputs).prod(1).tolist())
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return features.unflatten(0, (-1, self.vision_config.spatial_merge_size**2)).mean(1)
 
 
@@ -65,7 +69,7 @@ class Qwen2_5_VL(Qwen2VL):
     model_types = ("qwen2_5_vl",)
     family = "Qwen2.5-VL"
 
-    def projector_inputs(self, kind, inputs, features):
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         order = qwen2_5_vl_window_order(patch_grids(kind, inputs), self.vision_config)
         return super().projector_inputs(kind, inputs, features)[order.argsort().to(features.device)]
 
@@ -81,6 +85,6 @@ class Qwen3VL(Qwen2VL):
     family = "Qwen3-VL"
 
 
-def patch_grids(kind: str, inputs) -> torch.Tensor:
+def patch_grids(kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:
     """(media, 3) long: temporal patches, rows and columns of patches of each medium of a call."""
     return torch.as_tensor(inputs[f"{kind}_grid_thw"])

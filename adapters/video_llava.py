@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
 from vtprune.adapters.base import PIXELS
 from vtprune.adapters.llava import Llava
 from vtprune.tokens import Grid, Medium
@@ -20,26 +25,28 @@ class VideoLlava(Llava):
     kinds = ("image", "video")
     layout = "images: one grid; videos: CLS token and one grid a frame"
 
-    def vision_tower(self, kind="image"):
+    def vision_tower(self, kind: str = "image") -> nn.Module:
         return self.base.image_tower if kind == "image" else self.base.video_tower
 
-    def cuts_cls(self, kind):
+    def cuts_cls(self, kind: str) -> bool:
         return kind == "image" and super().cuts_cls(kind)
 
-    def media(self, kind, inputs, features):
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         if kind == "image":
             return super().media(kind, inputs, features)
         side = self.vision_config.image_size // self.vision_config.patch_size
         videos, frames = inputs[PIXELS[kind]].shape[:2]
         return [Medium.of_grids(*[Grid(side, side, prefix=self.cls_tokens)] * frames)] * videos
 
-    def pixel_argument(self, kind, inputs):
+    def pixel_argument(self, kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
         # The processor gives images a name of their own, under which the model takes them up to transformers 5.21.
         pixels = super().pixel_argument(kind, inputs)
         return inputs.get("pixel_values_images") if pixels is None and kind == "image" else pixels
 
-    def pixels(self, kind, inputs):
-        return self.pixel_argument(kind, inputs)
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
+        pixels = self.pixel_argument(kind, inputs)
+        assert pixels is not None, "asked for the pixels of a call that encoded none"
+        return pixels
 
-    def encoder_sequences(self, kind, inputs):
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         return super().encoder_sequences(kind, {PIXELS[kind]: self.pixels(kind, inputs)})

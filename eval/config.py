@@ -185,18 +185,33 @@ class EvalConfig(ConfigModel):
         return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
 
 
+def find_config(name: str | Path) -> Path:
+    """The file of that name, else the one that comes with the package: `quickstart` is `configs/quickstart.yaml`.
+
+    Raises:
+        ConfigError: there is no file of that name, it has no suffix, and no such file comes with the package.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix:
+        return path
+    shipped = {file.stem: file for file in (Path(__file__).parent / "configs").glob("*.yaml")}
+    if str(name) not in shipped:
+        raise ConfigError(f"{name}: no such file, and none that comes with vtprune; {nearest(str(name), shipped)}")
+    return shipped[str(name)]
+
+
 def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **overrides: Any) -> EvalConfig:
     """Reads and checks an evaluation file.
 
     Args:
-        path: YAML file with the fields of `EvalConfig`.
+        path: YAML file with the fields of `EvalConfig`, or the name of one that comes with the package.
         changes: dotted path into the file -> value, e.g. `{"methods.0.layer": 2}`.
         overrides: fields that replace those of the file; None leaves the file's value.
 
     Raises:
         ConfigError: names the file, the line, the key and what was expected.
     """
-    file = YamlFile(path)
+    file = YamlFile(find_config(path))
     if not isinstance(file.data, dict):
         got = type(file.data).__name__
         raise file.error((), f"expected a mapping with {', '.join(EvalConfig.model_fields)}, got {got}")

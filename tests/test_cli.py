@@ -77,6 +77,7 @@ def test_run_takes_a_method_file(model, image, tmp_path):
         ([*RUN, "--keep-ratio", "0.5", "--image", "none.png"], "error: none.png: not a readable image"),
         ([*RUN, "--keep-ratio", "0.5", "--model", "./nowhere"], "error: model './nowhere' cannot be loaded"),
         (["eval", "none.yaml"], "error: none.yaml: cannot be read: No such file or directory"),
+        (["eval", "quickstrat"], "error: quickstrat: no such file, and none that comes with vtprune; did you mean"),
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_2(model, image, arguments, message):
@@ -85,6 +86,24 @@ def test_a_refusal_is_one_line_and_exit_code_2(model, image, arguments, message)
     assert result.exit_code == 2
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module"),
+    [
+        (["eval", "quickstart"], "matplotlib"),
+        (["eval", "quickstart"], "sklearn"),
+        (["eval", "quickstart", "--dry-run"], "sklearn"),
+        (["eval", "video", "--limit", "1"], "av"),
+        (["report", "."], "matplotlib"),
+    ],
+)
+def test_a_command_without_its_extra_names_the_extra(arguments, module, tmp_path):
+    """As in an environment in which only the core is installed, hence in a process of its own."""
+    script = f"import sys; sys.modules[{module!r}] = None; from vtprune.cli import app; app({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f'error: evaluation needs {module}: pip install "vtprune[eval]"\n'
 
 
 def test_importing_the_library_imports_neither_plots_nor_evaluation_nor_the_command_line():

@@ -21,9 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ONLY_FOR_EVALUATION = ("av", "datasets", "lmms_eval", "matplotlib", "sklearn")
+"""Modules that come with the extra `eval` alone."""
+
 
 def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """What the library refuses ends in its message and exit code 2; anything else is a bug and keeps its traceback."""
+    """What the library refuses, and an extra that is missing, end in a message and exit code 2; anything else is a bug
+    and keeps its traceback."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -32,6 +36,12 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         except VTPruneError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            if module not in ONLY_FOR_EVALUATION:
+                raise
+            typer.echo(f'error: evaluation needs {module}: pip install "vtprune[eval]"', err=True)
+            raise typer.Exit(2) from error
 
     return guarded
 
@@ -39,7 +49,9 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 @app.command("eval")
 @_plain_errors
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="YAML file: a model, a task, methods and budgets.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: a model, a task, methods and budgets. Or 'quickstart' or 'video'.")
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of the file's.")] = None,
     change: Annotated[
@@ -81,7 +93,7 @@ def schema() -> None:
 @app.command()
 @_plain_errors
 def bench(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; options replace its fields.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file, or 'bench'; options replace its fields.")] = None,
     shape: Annotated[str | None, typer.Option(help="A published model's shape, with random weights.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape; default all.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a model, instead of a shape.")] = None,

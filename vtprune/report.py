@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ class Report:
     """A sample each: columns of all its visual tokens."""
     text_tokens: tuple[int, ...]
     """A sample each: its real tokens that are not visual."""
-    text_config: object
-    vision_config: object
+    text_config: Any
+    vision_config: Any
     encoder_sequences: tuple[int | tuple[int, ...], ...]
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
     where tokens were merged inside it."""
@@ -189,7 +190,7 @@ class Report:
         return lengths
 
     def _kv_bytes(self, lengths: Tensor) -> int:
-        return sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths.tolist())
+        return int(sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths.tolist()))
 
     @cached_property
     def kv_bytes(self) -> int:
@@ -203,7 +204,7 @@ class Report:
 
     # -- views --------------------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         return {
             "model": self.model_name,
@@ -227,7 +228,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        def row(name, pruned, full, unit=""):
+        def row(name: str, pruned: float, full: float, unit: str = "") -> str:
             share = f"{pruned / full:7.1%}" if full else "      -"
             return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{share:>10}{unit}"
 

@@ -48,7 +48,7 @@ PromptLength = int | Sequence[int] | Tensor | None
 
 
 def prune(
-    model,
+    model: nn.Module,
     method: MethodLike,
     *,
     keep_ratio: float | None = None,
@@ -57,7 +57,7 @@ def prune(
     text: Text | None = None,
     prompt_length: PromptLength = None,
     profile: bool = False,
-    **parameters,
+    **parameters: Any,
 ) -> Session:
     """A context manager inside which `model` prunes visual tokens.
 
@@ -85,7 +85,7 @@ def prune(
     return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
 
 
-def patch(model, method: MethodLike, **options) -> Session:
+def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
     """Like `prune`, but starts at once and lasts until `session.remove()`."""
     session = prune(model, method, **options)
     session.install()
@@ -117,7 +117,7 @@ class Session:
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         methods: list[Method],
         *,
         strict: bool,
@@ -242,7 +242,7 @@ class Session:
         self._entered = True
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         unseen = self.strict and self._prunes and not self._called and error is None
         self.remove()
         if unseen:

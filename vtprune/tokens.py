@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +108,7 @@ class VisualTokens:
         """One layout a group; None where it has several crops, or its tokens are no full grid."""
         return tuple(layout[0] if len(layout) == 1 else None for layout in self.layouts)
 
-    def each(self):
+    def each(self) -> Iterator[tuple[int, int, int]]:
         """Yield `(group, length, k)` as ints, for methods that select one group at a time."""
         yield from zip(range(len(self.valid)), self.lengths.tolist(), self.budget.tolist(), strict=True)
 

@@ -12,6 +12,7 @@ from vtprune.config import ConfigModel, YamlFile, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.bench.linear import onednn_available
 from vtprune.eval.bench.shapes import shape_of
+from vtprune.eval.config import find_config
 from vtprune.methods import build_method
 
 KeepRatio = Annotated[float, Field(gt=0, lt=1)]
@@ -165,7 +166,7 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> BenchConfig
     """Reads and checks a file, or options alone.
 
     Args:
-        path: YAML file with fields of `BenchConfig`; None for none.
+        path: YAML file with fields of `BenchConfig`, or the name of one that comes with the package; None for none.
         overrides: fields that replace those of the file; None leaves the file's value.
 
     Raises:
@@ -174,7 +175,7 @@ def load_config(path: str | Path | None = None, **overrides: Any) -> BenchConfig
     given = {key: value for key, value in overrides.items() if value is not None}
     if path is None:
         return validate(BenchConfig, _Options(given))
-    file = YamlFile(path)
+    file = YamlFile(find_config(path))
     if not isinstance(file.data, dict):
         got = type(file.data).__name__
         raise file.error((), f"expected a mapping with {', '.join(BenchConfig.model_fields)}, got {got}")

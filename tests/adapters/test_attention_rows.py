@@ -17,6 +17,8 @@ from vtprune.testing import families
 from vtprune.testing.recompute import visual_columns
 from vtprune.tokens import Selection
 
+pytestmark = pytest.mark.release
+
 SEEN: list = []
 
 

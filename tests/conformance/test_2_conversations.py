@@ -12,6 +12,8 @@ from .methods import MERGING, SPECS, spec
 from .models import IMAGE_TOKEN, Prompts, prompts
 from .reference import ATOL, depth, generate, kept_columns, recompute
 
+pytestmark = pytest.mark.release
+
 # In-LLM methods choose anew among the second turn's visual tokens; compositions are covered by their parts.
 ONE_PART = [name for name in SPECS if "+" not in name]
 

@@ -11,6 +11,8 @@ from .methods import MERGING, SPECS, on_every_model, spec
 from .models import IMAGE_TOKEN, batch_of_three, prompts
 from .reference import ATOL, assert_recomputed, depth, generate, kept_columns, recompute
 
+pytestmark = pytest.mark.release
+
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @on_every_model()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation file may say, and how it is told that it is wrong."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -136,7 +134,7 @@ LEFT_OUT = {
 
 
 def test_the_quickstart_compares_the_methods_and_baselines():
-    config = load_config(Path(vtprune.eval.__file__).parent / "configs" / "quickstart.yaml")
+    config = load_config("quickstart")
     cells = expand(config)
     methods = set(vtprune.list_methods()) - LEFT_OUT
     assert {cell.method for cell in cells} == methods | {"full", "zero", "downsample"}

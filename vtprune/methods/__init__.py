@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from vtprune.methods.visionzip import VisionZip
 from vtprune.methods.vispruner import VisPruner
 from vtprune.methods.vtc_cls import VTCCls
 from vtprune.methods.zero import Zero
+from vtprune.plugins import load_plugins
 
 __all__ = [
     "AIM",
@@ -153,8 +153,7 @@ for _method in (
 
 @functools.cache
 def _load_entry_points() -> None:
-    for entry in entry_points(group="vtprune.methods"):
-        register_method(entry.load())
+    load_plugins("vtprune.methods", register_method)
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -163,7 +162,7 @@ def list_methods() -> dict[str, type[Method]]:
     return dict(_METHODS)
 
 
-def build_method(spec: Method | str | Mapping[str, Any], **parameters) -> Method:
+def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> Method:
     """One method from an object, a name, or a mapping with `name` and parameters; `parameters` override its fields.
 
     Raises ConfigError (unknown name or parameter, with the nearest known ones) or BudgetError.
@@ -171,7 +170,8 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters) -> Method
     from vtprune.config import nearest  # brings pydantic, which is slow to import
 
     if isinstance(spec, Method):
-        name, given = spec.name, {}
+        given: dict[str, Any] = {}
+        name = spec.name
         cls, fields = type(spec), {f.name for f in dataclasses.fields(spec)}
     else:
         given = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -188,7 +188,7 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters) -> Method
     return cls(**given | parameters)
 
 
-def build_methods(spec: MethodLike, **parameters) -> list[Method]:
+def build_methods(spec: MethodLike, **parameters: Any) -> list[Method]:
     """The methods of a specification, in the order of the path: before the LLM, then inside it.
 
     A string that ends in .yaml or .yml, or a Path, is read as a file. `parameters` are for a single method only.

@@ -70,7 +70,7 @@ class Method(ABC):
     keep_tokens: Annotated[int, Ge(0)] | None = None
     positions: Literal["original", "compact"] = "compact"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         from pydantic import ValidationError
 
         for name, check in _checks(type(self)).items():
@@ -254,7 +254,7 @@ class Staged(Progressive):
     layers: tuple[int, ...] | None = None
     schedule: tuple[Share, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         cuts = len(self.published_layers if self.layers is None else self.layers)
         if len(self.schedule) != cuts or any(a < b for a, b in pairwise(self.schedule)):
