@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import vtprune
 from vtprune.errors import ConfigError
+from vtprune.testing import families
 
-from . import families, matrix, models
+from . import matrix, models
 from .models import batch_of_three, prompts
 from .reference import generate
 
