@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import nn
 
@@ -67,8 +68,29 @@ def list_adapters() -> dict[str, type[Adapter]]:
     return dict(_ADAPTERS)
 
 
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a loaded model. Raises UnsupportedModelError naming what is supported."""
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside what people wrap around one: peft, distributed training, a pipeline."""
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModelError(
+            "DataParallel runs copies of the model in threads, and hooks do not follow; pass model.module and use one "
+            "device, or DistributedDataParallel"
+        )
+    if hasattr(model, "get_base_model"):  # peft
+        return _unwrapped(model.get_base_model())
+    # The second name is FSDP's first version, whose import is slow.
+    if isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
+        return _unwrapped(model.module)
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
+        return _unwrapped(model.model)
+    return model
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a loaded model, or of the one inside a wrapper (peft, DistributedDataParallel, FSDP, a pipeline).
+
+    Raises UnsupportedModelError naming what is supported.
+    """
+    model = _unwrapped(model)
     config = getattr(model, "config", None)
     known = list_adapters()
     model_type = getattr(config, "model_type", "")
@@ -79,4 +101,12 @@ def adapter_for(model: nn.Module) -> Adapter:
         raise UnsupportedModelError(f"no adapter for {type(model).__name__}; supported: {supported}")
     if (reason := adapter.refuses(config)) is not None:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported here: {reason}")
-    return adapter(model)
+    found = adapter(model)
+    try:
+        _ = found.base, found.language_model, found.vision_tower()
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} has the config of {found.family}, but not its parts ({error}); pass the "
+            "transformers model itself"
+        ) from None
+    return found
