@@ -298,6 +298,8 @@ class Session:
             self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
         if not has_images:
             if not held:
+                if incoming is not None and self._prunes and hidden.shape[1] > 1:
+                    incoming.check_text_only(self.adapter)
                 self._report_text_only(hidden, mask, cache)
                 return None
             if held[0].slots is not None:

@@ -168,3 +168,16 @@ def test_chunked_prefill_is_refused_or_exact(gqa):
         except vtprune.VTPruneError:
             return
     torch.testing.assert_close(torch.stack(whole.logits), torch.stack(chunked.logits), atol=1e-4, rtol=0)
+
+
+def test_placeholders_without_their_image_are_refused(gqa):
+    """Where the pixels are lost on the way, as in chunked prefill up to transformers 5.20."""
+    inputs = prompts(gqa, "ttIttttt").inputs()
+    del inputs["pixel_values"]
+    with (
+        vtprune.prune(gqa, spec("fastv")),
+        pytest.raises(
+            vtprune.UnsupportedStageError, match="holds 25 placeholders of visual tokens, but neither pixels"
+        ),
+    ):
+        generate(gqa, inputs)

@@ -36,10 +36,8 @@ def together(case: processors.Case):
 
 
 def alone(case: processors.Case) -> list[dict[str, Tensor]]:
-    """The inputs of each request by itself, with today's names."""
-    renamed = {"pixel_values_images": "pixel_values"}
-    singles = [case.inputs(number) for number in range(len(case.requests))]
-    return [{renamed.get(key, key): value for key, value in single.items()} for single in singles]
+    """The inputs of each request by itself."""
+    return [case.inputs(number) for number in range(len(case.requests))]
 
 
 def assert_recomputed(model, session, output, sample: int, padding: int, single: dict[str, Tensor]) -> None:

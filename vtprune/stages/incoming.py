@@ -101,6 +101,17 @@ class Incoming:
     def kinds(self) -> tuple[str, ...]:
         return (*self.pixels, *self.encoded)
 
+    def check_text_only(self, adapter: Adapter) -> None:
+        """Raise UnsupportedStageError if a call without media has placeholders of visual tokens in its prompt."""
+        if self.ids is None:
+            return
+        placeholders = torch.tensor(list(adapter.visual_token_ids.values()), device=self.ids.device)
+        if count := int(torch.isin(self.ids, placeholders).sum()):
+            raise UnsupportedStageError(
+                f"the prompt holds {count} placeholders of visual tokens, but neither pixels nor features came with it "
+                "(up to transformers 5.20, chunked prefill drops them); pass whole prompts with their images"
+            )
+
     def check_packed(self) -> None:
         """Raise UnsupportedStageError if samples are packed: they would see one another once tokens are gone."""
         if self.packed:
