@@ -141,3 +141,19 @@ def test_images_come_in_one_turn(model, batch):
 def test_no_other_method_drops_inside_the_llm(model):
     with pytest.raises(vtprune.ConfigError, match="fastv"):
         vtprune.prune(model, [LAZY, vtprune.FastV(keep_ratio=0.5)])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_turns_of_text_with_positions_of_one_axis(name):
+    """Calls without `generate()` come with one row of positions for all axes of M-RoPE."""
+    model = families.build(name)
+    inputs = families.batch(name, model).singles[0]
+    with vtprune.prune(model, LAZY):
+        generated = generate(model, inputs, max_new_tokens=6)
+        cache = DynamicCache(config=model.config)
+        logits = [model(**inputs, **{CACHE: cache}).logits[:, -1]]
+        for token in generated.sequences[0, inputs["input_ids"].shape[1] : -1]:
+            logits.append(model(input_ids=token.view(1, 1), **{CACHE: cache}).logits[:, -1])
+        more = model(input_ids=torch.tensor([[11, 12, 13]]), **{CACHE: cache}).logits
+    torch.testing.assert_close(torch.stack(logits), torch.stack(generated.logits), atol=ATOL, rtol=0)
+    assert more.isfinite().all() and cache.get_seq_length() == inputs["input_ids"].shape[1] + 5 + 3

@@ -264,8 +264,10 @@ class DecodeStage:
         batch, count = hidden.shape[:2]
         table, shift = layers[0].slots.table, layers[0].layout.shift
         columns = torch.arange(given.past, given.past + count, device=table.prunable.device).expand(batch, -1)
+        # A turn of text alone may come with one row of positions, which is that of all axes of M-RoPE.
+        axes = table.positions.shape[1:-1]
         positions = given.positions.to(columns.device)
-        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        positions = positions.expand(*(positions.shape[:-2] or axes), batch, -1)
         self.step = _Step(
             layers=layers,
             table=table,
