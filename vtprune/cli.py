@@ -209,19 +209,17 @@ def run(
 ) -> None:
     """Answer one question about one image with pruning, and report what went."""
     import torch
-    from PIL import Image, UnidentifiedImageError
 
     import vtprune
     from vtprune.eval.inputs import chat_inputs, load_model, processed_view
     from vtprune.methods import build_methods
-    from vtprune.show import overlay
+    from vtprune.show import check_target, load_picture, overlay
 
     budget = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
     chosen = build_methods(method, **budget)  # before the model is loaded: a misspelt name should not wait for it
-    try:
-        picture = Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"{image}: not a readable image") from error
+    picture = load_picture(image)
+    if show is not None:
+        check_target(show)
     vlm, processor = load_model(model)
     inputs = chat_inputs(processor, [picture], [prompt]).to(vlm.device, vlm.dtype)
     with vtprune.prune(vlm, chosen) as session:

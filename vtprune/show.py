@@ -1,16 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what was kept."""
+"""Pictures: read from files, and drawn with what was kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from PIL import Image, ImageEnhance
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
+from vtprune.errors import ConfigError
 from vtprune.tokens import Grid
 
 _DIM = 0.25
 """Brightness of dropped patches."""
+
+
+def load_picture(path: Path) -> Image.Image:
+    """The RGB image in a file, upright (cameras note in EXIF how they were held), 16 bits a channel brought down to 8.
+
+    Raises ConfigError if the file cannot be read.
+    """
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{path}: not a readable image") from error
+    if picture.mode.startswith("I"):  # a plain conversion would cut off all above 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def check_target(path: Path) -> None:
+    """Raise ConfigError unless a picture can be written to a path."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"{path}: the ending says nothing of the format of a picture; .png, for example")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: the folder does not exist")
 
 
 def overlay(image: Image.Image, kept: Iterable[int], grid: Grid) -> Image.Image:
