@@ -196,12 +196,15 @@ def test_loss_can_be_differentiated(name):
         assert any(g.abs().max() > 0 for g in gradients)
 
 
-@pytest.mark.parametrize("which", [1, 5, torch.tensor([-1]), torch.tensor([0, 3, -2])], ids=str)
+@pytest.mark.parametrize("which", [1, 5, torch.tensor([-1]), torch.tensor([0, 3, -2]), torch.tensor([1, 0])], ids=str)
 @pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both"])
 def test_logits_to_keep(gqa, name, which):
+    """The last five are those of the prompt's last token and of four behind it, which decide nothing."""
     inputs = batch_of_three(gqa).inputs()
-    with vtprune.prune(gqa, spec(name)):
+    behind = which - 1 if isinstance(which, int) else 0
+    with vtprune.prune(gqa, spec(name), prompt_length=inputs["attention_mask"].sum(1) - behind):
         everything = gqa(**inputs).logits
+    with vtprune.prune(gqa, spec(name)):
         some = gqa(**inputs, logits_to_keep=which).logits
     expected = everything[:, -which:] if isinstance(which, int) else everything[:, which]
     torch.testing.assert_close(some, expected, atol=ATOL, rtol=0)

@@ -27,7 +27,7 @@ class Behind:
     labels: Tensor | None = None
     """(batch, length) long, -100 for what is not learnt."""
     logits_to_keep: int | Tensor = 0
-    """How many of the last columns logits are asked for (the prompt's last and all behind it), or which."""
+    """For how many of the last columns logits are asked for (the prompt's last and all behind it), or for which."""
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], prompt_length: Any) -> Behind:
@@ -54,9 +54,12 @@ class Behind:
             # Labels from the very first token on say nothing of where the prompt ends.
             begin = torch.where(real, columns, real.shape[1]).amin(1, keepdim=True)
             return real & ((columns < first) | (first <= begin + 1))
-        if torch.is_tensor(self.logits_to_keep):
-            return real & (columns <= self.logits_to_keep.min().to(real.device))
-        return real & (columns <= real.shape[1] - max(self.logits_to_keep, 1))
+        asked = self.logits_to_keep
+        if torch.is_tensor(asked):
+            # Only the last columns, all of them, say where a prompt ends.
+            last = columns[real.shape[1] - asked.numel() :] if asked.numel() <= real.shape[1] else columns
+            asked = asked.numel() if torch.equal(asked.to(last) % real.shape[1], last) else 1
+        return real & (columns <= real.shape[1] - max(asked, 1))
 
 
 @dataclass(frozen=True)
