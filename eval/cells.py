@@ -23,6 +23,7 @@ from vtprune.errors import ConfigError
 from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig, MethodEntry
 from vtprune.eval.tasks import TASKS
 from vtprune.methods import build_method, list_methods
+from vtprune.transformers_private import commit_of
 
 _HEAD = 1 << 20
 
@@ -160,7 +161,7 @@ def _fingerprint(model_path: str) -> str:
         from transformers import AutoConfig
 
         try:
-            return f"{model_path}@{AutoConfig.from_pretrained(model_path)._commit_hash}"
+            return f"{model_path}@{commit_of(AutoConfig.from_pretrained(model_path))}"
         except (OSError, ValueError) as error:
             raise ConfigError(f"model {model_path!r} cannot be found: {str(error).splitlines()[0]}") from error
     digest = hashlib.sha256()

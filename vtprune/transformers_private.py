@@ -18,7 +18,7 @@ import threading
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -546,3 +546,18 @@ def qwen2_5_vl_window_order(grids: Tensor, vision_config: Any) -> Tensor:
         grids, vision_config.spatial_merge_size, vision_config.window_size, vision_config.patch_size
     )
     return order
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def uninitialised() -> AbstractContextManager:
+    """While it lasts, models are made without filling their weights."""
+    from transformers.initialization import no_init_weights
+
+    return no_init_weights()
+
+
+def commit_of(config: Any) -> str | None:
+    """The commit of the hub's snapshot that a config was read from; None for a folder."""
+    return config._commit_hash

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtprune.config import nearest
 from vtprune.errors import ConfigError
+from vtprune.transformers_private import uninitialised
 
 
 @dataclass(frozen=True)
@@ -178,14 +179,13 @@ def shape_of(name: str) -> Shape:
 def build_model(shape: Shape, layers: int | None, dtype: str, attention: str, device: str) -> Any:
     """The model with random weights, in evaluation mode; `layers` (default all) of its decoder layers."""
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
 
     fields = dict(shape.config)
     if layers is not None:
         fields["text_config"] = dict(fields["text_config"], num_hidden_layers=layers)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     # Buffers (rotary frequencies) are computed as the model is made; weights are left as the memory was.
-    with torch.device(device), no_init_weights():
+    with torch.device(device), uninitialised():
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attention
         )
