@@ -63,7 +63,7 @@ def with_attention(cls) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", text_models.EVERYTHING)
+@pytest.mark.parametrize("name", text_models.parameters(text_models.EVERYTHING))
 def test_it_passes_where_rows_are_right(name):
     for method in ("fastv", {"name": "transprune", "score": "iga"}):
         vtprune.prune(text_models.shared(name), method, keep_ratio=0.7)

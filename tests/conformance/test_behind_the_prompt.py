@@ -16,7 +16,10 @@ from . import matrix, models
 from .models import batch_of_three, prompts
 from .reference import generate
 
-FAMILIES = ("llava", "qwen2_5_vl", "internvl", "gemma3", "mistral3")
+FAMILIES = (
+    "llava",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "internvl", "gemma3", "mistral3")),
+)
 ANSWER = (7, 9, 8, 7)
 
 

@@ -20,6 +20,7 @@ from vtprune.transformers_private import CACHE
 from . import text_models
 from .models import batch_of_three, prompts
 from .reference import generate
+from .text_models import BEFORE, EVERYTHING, REFUSED, SEEN_WHILE_RUNNING
 
 pytestmark = pytest.mark.release
 
@@ -72,17 +73,17 @@ def check_generation(name: str, method: dict) -> None:
     assert dropped > 0
 
 
-@pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING, *text_models.BEFORE])
+@pytest.mark.parametrize("name", text_models.parameters(EVERYTHING, SEEN_WHILE_RUNNING, BEFORE))
 def test_before_the_llm(name):
     check_generation(name, {"name": "divprune", "keep_ratio": 0.4})
 
 
-@pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING])
+@pytest.mark.parametrize("name", text_models.parameters(EVERYTHING, SEEN_WHILE_RUNNING))
 def test_inside_the_llm(name):
     check_generation(name, {"name": "fastv", "layer": 2, "keep_ratio": 0.7})
 
 
-@pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING, *text_models.BEFORE])
+@pytest.mark.parametrize("name", text_models.parameters(EVERYTHING, SEEN_WHILE_RUNNING, BEFORE))
 def test_a_second_turn(name):
     """Text on the cache of the first turn: as if all had come at once, without what was dropped."""
     model = text_models.shared(name)
@@ -99,14 +100,14 @@ def test_a_second_turn(name):
     torch.testing.assert_close(logits, expected, atol=2e-5 * max(float(expected.abs().max()), 1.0), rtol=0)
 
 
-@pytest.mark.parametrize("name", [*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING])
+@pytest.mark.parametrize("name", text_models.parameters(EVERYTHING, SEEN_WHILE_RUNNING))
 def test_rows_are_the_models_own(name):
     """In every layer, in a padded batch, the attention of the last token and of the question."""
     SEEN.clear()
     model, batch = text_models.shared(name), batch_of_three(text_models.shared(name))
     inputs = batch.inputs()
     attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
-    before = name in text_models.EVERYTHING
+    before = name in EVERYTHING
     with vtprune.prune(model, Look(before=before), strict=False):
         model(**inputs)
     assert [layer for layer, *_ in SEEN] == list(range(1, text_models.LAYERS))
@@ -121,19 +122,19 @@ def test_rows_are_the_models_own(name):
                 torch.testing.assert_close(question[sample, : len(visual)], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*text_models.BEFORE, *text_models.REFUSED])
+@pytest.mark.parametrize("name", text_models.parameters(BEFORE, REFUSED))
 def test_what_cannot_be_right_is_refused_when_the_session_opens(name):
     model = text_models.shared(name)
-    reason = (text_models.BEFORE | text_models.REFUSED)[name]
+    reason = (BEFORE | REFUSED)[name]
     for method in ("fastv", "transprune"):
         with pytest.raises(VTPruneError, match=reason):
             vtprune.prune(model, method, keep_ratio=0.7)
-    if name in text_models.REFUSED:
+    if name in REFUSED:
         with pytest.raises(VTPruneError, match=reason):
             vtprune.prune(model, "divprune", keep_ratio=0.7)
 
 
-@pytest.mark.parametrize("name", text_models.SEEN_WHILE_RUNNING)
+@pytest.mark.parametrize("name", text_models.parameters(SEEN_WHILE_RUNNING))
 def test_what_is_needed_too_early_is_refused(name):
     with pytest.raises(VTPruneError, match="no input_layernorm"):
         vtprune.prune(text_models.shared(name), "transprune", keep_ratio=0.7)
@@ -141,4 +142,4 @@ def test_what_is_needed_too_early_is_refused(name):
 
 def test_what_need_not_be_checked_is_what_is_tested_here():
     own = {families.build(name).get_decoder().config.model_type for name in families.NAMES}
-    assert {*text_models.EVERYTHING, *text_models.SEEN_WHILE_RUNNING} | own == TESTED_TEXT_MODELS
+    assert {*EVERYTHING, *SEEN_WHILE_RUNNING} | own == TESTED_TEXT_MODELS

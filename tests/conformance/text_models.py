@@ -8,8 +8,10 @@ taken out by hand.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -116,6 +118,17 @@ BEFORE = {
 REFUSED = {"minimax": "keeps its KV cache in a MiniMaxCache"}
 """Where nothing can be pruned, with a part of the reason."""
 NAMES = [*EVERYTHING, *SEEN_WHILE_RUNNING, *BEFORE, *REFUSED]
+_FIRST = {
+    *("llama", "gemma3_text", "cohere", "smollm3", "hunyuan_v1_dense", "gpt_oss", "llama4_text", "ministral3"),
+    *("olmo2", "phi3", "mistral4", "qwen3_next", "falcon_h1", "minimax"),
+}
+"""One of each kind of attention; the default run of the tests leaves the others to `.ci/run`."""
+
+
+def parameters(*groups: Iterable[str]) -> list:
+    """Names for `pytest.mark.parametrize`."""
+    names = (name for group in groups for name in group)
+    return [pytest.param(name, marks=() if name in _FIRST else pytest.mark.slow) for name in names]
 
 
 def text_config(name: str):
