@@ -255,3 +255,36 @@ class Report:
                 f"prefill {t.prefill * 1e3:.1f}"
             )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """All prefills of a session, added up."""
+
+    prefills: int = 0
+    """Calls on an empty KV cache. Without a cache a prompt with images counts once, text alone for every token."""
+    samples: int = 0
+    text_tokens: int = 0
+    original_tokens: int = 0
+    """Visual tokens of the prompts."""
+    kept_tokens: float = 0.0
+    """Those that were kept, averaged over the LLM's layers."""
+    prefill_flops: float = 0.0
+    unpruned_prefill_flops: float = 0.0
+    """FLOPs of the language model, as in `Report`."""
+
+    @property
+    def keep_ratio(self) -> float:
+        """Visual tokens kept over all that came; 1.0 without any."""
+        return self.kept_tokens / self.original_tokens if self.original_tokens else 1.0
+
+    def __add__(self, report: Report) -> Totals:
+        return Totals(
+            self.prefills + 1,
+            self.samples + report.samples,
+            self.text_tokens + sum(report.text_tokens),
+            self.original_tokens + sum(report.original_tokens),
+            self.kept_tokens + float(report.counts.sum()) / report.depth,
+            self.prefill_flops + report.prefill_flops,
+            self.unpruned_prefill_flops + report.unpruned_prefill_flops,
+        )
