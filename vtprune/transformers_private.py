@@ -65,6 +65,11 @@ def is_tested_release() -> bool:
     return OLDEST <= _version() <= NEWEST
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether the class of a model's part comes with transformers, and not from a checkpoint or another package."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
 def check_release() -> None:
     """Raise UnsupportedModelError on a release that is too old; warn, once a process, on one that is not tested yet."""
     if _version() < OLDEST:
@@ -118,22 +123,28 @@ def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
 def with_cache(decoder: nn.Module, kwargs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     """The arguments of a decoder with another KV cache, under the name that the decoder takes."""
     given = next((name for name in _CACHE_NAMES if name in kwargs), None)
-    if given is None:
-        parameters = inspect.signature(decoder.forward).parameters
-        given = next((name for name in _CACHE_NAMES if name in parameters), None)
+    if given is None and (parameter := _cache_parameter(decoder)) is not None:
+        given = parameter.name
     if given is None:
         raise VTPruneError(f"{type(decoder).__name__} takes no KV cache under a name that is known: {releases()}")
     return {**kwargs, given: cache}
 
 
+def _cache_parameter(decoder: nn.Module) -> inspect.Parameter | None:
+    """The parameter of a decoder's forward that takes the KV cache."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((parameters[name] for name in _CACHE_NAMES if name in parameters), None)
+
+
 def check_arguments(where: str, kwargs: Mapping[str, Any], batch: int, length: int) -> None:
-    """Raise VTPruneError if an argument that is not known holds one entry a token: it would not be cut along."""
+    """Raise UnsupportedStageError if an argument that is not known holds one entry a token: it would not be cut
+    along."""
     for name, value in kwargs.items():
         if name in _KNOWN_ARGUMENTS:
             continue
         for tensor in _tensors(value):
             if tensor.shape[:2] in ((batch, length), (1, length)) or tensor.shape == (length,):
-                raise VTPruneError(
+                raise UnsupportedStageError(
                     f"{where} is called with {name!r}, which holds one entry a token and is not known here, so that it "
                     f"cannot be cut along with the tokens: {releases()}"
                 )
@@ -196,9 +207,8 @@ def longest_prunable(config: Any, layers: int) -> int | None:
 
 def check_decoder(decoder: nn.Module) -> None:
     """Raise UnsupportedModelError if a language model has a class of its own for its KV cache."""
-    parameters = inspect.signature(decoder.forward).parameters
-    annotation = next((parameters[name].annotation for name in _CACHE_NAMES if name in parameters), None)
-    for cls in typing.get_args(annotation):
+    parameter = _cache_parameter(decoder)
+    for cls in typing.get_args(parameter and parameter.annotation):
         if isinstance(cls, type) and issubclass(cls, Cache) and cls not in (Cache, DynamicCache):
             raise UnsupportedModelError(
                 f"a {type(decoder).__name__} keeps its KV cache in a {cls.__name__}, in which tokens cannot go missing"
