@@ -13,20 +13,19 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import vtprune
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.eval import digitscenes
+from vtprune.methods.dart import KeyNorms, NormedStates
+from vtprune.methods.glsim import ClsSimilarity
+from vtprune.methods.sparsevlm import RaterAttention
+from vtprune.methods.transprune import Transition
 from vtprune.ops.similarity import similarity_to
 from vtprune.signals import (
     AttentionReceived,
     ClsAttention,
-    ClsSimilarity,
     EncoderFeatures,
     EncoderKeys,
     InstructionAttention,
-    KeyNorms,
     LastQueryAttention,
-    NormedStates,
-    RaterAttention,
     TextEmbeddings,
-    Transition,
 )
 from vtprune.tokens import Selection
 from vtprune.transformers_private import CACHE

@@ -13,7 +13,6 @@ from vtprune.adapters.base import Adapter
 from vtprune.errors import ConfigError
 from vtprune.layout import Groups
 from vtprune.ops.keywords import keywords
-from vtprune.signals import JointSpace, TextEmbeddings
 from vtprune.stages.call import Call
 from vtprune.text_tower import text_tower
 
@@ -24,31 +23,35 @@ _LOADING = threading.RLock()
 """Held while something is loaded or tokenized: a tokenizer serves one thread at a time."""
 
 
-def embed_question(
-    text: Text | None, call: Call, groups: Groups, request: TextEmbeddings | JointSpace
-) -> list[Tensor] | tuple[Tensor, Tensor]:
-    """What a request for the question asks for, see `vtprune.signals`.
+def text_embeddings(text: Text | None, call: Call, groups: Groups, keywords: bool) -> list[Tensor]:
+    """See `vtprune.signals.TextEmbeddings`.
 
-    Raises ConfigError if the number of questions is not that of the samples, a string cannot be tokenized, or a text
-    tower cannot be loaded or belongs to another encoder.
+    Raises ConfigError if the number of questions is not that of the samples, or a string cannot be tokenized.
     """
-    if isinstance(request, JointSpace):
-        with _LOADING:
-            return _in_joint_space(text, call, groups, request)
     if text is None:
         chosen = _in_prompt(call, groups).to(call.embeddings.device)
         return [call.embeddings[row][own] for row, own in zip(groups.rows.tolist(), chosen, strict=True)]
     embed, device = call.adapter.base.get_input_embeddings(), call.embeddings.device
-    rows = [embed(_token_ids(call.adapter, item, request.keywords).to(device)) for item in _items(text, call)]
+    rows = [embed(_token_ids(call.adapter, item, keywords).to(device)) for item in _items(text, call)]
     return _per_group(rows, call, groups)
 
 
-def _in_joint_space(text: Text | None, call: Call, groups: Groups, request: JointSpace) -> tuple[Tensor, Tensor]:
-    tower = text_tower(call.adapter.model, request.tower, call.embeddings.device, call.embeddings.dtype)
+def joint_space(text: Text | None, call: Call, groups: Groups, source: str) -> tuple[Tensor, Tensor]:
+    """See `vtprune.signals.JointSpace`.
+
+    Raises ConfigError if the number of questions is not that of the samples, or the text tower `source` cannot be
+    loaded or belongs to another encoder.
+    """
+    with _LOADING:
+        return _joint_space(text, call, groups, source)
+
+
+def _joint_space(text: Text | None, call: Call, groups: Groups, source: str) -> tuple[Tensor, Tensor]:
+    tower = text_tower(call.adapter.model, source, call.embeddings.device, call.embeddings.dtype)
     width = call.adapter.vision_config.hidden_size
     if tower.projection.shape[1] != width:
         raise ConfigError(
-            f"text_tower: {request.tower!r} is of a CLIP whose vision encoder has a width of "
+            f"text_tower: {source!r} is of a CLIP whose vision encoder has a width of "
             f"{tower.projection.shape[1]}, this model's encoder has {width}"
         )
     if text is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import threading
 import warnings
 import weakref
@@ -25,7 +24,7 @@ from vtprune.callers import PerCaller, PerThread, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
-from vtprune.question import Text, embed_question
+from vtprune.question import Text
 from vtprune.report import Report, Timings, Totals
 from vtprune.slots import Holdings
 from vtprune.stages.before_llm import prune_before_llm
@@ -35,6 +34,7 @@ from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, open_call
 from vtprune.stages.prefill_report import prefill_report, text_report
+from vtprune.stages.reading import check_signals
 from vtprune.stages.replays import Replays
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
@@ -173,6 +173,8 @@ class Session:
         for method in methods:
             method.check_budget(shape)
         parts = [part for method in methods for part in method.parts(shape)]
+        for part in parts:
+            check_signals(part, shape)
         requests = [request for part in parts for request in part.signals(shape)]
         active = [part for part in parts if part.keep_ratio != 1.0]
         self._check_states(active)
@@ -384,9 +386,7 @@ class Session:
             return None  # nothing will be pruned, so there is nothing to refuse; only the report goes without
         if has_images:
             self._start_prefill(call, incoming)
-            hidden = prune_before_llm(
-                call, hidden, self._before, self._tap, functools.partial(embed_question, self.text), self._choose
-            )
+            hidden = prune_before_llm(call, hidden, self._before, self._tap, self.text, self._choose)
             self._take_planes(call, kwargs)
         self._in_llm.begin(call)
         if not call.pruned and not call.wrapped:

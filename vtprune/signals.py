@@ -1,40 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method may ask the model for: requests, and the cheap way each is answered inside the LLM.
+"""What a method may ask the model for. A signal says what is recorded for it, and how it is read from that.
 
-A method announces its requests in `Method.signals()` and looks them up as `tokens[request]`. Attention is never taken
-from an eager layer: just the rows asked for are recomputed from queries and keys.
+A method announces its signals in `Method.signals()` and reads them as `tokens[signal]`. It may bring signals of its own,
+frozen dataclasses derived from `EncoderSignal`, `LayerSignal` or `CacheSignal`, after the stage they are read at. A
+signal may look at what its view offers. The method gets what it returns on the device of the tokens' features.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import Tensor
 
-from vtprune.layout import take_columns
-from vtprune.ops.attention import attention_received, attention_rows
-from vtprune.ops.page_rank import attention_page_rank
-from vtprune.transformers_private import Scored, output_width, scored
+from vtprune.tokens import ModelShape
+
+if TYPE_CHECKING:
+    from vtprune.attention import LayerAttention
+    from vtprune.layout import Groups
+
+
+# -- before the LLM ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class EncoderFeatures:
+class Taps:
+    """What is recorded while the vision encoder runs. Layers are 0-based."""
+
+    cls_rows: tuple[int, ...] = ()
+    """Layers whose attention of the CLS query is kept. Needs a CLS token."""
+    received: tuple[int, ...] = ()
+    """Layers whose mean attention that each token receives is kept. Needs attention that can be recomputed."""
+    keys: tuple[int, ...] = ()
+    """Layers whose keys are kept. Needs attention that can be recomputed."""
+    outputs: tuple[int, ...] = ()
+    """Layers whose outputs are kept."""
+    projector_input: bool = False
+    """Whether what the projector reads is kept."""
+
+
+class EncoderRecord(Protocol):
+    """What was recorded of one run of the vision encoder. Tokens are its own, a CLS token (if any) included."""
+
+    @property
+    def rows(self) -> dict[int, Tensor]:
+        """Layer -> (crops, heads, tokens), the CLS query's attention."""
+
+    @property
+    def received(self) -> dict[int, Tensor]:
+        """Layer -> (crops, tokens)."""
+
+    @property
+    def keys(self) -> dict[int, Tensor]:
+        """Layer -> (crops, tokens, heads * head dim)."""
+
+    @property
+    def outputs(self) -> dict[int, Tensor]:
+        """Layer -> (crops, tokens, dim)."""
+
+
+class EncoderView(Protocol):
+    """What a signal may look at before the LLM."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    def per_token(self, values: Callable[[EncoderRecord], Tensor]) -> Tensor:
+        """Values of the encoder's tokens, (crops, tokens, dim) of each run, as those of the visual tokens: (groups,
+        tokens, dim), zero for padding. Where several patches become one visual token: their mean."""
+
+    def projector_inputs(self) -> Tensor:
+        """(groups, tokens, dim): what the projector reads for each visual token."""
+
+    def normalised(self, output: Tensor) -> Tensor:
+        """A layer's output (crops, tokens, dim), put through CLIP's last normalisation."""
+
+    def text_embeddings(self, *, keywords: bool) -> list[Tensor]:
+        """See `TextEmbeddings`."""
+
+    def joint_space(self, tower: str) -> tuple[Tensor, Tensor]:
+        """See `JointSpace`."""
+
+    def sample_keys(self) -> list[int]:
+        """See `SampleKeys`."""
+
+
+class EncoderSignal(ABC):
+    """A signal that is read before the LLM: of the vision encoder, of the question, or of the prompt.
+
+    Inside the LLM, `LayerView.encoded` reads one, too.
+    """
+
+    needs_clip: ClassVar[str | None] = None
+    """What for the vision encoder has to be a CLIP, in a few words; None if it need not be."""
+
+    def taps(self, shape: ModelShape) -> Taps:
+        """What is recorded for it."""
+        return Taps()
+
+    @abstractmethod
+    def read_encoded(self, view: EncoderView) -> Any:
+        """The signal of the groups that a method chooses among."""
+
+
+@dataclass(frozen=True)
+class EncoderFeatures(EncoderSignal):
     """(groups, tokens, dim): what the projector reads, i.e. the encoder's features of each visual token."""
 
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(projector_input=True)
+
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        return view.projector_inputs()
+
 
 @dataclass(frozen=True)
-class ClsAttention:
+class ClsAttention(EncoderSignal):
     """(groups, layers, heads, tokens): post-softmax attention of the encoder's CLS query over the visual tokens."""
 
     layers: tuple[int, ...]
     """0-based encoder layers."""
 
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(cls_rows=self.layers)
+
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        def by_token(record: EncoderRecord) -> Tensor:
+            rows = [record.rows[layer] for layer in self.layers]
+            side_by_side = [row.to(rows[0].device) for row in rows]
+            return rearrange(side_by_side, "layers crops heads tokens -> crops tokens (layers heads)")
+
+        values = view.per_token(by_token)
+        return rearrange(values, "groups tokens (layers heads) -> groups layers heads tokens", layers=len(self.layers))
+
 
 @dataclass(frozen=True)
-class AttentionReceived:
+class AttentionReceived(EncoderSignal):
     """(groups, tokens): attention that each visual token receives in an encoder layer, the mean over heads and queries.
 
     For encoders without a CLS token, too. Where several patches become one visual token: their mean.
@@ -43,9 +147,15 @@ class AttentionReceived:
     layer: int
     """0-based encoder layer."""
 
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(received=(self.layer,))
+
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        return view.per_token(lambda record: record.received[self.layer][..., None])[..., 0]
+
 
 @dataclass(frozen=True)
-class EncoderKeys:
+class EncoderKeys(EncoderSignal):
     """(groups, tokens, heads * head dim): key of each visual token in an encoder layer, all heads side by side.
 
     For encoders without a CLS token, too. Where several patches become one visual token: their mean.
@@ -54,32 +164,15 @@ class EncoderKeys:
     layer: int
     """0-based encoder layer."""
 
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(keys=(self.layer,))
 
-@dataclass(frozen=True)
-class ClsSimilarity:
-    """(groups, tokens): similarity of each visual token to the CLS token in the encoder layer that the projector reads.
-
-    Where several patches become one visual token: their mean similarity.
-    """
-
-    metric: Literal["cosine", "l1", "l2"] = "cosine"
-    """See `vtprune.ops.similarity`."""
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        return view.per_token(lambda record: record.keys[self.layer])
 
 
 @dataclass(frozen=True)
-class TextEmbeddings:
-    """A list with one (text tokens, dim) tensor a group: input embeddings of the question.
-
-    From the session's `text` if given; otherwise of the prompt's text tokens after the group's last visual token (of
-    all its text tokens if none follow), without bos, eos and padding.
-    """
-
-    keywords: bool = False
-    """Drop stop words from `text` when it is a string, and look its words up one by one."""
-
-
-@dataclass(frozen=True)
-class EncoderOutput:
+class EncoderOutput(EncoderSignal):
     """(groups, tokens, dim): what an encoder layer puts out for each visual token, before any last normalisation.
 
     For encoders without a CLS token, too. Where several patches become one visual token: their mean.
@@ -90,295 +183,215 @@ class EncoderOutput:
     normalised: bool = False
     """After CLIP's last normalisation, whatever the layer; other encoders are refused."""
 
+    @property
+    def needs_clip(self) -> str | None:  # type: ignore[override]
+        return "the encoder's last normalisation" if self.normalised else None
+
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(outputs=(self.layer,))
+
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        def output(record: EncoderRecord) -> Tensor:
+            values = record.outputs[self.layer]
+            return view.normalised(values) if self.normalised else values
+
+        return view.per_token(output)
+
 
 @dataclass(frozen=True)
-class JointSpace:
+class TextEmbeddings(EncoderSignal):
+    """A list with one (text tokens, dim) tensor a group: input embeddings of the question.
+
+    From the session's `text` if given; otherwise of the prompt's text tokens after the group's last visual token (of
+    all its text tokens if none follow), without bos, eos and padding.
+    """
+
+    keywords: bool = False
+    """Drop stop words from `text` when it is a string, and look its words up one by one."""
+
+    def read_encoded(self, view: EncoderView) -> list[Tensor]:
+        return view.text_embeddings(keywords=self.keywords)
+
+
+@dataclass(frozen=True)
+class JointSpace(EncoderSignal):
     """A pair: (groups, dim), the question by the text tower of the CLIP that is the model's vision encoder, and
     (dim, width), the matrix that takes an `EncoderOutput` to the same space.
 
     The question is the session's `text`, or the prompt's text as in `TextEmbeddings`, decoded.
     """
 
+    needs_clip: ClassVar[str | None] = "a text tower"
+
     tower: str
     """Folder or hub id of a transformers CLIP; or "open_clip:NAME@WEIGHTS" with the name of a model that open_clip
     knows, and a file or a tag."""
 
+    def read_encoded(self, view: EncoderView) -> tuple[Tensor, Tensor]:
+        return view.joint_space(self.tower)
+
+
+# -- between the layers of the LLM ------------------------------------------------------------------------------------
+
+
+class LayerView(Protocol):
+    """What a signal may look at on the input of a decoder layer. n are the columns left of the prompts, padded."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer that runs next, 0-based."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """(batch, n, dim): what enters it."""
+
+    @property
+    def groups(self) -> Groups:
+        """The visual tokens of each sample: `gather` takes (batch, n[, dim]) to (groups, tokens[, dim])."""
+
+    @property
+    def real(self) -> Tensor:
+        """(batch, n) bool: False for padding, and for what an earlier cut hid."""
+
+    @property
+    def present(self) -> Tensor:
+        """(batch, n) bool: `real`, and what an earlier cut hid but is still computed."""
+
+    @property
+    def visual(self) -> Tensor:
+        """(batch, n) bool."""
+
+    @property
+    def padded_length(self) -> Tensor:
+        """(batch, 1) long: columns of the prompts as they came in, padding included."""
+
+    def normed(self) -> Tensor:
+        """(batch, n, dim): `hidden`, put through the LLM's last normalisation."""
+
+    def text_rows(self, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Columns (batch, r) of the prompt's text after its last visual token, and which of them are real rows.
+
+        Samples without such text, and `last_only`, give the prompt's last column.
+        """
+
+    def rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns (batch, r) of what is marked, (batch, n) bool, and which are real rows; the prompt's last column
+        where nothing is."""
+
+    def attention(self, layer: int) -> LayerAttention:
+        """The attention of a decoder layer that `LayerSignal.attends` names."""
+
+    def measured(self, signal: LayerSignal) -> Tensor:
+        """(batch, n): what `signal.measure` gave so far, summed. Raises UnsupportedStageError before the first time."""
+
+    def marked(self, signal: LayerSignal) -> Tensor:
+        """(batch, n) bool: what `signal.mark` marked that is left."""
+
+    def encoded(self, signal: EncoderSignal) -> tuple[Groups, Any]:
+        """A signal of the encoder, announced by the same method, and the groups that it is of: the visual tokens of
+        each crop."""
+
+    def by_head(self, weights: Tensor) -> Tensor:
+        """(batch, heads, n) -> (groups, heads, tokens)."""
+
+    def prompt_keys(self) -> list[int]:
+        """One integer a sample, a function of its prompt's text."""
+
+
+class LayerSignal(ABC):
+    """A signal that is read between the decoder layers, during prefill."""
+
+    def attends(self, cut: int) -> tuple[int, ...]:
+        """Decoder layers whose attention it reads at a cut on the input of layer `cut`.
+
+        Of layers before the cut the projections are kept until then; `cut` itself is computed ahead.
+        """
+        return ()
+
+    def measures(self) -> tuple[int, ...]:
+        """Decoder layers of whose attention and MLP block `measure` is called."""
+        return ()
+
+    def measure(self, inputs: Tensor, outputs: Tensor, counted: Tensor) -> Tensor:
+        """Inputs and outputs (batch, n, dim) of a block -> (batch, n), to be summed up.
+
+        counted: (batch, n) bool, the real columns of the prompt.
+        """
+        raise NotImplementedError
+
+    def mark(self, view: LayerView) -> Tensor | None:
+        """(batch, n) bool on the input of the first layer, remembered for `view.marked`; None for nothing."""
+        return None
+
+    @abstractmethod
+    def read_layer(self, view: LayerView) -> Any:
+        """The signal, on the input of the layer that runs next."""
+
 
 @dataclass(frozen=True)
-class SampleKeys:
+class SampleKeys(EncoderSignal, LayerSignal):
     """A list with one integer a group, a function of its sample's prompt and (before the LLM) its image alone.
 
     For seeded randomness that does not depend on the rest of the batch.
     """
 
+    def read_encoded(self, view: EncoderView) -> list[int]:
+        return view.sample_keys()
+
+    def read_layer(self, view: LayerView) -> list[int]:
+        return view.prompt_keys()
+
 
 @dataclass(frozen=True)
-class LastQueryAttention:
+class LastQueryAttention(LayerSignal):
     """(groups, heads, tokens): attention of the prompt's last token over the visual tokens in a decoder layer."""
 
     layer: int
     """0-based; must have run: at most the layer before the cut."""
 
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        rows, _ = view.text_rows(last_only=True)
+        return view.by_head(view.attention(self.layer).rows(rows)[:, :, 0])
+
 
 @dataclass(frozen=True)
-class InstructionAttention:
+class InstructionAttention(LayerSignal):
     """(groups, tokens): attention of the text after the last visual token over the visual tokens, averaged over heads
     and rows, in the decoder layer that runs next."""
 
     last_only: bool = False
     """Instead, the row of the prompt's last token alone."""
 
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (cut,)
 
-@dataclass(frozen=True)
-class TextAttention:
-    """(groups, tokens, 2): attention of the text after the last visual token over the visual tokens, averaged over
-    heads, in the decoder layer before the cut: summed over that text, and that of the text token that looks most."""
-
-
-@dataclass(frozen=True)
-class RaterAttention:
-    """(groups, heads, tokens): attention of those tokens of the text after the last visual token that the image
-    resembles most (`vtprune.ops.raters`) over the visual tokens, averaged over them, in the decoder layer before the
-    cut."""
-
-    undo_rotation: bool = False
-    """Each weight divided by `rotary_logits` first."""
+    def read_layer(self, view: LayerView) -> Tensor:
+        rows, valid = view.text_rows(last_only=self.last_only)
+        weights = view.attention(view.layer).rows(rows).mean(1)
+        valid = valid.to(weights.device)[..., None]
+        return view.groups.gather((weights * valid).sum(1) / valid.sum(1))
 
 
-@dataclass(frozen=True)
-class NormedStates:
-    """A pair, (groups, tokens, dim) and (groups, text tokens, dim): what enters the next decoder layer, put through the
-    LLM's last normalisation; of the visual tokens, and of the text after the last of them."""
+# -- after the prefill ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KeyNorms:
-    """A pair, (groups, tokens) and (groups, text tokens) float32: L1 norms of the keys, positions applied, in the
-    decoder layer before the cut; of the visual tokens, and of the text after the last of them, -1 for padding."""
+class CacheView(Protocol):
+    """What a signal may look at once the KV cache of a prompt is filled."""
+
+    @property
+    def groups(self) -> Groups:
+        """The visual tokens of each sample in one cache layer."""
+
+    def alive(self, layer: int) -> Tensor:
+        """(groups, tokens) bool: which of them a decoder layer computed, 0-based; -1 is the last."""
 
 
-@dataclass(frozen=True)
-class KeyTokens:
-    """(groups, tokens) bool inside the LLM: visual tokens that were, as they entered the LLM, among those of their crop
-    that the encoder's CLS query attends to most (`vtprune.ops.dual_attention.key_tokens`)."""
+class CacheSignal(ABC):
+    """A signal that is read once after the prefill, by a method that drops visual tokens from the KV cache."""
 
-    layer: int
-    """0-based encoder layer."""
-    share: float
-    """Of the tokens of each crop, rounded up."""
-
-
-@dataclass(frozen=True)
-class AttentionPageRank:
-    """(groups, tokens): ranks of the visual tokens by `vtprune.ops.page_rank` over the attention of the decoder layer
-    before the cut, in which all tokens of the prompt take part; those that are masked have a rank to pass on."""
-
-    temperature: float
-    iterations: int
-    damping: float
-
-
-@dataclass(frozen=True)
-class AttentionShare:
-    """(groups, tokens): attention that each visual token receives in the decoder layer before the cut, from all tokens
-    of the prompt and over all heads, as a multiple of what a token receives on average."""
-
-    of_padded: bool = False
-    """Instead, the sum over what is left of the prompt divided by the columns that came in, padding included."""
-
-
-@dataclass(frozen=True)
-class Transition:
-    """(groups, tokens): token transition variation, attention and MLP sub-blocks, summed over decoder layers.
-
-    TransPrune, arXiv 2507.20630. A later cut sees the sum since the first of these layers.
-    """
-
-    layers: tuple[int, ...]
-    """0-based decoder layers to measure."""
-
-
-@dataclass(frozen=True)
-class AliveInLastLayer:
-    """(groups, tokens) bool, after prefill: which visual tokens of a layer got as far as the last one."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """The positions of the columns of a decoder layer."""
-
-    ids: Tensor
-    """(batch, n) long: position ids of the text; with M-RoPE those of one axis."""
-    rope: Any
-    """What the language model makes of all axes for its layers: usually cos and sin, (batch | 1, n, rotary dim)."""
-
-    def take(self, index: Tensor) -> Places:
-        """Those of the columns `index` (batch, m)."""
-        return Places(take_columns(self.ids.expand(len(index), -1), index), _take_rope(self.rope, index))
-
-    def to(self, device: torch.device) -> Places:
-        return Places(self.ids.to(device), _map_rope(lambda t: t.to(device), self.rope))
-
-
-def _map_rope(function: Callable[[Tensor], Tensor], rope: Any) -> Any:
-    return function(rope) if torch.is_tensor(rope) else tuple(function(part) for part in rope)
-
-
-def _take_rope(rope: Any, index: Tensor) -> Any:
-    return _map_rope(lambda t: take_columns(t.expand(len(index), -1, -1), index), rope)
-
-
-@dataclass(frozen=True)
-class RowContext:
-    """Everything that attention rows of one decoder layer need beside its projections."""
-
-    attention: nn.Module
-    places: Places
-    """Of the current columns, n of them."""
-    real: Tensor
-    """(batch, n) bool."""
-    past_keys: Tensor | None
-    """(batch, kv heads, past, head dim), rotated; None if nothing was cached before."""
-    past_real: Tensor | None
-    """(batch, past) bool; None if all are real."""
-    blocks: Tensor | None = None
-    """(batch, n) long: columns of one block, numbered from 0, see one another both ways; None: causal throughout."""
-    window: int | None = None
-    """How many columns, itself included, a row of a sliding layer looks back on; None for all."""
-    window_cuts_blocks: bool = False
-    """Whether that holds within a block, too."""
-    present: Tensor | None = None
-    """(batch, n) bool: `real`, and columns that no row sees although they have rows of their own; None: `real`."""
-    counting: Tensor | None = None
-    """(batch, n) bool: the columns whose rows count where all are asked for, i.e. those of the prompt; None: all."""
-
-    def counted(self, columns: Tensor) -> Tensor:
-        """Those of some columns (batch, n) bool that count."""
-        return columns if self.counting is None else columns & self.counting.to(columns.device)
-
-    def scored(self, queries: Tensor | None, keys: Tensor | None, rows: Tensor | None = None) -> Scored:
-        """Projected queries and keys of all columns, or of the columns `rows` (batch, r), as the layer scores them."""
-        places = self.places if rows is None else self.places.take(rows)
-        places = places.to((keys if queries is None else queries).device)
-        return scored(self.attention, queries, keys, places.rope, places.ids)
-
-    def all_keys(self, keys: Tensor) -> Tensor:
-        """(batch, kv heads, n, head dim) -> (batch, kv heads, past + n, head dim)."""
-        return keys if self.past_keys is None else torch.cat([self.past_keys.to(keys.device), keys], 2)
-
-
-def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> Tensor:
-    """Attention of chosen query rows over the current columns of one decoder layer.
-
-    queries: (batch, r, heads * head_dim), outputs of `q_proj` for the rows; keys: (batch, n, kv heads * head_dim),
-    outputs of `k_proj` for all columns; rows: (batch, r) long, the rows' columns. Returns (batch, heads, r, n) float32;
-    mass on cached keys and on sinks counts in the softmax and is then left out.
-    """
-    q, k = context.scored(queries, None, rows), context.scored(None, keys)
-    mask = _visible(rows.to(keys.device), context)
-    weights = attention_rows(q.queries, context.all_keys(k.keys), mask=mask[:, None], **_bounds(q))
-    return weights[..., -keys.shape[1] :]
-
-
-def decoder_key_norms(keys: Tensor, context: RowContext) -> Tensor:
-    """L1 norm of the key of every current column of one decoder layer, all heads together, (batch, n) float32.
-
-    keys: as in `decoder_attention_rows`. Its position turns a key, which changes this norm.
-    """
-    return context.scored(None, keys).keys.float().abs().sum((1, 3))
-
-
-def rotary_logits(rows: Tensor, context: RowContext) -> Tensor:
-    """(batch, r, n) float32: logits of queries and keys that are all ones but for their positions.
-
-    rows: (batch, r) long, the queries' columns.
-    """
-    attention, places = context.attention, context.places
-    shape, device = (len(rows), places.ids.shape[1]), places.ids.device
-    queries, keys = (
-        torch.ones(*shape, output_width(attention, projection), device=device) for projection in ("q_proj", "k_proj")
-    )
-    rope = _map_rope(lambda t: t if t.is_complex() else t.float(), places.rope)
-    turned = scored(attention, queries, keys, rope, places.ids, norms=False)
-    index = rows.to(device)[..., None].expand(-1, -1, turned.queries.shape[-1])
-    return turned.queries[:, 0].gather(1, index) @ turned.keys[:, 0].mT * turned.queries.shape[-1] ** -0.5
-
-
-def cached_attention_row(
-    queries: Tensor, keys: Tensor, visible: Tensor, attention: nn.Module, places: Places
-) -> Tensor:
-    """Attention of one query a sample over the keys in a cache, (batch, heads, n) float32.
-
-    queries: (batch, 1, heads * head dim), output of `q_proj`; keys: (batch, kv heads, n, head dim), as cached; visible:
-    (batch, n) bool; places: of the queries.
-    """
-    places = places.to(queries.device)
-    q = scored(attention, queries, None, places.rope, places.ids)
-    return attention_rows(q.queries, keys, mask=visible[:, None, None], **_bounds(q))[:, :, 0]
-
-
-def decoder_page_rank(queries: Tensor, keys: Tensor, request: AttentionPageRank, context: RowContext) -> Tensor:
-    """Ranks of all current columns of one decoder layer, (batch, n) float32; see `decoder_attention_rows`.
-
-    queries, keys: outputs of `q_proj` and `k_proj` for all columns.
-    """
-    both, columns = context.scored(queries, keys), _columns(keys)
-    return attention_page_rank(
-        both.queries,
-        context.all_keys(both.keys),
-        mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
-        valid=context.counted((context.real if context.present is None else context.present).to(keys.device)),
-        temperature=request.temperature,
-        iterations=request.iterations,
-        damping=request.damping,
-        **_bounds(both),
-    )
-
-
-def decoder_attention_share(queries: Tensor, keys: Tensor, context: RowContext) -> Tensor:
-    """Attention that each current column of one decoder layer receives from all of them, (batch, n) float32.
-
-    queries, keys: as in `decoder_page_rank`. As a multiple of the average, i.e. of one over the number of real columns.
-    """
-    both, columns = context.scored(queries, keys), _columns(keys)
-    real = context.counted(context.real.to(keys.device))
-    received = attention_received(
-        both.queries,
-        context.all_keys(both.keys),
-        mask=lambda first, last: _visible(columns[:, first:last], context)[:, None],
-        valid=real,
-        **_bounds(both),
-    )
-    return received[:, -keys.shape[1] :] * real.sum(1, keepdim=True)
-
-
-def _columns(keys: Tensor) -> Tensor:
-    """(batch, n) long: the numbers of the columns of keys (batch, n, width)."""
-    return torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
-
-
-def _bounds(scores: Scored) -> dict[str, Any]:
-    """How a layer scales and bounds its scores, as `vtprune.ops.attention` takes it."""
-    return {"scale": scores.scale, "softcap": scores.softcap, "sinks": scores.sinks}
-
-
-def _visible(rows: Tensor, context: RowContext) -> Tensor:
-    """(batch, r) columns -> (batch, r, past + n) bool: which keys they attend to."""
-    real = context.real.to(rows.device)
-    batch, n = real.shape
-    columns = torch.arange(n, device=rows.device)
-    seen = columns <= rows[..., None]
-    near = columns > rows[..., None] - (n if context.window is None else context.window)
-    if context.blocks is not None:
-        blocks = context.blocks.to(rows.device)
-        own = blocks.gather(1, rows)[..., None]
-        together = (blocks[:, None] == own) & (own >= 0)
-        seen = (seen | together) & near if context.window_cuts_blocks else (seen & near) | together
-    else:
-        seen &= near
-    allowed = real[:, None, :] & seen
-    if context.past_keys is None:
-        return allowed
-    past = context.past_keys.shape[2]
-    past_real = real.new_ones(batch, past) if context.past_real is None else context.past_real.to(rows.device)
-    return torch.cat([past_real[:, None].expand(-1, rows.shape[1], -1), allowed], 2)
+    @abstractmethod
+    def read_cache(self, view: CacheView) -> Any:
+        """The signal of the visual tokens of one cache layer."""

@@ -6,8 +6,8 @@ import torch
 
 import vtprune
 from vtprune import SparseVLM
+from vtprune.attention import Places, RowContext
 from vtprune.ops.recycling import recycle_dropped
-from vtprune.signals import Places, RowContext, rotary_logits
 from vtprune.testing import families
 from vtprune.testing.recompute import visual_columns
 from vtprune.tokens import ModelShape
@@ -108,7 +108,7 @@ def test_version_two_divides_by_the_rotation_and_looks_at_some_heads(name):
         cos, sin = watched.rope[cut]
         columns, attention = torch.arange(cos.shape[1])[None], watched.model.get_decoder().layers[cut - 1].self_attn
         context = RowContext(attention, Places(columns, (cos, sin)), torch.ones_like(columns).bool(), None, None)
-        weights = (weights[:, rows] / rotary_logits(rows[None], context))[..., places].mean(1)
+        weights = (weights[:, rows] / context.position_logits(rows[None]))[..., places].mean(1)
         scores = weights[weights.sum(-1).argsort(descending=True)[:2]].mean(0)
         kept = torch.isin(alive, left)
         assert 0 < int(kept.sum()) < len(kept)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from vtprune.attention import Places, RowContext
 from vtprune.methods.base import Scorer
-from vtprune.signals import Places, RowContext
 from vtprune.tokens import ModelShape, VisualTokens
 
 HANDLERS: dict[str, Callable[[Vector], None]] = {}

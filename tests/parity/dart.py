@@ -3,8 +3,9 @@
 import torch
 
 from vtprune import DART
+from vtprune.attention import LayerAttention
+from vtprune.methods.dart import KeyNorms, NormedStates, key_norms
 from vtprune.ops.pivots import leading, unlike_pivots
-from vtprune.signals import KeyNorms, NormedStates, decoder_key_norms
 from vtprune.tokens import ModelShape
 
 from . import Vector, handles, kept, one_group, row_context, same
@@ -17,7 +18,7 @@ def selection(v: Vector) -> None:
     # The recorded keys are turned already.
     still = torch.ones(1, state.shape[1], keys.shape[-1])
     context = row_context((still, torch.zeros_like(still)), keys.shape[1], keys.shape[-1])
-    norms = decoder_key_norms(keys.transpose(1, 2).flatten(2), context)
+    norms = key_norms(LayerAttention(context, torch.clone, lambda: keys.transpose(1, 2).flatten(2)))
 
     def pivots(where: slice, count: int) -> torch.Tensor:
         index, real = leading(norms[:, where], torch.ones_like(norms[:, where], dtype=torch.bool), count)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
+from vtprune.attention import Places, RowContext, decoder_attention_rows
 from vtprune.methods import HoliTom
 from vtprune.ops.absorption import absorb_dropped
 from vtprune.ops.density_peaks import (
@@ -18,7 +19,7 @@ from vtprune.ops.emission import reading_order, with_newlines
 from vtprune.ops.frame_pooling import pool_frames
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
-from vtprune.signals import AttentionReceived, Places, RowContext, decoder_attention_rows
+from vtprune.signals import AttentionReceived
 from vtprune.tokens import Grid, ModelShape
 from vtprune.transformers_private import CACHE
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from vtprune import PyramidDrop
-from vtprune.signals import decoder_attention_rows
+from vtprune.attention import decoder_attention_rows
 from vtprune.tokens import ModelShape
 
 from . import Vector, handles, kept, one_group, rotary, row_context, same

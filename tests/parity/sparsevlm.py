@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from vtprune import SparseVLM
+from vtprune.methods.sparsevlm import RaterAttention
 from vtprune.ops.density_peaks import density_peak_order, density_peaks, merge_clusters, scaled_distances
 from vtprune.ops.raters import text_raters
 from vtprune.ops.recycling import recycle_dropped, recycling_counts
-from vtprune.signals import RaterAttention, rotary_logits
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, one_group, rotary, row_context, same
@@ -46,7 +46,7 @@ def stages(v: Vector) -> None:
         if not merges:
             context = row_context(rotary(positions, 16, 10000.0), heads=1, head_dim=16)
             rows = v["raters"] + len(positions) - v["n_text"]
-            weights = weights / rotary_logits(rows[None], context)[:, None]
+            weights = weights / context.position_logits(rows[None])[:, None]
         visual = slice(pre, pre + n)
         (request,) = method.signals(SHAPE)
         assert request == RaterAttention(not merges)

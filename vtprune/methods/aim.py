@@ -14,10 +14,39 @@ from vtprune import budget
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM, Composite, Method, Progressive, Scorer, Share
 from vtprune.ops.bipartite_merging import bipartite_merging
-from vtprune.signals import AttentionPageRank
+from vtprune.ops.page_rank import attention_page_rank
+from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = (14, 22), 28
+
+
+@dataclass(frozen=True)
+class AttentionPageRank(LayerSignal):
+    """(groups, tokens): ranks of the visual tokens by `vtprune.ops.page_rank` over the attention of the decoder layer
+    before the cut, in which all tokens of the prompt take part; those that are masked have a rank to pass on."""
+
+    temperature: float
+    iterations: int
+    damping: float
+
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (cut - 1,)
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        attention = view.attention(view.layer - 1)
+        queries, keys, scores = attention.everything()
+        ranks = attention_page_rank(
+            queries,
+            keys,
+            mask=attention.mask,
+            valid=attention.counted(view.present),
+            temperature=self.temperature,
+            iterations=self.iterations,
+            damping=self.damping,
+            **scores,
+        )
+        return view.groups.gather(ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

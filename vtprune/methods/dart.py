@@ -8,12 +8,46 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
+from vtprune.attention import LayerAttention
 from vtprune.layout import take_columns
 from vtprune.methods.base import CutOnce, Share
 from vtprune.ops.pivots import leading, unlike_pivots
-from vtprune.signals import KeyNorms, NormedStates
+from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True)
+class NormedStates(LayerSignal):
+    """A pair, (groups, tokens, dim) and (groups, text tokens, dim): what enters the next decoder layer, put through the
+    LLM's last normalisation; of the visual tokens, and of the text after the last of them."""
+
+    def read_layer(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        normed, (rows, _) = view.normed(), view.text_rows()
+        return view.groups.gather(normed), take_columns(normed, rows)
+
+
+@dataclass(frozen=True)
+class KeyNorms(LayerSignal):
+    """A pair, (groups, tokens) and (groups, text tokens) float32: L1 norms of the keys, positions applied, in the
+    decoder layer before the cut; of the visual tokens, and of the text after the last of them, -1 for padding."""
+
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (cut - 1,)
+
+    def read_layer(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        norms = key_norms(view.attention(view.layer - 1))
+        rows, text = view.text_rows()
+        # Where no text follows, the row is a visual token's.
+        text = (text & ~view.visual.gather(1, rows)).to(norms.device)
+        return view.groups.gather(norms), take_columns(norms, rows).masked_fill(~text, -1)
+
+
+def key_norms(attention: LayerAttention) -> Tensor:
+    """(batch, n) float32: L1 norm of the key of every column, all heads together."""
+    # Its position turns a key, which changes this norm.
+    return attention.keys().float().abs().sum((1, 3))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,30 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer, require_cls
-from vtprune.signals import ClsSimilarity
+from vtprune.ops.similarity import similarity_to
+from vtprune.signals import EncoderRecord, EncoderSignal, EncoderView, Taps
 from vtprune.tokens import ModelShape, VisualTokens
+
+
+@dataclass(frozen=True)
+class ClsSimilarity(EncoderSignal):
+    """(groups, tokens): similarity of each visual token to the CLS token in the encoder layer that the projector reads.
+
+    Where several patches become one visual token: their mean similarity.
+    """
+
+    metric: Literal["cosine", "l1", "l2"] = "cosine"
+    """See `vtprune.ops.similarity`."""
+
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(outputs=(shape.feature_layer,))
+
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        def similarity(record: EncoderRecord) -> Tensor:
+            output = record.outputs[view.shape.feature_layer]
+            return similarity_to(output[:, 0], output, self.metric)[..., None]
+
+        return view.per_token(similarity)[..., 0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,33 @@ from torch import Tensor
 
 from vtprune import budget
 from vtprune.methods.base import InLLM
+from vtprune.ops.attention import attention_received
 from vtprune.ops.attention_threshold import above_threshold, rising_threshold
 from vtprune.ops.selection import top_k_mask
-from vtprune.signals import AttentionShare
+from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True)
+class AttentionShare(LayerSignal):
+    """(groups, tokens): attention that each visual token receives in the decoder layer before the cut, from all tokens
+    of the prompt and over all heads, as a multiple of what a token receives on average."""
+
+    of_padded: bool = False
+    """Instead, the sum over what is left of the prompt divided by the columns that came in, padding included."""
+
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (cut - 1,)
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        attention = view.attention(view.layer - 1)
+        queries, keys, scores = attention.everything()
+        real = attention.counted(view.real)
+        received = attention_received(queries, keys, mask=attention.mask, valid=real, **scores)
+        share = received[:, -real.shape[1] :] * real.sum(1, keepdim=True)
+        if self.of_padded:
+            share = share / view.padded_length.to(share.device)
+        return view.groups.gather(share)
 
 
 @dataclass(frozen=True, kw_only=True)

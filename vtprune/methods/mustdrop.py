@@ -12,12 +12,56 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import AfterPrefill, Composite, InEncoder, Method, Progressive, Share, require_cls
-from vtprune.ops.dual_attention import dual_attention_filter
+from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens
 from vtprune.ops.window_merging import window_merging
-from vtprune.signals import AliveInLastLayer, ClsAttention, KeyTokens, TextAttention
+from vtprune.signals import CacheSignal, CacheView, ClsAttention, LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 PUBLISHED_LAYERS = (3, 7, 11, 15)
+
+
+@dataclass(frozen=True)
+class TextAttention(LayerSignal):
+    """(groups, tokens, 2): attention of the text after the last visual token over the visual tokens, averaged over
+    heads, in the decoder layer before the cut: summed over that text, and that of the text token that looks most."""
+
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (cut - 1,)
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        total, peak = None, None
+        for _, real, weights in view.attention(view.layer - 1).blocks_of_rows(*view.text_rows()):
+            sums, most = dual_attention(weights * real[:, None, :, None])
+            total = sums if total is None else total + sums
+            peak = most if peak is None else torch.maximum(peak, most)
+        return view.groups.gather(torch.stack([total, peak], -1))
+
+
+@dataclass(frozen=True)
+class KeyTokens(LayerSignal):
+    """(groups, tokens) bool: visual tokens that were, as they entered the LLM, among those of their crop that the
+    encoder's CLS query attends to most (`vtprune.ops.dual_attention.key_tokens`)."""
+
+    layer: int
+    """0-based encoder layer; the method announces its ClsAttention, too."""
+    share: float
+    """Of the tokens of each crop, rounded up."""
+
+    def mark(self, view: LayerView) -> Tensor:
+        groups, rows = view.encoded(ClsAttention((self.layer,)))
+        keys = key_tokens(rows[:, 0], groups.valid.to(rows.device), self.share)
+        return groups.scatter(keys, torch.zeros_like(view.real))
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        return view.groups.gather(view.marked(self))
+
+
+@dataclass(frozen=True)
+class AliveInLastLayer(CacheSignal):
+    """(groups, tokens) bool: which visual tokens of a cache layer got as far as the last decoder layer."""
+
+    def read_cache(self, view: CacheView) -> Tensor:
+        return view.alive(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +245,9 @@ class _Evict(AfterPrefill):
 
     def layers(self, shape: ModelShape) -> tuple[int, ...]:
         return self.looked_through
+
+    def signals(self, shape: ModelShape):
+        return (AliveInLastLayer(),)
 
     def select(self, tokens: VisualTokens) -> Selection:
         return Selection(tokens[AliveInLastLayer()])

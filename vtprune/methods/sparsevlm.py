@@ -10,11 +10,42 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from vtprune.layout import take_columns
 from vtprune.methods.base import Share, Staged
+from vtprune.ops.raters import text_raters
 from vtprune.ops.recycling import recycle_dropped
 from vtprune.ops.selection import top_k_mask
-from vtprune.signals import RaterAttention
+from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+
+@dataclass(frozen=True)
+class RaterAttention(LayerSignal):
+    """(groups, heads, tokens): attention of those tokens of the text after the last visual token that the image
+    resembles most (`vtprune.ops.raters`) over the visual tokens, averaged over them, in the decoder layer before the
+    cut."""
+
+    undo_rotation: bool = False
+    """Each weight divided by the logit that positions alone would give."""
+
+    def attends(self, cut: int) -> tuple[int, ...]:
+        return (cut - 1,)
+
+    def mark(self, view: LayerView) -> Tensor:
+        (rows, valid), hidden = view.text_rows(), view.hidden.detach()
+        real = (view.groups.valid.to(hidden.device), valid.to(hidden.device))
+        raters = text_raters(view.groups.gather(hidden), take_columns(hidden, rows), *real).to(rows.device)
+        return torch.zeros_like(view.real).scatter(1, rows, raters)
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        attention, (rows, valid) = view.attention(view.layer - 1), view.rows_of(view.marked(self) & view.real)
+        total = None
+        for some, rates, weights in attention.blocks_of_rows(rows, valid):
+            if self.undo_rotation:
+                weights = weights / attention.context.position_logits(some)[:, None].to(weights.device)
+            sums = weights.masked_fill(~rates[:, None, :, None], 0).sum(2)
+            total = sums if total is None else total + sums
+        return view.by_head(total / valid.to(total.device).sum(1)[:, None, None])
 
 
 @dataclass(frozen=True, kw_only=True)

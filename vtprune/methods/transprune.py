@@ -10,8 +10,29 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import Scorer, Share, Staged
-from vtprune.signals import InstructionAttention, Transition
+from vtprune.ops.transition import token_transition
+from vtprune.signals import InstructionAttention, LayerSignal, LayerView
 from vtprune.tokens import ModelShape, VisualTokens
+
+
+@dataclass(frozen=True)
+class Transition(LayerSignal):
+    """(groups, tokens): token transition variation, attention and MLP block, summed over decoder layers.
+
+    A later cut sees the sum since the first of these layers.
+    """
+
+    layers: tuple[int, ...]
+    """0-based decoder layers to measure."""
+
+    def measures(self) -> tuple[int, ...]:
+        return self.layers
+
+    def measure(self, inputs: Tensor, outputs: Tensor, counted: Tensor) -> Tensor:
+        return token_transition(inputs, outputs, counted)
+
+    def read_layer(self, view: LayerView) -> Tensor:
+        return view.groups.gather(view.measured(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,40 +3,29 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM, Method
-from vtprune.signals import (
-    AttentionReceived,
-    ClsAttention,
-    ClsSimilarity,
-    EncoderFeatures,
-    EncoderKeys,
-    EncoderOutput,
-    JointSpace,
-    SampleKeys,
-    TextEmbeddings,
-)
+from vtprune.question import Text
 from vtprune.stages.call import Call
-from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
+from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
+from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.reading import reader
 from vtprune.tokens import Grid, Selection, VisualTokens
 
 Chooser = Callable[[Method, VisualTokens], Selection]
 
 
 def prune_before_llm(
-    call: Call, hidden: Tensor, methods: list[BeforeLLM], tap: EncoderTap, text: Callable, choose: Chooser
+    call: Call, hidden: Tensor, methods: list[BeforeLLM], tap: EncoderTap, text: Text | None, choose: Chooser
 ) -> Tensor:
     """Apply the methods in order to the embeddings (batch, length, dim) of a prefill; returns the shorter ones.
 
-    text: `text(call, groups, request)` answers requests for the question, see `vtprune.question`.
+    text: the question that the session was given.
     """
     if tap.cut.cuts:
         hidden = _drop_merged(call, hidden, tap)
@@ -52,7 +41,7 @@ def prune_before_llm(
             features=groups.gather(hidden),
             valid=groups.valid,
             budget=budget.to(hidden.device),
-            signals=functools.partial(_signal, call, groups, tap, text),
+            signals=reader(method, call.adapter.shape, EncodedMedia(call, groups, tap, text).read, hidden.device),
             crops=crops,
             layouts=layouts,
             kinds=tuple(call.media.kinds[image] for image in groups.images.tolist()),
@@ -67,12 +56,12 @@ def prune_before_llm(
 
 def _drop_merged(call: Call, hidden: Tensor, tap: EncoderTap) -> Tensor:
     """Of visual tokens that are copies of one token of the encoder, leave the one it stood for, or else the first."""
-    _check_encoded(call)
+    check_encoded(call)
     if all(encoding.merge is None for encoding in call.media.encodings):
         return hidden
     groups = call.crop_groups()
     into, original = (
-        _per_group(values, call, groups).to(hidden.device) for values in tap.destinies(call.media.encodings)
+        per_group(values, call, groups).to(hidden.device) for values in tap.destinies(call.media.encodings)
     )
     valid = groups.valid.to(hidden.device)
     count, width = valid.shape
@@ -108,58 +97,3 @@ def _crops(call: Call, groups: Groups, by_crop: Groups) -> tuple[Tensor, tuple[t
         first, parts = counts.cumsum(0) - counts, torch.arange(len(grids)).split(counts.tolist())
         layouts = tuple(tuple(grids[crop] for crop in part.tolist()) for part in parts)
     return torch.where(labels >= 0, labels - first.to(labels.device)[:, None], -1), layouts
-
-
-def _signal(call: Call, groups: Groups, tap: EncoderTap, text: Callable, request):
-    if isinstance(request, (TextEmbeddings, JointSpace)):
-        return text(call, groups, request)
-    if isinstance(request, SampleKeys):
-        return _keys(call, groups, tap)
-    known = EncoderFeatures, EncoderKeys, EncoderOutput, ClsAttention, ClsSimilarity, AttentionReceived
-    if not isinstance(request, known):
-        raise UnsupportedStageError(f"{type(request).__name__} is not available before the LLM")
-    return encoder_signal(call, groups, tap, request)
-
-
-def _check_encoded(call: Call) -> None:
-    """Raise unless the call's features come from the encoder, pixels and all, as this session saw it run."""
-    media = call.media
-    if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
-        raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
-
-
-def encoder_signal(call: Call, groups: Groups, tap: EncoderTap, request) -> Tensor:
-    """What the encoder computed for the tokens alive of groups of visual tokens: see `vtprune.signals`."""
-    _check_encoded(call)
-    media = call.media
-    if isinstance(request, EncoderFeatures):
-        return _per_group(tap.projector_inputs(media.encodings), call, groups)
-    if isinstance(request, EncoderKeys):
-        return _per_group(tap.encoder_keys(media.encodings, request.layer), call, groups)
-    if isinstance(request, EncoderOutput):
-        return _per_group(tap.encoder_output(media.encodings, request), call, groups)
-    if isinstance(request, ClsSimilarity):
-        return _per_group(tap.cls_similarity(media.encodings, request), call, groups)
-    if isinstance(request, AttentionReceived):
-        return _per_group(tap.attention_received(media.encodings, request.layer), call, groups)
-    rows = _per_group(tap.cls_rows(media.encodings, request.layers), call, groups)
-    return rearrange(rows, "groups tokens layers heads -> groups layers heads tokens")
-
-
-def _keys(call: Call, groups: Groups, tap: EncoderTap) -> list[int]:
-    media = call.media
-    by_medium = [key for encoding in media.encodings for key in tap.image_keys(encoding)]
-    if len(groups.rows) == len(media.crop_rows):
-        crops = zip(media.crop_media.tolist(), media.crop_ranks.tolist(), strict=True)
-        # Crops of one image draw apart; the factor is an arbitrary prime.
-        keys = [by_medium[medium] + 7919 * rank for medium, rank in crops]
-    else:
-        keys = [by_medium[medium] for medium in media.image_media.tolist()]
-    return [call.prompt_key(row) + key for row, key in zip(groups.rows.tolist(), keys, strict=True)]
-
-
-def _per_group(values: Tensor, call: Call, groups: Groups) -> Tensor:
-    """Values (encoded tokens, ...) of the encoder for the tokens alive: (groups, tokens, ...)."""
-    taken = values[groups.gather(call.encoded_tokens()).to(values.device)]
-    valid = groups.valid.to(values.device)
-    return taken.masked_fill(~valid.view(*valid.shape, *[1] * (taken.ndim - 2)), 0)

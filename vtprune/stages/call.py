@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.adapters.base import Adapter
+from vtprune.attention import Places
 from vtprune.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.layout import Groups, Segment, counted_from, last_axis, take_columns
-from vtprune.signals import Places
 from vtprune.stages.media import Media
 from vtprune.tokens import Selection
 from vtprune.transformers_private import Cache, layer_mask, layer_type

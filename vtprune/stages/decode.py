@@ -8,10 +8,10 @@ hidden state that was put aside when it was cut. So each token is computed at mo
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
+from vtprune.attention import Places, cached_attention_row
 from vtprune.cache import PrunedLayer, pruned_layers
 from vtprune.callers import PerThread
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.layout import Groups, Segment, compact_columns, last_axis, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
-from vtprune.signals import AliveInLastLayer, LastQueryAttention, Places, cached_attention_row
+from vtprune.signals import CacheSignal, LastQueryAttention
 from vtprune.slots import Aside, Holdings, PromptTable, Slots
 from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.incoming import Columns
+from vtprune.stages.reading import reader
 from vtprune.tokens import ModelShape, VisualTokens
 from vtprune.transformers_private import Cache, attention_back_end, is_plain_layer, layer_type, reads_positions
 
@@ -72,6 +74,23 @@ class _View:
     """(batch, 1, f + q, physical), to be added to attention scores."""
     places: Places
     """Of the tokens computed in this step."""
+
+
+@dataclass(frozen=True)
+class _CacheView:
+    """See `vtprune.signals.CacheView`."""
+
+    call: Call
+    segment: Segment
+    groups: Groups
+
+    def read(self, signal: CacheSignal) -> Any:
+        return signal.read_cache(self)
+
+    def alive(self, layer: int) -> Tensor:
+        other = self.call.segment if layer == -1 else self.call.segment_at(layer)
+        alive = _spread(other.columns, other.visual, self.call.length)
+        return self.groups.gather(take_columns(alive, self.segment.columns))
 
 
 class DecodeStage:
@@ -185,7 +204,7 @@ class DecodeStage:
                 features=groups.gather(rearrange(layer.inner.keys[:, :, past:], "b h n d -> b n (h d)")),
                 valid=groups.valid,
                 budget=torch.full((call.batch,), -1, device=groups.valid.device),
-                signals=functools.partial(self._eviction_signal, call, segment, groups),
+                signals=reader(method, self.shape, _CacheView(call, segment, groups).read, layer.inner.keys.device),
                 shape=self.shape,
                 layer=i,
             )
@@ -208,12 +227,6 @@ class DecodeStage:
                 layer.layout = same[1].layout
             made[id(segment)] = left, layer
             call.held[i] = left
-
-    def _eviction_signal(self, call: Call, segment: Segment, groups: Groups, request: Hashable) -> Tensor:
-        if isinstance(request, AliveInLastLayer):
-            alive = _spread(call.segment.columns, call.segment.visual, call.length)
-            return groups.gather(take_columns(alive, segment.columns))
-        raise UnsupportedStageError(f"{type(request).__name__} is not available after prefill")
 
     # -- revival ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,19 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.callers import PerThread
-from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.methods.base import InEncoder
 from vtprune.ops.attention import attention_received, attention_rows
-from vtprune.ops.similarity import similarity_to
-from vtprune.signals import (
-    AttentionReceived,
-    ClsAttention,
-    ClsSimilarity,
-    EncoderFeatures,
-    EncoderKeys,
-    EncoderOutput,
-    JointSpace,
-)
+from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.in_encoder import EncoderCut, EncoderMerge
 from vtprune.tokens import Medium
 
@@ -117,24 +108,29 @@ class EncoderTap:
         self.adapter = adapter
         self._seen = PerThread(_Seen)
         self.cut = EncoderCut(adapter, methods, lambda: self._seen().open)
-        requests = list(requests)
-        self.cls_layers = {layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers}
-        self.received_layers = {r.layer for r in requests if isinstance(r, AttentionReceived)}
-        self.key_layers = {r.layer for r in requests if isinstance(r, EncoderKeys)}
-        self.output_layers = {r.layer for r in requests if isinstance(r, EncoderOutput)}
-        if any(isinstance(r, ClsSimilarity) for r in requests):
-            self.output_layers.add(adapter.shape.feature_layer)
-        self.keep_features = any(isinstance(r, EncoderFeatures) for r in requests)
+        signals = [request for request in requests if isinstance(request, EncoderSignal)]
+        taps = [signal.taps(adapter.shape) for signal in signals]
+        self.cls_layers = {layer for tap in taps for layer in tap.cls_rows}
+        self.received_layers = {layer for tap in taps for layer in tap.received}
+        self.key_layers = {layer for tap in taps for layer in tap.keys}
+        self.output_layers = {layer for tap in taps for layer in tap.outputs}
+        self.keep_features = any(tap.projector_input for tap in taps)
+        depth = adapter.shape.encoder_layers
+        for layer in self.cls_layers | self.received_layers | self.key_layers | self.output_layers:
+            if not 0 <= layer < depth:
+                raise ConfigError(
+                    f"a signal reads encoder layer {layer}, and the vision encoder has layers 0..{depth - 1}"
+                )
         if self.received_layers | self.key_layers and not adapter.plain_encoder_attention:
             raise UnsupportedStageError(
                 f"this method needs the attention inside the vision encoder, which cannot be recomputed for "
                 f"{adapter.family} (packed images, or queries and keys of one projection); methods that need none: "
                 "mmtok, divprune, fastv, transprune"
             )
-        of_clip = any(isinstance(r, JointSpace) or (isinstance(r, EncoderOutput) and r.normalised) for r in requests)
-        if of_clip and adapter.vision_config.model_type != CLIP:
+        needs = next((signal.needs_clip for signal in signals if signal.needs_clip), None)
+        if needs and adapter.vision_config.model_type != CLIP:
             raise UnsupportedStageError(
-                f"a text tower needs a CLIP as vision encoder, and that of {adapter.family} is a "
+                f"{needs} needs a CLIP as vision encoder, and that of {adapter.family} is a "
                 f"{adapter.vision_config.model_type}; leave text_tower out to compare in the LLM's space"
             )
         self.profile = profile
@@ -306,43 +302,9 @@ class EncoderTap:
             start += 0 if e.merge is None else e.merge.slots.numel()
         return torch.cat(values), torch.cat(same)
 
-    def cls_rows(self, encodings: Iterable[Encoding], layers: Sequence[int]) -> Tensor:
-        """(tokens of all encodings, layers, heads): what the CLS query pays to each visual token."""
-        values = []
-        for e in encodings:
-            rows = torch.stack([e.rows[layer].to(e.rows[layers[0]].device) for layer in layers], 1)
-            patches = rows[..., 1:] if self.adapter.cuts_cls(e.kind) else rows
-            flat = rearrange(patches, "crops layers heads patches -> crops patches (layers heads)")
-            flat = _fitting(self.adapter, "patch_values", self.adapter.patch_values(e.kind, e.inputs, flat), e.tokens)
-            values.append(rearrange(flat, "tokens (layers heads) -> tokens layers heads", layers=len(layers)))
-        return torch.cat(values)
-
-    def attention_received(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
-        """(tokens of all encodings,): see `AttentionReceived`."""
-        return torch.cat([self._per_token(e, e.received[layer][..., None]) for e in encodings])[:, 0]
-
-    def encoder_keys(self, encodings: Iterable[Encoding], layer: int) -> Tensor:
-        """(tokens of all encodings, heads * head dim): see `EncoderKeys`."""
-        return torch.cat([self._per_token(e, e.keys[layer]) for e in encodings])
-
-    def encoder_output(self, encodings: Iterable[Encoding], request: EncoderOutput) -> Tensor:
-        """(tokens of all encodings, dim): see `EncoderOutput`."""
-        values = []
-        for e in encodings:
-            output = e.outputs[request.layer]
-            if request.normalised:
-                output = self.adapter.vision_tower(e.kind).post_layernorm(output)
-            values.append(self._per_token(e, output))
-        return torch.cat(values)
-
-    def cls_similarity(self, encodings: Iterable[Encoding], request: ClsSimilarity) -> Tensor:
-        """(tokens of all encodings,): see `ClsSimilarity`."""
-        values = []
-        for e in encodings:
-            output = e.outputs[self.adapter.shape.feature_layer]
-            similarity = similarity_to(output[:, 0], output, request.metric)
-            values.append(self._per_token(e, similarity[..., None]))
-        return torch.cat(values)[:, 0]
+    def per_token(self, encodings: Iterable[Encoding], values: Callable[[EncoderRecord], Tensor]) -> Tensor:
+        """(tokens of all encodings, dim): `values` of the encoder's tokens, (crops, tokens, dim) of each encoding."""
+        return torch.cat([self._per_token(encoding, values(encoding)) for encoding in encodings])
 
     def _per_token(self, encoding: Encoding, values: Tensor) -> Tensor:
         """Values of the encoder's tokens (crops, tokens, dim), CLS included, as one row a visual token."""

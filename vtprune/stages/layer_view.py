@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a signal sees on the input of a decoder layer: the `vtprune.signals.LayerView` of one cut."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.adapters.base import Adapter
+from vtprune.attention import LayerAttention, Places, RowContext
+from vtprune.cache import PrunedLayer
+from vtprune.errors import UnsupportedStageError
+from vtprune.layout import Groups, take_columns
+from vtprune.signals import EncoderSignal, LayerSignal
+from vtprune.stages.call import Call
+from vtprune.stages.encoded import EncodedMedia
+from vtprune.stages.encoder import EncoderTap
+from vtprune.transformers_private import layer_type
+
+
+@dataclass
+class Recorded:
+    """What was recorded for signals in one forward call of the language model, cut along with the sequence."""
+
+    projected: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Decoder layer and projection -> its output."""
+    places: dict[int, Places] = field(default_factory=dict)
+    """Decoder layer -> the positions that it was given."""
+    measured: dict[tuple[LayerSignal, int], Tensor] = field(default_factory=dict)
+    """Signal and decoder layer -> (batch, n), the sum over the layer's blocks."""
+    marked: dict[LayerSignal, Tensor] = field(default_factory=dict)
+    """(batch, call length) bool."""
+
+    def cut(self, index: Tensor) -> None:
+        """Keep the columns `index` (batch, m) of the sequence."""
+        self.projected = {key: take_columns(values, index) for key, values in self.projected.items()}
+        self.places = {layer: places.take(index) for layer, places in self.places.items()}
+        self.measured = {key: take_columns(values, index) for key, values in self.measured.items()}
+
+    def forget(self, layer: int) -> None:
+        """Release the projections of a decoder layer: queries of whole prompts are large."""
+        for name in ("q_proj", "k_proj"):
+            self.projected.pop((layer, name), None)
+        self.places.pop(layer, None)
+
+
+class CutView:
+    """See `vtprune.signals.LayerView`."""
+
+    def __init__(self, adapter: Adapter, tap: EncoderTap, call: Call, recorded: Recorded, layer: int, hidden: Tensor):
+        self.adapter, self.tap, self.call, self.recorded = adapter, tap, call, recorded
+        self.layer, self.hidden = layer, hidden
+        self._segment = call.segment
+
+    def read(self, signal: LayerSignal) -> Any:
+        return signal.read_layer(self)
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        return self.call.sample_groups()
+
+    @property
+    def real(self) -> Tensor:
+        return self._segment.real
+
+    @property
+    def present(self) -> Tensor:
+        return self._segment.present
+
+    @property
+    def visual(self) -> Tensor:
+        return self._segment.visual
+
+    @property
+    def padded_length(self) -> Tensor:
+        behind = (self.call.real & ~self.call.prompt).sum(1, keepdim=True)
+        return self.call.length - behind
+
+    def normed(self) -> Tensor:
+        return self.adapter.language_model.norm(self.hidden).to(self.hidden.device)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _prompt(self) -> Tensor:
+        """(batch, n) bool: the real columns of the prompt."""
+        return self._segment.real & self.call.prompt_at(self._segment)
+
+    @functools.cached_property
+    def _last(self) -> Tensor:
+        """(batch, 1) long: the prompt's last column."""
+        columns = torch.arange(self._prompt.shape[1], device=self._prompt.device)
+        return torch.where(self._prompt, columns, -1).amax(1, keepdim=True)
+
+    def text_rows(self, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+        if last_only:
+            return self._last, torch.ones_like(self._last, dtype=torch.bool)
+        columns = torch.arange(self._prompt.shape[1], device=self._prompt.device)
+        last_visual = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
+        return self.rows_of(self._prompt & (columns > last_visual))
+
+    def rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        columns = torch.arange(marked.shape[1], device=marked.device)
+        marked = torch.where(marked.any(1, keepdim=True), marked, columns == self._last)
+        width = int(marked.sum(1).max())
+        rows = torch.argsort(marked.to(torch.uint8), dim=1, stable=True)[:, -width:]
+        return rows, marked.gather(1, rows)
+
+    def by_head(self, weights: Tensor) -> Tensor:
+        return self.groups.gather(weights.transpose(1, 2)).transpose(1, 2)
+
+    # -- attention ----------------------------------------------------------------------------------------------
+
+    def attention(self, layer: int) -> LayerAttention:
+        if layer == self.layer:
+            return self._ahead()
+        queries, keys = (self.recorded.projected.get((layer, name)) for name in ("q_proj", "k_proj"))
+        if queries is None or keys is None:
+            raise UnsupportedStageError(
+                f"the attention of decoder layer {layer} was not kept for the cut on the input of layer {self.layer}; "
+                "a signal names the layers that it reads in `attends`"
+            )
+        taken = functools.partial(take_columns, queries)
+        context = self._context(layer, self.recorded.places[layer])
+        return LayerAttention(context, lambda rows: queries if rows is None else taken(rows), lambda: keys)
+
+    def _ahead(self) -> LayerAttention:
+        """The attention of the layer that runs next."""
+        layer = self.adapter.decoder_layers[self.layer]
+        inner = layer.input_layernorm(self.hidden)
+        project = layer.self_attn.q_proj
+        return LayerAttention(
+            self._context(self.layer, self.call.places_at(self.layer, self.hidden)),
+            lambda rows: project(inner if rows is None else take_columns(inner, rows)),
+            lambda: layer.self_attn.k_proj(inner),
+        )
+
+    def _context(self, layer: int, places: Places) -> RowContext:
+        call = self.call
+        layout, past = call.before[layer]
+        config = call.text_config
+        sliding = layer_type(config, layer) == "sliding_attention"
+        window = config.sliding_window if sliding else None
+        keys = None
+        if call.cache is not None and past:
+            if window is not None and past + call.segment.real.shape[1] > window:
+                raise UnsupportedStageError(
+                    f"attention in decoder layer {layer} cannot be recomputed: its sliding window of {window} tokens "
+                    "no longer holds all of the conversation so far"
+                )
+            held = call.cache.layers[layer]
+            keys = (held.inner if isinstance(held, PrunedLayer) else held).keys[:, :, :past]
+        return RowContext(
+            attention=self.adapter.decoder_layers[layer].self_attn,
+            places=places,
+            real=self.real,
+            past_keys=keys,
+            past_real=layout.real,
+            # What was recorded in an earlier layer has been cut along with the sequence since.
+            blocks=call.blocks_at(call.starts[-1]),
+            window=window,
+            window_cuts_blocks=self.adapter.window_cuts_blocks,
+            present=self.present,
+            counting=call.prompt_at(self._segment),
+        )
+
+    # -- what was recorded --------------------------------------------------------------------------------------
+
+    def measured(self, signal: LayerSignal) -> Tensor:
+        values = [value for (measured, _), value in self.recorded.measured.items() if measured == signal]
+        if not values:
+            raise UnsupportedStageError(
+                f"{type(signal).__name__}: nothing was measured before layer {self.layer}; measure an earlier layer"
+            )
+        return sum(value.to(self.hidden.device) for value in values)
+
+    def marked(self, signal: LayerSignal) -> Tensor:
+        return take_columns(self.recorded.marked[signal], self._segment.columns)
+
+    def mark(self, signal: LayerSignal) -> None:
+        """Remember what a signal marks, by columns of the call."""
+        marked = signal.mark(self)
+        if marked is not None:
+            nothing = torch.zeros_like(self.call.real)
+            self.recorded.marked[signal] = nothing.scatter(1, self._segment.columns, marked.to(nothing.device))
+
+    def encoded(self, signal: EncoderSignal) -> tuple[Groups, Any]:
+        groups = self.call.crop_groups()
+        return groups, signal.read_encoded(EncodedMedia(self.call, groups, self.tap, None))
+
+    def prompt_keys(self) -> list[int]:
+        return [self.call.prompt_key(row) for row in range(self.call.batch)]

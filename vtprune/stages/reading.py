@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How methods read signals: only those that were announced, on the device of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from vtprune.errors import ConfigError, UnsupportedStageError
+from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method, Reviving
+from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
+from vtprune.tokens import ModelShape
+
+
+def check_signals(method: Method, shape: ModelShape) -> None:
+    """Raise unless every signal that a method of one stage announces can be read there; nothing is computed."""
+    signals = method.signals(shape)
+    kind = next((kind for stage, kind in _KINDS.items() if isinstance(method, stage)), None)
+    for signal in signals:
+        name = f"{method.name}: {type(signal).__name__}"
+        if not isinstance(signal, EncoderSignal | LayerSignal | CacheSignal):
+            raise ConfigError(f"{name} is no signal; see `vtprune.signals`")
+        if isinstance(signal, EncoderSignal) and not shape.has_cls and signal.taps(shape).cls_rows:
+            raise UnsupportedStageError(f"{name} needs a CLS token, and this vision encoder has none")
+        if kind is None or not isinstance(signal, kind):
+            # What a signal inside the LLM reads of the encoder is announced, so that it is recorded.
+            if isinstance(method, InLLM) and isinstance(signal, EncoderSignal):
+                continue
+            raise UnsupportedStageError(f"{name} cannot be read {_WHERE[kind]}")
+        if isinstance(method, Reviving) and not isinstance(signal, LastQueryAttention):
+            raise UnsupportedStageError(f"{name} cannot be read while tokens are generated; LastQueryAttention can")
+        if isinstance(method, InLLM):
+            _check_layers(name, method, signal, shape)
+
+
+def _check_layers(name: str, method: InLLM, signal: LayerSignal, shape: ModelShape) -> None:
+    """Raise unless the layers that a signal reads have run by some cut."""
+    cuts = method.cuts(shape)
+    for layer in {layer for cut in cuts for layer in signal.attends(cut)} | set(signal.measures()):
+        if not 0 <= layer <= max(cuts, default=-1):
+            raise ConfigError(f"{name} reads decoder layer {layer}, and the cuts are on the input of layers {cuts}")
+
+
+_KINDS: dict[type[Method], type] = {BeforeLLM: EncoderSignal, InLLM: LayerSignal, AfterPrefill: CacheSignal}
+_WHERE = {
+    EncoderSignal: "before the LLM",
+    LayerSignal: "inside the LLM",
+    CacheSignal: "after the prefill",
+    None: "inside the vision encoder",
+}
+
+
+def reader(
+    method: Method, shape: ModelShape, read: Callable[[Any], Any], device: torch.device
+) -> Callable[[Hashable], Any]:
+    """What `tokens[signal]` asks: `read` for the signals that a method announced, moved to the features' device."""
+    announced = frozenset(method.signals(shape))
+
+    def look_up(signal: Hashable) -> Any:
+        if signal not in announced:
+            raise ConfigError(f"{method.name} reads {signal}, which its `signals` did not announce")
+        return _on(device, read(signal))
+
+    return look_up
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if torch.is_tensor(value):
+        return value.to(device)
+    return type(value)(_on(device, part) for part in value) if isinstance(value, tuple | list) else value
