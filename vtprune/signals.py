@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a method may ask the model for. A signal says what is recorded for it, and how it is read from that.
 
-A method announces its signals in `Method.signals()` and reads them as `tokens[signal]`. It may bring signals of its own,
-frozen dataclasses derived from `EncoderSignal`, `LayerSignal` or `CacheSignal`, after the stage they are read at. A
-signal may look at what its view offers. The method gets what it returns on the device of the tokens' features.
+A method announces its signals in `Method.signals()` and reads them as `tokens[signal]`. It may bring signals of its
+own, frozen dataclasses derived from `EncoderSignal`, `LayerSignal` or `CacheSignal`, after the stage they are read at.
+A signal may look at what its view offers. The method gets what it returns on the device of the features.
 """
 
 from __future__ import annotations

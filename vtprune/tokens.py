@@ -113,6 +113,37 @@ class VisualTokens:
         yield from zip(range(len(self.valid)), self.lengths.tolist(), self.budget.tolist(), strict=True)
 
 
+class Merging:
+    """Collects a `Selection` for methods that merge one part of a group at a time."""
+
+    def __init__(self, tokens: VisualTokens):
+        self._keep, self._features = torch.zeros_like(tokens.valid), tokens.features.clone()
+        self._sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+
+    def put(self, group: int, places: Tensor | int, keep: Tensor, features: Tensor, sources: Tensor) -> None:
+        """Note what is left of a part.
+
+        Args:
+            group: its group.
+            places: (m,) long, the places of its tokens in the group; or an int, the first m of them.
+            keep: (m,) bool.
+            features: (m, dim); rows where `keep` is True count.
+            sources: (m,) long: index in the part of the kept token that each token went into, -1 for dropped ones.
+        """
+        places = torch.arange(places, device=self._keep.device) if isinstance(places, int) else places
+        self._keep[group, places], self._features[group, places] = keep, features
+        self.send(group, places, torch.where(sources >= 0, places[sources], -1))
+
+    def send(self, group: int, places: Tensor, targets: Tensor) -> None:
+        """Note only where tokens at `places`, of any shape, went: places in the group, -1 for dropped."""
+        self._sources[group, places] = targets
+
+    @property
+    def selection(self) -> Selection:
+        """What was put; tokens of no part are dropped."""
+        return Selection(self._keep, self._features, self._sources)
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which tokens of a `VisualTokens` survive, and what was merged into them."""

@@ -16,7 +16,7 @@ from vtprune.ops.apportionment import apportion
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
 from vtprune.ops.merging import Merged
-from vtprune.tokens import Selection, VisualTokens
+from vtprune.tokens import Merging, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,7 @@ class BVLLMMerge(BeforeLLM):
     reference_quirks: bool = False
 
     def select(self, tokens: VisualTokens) -> Selection:
-        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+        merging = Merging(tokens)
         for group, length, k in tokens.each():
             own = tokens.crops[group, :length]
             crops = [(own == crop).nonzero()[:, 0] for crop in own.unique().tolist()]
@@ -59,17 +58,15 @@ class BVLLMMerge(BeforeLLM):
                 if len(layouts) > 1 or None in layouts:
                     raise UnsupportedStageError("bvllm_merge needs whole frames; put it before other methods")
                 merged = self._merge_frames(tokens.features[group, :length].unflatten(0, (len(crops), -1)), k)
-                kept, values, into = merged.in_place(tokens.features[group, None, :length])
-                keep[group, :length], features[group, :length], sources[group, :length] = kept[0], values[0], into[0]
+                own = merged.in_place(tokens.features[group, None, :length])
+                merging.put(group, length, *(part[0] for part in own))
                 continue
             sizes = torch.tensor([len(places) for places in crops], dtype=torch.long)
             for places, count in zip(crops, apportion(k, sizes, sizes).tolist(), strict=True):
                 values = tokens.features[group, None, places]
                 merged = bipartite_merging(values, count, reference_quirks=self.reference_quirks)
-                kept, values, into = merged.in_place(values)
-                keep[group, places], features[group, places] = kept[0], values[0]
-                sources[group, places] = torch.where(into[0] >= 0, places[into[0]], -1)
-        return Selection(keep, features, sources)
+                merging.put(group, places, *(part[0] for part in merged.in_place(values)))
+        return merging.selection
 
     def _merge_frames(self, frames: Tensor, k: int) -> Merged:
         """frames (frames, tokens, dim) -> one group whose tokens are those of all frames, `k` of them left."""
@@ -80,9 +77,8 @@ class BVLLMMerge(BeforeLLM):
         left = over_time.places[0]
         capacities = torch.full((len(left),), size)
         counts = apportion(k, torch.ones(len(left)), capacities)
-        within = bipartite_merging(
-            over_time.features[0], counts.to(frames.device), reference_quirks=self.reference_quirks
-        )
+        counts = counts.to(frames.device)
+        within = bipartite_merging(over_time.features[0], counts, reference_quirks=self.reference_quirks)
         # Where each token of each frame goes: to the frame that this one went into, then to a place in there.
         frame = over_time.sources[0]
         row = torch.searchsorted(left, frame)

@@ -55,8 +55,7 @@ class CDPruner(BeforeLLM):
         return self.requests(shape)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores = self._scores(tokens).to(tokens.valid.device)
-        relevance = scaled_relevance(scores, tokens.valid, together=self.reference_quirks)
+        relevance = scaled_relevance(self._scores(tokens), tokens.valid, together=self.reference_quirks)
         return Selection(conditional_diversity(tokens.features, relevance, tokens.valid, tokens.budget))
 
     def _scores(self, tokens: VisualTokens) -> Tensor:
@@ -65,5 +64,5 @@ class CDPruner(BeforeLLM):
         if self.text_tower is None:
             return mean_similarity(tokens.features, textual[0])
         outputs, (questions, projection) = textual
-        patches = outputs.to(projection.device).float() @ projection.float().T
+        patches = outputs.float() @ projection.float().T
         return -mean_similarity(patches, [question[None] for question in questions])

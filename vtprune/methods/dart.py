@@ -85,10 +85,10 @@ class DART(CutOnce):
     def select(self, tokens: VisualTokens) -> Selection:
         states, text_states = tokens[NormedStates()]
         norms, text_norms = tokens[KeyNorms()]
-        valid, budget = tokens.valid.to(states.device), tokens.budget.to(states.device)
-        image, real = leading(norms, valid, self.image_pivots)
-        real &= torch.arange(image.shape[1], device=real.device) < budget[:, None]
-        chosen = torch.zeros_like(valid).scatter(1, image, real)
+        image, real = leading(norms, tokens.valid, self.image_pivots)
+        real &= torch.arange(image.shape[1], device=real.device) < tokens.budget[:, None]
+        chosen = torch.zeros_like(tokens.valid).scatter(1, image, real)
         text, text_real = leading(text_norms, text_norms >= 0, self.text_pivots)
         pivots = torch.cat([take_columns(states, image), take_columns(text_states, text)], 1)
-        return Selection(unlike_pivots(states, pivots, torch.cat([real, text_real], 1), chosen, valid, budget))
+        real = torch.cat([real, text_real], 1)
+        return Selection(unlike_pivots(states, pivots, real, chosen, tokens.valid, tokens.budget))

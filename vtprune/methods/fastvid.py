@@ -16,7 +16,7 @@ from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.frame_pooling import frame_means
 from vtprune.ops.scene_cuts import scenes
 from vtprune.signals import AttentionReceived, ClsAttention
-from vtprune.tokens import ModelShape, Selection, VisualTokens
+from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +63,15 @@ class FastVID(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         (request,) = self.signals(tokens.shape)
-        saliency = tokens[request].to(tokens.features.device)
-        saliency = cls_score(saliency) if tokens.shape.has_cls else saliency
-        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+        saliency = cls_score(tokens[request]) if tokens.shape.has_cls else tokens[request]
+        merging = Merging(tokens)
         for group, length, k in tokens.each():
             if not length:
                 continue
             values = tokens.features[group, :length]
             # A crop may have lost all its tokens to another method.
-            frames = tokens.crops[group, :length].to(values.device).unique(return_inverse=True)[1]
-            kept, merged, into = merge_into_anchors(
+            frames = tokens.crops[group, :length].unique(return_inverse=True)[1]
+            merged = merge_into_anchors(
                 values,
                 saliency[group, :length],
                 frames,
@@ -84,9 +82,8 @@ class FastVID(BeforeLLM):
                 neighbours=self.neighbours,
                 anchor_weight=self.anchor_weight,
             )
-            keep[group, :length], features[group, :length] = kept.to(keep.device), merged
-            sources[group, :length] = into.to(sources.device)
-        return Selection(keep, features, sources)
+            merging.put(group, length, *merged)
+        return merging.selection
 
     def _scenes(self, values: Tensor, frames: Tensor, kind: str) -> Tensor:
         """(frames,) the scene of each."""

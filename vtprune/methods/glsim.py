@@ -59,4 +59,4 @@ class GLSim(Scorer, BeforeLLM):
         return (ClsSimilarity(self.metric),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        return tokens[ClsSimilarity(self.metric)].to(tokens.valid.device)
+        return tokens[ClsSimilarity(self.metric)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
 from vtprune.ops.pooling import pool_grid
-from vtprune.tokens import Grid, Selection, VisualTokens
+from vtprune.tokens import Grid, Merging, Selection, VisualTokens
 
 Pooling = Callable[[Tensor, Grid, int], tuple[Tensor, Tensor, Tensor]]
 """Features (rows * columns, dim), their grid and how many to leave -> keep, features and sources, as a `Selection`."""
@@ -31,8 +31,7 @@ def pool_crops(
     Raises:
         UnsupportedStageError: tokens of a crop are missing, or it has no grid.
     """
-    keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-    sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+    merging = Merging(tokens)
     for group, length, _ in tokens.each():
         grids = tokens.layouts[group] if length else ()
         if None in grids:
@@ -43,12 +42,12 @@ def pool_crops(
         left = counts(group, torch.tensor([len(crops[start]) for start in starts], dtype=torch.long)).tolist()
         for start, count in zip(starts, left, strict=True):
             places, grid = torch.stack(crops[start : start + step]), grids[start]
-            means = tokens.features[group, places].float().mean(0).to(features.dtype)
+            means = tokens.features[group, places].float().mean(0).to(tokens.features.dtype)
             kept, pooled, into = _behind_prefix(means, grid, count, pooling)
             middle = places[(len(places) - 1) // 2]
-            keep[group, middle], features[group, middle] = kept, pooled
-            sources[group, places] = torch.where(into >= 0, middle[into], -1)
-    return Selection(keep, features, sources)
+            merging.put(group, middle, kept, pooled, into)
+            merging.send(group, places, torch.where(into >= 0, middle[into], -1).expand_as(places))
+    return merging.selection
 
 
 def _behind_prefix(features: Tensor, grid: Grid, k: int, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from vtprune.ops.absorption import absorb_dropped
 from vtprune.ops.apportionment import apportion
 from vtprune.ops.video_merging import merge_video
 from vtprune.signals import AttentionReceived, LastQueryAttention
-from vtprune.tokens import ModelShape, Selection, VisualTokens
+from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 PUBLISHED_LAYER, PUBLISHED_DEPTH = 18, 28
 
@@ -125,9 +125,8 @@ class _MergeVideo(BeforeLLM):
         return (AttentionReceived(shape.feature_layer),)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
-        saliency = tokens[AttentionReceived(tokens.shape.feature_layer)].to(features.device)
+        merging = Merging(tokens)
+        saliency = tokens[AttentionReceived(tokens.shape.feature_layer)]
         # Parts that are rounded by themselves are shares of the ratio, not of the rounded count.
         ratio = self.keep_ratio if self.reference_quirks else None
         for group, length, k in tokens.each():
@@ -143,11 +142,8 @@ class _MergeVideo(BeforeLLM):
                     centre_weight=self.centre_weight,
                     reference_quirks=self.reference_quirks,
                 )
-                into = video.sources.flatten()
-                keep[group, places] = video.keep.flatten()
-                features[group, places] = video.features.flatten(0, 1)
-                sources[group, places] = torch.where(into >= 0, places[into], -1)
-        return Selection(keep, features, sources)
+                merging.put(group, places, video.keep.flatten(), video.features.flatten(0, 1), video.sources.flatten())
+        return merging.selection
 
     def _clips(self, tokens: VisualTokens, group: int, length: int, k: int) -> list[tuple[Tensor, int, int]]:
         """What is merged together: places in the group, frames, tokens to keep."""
@@ -189,12 +185,9 @@ class _Absorb(InLLM):
         return (LastQueryAttention(self.layer - 1),)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
-        weights = tokens[LastQueryAttention(self.layer - 1)].mean(1).to(features.device)
+        merging = Merging(tokens)
+        weights = tokens[LastQueryAttention(self.layer - 1)].mean(1)
         for group, length, k in tokens.each():
-            spans = tokens.spans[group, :length].to(features.device)
-            kept, merged, into = absorb_dropped(features[group, :length], weights[group, :length], k, spans=spans)
-            keep[group, :length], features[group, :length] = kept.to(keep.device), merged
-            sources[group, :length] = into.to(sources.device)
-        return Selection(keep, features, sources)
+            own, spans = tokens.features[group, :length], tokens.spans[group, :length]
+            merging.put(group, length, *absorb_dropped(own, weights[group, :length], k, spans=spans))
+        return merging.selection

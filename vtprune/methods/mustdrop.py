@@ -222,8 +222,8 @@ class _Filter(Progressive):
             peak,
             global_threshold=self.global_threshold,
             individual_threshold=self.individual_threshold,
-            spared=tokens[self._keys(tokens.shape)].to(total.device) if self.key_share else None,
-            valid=tokens.valid.to(total.device),
+            spared=tokens[self._keys(tokens.shape)] if self.key_share else None,
+            valid=tokens.valid,
             budget=tokens.budget if has_budget else None,
         )
         return Selection(kept)

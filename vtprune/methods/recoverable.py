@@ -16,7 +16,7 @@ from vtprune.methods.base import BeforeLLM
 from vtprune.ops.apportionment import apportion
 from vtprune.ops.recovery import dynamic_counts, main_tokens, recover, text_scores
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, EncoderOutput, JointSpace, TextEmbeddings
-from vtprune.tokens import ModelShape, Selection, VisualTokens
+from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +78,20 @@ class Recoverable(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         attention, keys, *textual = (tokens[request] for request in self.requests(tokens.shape))
-        device = tokens.features.device
-        visual = (attention.mean((1, 2)) if tokens.shape.has_cls else attention).to(device)
-        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+        visual = attention.mean((1, 2)) if tokens.shape.has_cls else attention
+        keep, merging = torch.zeros_like(tokens.valid), Merging(tokens)
         for group, length, k in tokens.each():
             if not length:
                 continue
             values, scores = tokens.features[group, :length], visual[group, :length].float()
-            text = self._text_scores(group, values, *textual).to(device)
+            text = self._text_scores(group, values, *textual)
             count = None if k < 0 else k
             if not self.gather:
                 keep[group, :length] = self._main(scores, text, values.shape[1], count)
                 continue
-            kept, merged, into = recover(
+            merged = recover(
                 values,
-                keys[group, :length].to(device),
+                keys[group, :length],
                 scores,
                 text,
                 count,
@@ -102,14 +100,14 @@ class Recoverable(BeforeLLM):
                 outlier_factor=self.outlier_factor,
                 reference_quirks=self.reference_quirks,
             ).in_place(values[None])
-            keep[group, :length], features[group, :length], sources[group, :length] = kept[0], merged[0], into[0]
-        return Selection(keep, features, sources) if self.gather else Selection(keep)
+            merging.put(group, length, *(part[0] for part in merged))
+        return merging.selection if self.gather else Selection(keep)
 
     def _text_scores(self, group: int, values: Tensor, *textual) -> Tensor:
         """(tokens,) likeness to the question of a group with features (tokens, dim)."""
         if self.text_tower is None:
             # A sum has the direction of the mean, and there may be no text at all.
-            return text_scores(textual[0][group].float().sum(0).to(values.device), values)
+            return text_scores(textual[0][group].float().sum(0), values)
         outputs, (questions, projection) = textual
         patches = outputs[group, : len(values)].to(projection) @ projection.T
         return text_scores(questions[group].float(), patches.float())

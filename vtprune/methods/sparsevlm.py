@@ -16,7 +16,7 @@ from vtprune.ops.raters import text_raters
 from vtprune.ops.recycling import recycle_dropped
 from vtprune.ops.selection import top_k_mask
 from vtprune.signals import LayerSignal, LayerView
-from vtprune.tokens import ModelShape, Selection, VisualTokens
+from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,10 @@ class SparseVLM(Staged):
     def select(self, tokens: VisualTokens) -> Selection:
         scores = self.scores(tokens)
         if self.recycle == 0:
-            return Selection(top_k_mask(scores, tokens.valid.to(scores.device), tokens.budget))
-        keep, features = torch.zeros_like(tokens.valid), tokens.features.clone()
-        sources = torch.full_like(tokens.valid, -1, dtype=torch.long)
+            return Selection(top_k_mask(scores, tokens.valid, tokens.budget))
+        merging = Merging(tokens)
         for group, length, k in tokens.each():
-            spans = None if tokens.spans is None else tokens.spans[group, :length].to(features.device)
-            kept, merged, into = recycle_dropped(
-                features[group, :length], scores[group, :length], k, self.recycle, spans=spans
-            )
-            keep[group, :length], features[group, :length] = kept.to(keep.device), merged
-            sources[group, :length] = into.to(sources.device)
-        return Selection(keep, features, sources)
+            own = tokens.features[group, :length]
+            spans = None if tokens.spans is None else tokens.spans[group, :length]
+            merging.put(group, length, *recycle_dropped(own, scores[group, :length], k, self.recycle, spans=spans))
+        return merging.selection

@@ -70,20 +70,19 @@ class TokenCorrelation(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         layers = self.layers(tokens.shape)
         local, deep = tokens[ClsAttention(layers)].mean(2).unbind(1)
-        valid = tokens.valid.to(local.device)
-        keys = tokens[EncoderKeys(layers[0])].to(local.device)
+        keys = tokens[EncoderKeys(layers[0])]
         keep = global_and_local(
             deep,
             local,
-            information_density(keys, valid, similarity=self.similarity, count=self.count),
-            valid,
-            None if bool((tokens.budget < 0).any()) else tokens.budget.to(local.device),
+            information_density(keys, tokens.valid, similarity=self.similarity, count=self.count),
+            tokens.valid,
+            None if bool((tokens.budget < 0).any()) else tokens.budget,
             whiskers=self.whiskers,
-            noise=None if self.seed is None else self._noise(tokens).to(local.device),
+            noise=None if self.seed is None else self._noise(tokens),
         )
-        return Selection(keep.to(tokens.valid.device))
+        return Selection(keep)
 
     def _noise(self, tokens: VisualTokens) -> Tensor:
         """(groups, tokens) uniform in (0, 1)."""
-        noise = seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1])
+        noise = seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1]).to(tokens.valid.device)
         return noise.clamp_min(torch.finfo(noise.dtype).tiny)

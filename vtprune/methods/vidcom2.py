@@ -42,9 +42,9 @@ class VidCom2(BeforeLLM):
             if not length:
                 continue
             # A crop may have lost all its tokens to another method.
-            frames = tokens.crops[group, :length].to(tokens.features.device).unique(return_inverse=True)[1]
+            frames = tokens.crops[group, :length].unique(return_inverse=True)[1]
             to_video, to_frame = commonness(tokens.features[group, :length], frames)
             sizes = frames.bincount().cpu()
             counts = apportion(k, frame_shares(to_video, frames).cpu() * sizes, sizes)
-            keep[group, :length] = best_per_part(-(to_video + to_frame), frames, counts).to(keep.device)
+            keep[group, :length] = best_per_part(-(to_video + to_frame), frames, counts)
         return Selection(keep)

@@ -46,13 +46,11 @@ class VisionZip(BeforeLLM):
         return ClsAttention((shape.feature_layer,)), EncoderKeys(shape.feature_layer)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        attention, keys = (tokens[request].to(tokens.features.device) for request in self.signals(tokens.shape))
-        valid, budget = (t.to(tokens.features.device) for t in (tokens.valid, tokens.budget))
-        contextual = (budget * self.contextual_share).round().long()
-        dominant = top_k_mask(cls_score(attention), valid, budget - contextual)
+        attention, keys = (tokens[request] for request in self.signals(tokens.shape))
+        contextual = (tokens.budget * self.contextual_share).round().long()
+        dominant = top_k_mask(cls_score(attention), tokens.valid, tokens.budget - contextual)
         keys = head_mean(keys, attention.shape[2])
         merged = merge_contextual(
-            tokens.features, keys, dominant, valid, contextual, reference_quirks=self.reference_quirks
+            tokens.features, keys, dominant, tokens.valid, contextual, reference_quirks=self.reference_quirks
         )
-        keep, features, sources = merged
-        return Selection(keep.to(tokens.valid.device), features, sources.to(tokens.valid.device))
+        return Selection(*merged)

@@ -48,12 +48,7 @@ class VisPruner(BeforeLLM):
         attention, features = tokens[self.attention(tokens.shape)], tokens[EncoderFeatures()]
         if tokens.shape.has_cls:
             attention = cls_score(attention)
-        device = features.device
-        keep = important_and_distinct(
-            attention.to(device),
-            features,
-            tokens.valid.to(device),
-            tokens.budget,
-            important_ratio=self.important_ratio,
+        ratio = self.important_ratio
+        return Selection(
+            important_and_distinct(attention, features, tokens.valid, tokens.budget, important_ratio=ratio)
         )
-        return Selection(keep.to(tokens.valid.device))

@@ -14,7 +14,7 @@ from vtprune.question import Text
 from vtprune.stages.call import Call
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
 from vtprune.stages.encoder import EncoderTap
-from vtprune.stages.reading import reader
+from vtprune.stages.reading import visual_tokens
 from vtprune.tokens import Grid, Selection, VisualTokens
 
 Chooser = Callable[[Method, VisualTokens], Selection]
@@ -37,15 +37,16 @@ def prune_before_llm(
         if bool((budget >= lengths).all()):
             continue
         crops, layouts = _crops(call, groups, by_crop)
-        tokens = VisualTokens(
-            features=groups.gather(hidden),
-            valid=groups.valid,
-            budget=budget.to(hidden.device),
-            signals=reader(method, call.adapter.shape, EncodedMedia(call, groups, tap, text).read, hidden.device),
+        tokens = visual_tokens(
+            method,
+            call.adapter.shape,
+            groups,
+            groups.gather(hidden),
+            EncodedMedia(call, groups, tap, text).read,
+            budget=budget,
             crops=crops,
             layouts=layouts,
             kinds=tuple(call.media.kinds[image] for image in groups.images.tolist()),
-            shape=call.adapter.shape,
         )
         selection = choose(method, tokens)
         cut = call.apply(hidden, groups, selection, layer=0, compact=method.positions == "compact")

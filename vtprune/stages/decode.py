@@ -31,8 +31,8 @@ from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.incoming import Columns
-from vtprune.stages.reading import reader
-from vtprune.tokens import ModelShape, VisualTokens
+from vtprune.stages.reading import visual_tokens
+from vtprune.tokens import ModelShape
 from vtprune.transformers_private import Cache, attention_back_end, is_plain_layer, layer_type, reads_positions
 
 
@@ -200,12 +200,13 @@ class DecodeStage:
             segment = call.segment_at(i)
             past = call.before[i][1]
             groups = call.sample_groups(segment)
-            tokens = VisualTokens(
-                features=groups.gather(rearrange(layer.inner.keys[:, :, past:], "b h n d -> b n (h d)")),
-                valid=groups.valid,
-                budget=torch.full((call.batch,), -1, device=groups.valid.device),
-                signals=reader(method, self.shape, _CacheView(call, segment, groups).read, layer.inner.keys.device),
-                shape=self.shape,
+            tokens = visual_tokens(
+                method,
+                self.shape,
+                groups,
+                groups.gather(rearrange(layer.inner.keys[:, :, past:], "b h n d -> b n (h d)")),
+                _CacheView(call, segment, groups).read,
+                budget=torch.full((call.batch,), -1),
                 layer=i,
             )
             keep = self.choose(method, tokens).keep.to(groups.valid.device)
@@ -396,12 +397,13 @@ class DecodeStage:
         valid = groups.valid.to(keys.device)[..., None]
         features = take_columns(rearrange(keys, "b h n d -> b n (h d)"), slot).masked_fill(~valid, 0)
         rowed = take_columns(weights.transpose(1, 2), slot).masked_fill(~valid, 0).transpose(1, 2)
-        tokens = VisualTokens(
-            features=features,
-            valid=groups.valid,
+        tokens = visual_tokens(
+            self.reviving,
+            self.shape,
+            groups,
+            features,
+            {LastQueryAttention(i - 1): rowed}.__getitem__,
             budget=torch.minimum(table.counts[:, self.cuts.index(i)], groups.valid.sum(1)),
-            signals={LastQueryAttention(i - 1): rowed},
-            shape=self.shape,
             layer=i,
         )
         keep = self.choose(self.reviving, tokens).keep.to(groups.valid.device)

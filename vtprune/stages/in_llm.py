@@ -27,8 +27,8 @@ from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
-from vtprune.stages.reading import reader
-from vtprune.tokens import ModelShape, Selection, VisualTokens
+from vtprune.stages.reading import visual_tokens
+from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import attention_back_end, check_arguments, reads_positions
 
 
@@ -216,13 +216,14 @@ class InLLMStage:
             alive = groups.valid.sum(1).cpu()
             if bool((budget >= alive).all()):
                 continue
-            tokens = VisualTokens(
-                features=groups.gather(hidden),
-                valid=groups.valid,
-                budget=torch.minimum(budget, alive).to(hidden.device),
-                signals=reader(method, self.shape, view.read, hidden.device),
+            tokens = visual_tokens(
+                method,
+                self.shape,
+                groups,
+                groups.gather(hidden),
+                view.read,
+                budget=torch.minimum(budget, alive),
                 spans=groups.gather(call.spans()),
-                shape=self.shape,
                 layer=i,
             )
             selection = self.choose(method, tokens)

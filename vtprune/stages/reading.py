@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How methods read signals: only those that were announced, on the device of the features."""
+"""What methods are shown: visual tokens, and the signals that they announced, on one device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vtprune.errors import ConfigError, UnsupportedStageError
+from vtprune.layout import Groups
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method, Reviving
 from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
-from vtprune.tokens import ModelShape
+from vtprune.tokens import ModelShape, VisualTokens
 
 
 def check_signals(method: Method, shape: ModelShape) -> None:
@@ -52,10 +54,26 @@ _WHERE = {
 }
 
 
-def reader(
+def visual_tokens(
+    method: Method, shape: ModelShape, groups: Groups, features: Tensor, read: Callable[[Any], Any], **facts: Any
+) -> VisualTokens:
+    """What a method is shown of groups of visual tokens, all on the device of their features (groups, tokens, dim).
+
+    read: gives a signal. facts: further fields of `VisualTokens`.
+    """
+    device = features.device
+    return VisualTokens(
+        features=features,
+        valid=groups.valid.to(device),
+        signals=_reader(method, shape, read, device),
+        shape=shape,
+        **{name: _on(device, fact) if torch.is_tensor(fact) else fact for name, fact in facts.items()},
+    )
+
+
+def _reader(
     method: Method, shape: ModelShape, read: Callable[[Any], Any], device: torch.device
 ) -> Callable[[Hashable], Any]:
-    """What `tokens[signal]` asks: `read` for the signals that a method announced, moved to the features' device."""
     announced = frozenset(method.signals(shape))
 
     def look_up(signal: Hashable) -> Any:
