@@ -20,7 +20,8 @@ from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import chat_inputs, resolve_model
 from vtprune.eval.summary import flops
 from vtprune.eval.tasks import TASKS, Task
-from vtprune.methods import BeforeLLM, InEncoder, InLLM, build_method
+from vtprune.methods import build_method
+from vtprune.methods.base import BeforeLLM, InEncoder, InLLM
 from vtprune.tokens import ModelShape
 
 _EXAMPLES = 8

@@ -143,6 +143,9 @@ class Looking(vtprune.BeforeLLM):
     name: ClassVar[str] = "looking"
     signal: ClassVar[str] = "-"
 
+    def budgets(self, lengths, images):
+        return torch.full_like(lengths, -1)
+
     def signals(self, shape):
         return tuple(kind(layer) for kind in (AttentionReceived, EncoderKeys) for layer in range(4)) + (
             ClsAttention(tuple(range(4))),

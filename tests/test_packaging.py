@@ -177,7 +177,7 @@ def stay(model: torch.nn.Module) -> vtprune.Session:
     return vtprune.patch(model, vtprune.TransPrune(layers=(7, 9), schedule=(0.5, 0.25)))
 
 
-class Mine(vtprune.Scorer, vtprune.BeforeLLM):
+class Mine(vtprune.BeforeLLM, vtprune.Scorer):
     name = "mine"
     signal = "feature length"
 

@@ -39,6 +39,9 @@ class BeforeProbe(vtprune.BeforeLLM):
     signal: ClassVar[str] = "-"
     requests: tuple = ()
 
+    def budgets(self, lengths, images):
+        return torch.full_like(lengths, -1)
+
     def signals(self, shape):
         return self.requests
 

@@ -169,7 +169,8 @@ def doctor(
 @_plain_errors
 def methods() -> None:
     """List the methods: where they act, what they look at, their source."""
-    from vtprune.methods import Progressive, list_methods
+    from vtprune.methods import list_methods
+    from vtprune.methods.base import Progressive
 
     table = Table("method", "stage", "signal", "default budget", "paper")
     for name, method in sorted(list_methods().items()):

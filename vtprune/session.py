@@ -23,7 +23,7 @@ from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.callers import PerCaller, PerThread, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.methods import MethodLike, build_methods
-from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
+from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
 from vtprune.question import Text
 from vtprune.report import Report, Timings, Totals
 from vtprune.slots import Holdings
@@ -180,7 +180,7 @@ class Session:
         self._check_states(active)
         self._longest = longest_prunable(self.adapter.language_model.config, shape.decoder_layers)
         self._before = [m for m in active if isinstance(m, BeforeLLM)]
-        encoder = [m for m in active if m.stage == "encoder"]
+        encoder = [m for m in active if isinstance(m, InEncoder)]
         self._tap = EncoderTap(self.adapter, requests, encoder, profile=profile)
         inside = [m for m in active if isinstance(m, InLLM)]
         self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)

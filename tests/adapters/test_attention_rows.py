@@ -34,7 +34,7 @@ class Look(vtprune.InLLM):
         return (self.layer,)
 
     def budgets(self, shape, entering, crops):
-        return torch.zeros(1, len(entering), dtype=torch.long)
+        return torch.full((1, len(entering)), -1)
 
     def signals(self, shape):
         return (LastQueryAttention(self.layer - 1), InstructionAttention())

@@ -11,8 +11,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vtprune import prune
-from vtprune.methods import AIM
+from vtprune import AIM, prune
 from vtprune.ops.bipartite_merging import bipartite_match, bipartite_merging
 from vtprune.ops.page_rank import attention_page_rank
 from vtprune.ops.schedules import linear_decay

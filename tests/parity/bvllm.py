@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from vtprune.methods import BVLLMMerge
+from vtprune import BVLLMMerge
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from vtprune.methods import FastVID
+from vtprune import FastVID
 from vtprune.ops.anchor_merging import merge_into_anchors
 from vtprune.ops.scene_cuts import scenes
 from vtprune.signals import AttentionReceived

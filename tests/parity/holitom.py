@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
+from vtprune import HoliTom
 from vtprune.attention import Places, RowContext, decoder_attention_rows
-from vtprune.methods import HoliTom
 from vtprune.ops.absorption import absorb_dropped
 from vtprune.ops.density_peaks import (
     density_peak_order,

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import vtprune
-from vtprune.methods import MustDrop
+from vtprune import MustDrop
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from vtprune.methods import Recoverable
+from vtprune import Recoverable
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.outliers import local_outlier_factor, outlier_share
 from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from vtprune.methods import TextMonkey
+from vtprune import TextMonkey
 from vtprune.ops.repetition import similarity_to_later
 from vtprune.tokens import ModelShape
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from vtprune.methods import VidCom2
+from vtprune import VidCom2
 from vtprune.ops.frame_uniqueness import commonness, frame_shares
 
 from . import Vector, close, handles, kept, one_per_group, same

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from vtprune.methods import VisionZip
+from vtprune import VisionZip
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.contextual_merging import head_mean
 from vtprune.ops.mosaic import mosaic_order

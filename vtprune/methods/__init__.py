@@ -5,101 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods.adaptive_pool import AdaptivePool
-from vtprune.methods.aim import AIM
-from vtprune.methods.base import (
-    AfterPrefill,
-    BeforeLLM,
-    Composite,
-    InEncoder,
-    InLLM,
-    Method,
-    Progressive,
-    Reviving,
-    Scorer,
-)
-from vtprune.methods.bvllm_merge import BVLLMMerge
-from vtprune.methods.cdpruner import CDPruner
-from vtprune.methods.dart import DART
-from vtprune.methods.divprune import DivPrune
-from vtprune.methods.fastervlm import FasterVLM
-from vtprune.methods.fastv import FastV
-from vtprune.methods.fastvid import FastVID
-from vtprune.methods.glsim import GLSim
-from vtprune.methods.holitom import HoliTom
-from vtprune.methods.lazyllm import LazyLLM
-from vtprune.methods.ltp import LTP
-from vtprune.methods.mmtok import MMTok
-from vtprune.methods.mustdrop import MustDrop
-from vtprune.methods.pdrop import PyramidDrop
-from vtprune.methods.pool import Pool
-from vtprune.methods.progressive_pooling import ProgressivePooling
-from vtprune.methods.random import Random
-from vtprune.methods.recoverable import Recoverable
-from vtprune.methods.sparsevlm import SparseVLM
-from vtprune.methods.textmonkey import TextMonkey
-from vtprune.methods.token_correlation import TokenCorrelation
-from vtprune.methods.transprune import TransPrune
-from vtprune.methods.uniform import Uniform
-from vtprune.methods.uniform_frames import UniformFrames
-from vtprune.methods.vidcom2 import VidCom2
-from vtprune.methods.visionzip import VisionZip
-from vtprune.methods.vispruner import VisPruner
-from vtprune.methods.vtc_cls import VTCCls
-from vtprune.methods.zero import Zero
+from vtprune.methods import catalogue
+from vtprune.methods.base import BeforeLLM, Method
 from vtprune.plugins import load_plugins
-
-__all__ = [
-    "AIM",
-    "AdaptivePool",
-    "AfterPrefill",
-    "BVLLMMerge",
-    "BeforeLLM",
-    "CDPruner",
-    "Composite",
-    "DART",
-    "DivPrune",
-    "FastV",
-    "FastVID",
-    "FasterVLM",
-    "GLSim",
-    "HoliTom",
-    "InEncoder",
-    "InLLM",
-    "LTP",
-    "LazyLLM",
-    "MMTok",
-    "Method",
-    "MustDrop",
-    "Pool",
-    "Progressive",
-    "ProgressivePooling",
-    "PyramidDrop",
-    "Random",
-    "Recoverable",
-    "Reviving",
-    "Scorer",
-    "SparseVLM",
-    "TextMonkey",
-    "TokenCorrelation",
-    "TransPrune",
-    "Uniform",
-    "UniformFrames",
-    "VTCCls",
-    "VidCom2",
-    "VisPruner",
-    "VisionZip",
-    "Zero",
-    "build_method",
-    "build_methods",
-    "list_methods",
-    "register_method",
-]
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -108,47 +22,28 @@ MethodLike = Method | str | Path | Mapping[str, Any] | Sequence[Any]
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Make a method known under its `name`; usable as a decorator. Raises ConfigError if the name is taken."""
+    """Make a method known under its `name`; usable as a decorator.
+
+    Raises ConfigError if the name is taken, or the class lacks what every method has.
+    """
+    for attribute in ("name", "signal"):
+        if not isinstance(getattr(method, attribute, None), str):
+            raise ConfigError(f"{method.__qualname__} has no `{attribute}`: a method states it as a ClassVar[str]")
+    own = [name for name, kind in inspect.get_annotations(method).items() if "ClassVar" not in str(kind)]
+    if own and "__dataclass_params__" not in vars(method):
+        raise ConfigError(
+            f"{method.__qualname__} is no dataclass, so that {', '.join(own)} would be no parameter of it: put "
+            "@dataclass(frozen=True, kw_only=True) on it"
+        )
     if _METHODS.get(method.name, method) is not method:
         raise ConfigError(f"a method named {method.name!r} is registered already")
     _METHODS[method.name] = method
     return method
 
 
-for _method in (
-    VTCCls,
-    FasterVLM,
-    VisPruner,
-    TransPrune,
-    MMTok,
-    CDPruner,
-    DivPrune,
-    FastV,
-    DART,
-    HoliTom,
-    VidCom2,
-    FastVID,
-    AIM,
-    MustDrop,
-    LTP,
-    LazyLLM,
-    PyramidDrop,
-    SparseVLM,
-    TextMonkey,
-    ProgressivePooling,
-    AdaptivePool,
-    BVLLMMerge,
-    TokenCorrelation,
-    Recoverable,
-    GLSim,
-    VisionZip,
-    Random,
-    Uniform,
-    UniformFrames,
-    Pool,
-    Zero,
-):
-    register_method(_method)
+for _method in vars(catalogue).values():
+    if isinstance(_method, type):
+        register_method(_method)
 
 
 @functools.cache
@@ -207,4 +102,4 @@ def build_methods(spec: MethodLike, **parameters: Any) -> list[Method]:
     if parameters:
         raise ConfigError(f"{', '.join(parameters)}: give each method of a list its own budget and parameters")
     methods = [build_method(item) for item in spec]
-    return sorted(methods, key=lambda method: method.stage != "before_llm")
+    return sorted(methods, key=lambda method: not isinstance(method, BeforeLLM))

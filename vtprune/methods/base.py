@@ -45,8 +45,11 @@ def _checks(cls: type) -> dict[str, Callable]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to choose visual tokens. Subclass `BeforeLLM`, `InLLM`, `Progressive` (or its `Staged` and `CutOnce`),
-    `Reviving` or `Composite`, not this.
+    """A way to choose visual tokens. Subclass one of the classes below, not this; each states its stage.
+
+    `BeforeLLM` (between projector and LLM), `InLLM` (between decoder layers), `Progressive` (the same, by a schedule
+    that scales to any budget), `Staged` and `CutOnce` (the same, layers and shares are fields), `Reviving` (cuts made
+    anew for every generated token), `InEncoder`, `AfterPrefill` (the KV cache), and `Composite` (several of them).
 
     Fields (all methods)
         keep_ratio: share of the visual tokens kept, averaged over the LLM's layers; in (0, 1], 1.0 prunes nothing.
@@ -98,22 +101,65 @@ class Method(ABC):
 
 
 class _OneStage(Method):
-    """A method that selects, at one stage."""
+    """A method that selects, at one stage. It overrides `scores` or `select`."""
 
-    @abstractmethod
+    _may_keep_more: ClassVar[bool] = False
+    """Whether a budget is a lower bound only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self).select is _OneStage.select and type(self).scores is _OneStage.scores:
+            raise ConfigError(f"{self.name}: a method gives every token a score in `scores`, or chooses in `select`")
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """(groups, tokens) float, larger is better; padding is ignored."""
+        raise NotImplementedError
+
     def select(self, tokens: VisualTokens) -> Selection:
-        """Choose `tokens.budget[g]` of the valid tokens of each group g."""
+        """Choose `tokens.budget[g]` of the valid tokens of each group g; by default those of the largest scores."""
+        scores = self.scores(tokens)
+        if not torch.is_tensor(scores) or scores.shape != tokens.valid.shape:
+            shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+            raise VTPruneError(f"{self.name} returned scores of {shape}, expected {tuple(tokens.valid.shape)}")
+        if bool((scores.isnan() & tokens.valid.to(scores.device)).any()):
+            raise VTPruneError(f"{self.name} returned scores that are NaN")
+        return Selection(top_k_mask(scores, tokens.valid, tokens.budget))
 
     @torch.no_grad()
     def choose(self, tokens: VisualTokens) -> Selection:
         """What `select` gives. Raises VTPruneError if it does not fit."""
         selection = self.select(tokens)
-        if selection.keep.shape != tokens.valid.shape or selection.keep.dtype != torch.bool:
-            raise VTPruneError(
-                f"{self.name} returned a selection of {selection.keep.dtype} {tuple(selection.keep.shape)}, expected "
-                f"bool {tuple(tokens.valid.shape)}"
-            )
+        _check_selection(self.name, tokens, selection, self._may_keep_more)
         return selection
+
+
+def _check_selection(name: str, tokens: VisualTokens, selection: Selection, may_keep_more: bool) -> None:
+    """Raise VTPruneError, which names the method, unless a selection fits the tokens that it was made among."""
+    if not isinstance(selection, Selection):
+        raise VTPruneError(f"{name} returned a {type(selection).__name__}, expected a vtprune.Selection")
+    shape, device = tokens.valid.shape, tokens.valid.device
+    for what, values, dtype in (
+        ("a selection", selection.keep, torch.bool),
+        ("sources", selection.sources, torch.long),
+    ):
+        if values is not None and (values.shape != shape or values.dtype != dtype):
+            raise VTPruneError(
+                f"{name} returned {what} of {values.dtype} {tuple(values.shape)}, expected {dtype} {tuple(shape)}"
+            )
+    if selection.features is not None and selection.features.shape != tokens.features.shape:
+        raise VTPruneError(
+            f"{name} returned features of {tuple(selection.features.shape)}, expected {tuple(tokens.features.shape)}"
+        )
+    kept, budget = (selection.keep.to(device) & tokens.valid).sum(1), tokens.budget.to(device)
+    least = torch.minimum(budget, tokens.lengths).clamp(max=1)
+    # One question, for an accelerator has to be waited for.
+    wrong = (budget >= 0) & ((kept < least) if may_keep_more else (kept > budget) | (kept < least))
+    if bool(wrong.any()):
+        group = int(wrong.nonzero()[0, 0])
+        raise VTPruneError(
+            f"{name} kept {int(kept[group])} of {int(tokens.lengths[group])} tokens where {int(budget[group])} were to "
+            "be kept"
+        )
 
 
 class InEncoder(_OneStage):
@@ -124,6 +170,7 @@ class InEncoder(_OneStage):
     """
 
     stage = "encoder"
+    _may_keep_more: ClassVar[bool] = True  # what is not alike is not merged
 
     @abstractmethod
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
@@ -327,11 +374,9 @@ class Composite(Method):
 
 
 class Scorer(ABC):
-    """Mixin for methods that give every token a score and keep the best of each group."""
+    """Says of a method of one stage that it gives every token a score, and no more; it may stand before or behind the
+    stage's class."""
 
     @abstractmethod
     def scores(self, tokens: VisualTokens) -> Tensor:
         """(groups, tokens) float, larger is better; padding is ignored."""
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return Selection(top_k_mask(self.scores(tokens), tokens.valid, tokens.budget))

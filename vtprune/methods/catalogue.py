@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one list of the methods that the library brings. Registry, exports and tables follow it, and its order."""
+
+# isort: off
+from vtprune.methods.vtc_cls import VTCCls as VTCCls
+from vtprune.methods.fastervlm import FasterVLM as FasterVLM
+from vtprune.methods.vispruner import VisPruner as VisPruner
+from vtprune.methods.transprune import TransPrune as TransPrune
+from vtprune.methods.mmtok import MMTok as MMTok
+from vtprune.methods.cdpruner import CDPruner as CDPruner
+from vtprune.methods.divprune import DivPrune as DivPrune
+from vtprune.methods.fastv import FastV as FastV
+from vtprune.methods.dart import DART as DART
+from vtprune.methods.holitom import HoliTom as HoliTom
+from vtprune.methods.vidcom2 import VidCom2 as VidCom2
+from vtprune.methods.fastvid import FastVID as FastVID
+from vtprune.methods.aim import AIM as AIM
+from vtprune.methods.mustdrop import MustDrop as MustDrop
+from vtprune.methods.ltp import LTP as LTP
+from vtprune.methods.lazyllm import LazyLLM as LazyLLM
+from vtprune.methods.pdrop import PyramidDrop as PyramidDrop
+from vtprune.methods.sparsevlm import SparseVLM as SparseVLM
+from vtprune.methods.textmonkey import TextMonkey as TextMonkey
+from vtprune.methods.progressive_pooling import ProgressivePooling as ProgressivePooling
+from vtprune.methods.adaptive_pool import AdaptivePool as AdaptivePool
+from vtprune.methods.bvllm_merge import BVLLMMerge as BVLLMMerge
+from vtprune.methods.token_correlation import TokenCorrelation as TokenCorrelation
+from vtprune.methods.recoverable import Recoverable as Recoverable
+from vtprune.methods.glsim import GLSim as GLSim
+from vtprune.methods.visionzip import VisionZip as VisionZip
+from vtprune.methods.random import Random as Random
+from vtprune.methods.uniform import Uniform as Uniform
+from vtprune.methods.uniform_frames import UniformFrames as UniformFrames
+from vtprune.methods.pool import Pool as Pool
+from vtprune.methods.zero import Zero as Zero
