@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
@@ -84,12 +86,14 @@ def test_cls_rows_are_those_of_the_encoder(normalised):
     output = model.model.get_image_features(tiles, return_dict=True)
     for handle in handles:
         handle.remove()
-    rows = tap.cls_rows([tap.encoding("image", output)], layers)
+    encoding = tap.encoding("image", output)
+    view = SimpleNamespace(per_token=lambda values: tap.per_token([encoding], values)[None])
+    rows = ClsAttention(layers).read_encoded(view)[0]
     attentions = model.model.vision_tower(tiles, output_attentions=True).attentions
     for place, layer in enumerate(layers):
         patches = attentions[layer][:, :, 0, 1:].unflatten(-1, (6, 6))
         merged = patches.unflatten(-2, (3, 2)).unflatten(-1, (3, 2)).mean((-3, -1))
-        torch.testing.assert_close(rows[:, place], merged.flatten(2).transpose(1, 2).flatten(0, 1))
+        torch.testing.assert_close(rows[place].mT, merged.flatten(2).transpose(1, 2).flatten(0, 1))
 
 
 def test_depths():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from typing import ClassVar
 
 import pytest
 
@@ -83,6 +84,34 @@ def test_a_taken_name_is_refused():
 
     with pytest.raises(ConfigError, match="registered already"):
         vtprune.register_method(Impostor)
+
+
+def test_a_class_that_lacks_what_every_method_has_is_refused_by_name():
+    class Nameless(vtprune.BeforeLLM):
+        signal = "-"
+
+    class Undecorated(vtprune.BeforeLLM):
+        name: ClassVar[str] = "undecorated"
+        signal: ClassVar[str] = "-"
+        order: int = 2
+
+    class Dark(vtprune.BeforeLLM):
+        name = "dark"
+
+    for cls, words in (
+        (Nameless, "Nameless has no `name`"),
+        (Dark, "Dark has no `signal`"),
+        (Undecorated, "Undecorated is no dataclass, so that order would be no parameter of it"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            vtprune.register_method(cls)
+    assert "undecorated" not in vtprune.list_methods()
+
+
+def test_what_is_listed_is_exported():
+    own = {cls.__name__: cls for cls in vtprune.list_methods().values() if cls.__module__.startswith("vtprune.methods")}
+    assert own.items() <= vars(vtprune).items() and set(own) <= set(vtprune.__all__)
+    assert all(hasattr(vtprune, name) for name in vtprune.__all__) and len(set(vtprune.__all__)) == len(vtprune.__all__)
 
 
 def test_a_missing_budget_is_an_error_where_nothing_is_published():
