@@ -26,6 +26,7 @@ from vtprune.transformers_private import (
     LinearAttentionCacheLayerMixin,
     create_missing_layers,
     has_keys,
+    is_plain_layer,
     is_prunable,
 )
 
@@ -224,6 +225,16 @@ def check_cache(cache: Cache, owner: Owner) -> None:
             raise UnsupportedStageError(
                 f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static caches have a fixed "
                 "length); use the default dynamic cache"
+            )
+
+
+def check_changeable(cache: Cache) -> None:
+    """Raise UnsupportedStageError unless columns can leave a pruned cache, and join it, after the prefill."""
+    for layer in pruned_layers(cache):
+        if not is_plain_layer(layer.inner) and not layer.is_sliding:
+            raise UnsupportedStageError(
+                f"tokens cannot be evicted from, or come back to, a {type(layer.inner).__name__} cache layer; use "
+                "the default dynamic cache"
             )
 
 

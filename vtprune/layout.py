@@ -27,6 +27,18 @@ def take_columns(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index if x.ndim == 2 else index[..., None].expand(-1, -1, x.shape[2]))
 
 
+def spread_columns(columns: Tensor, values: Tensor, length: int) -> Tensor:
+    """values (batch, n[, dim]) of columns (batch, n) -> (batch, length[, dim]), 0 or False elsewhere.
+
+    Where columns repeat, flags are joined by "or".
+    """
+    if values.dtype == torch.bool:
+        counts = torch.zeros(len(columns), length, dtype=torch.long, device=columns.device)
+        return counts.scatter_add(1, columns, values.to(columns.device).long()) > 0
+    out = values.new_zeros(len(columns), length, values.shape[-1])
+    return out.scatter(1, columns.to(values.device)[..., None].expand_as(values), values)
+
+
 @dataclass(frozen=True)
 class Groups:
     """Groups of visual tokens inside a batch of sequences."""

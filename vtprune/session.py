@@ -29,13 +29,14 @@ from vtprune.report import Report, Timings, Totals
 from vtprune.slots import Holdings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
-from vtprune.stages.decode import DecodeStage
 from vtprune.stages.encoder import EncoderTap, clock
+from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, open_call
 from vtprune.stages.prefill_report import prefill_report, text_report
 from vtprune.stages.reading import check_signals
 from vtprune.stages.replays import Replays
+from vtprune.stages.revival import RevivalStage
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
@@ -184,7 +185,8 @@ class Session:
         self._tap = EncoderTap(self.adapter, requests, encoder, profile=profile)
         inside = [m for m in active if isinstance(m, InLLM)]
         self._in_llm = InLLMStage(self.adapter, inside, shape, self._choose, self._tap)
-        self._decode = DecodeStage(self.adapter, active, shape, self._select)
+        self._eviction = EvictionStage(active, shape, self._select)
+        self._revival = RevivalStage(self.adapter, active, shape, self._select)
         self._prunes = bool(active)
 
     def _check_compiled(self, model) -> None:
@@ -265,7 +267,7 @@ class Session:
         try:
             # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
             for handle in chain(
-                self._tap.install(), self._install_own(), self._in_llm.install(), self._decode.install()
+                self._tap.install(), self._install_own(), self._in_llm.install(), self._revival.install()
             ):
                 self._handles.append(handle)
         except BaseException:
@@ -290,7 +292,7 @@ class Session:
         self._entered = self._owner.active = False
         self._tap.forget()
         self._in_llm.forget()
-        self._decode.forget()
+        self._revival.forget()
         self._following.clear()
         self._reports.replace(lambda last: _current(*last))
 
@@ -334,7 +336,7 @@ class Session:
     def _end_call(self) -> None:
         self.now.end_call()
         self._in_llm.end()
-        self._decode.end()
+        self._revival.end()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -372,7 +374,7 @@ class Session:
                 self._report_text_only(hidden, mask, cache)
                 return None
             if held[0].slots is not None:
-                self._decode.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
+                self._revival.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
                 return args, {**kwargs, "attention_mask": None}
             if self._needs_no_mask(hidden.shape[1], mask, held):
                 return args, {**kwargs, "attention_mask": None}
@@ -434,20 +436,24 @@ class Session:
         replayable = not incoming.pixels and call.cache is None and call.ids is not None
         now.replays.begin(tuple(incoming.encoded.values()), call.ids if replayable else None)
         now.selector_seconds, now.started = 0.0, self._clock()
-        self._decode.check(call, now.replays.replaying)
+        self._eviction.check(now.replays.replaying)
+        self._revival.check(call, now.replays.replaying)
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
 
     def _after_decoder(self, module, args, kwargs, output):
-        if self._decode.now.step is not None:
-            return self._decode.finish(output)
+        if self._revival.now.step is not None:
+            return self._revival.finish(output)
         now = self.now
         call = now.call
         if call is None:
             return None
         if call.media is not None and not now.replays.replaying:
-            self._finish_prefill(call, self._decode.after_prefill(call, self._in_llm.now.aside))
+            holdings = Holdings()
+            self._eviction.after_prefill(call, holdings)
+            self._revival.after_prefill(call, self._in_llm.now.aside, holdings)
+            self._finish_prefill(call, holdings)
         self._end_call()
         if not call.pruned:
             return None

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vtprune.layout import Groups
-from vtprune.methods.base import BeforeLLM, Method
+from vtprune.methods.base import BeforeLLM
 from vtprune.question import Text
 from vtprune.stages.call import Call
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
 from vtprune.stages.encoder import EncoderTap
-from vtprune.stages.reading import visual_tokens
-from vtprune.tokens import Grid, Selection, VisualTokens
-
-Chooser = Callable[[Method, VisualTokens], Selection]
+from vtprune.stages.reading import Chooser, visual_tokens
+from vtprune.tokens import Grid, Selection
 
 
 def prune_before_llm(

@@ -22,12 +22,11 @@ from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
 from vtprune.signals import LayerSignal
 from vtprune.slots import Aside
-from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
-from vtprune.stages.reading import visual_tokens
+from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import attention_back_end, check_arguments, reads_positions
 

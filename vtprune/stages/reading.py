@@ -13,7 +13,10 @@ from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.layout import Groups
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method, Reviving
 from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
-from vtprune.tokens import ModelShape, VisualTokens
+from vtprune.tokens import ModelShape, Selection, VisualTokens
+
+Chooser = Callable[[Method, VisualTokens], Selection]
+"""How a stage asks a method to choose."""
 
 
 def check_signals(method: Method, shape: ModelShape) -> None:

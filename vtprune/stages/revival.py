@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After prefill: evicts visual tokens from the KV cache, and brings tokens back for the tokens being generated.
+"""While tokens are generated: brings visual tokens back.
 
-Eviction happens once, when the prefill is over. With revival, every later call chooses anew at each cut, among all
-visual tokens that got there: a chosen token whose keys a layer lacks is computed there beside the new tokens, from the
-hidden state that was put aside when it was cut. So each token is computed at most once in each layer.
+Every call after the prefill chooses anew at each cut, among all visual tokens that got there. A layer may lack the keys
+of a chosen token; it is then computed there beside the new tokens, from the hidden state that was put aside when it was
+cut. So each token is computed at most once in each layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,20 +19,20 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, cached_attention_row
-from vtprune.cache import PrunedLayer, pruned_layers
+from vtprune.cache import PrunedLayer, check_changeable, pruned_layers
 from vtprune.callers import PerThread
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups, Segment, compact_columns, last_axis, take_columns
+from vtprune.layout import Groups, compact_columns, last_axis, spread_columns, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
-from vtprune.signals import CacheSignal, LastQueryAttention
+from vtprune.signals import LastQueryAttention
 from vtprune.slots import Aside, Holdings, PromptTable, Slots
-from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
+from vtprune.stages.eviction import NEEDS_CACHE
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.incoming import Columns
-from vtprune.stages.reading import visual_tokens
+from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.tokens import ModelShape
-from vtprune.transformers_private import Cache, attention_back_end, is_plain_layer, layer_type, reads_positions
+from vtprune.transformers_private import Cache, attention_back_end, layer_type, reads_positions
 
 
 @dataclass
@@ -76,36 +75,15 @@ class _View:
     """Of the tokens computed in this step."""
 
 
-@dataclass(frozen=True)
-class _CacheView:
-    """See `vtprune.signals.CacheView`."""
-
-    call: Call
-    segment: Segment
-    groups: Groups
-
-    def read(self, signal: CacheSignal) -> Any:
-        return signal.read_cache(self)
-
-    def alive(self, layer: int) -> Tensor:
-        other = self.call.segment if layer == -1 else self.call.segment_at(layer)
-        alive = _spread(other.columns, other.visual, self.call.length)
-        return self.groups.gather(take_columns(alive, self.segment.columns))
-
-
-class DecodeStage:
-    """What happens to the KV cache of a prefill afterwards."""
+class RevivalStage:
+    """Brings visual tokens back to the KV cache of a prefill, for every token that is generated."""
 
     def __init__(self, adapter: Adapter, methods: Sequence[Method], shape: ModelShape, choose: Chooser):
         self.adapter = adapter
         self.shape = shape
         self.choose = choose
-        self.evicting = [method for method in methods if isinstance(method, AfterPrefill)]
         self.reviving = next((method for method in methods if isinstance(method, Reviving)), None)
         self.cuts = () if self.reviving is None else self.reviving.cuts(shape)
-        if len(self.evicting) > 1:
-            names = " and ".join(method.name for method in self.evicting)
-            raise ConfigError(f"{names}: a KV cache is emptied once; leave one of them out")
         if self.reviving is not None:
             self._check_model(methods)
         self._following = PerThread(_Following)
@@ -120,9 +98,6 @@ class DecodeStage:
                 f"{name} brings tokens back into the KV cache, and decoder layers of this model have a sliding window, "
                 "which forgets by itself; methods that bring nothing back work: fastv, transprune"
             )
-
-    def __bool__(self) -> bool:
-        return bool(self.evicting) or self.reviving is not None
 
     def install(self) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
@@ -148,9 +123,11 @@ class DecodeStage:
 
     def check(self, call: Call, replayed: bool) -> None:
         """Raise UnsupportedStageError unless what a prefill leaves can be worked on; nothing is changed."""
-        if replayed and self:
-            raise UnsupportedStageError("what happens to the KV cache while decoding needs one: use_cache=True")
-        if self.reviving is None or call.cache is None:
+        if self.reviving is None:
+            return
+        if replayed:
+            raise UnsupportedStageError(NEEDS_CACHE)
+        if call.cache is None:
             return
         if call.wrapped:
             raise UnsupportedStageError(
@@ -163,85 +140,23 @@ class DecodeStage:
                 "mask: load the model with attn_implementation='sdpa'"
             )
 
-    # -- once, after prefill ------------------------------------------------------------------------------------
+    def after_prefill(self, call: Call, aside: dict[int, Aside], holdings: Holdings) -> None:
+        """Tell every cache layer what its columns are, and those after a cut what was left there.
 
-    def after_prefill(self, call: Call, aside: dict[int, Aside]) -> Holdings:
-        """Evict from the cache that a prefill filled, or note what may come back to it.
-
-        aside: for each cut what it dropped on the input of its layer.
-        Returns what the cache holds, which goes on saying so while tokens come back.
+        aside: for each cut what it dropped on the input of its layer. holdings: for the report.
         """
-        holdings = Holdings()
-        if call.cache is None or not call.pruned or not self:
-            return holdings
-        for layer in pruned_layers(call.cache):
-            if not is_plain_layer(layer.inner) and not layer.is_sliding:
-                raise UnsupportedStageError(
-                    f"tokens cannot be evicted from, or come back to, a {type(layer.inner).__name__} cache layer; use "
-                    "the default dynamic cache"
-                )
-        for method in self.evicting:
-            self._evict(call, method)
-        if call.held:
-            holdings.columns = [
-                (s.columns + call.past).masked_fill(~call.held.get(i, s.computed), -1).cpu()
-                for i, s in enumerate(map(call.segment_at, range(len(call.cache.layers))))
-            ]
-        if self.reviving is not None:
-            self._note(call, aside, holdings)
-        return holdings
-
-    def _evict(self, call: Call, method: AfterPrefill) -> None:
-        made: dict[int, tuple[Tensor, PrunedLayer]] = {}
-        for i in method.layers(self.shape):
-            layer = call.cache.layers[i]
-            if layer.is_sliding:
-                continue  # it forgets by itself, and counts on its columns being consecutive
-            segment = call.segment_at(i)
-            past = call.before[i][1]
-            groups = call.sample_groups(segment)
-            tokens = visual_tokens(
-                method,
-                self.shape,
-                groups,
-                groups.gather(rearrange(layer.inner.keys[:, :, past:], "b h n d -> b n (h d)")),
-                _CacheView(call, segment, groups).read,
-                budget=torch.full((call.batch,), -1),
-                layer=i,
-            )
-            keep = self.choose(method, tokens).keep.to(groups.valid.device)
-            left = groups.scatter(keep & groups.valid, segment.visual)
-            left &= ~call.idle_separators(left, segment)
-            lost = segment.visual & ~left
-            if not bool(lost.any()):
-                continue
-            held = layer.layout.real
-            if held is None:
-                held = segment.real.new_ones(call.batch, layer.physical)
-            held = held.clone()
-            held[:, past:] &= ~lost.to(held.device)
-            index, real = compact_columns(held)
-            layer.evict(index.to(layer.inner.keys.device), None if bool(real.all()) else real)
-            # Layers that hold the same share one layout, and so their masks.
-            same = made.get(id(segment))
-            if same is not None and torch.equal(same[0], left):
-                layer.layout = same[1].layout
-            made[id(segment)] = left, layer
-            call.held[i] = left
-
-    # -- revival ------------------------------------------------------------------------------------------------
-
-    def _note(self, call: Call, aside: dict[int, Aside], holdings: Holdings) -> None:
-        """Tell every cache layer what its columns are, and those after a cut what was left there."""
+        if self.reviving is None or call.cache is None or not call.pruned:
+            return
+        check_changeable(call.cache)
         entering = call.segment_at(0)
         before = [call.segment_at(cut) for cut in self.cuts]
         table = PromptTable(
             first=call.past,
-            prunable=_spread(entering.columns, call.crop_labels(entering) >= 0, call.length),
+            prunable=spread_columns(entering.columns, call.crop_labels(entering) >= 0, call.length),
             positions=call.positions_of_columns(entering).movedim(-2, 0),
             blocks=call.blocks,
             planes={
-                layer: _spread(entering.columns, call.plane(layer, entering), call.length)
+                layer: spread_columns(entering.columns, call.plane(layer, entering), call.length)
                 for layer in range(self.cuts[0], len(call.planes))
             },
             counts=torch.stack([(call.crop_labels(segment) >= 0).sum(1) for segment in before], 1),
@@ -358,7 +273,7 @@ class DecodeStage:
         layer = step.layers[i]
         there = layer.slots.columns
         prunable = step.table.look_up(step.table.prunable, there, False)
-        held = _spread(step.table.places(there), prunable, step.chosen.shape[1])
+        held = spread_columns(step.table.places(there), prunable, step.chosen.shape[1])
         columns, states = step.revived, hidden[:, :back]
         if layer.aside is not None:
             columns = torch.cat([columns, layer.aside.columns], 1)
@@ -416,18 +331,6 @@ def _take_stock(layers: Sequence[PrunedLayer]) -> None:
     holdings.columns = [layer.slots.columns for layer in layers]
     asides = [layer.aside for layer in layers if layer.aside is not None]
     holdings.aside = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in asides]
-
-
-def _spread(columns: Tensor, values: Tensor, length: int) -> Tensor:
-    """values (batch, n[, dim]) of columns (batch, n) -> (batch, length[, dim]), 0 or False elsewhere.
-
-    Where columns repeat, flags are joined by "or".
-    """
-    if values.dtype == torch.bool:
-        counts = torch.zeros(len(columns), length, dtype=torch.long, device=columns.device)
-        return counts.scatter_add(1, columns, values.to(columns.device).long()) > 0
-    out = values.new_zeros(len(columns), length, values.shape[-1])
-    return out.scatter(1, columns.to(values.device)[..., None].expand_as(values), values)
 
 
 def _gathered(hidden: Tensor, columns: Tensor, which: Tensor) -> Aside | None:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Once after the prefill: drops visual tokens from the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from vtprune.cache import PrunedLayer, check_changeable
+from vtprune.errors import ConfigError, UnsupportedStageError
+from vtprune.layout import Groups, Segment, compact_columns, spread_columns, take_columns
+from vtprune.methods.base import AfterPrefill, Method
+from vtprune.signals import CacheSignal
+from vtprune.slots import Holdings
+from vtprune.stages.call import Call
+from vtprune.stages.reading import Chooser, visual_tokens
+from vtprune.tokens import ModelShape
+
+NEEDS_CACHE = "what happens to the KV cache while decoding needs one: use_cache=True"
+
+
+@dataclass(frozen=True)
+class _CacheView:
+    """See `vtprune.signals.CacheView`."""
+
+    call: Call
+    segment: Segment
+    groups: Groups
+
+    def read(self, signal: CacheSignal) -> Any:
+        return signal.read_cache(self)
+
+    def alive(self, layer: int) -> Tensor:
+        other = self.call.segment if layer == -1 else self.call.segment_at(layer)
+        alive = spread_columns(other.columns, other.visual, self.call.length)
+        return self.groups.gather(take_columns(alive, self.segment.columns))
+
+
+class EvictionStage:
+    """What is dropped from the KV cache that a prefill filled."""
+
+    def __init__(self, methods: Sequence[Method], shape: ModelShape, choose: Chooser):
+        self.shape = shape
+        self.choose = choose
+        self.methods = [method for method in methods if isinstance(method, AfterPrefill)]
+        if len(self.methods) > 1:
+            names = " and ".join(method.name for method in self.methods)
+            raise ConfigError(f"{names}: a KV cache is emptied once; leave one of them out")
+
+    def check(self, replayed: bool) -> None:
+        """Raise UnsupportedStageError if there is no cache: the prompt is sent again for every token."""
+        if self.methods and replayed:
+            raise UnsupportedStageError(NEEDS_CACHE)
+
+    def after_prefill(self, call: Call, holdings: Holdings) -> None:
+        """Drop what the methods drop, and note in `holdings` what is left."""
+        if not self.methods or call.cache is None or not call.pruned:
+            return
+        check_changeable(call.cache)
+        for method in self.methods:
+            self._evict(call, method)
+        if call.held:
+            holdings.columns = [
+                (s.columns + call.past).masked_fill(~call.held.get(i, s.computed), -1).cpu()
+                for i, s in enumerate(map(call.segment_at, range(len(call.cache.layers))))
+            ]
+
+    def _evict(self, call: Call, method: AfterPrefill) -> None:
+        made: dict[int, tuple[Tensor, PrunedLayer]] = {}
+        for i in method.layers(self.shape):
+            layer = call.cache.layers[i]
+            if layer.is_sliding:
+                continue  # it forgets by itself, and counts on its columns being consecutive
+            segment = call.segment_at(i)
+            past = call.before[i][1]
+            groups = call.sample_groups(segment)
+            tokens = visual_tokens(
+                method,
+                self.shape,
+                groups,
+                groups.gather(rearrange(layer.inner.keys[:, :, past:], "b h n d -> b n (h d)")),
+                _CacheView(call, segment, groups).read,
+                budget=torch.full((call.batch,), -1),
+                layer=i,
+            )
+            keep = self.choose(method, tokens).keep.to(groups.valid.device)
+            left = groups.scatter(keep & groups.valid, segment.visual)
+            left &= ~call.idle_separators(left, segment)
+            lost = segment.visual & ~left
+            if not bool(lost.any()):
+                continue
+            held = layer.layout.real
+            if held is None:
+                held = segment.real.new_ones(call.batch, layer.physical)
+            held = held.clone()
+            held[:, past:] &= ~lost.to(held.device)
+            index, real = compact_columns(held)
+            layer.evict(index.to(layer.inner.keys.device), None if bool(real.all()) else real)
+            # Layers that hold the same share one layout, and so their masks.
+            same = made.get(id(segment))
+            if same is not None and torch.equal(same[0], left):
+                layer.layout = same[1].layout
+            made[id(segment)] = left, layer
+            call.held[i] = left
