@@ -10,6 +10,7 @@ from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM
 from vtprune.question import Text
 from vtprune.stages.call import Call
+from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.reading import Chooser, visual_tokens
@@ -45,7 +46,7 @@ def prune_before_llm(
             kinds=tuple(call.media.kinds[image] for image in groups.images.tolist()),
         )
         selection = choose(method, tokens)
-        cut = call.apply(hidden, groups, selection, layer=0, compact=method.positions == "compact")
+        cut = cut_sequence(call, hidden, groups, selection, layer=0, compact=method.positions == "compact")
         if cut is not None:
             hidden = cut[0]
     return hidden
@@ -73,7 +74,7 @@ def _drop_merged(call: Call, hidden: Tensor, tap: EncoderTap) -> Tensor:
     sources = torch.full_like(slots, -1)
     sources[valid] = torch.where(into[valid] == -2, -1, first[clusters])
     keep = valid & (sources == slots)
-    cut = call.apply(hidden, groups, Selection(keep, None, sources), layer=0, compact=tap.cut.compact)
+    cut = cut_sequence(call, hidden, groups, Selection(keep, None, sources), layer=0, compact=tap.cut.compact)
     return hidden if cut is None else cut[0]
 
 

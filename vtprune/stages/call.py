@@ -17,7 +17,6 @@ from vtprune.attention import Places
 from vtprune.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.layout import Groups, Segment, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
-from vtprune.tokens import Selection
 from vtprune.transformers_private import Cache, layer_mask, layer_type
 
 
@@ -119,14 +118,14 @@ class Call:
 
     # -- groups -------------------------------------------------------------------------------------------------
 
-    def _alive(self, labels: Tensor, segment: Segment | None = None) -> Tensor:
+    def alive(self, labels: Tensor, segment: Segment | None = None) -> Tensor:
         """Labels (batch, length) of a segment's columns, by default the current one's; -1 where no visual token is."""
         segment = segment or self.segment
         return take_columns(labels, segment.columns).masked_fill(~segment.visual, -1)
 
     def crop_labels(self, segment: Segment | None = None) -> Tensor:
         """(batch, n) long: the crop of each column, by default of the current ones; -1 for separators and text."""
-        return self._alive(self.media.labels, segment)
+        return self.alive(self.media.labels, segment)
 
     def crop_groups(self) -> Groups:
         """One group a crop, over the visual tokens alive."""
@@ -137,7 +136,7 @@ class Call:
         content = self.crop_labels() >= 0
         rows = self.media.image_rows
         images = torch.arange(len(rows), device=rows.device)
-        return Groups.of_labels(self._alive(self.media.images).masked_fill(~content, -1), rows, images)
+        return Groups.of_labels(self.alive(self.media.images).masked_fill(~content, -1), rows, images)
 
     def sample_groups(self, segment: Segment | None = None) -> Groups:
         """One group a sample, over the visual tokens alive, by default now; separators are in none."""
@@ -163,63 +162,7 @@ class Call:
         text = self.ids[row][(self.prompt[row] & ~self.media.visual[row]).to(self.ids.device)]
         return zlib.crc32(str(text.tolist()).encode())
 
-    # -- cutting ------------------------------------------------------------------------------------------------
-
-    def apply(
-        self,
-        hidden: Tensor,
-        groups: Groups,
-        selection: Selection,
-        layer: int,
-        *,
-        compact: bool,
-        keep_separators: bool = False,
-        masking: bool = False,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Drop what a selection leaves out, on the input (batch, n, dim) of a decoder layer.
-
-        keep_separators: also those of lines of which nothing is kept. masking: drop by hiding it from that layer on,
-            instead of taking it out.
-        Returns the shorter input and the indices (batch, m) of its columns; None if everything survives.
-        """
-        segment = self.segment
-        dropped = groups.valid & ~selection.keep.to(groups.valid.device)
-        if not bool(dropped.any()):
-            return None
-        if selection.features is not None:
-            kept = selection.keep[..., None].to(hidden.device)
-            hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
-        keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
-        if not keep_separators:
-            keep &= ~self.idle_separators(keep)
-        fate = segment.fates_after(groups, selection, keep)
-        if masking:
-            index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-            after = segment.hide(keep, fate)
-        else:
-            after, index = segment.cut(keep, fate, compact=compact)
-            hidden = take_columns(hidden, index)
-        # A masked key still multiplies its value by zero, and 0 * NaN is NaN.
-        hidden = hidden.masked_fill(~after.present.to(hidden.device)[..., None], 0)
-        if self.starts[-1] == layer:
-            self.segments[-1] = after
-        else:
-            self.segments.append(after)
-            self.starts.append(layer)
-        self.memo.clear()
-        self.announce(layer)
-        return hidden, index
-
-    def idle_separators(self, keep: Tensor, segment: Segment | None = None) -> Tensor:
-        """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept, by default of those now."""
-        segment = segment or self.segment
-        lines, content = self._alive(self.media.lines, segment), self.crop_labels(segment) >= 0
-        separators = segment.visual & ~content
-        if not bool(separators.any()):
-            return separators
-        ended = lines.new_zeros(int(lines.max()) + 1, dtype=torch.bool)
-        ended[lines[keep & content & (lines >= 0)]] = True
-        return separators & ~ended[lines.clamp(min=0)]
+    # -- the cache ---------------------------------------------------------------------------------------------------
 
     def announce(self, first_layer: int) -> None:
         """Tell the cache layers from `first_layer` on (all of them, if never wrapped) what is about to arrive."""

@@ -18,6 +18,7 @@ from vtprune.methods.base import AfterPrefill, Method
 from vtprune.signals import CacheSignal
 from vtprune.slots import Holdings
 from vtprune.stages.call import Call
+from vtprune.stages.cutting import idle_separators
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.tokens import ModelShape
 
@@ -90,7 +91,7 @@ class EvictionStage:
             )
             keep = self.choose(method, tokens).keep.to(groups.valid.device)
             left = groups.scatter(keep & groups.valid, segment.visual)
-            left &= ~call.idle_separators(left, segment)
+            left &= ~idle_separators(call, left, segment)
             lost = segment.visual & ~left
             if not bool(lost.any()):
                 continue

@@ -23,6 +23,7 @@ from vtprune.methods.base import InLLM, Reviving
 from vtprune.signals import LayerSignal
 from vtprune.slots import Aside
 from vtprune.stages.call import Call
+from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
@@ -230,7 +231,8 @@ class InLLMStage:
             if reviving:
                 self._put_aside(i, hidden, groups, selection)
             compact = method.positions == "compact"
-            cut = call.apply(
+            cut = cut_sequence(
+                call,
                 hidden,
                 groups,
                 selection,

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drops visual tokens from the sequence of a forward call, as a selection says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtprune.layout import Groups, Segment, take_columns
+from vtprune.stages.call import Call
+from vtprune.tokens import Selection
+
+
+def cut_sequence(
+    call: Call,
+    hidden: Tensor,
+    groups: Groups,
+    selection: Selection,
+    layer: int,
+    *,
+    compact: bool,
+    keep_separators: bool = False,
+    masking: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """Drop what a selection leaves out, on the input (batch, n, dim) of a decoder layer.
+
+    keep_separators: also those of lines of which nothing is kept. masking: drop by hiding it from that layer on,
+        instead of taking it out.
+    Returns the shorter input and the indices (batch, m) of its columns; None if everything survives.
+    """
+    segment = call.segment
+    dropped = groups.valid & ~selection.keep.to(groups.valid.device)
+    if not bool(dropped.any()):
+        return None
+    if selection.features is not None:
+        kept = selection.keep[..., None].to(hidden.device)
+        hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
+    keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
+    if not keep_separators:
+        keep &= ~idle_separators(call, keep)
+    fate = segment.fates_after(groups, selection, keep)
+    if masking:
+        index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        after = segment.hide(keep, fate)
+    else:
+        after, index = segment.cut(keep, fate, compact=compact)
+        hidden = take_columns(hidden, index)
+    # A masked key still multiplies its value by zero, and 0 * NaN is NaN.
+    hidden = hidden.masked_fill(~after.present.to(hidden.device)[..., None], 0)
+    if call.starts[-1] == layer:
+        call.segments[-1] = after
+    else:
+        call.segments.append(after)
+        call.starts.append(layer)
+    call.memo.clear()
+    call.announce(layer)
+    return hidden, index
+
+
+def idle_separators(call: Call, keep: Tensor, segment: Segment | None = None) -> Tensor:
+    """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept, by default of those now."""
+    segment = segment or call.segment
+    lines, content = call.alive(call.media.lines, segment), call.crop_labels(segment) >= 0
+    separators = segment.visual & ~content
+    if not bool(separators.any()):
+        return separators
+    ended = lines.new_zeros(int(lines.max()) + 1, dtype=torch.bool)
+    ended[lines[keep & content & (lines >= 0)]] = True
+    return separators & ~ended[lines.clamp(min=0)]
