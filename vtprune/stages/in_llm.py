@@ -403,7 +403,8 @@ class InLLMStage:
             last = torch.where(prompt, columns, -1).amax(1, keepdim=True)
             return last, torch.ones_like(last, dtype=torch.bool)
         last_visual = torch.where(segment.visual, columns, -1).amax(1, keepdim=True)
-        return self._rows_of(prompt & (columns > last_visual))
+        text = segment.real & take_columns(self.now.call.text, segment.columns)
+        return self._rows_of(text & (columns > last_visual))
 
     def _prompt(self) -> Tensor:
         """(batch, n) bool: the real columns of the prompt, at present."""
