@@ -80,8 +80,8 @@ def _per_group(rows: list[Tensor], call: Call, groups: Groups) -> list[Tensor]:
 def _in_prompt(call: Call, groups: Groups) -> Tensor:
     """(groups, length) bool: the text after the last visual token of each group's image, or all text of its sample if
     none follows."""
-    text = call.prompt & ~call.media.visual
-    special = (*_special_ids(call.adapter), *call.adapter.marker_token_ids)
+    text = call.text
+    special = _special_ids(call.adapter)
     if call.ids is not None and special:
         text = text & ~torch.isin(call.ids, torch.tensor(special, device=call.ids.device)).to(text.device)
     columns = torch.arange(call.length, device=text.device)

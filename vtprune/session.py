@@ -22,6 +22,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.callers import PerCaller, PerThread, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
+from vtprune.graphs import is_graph, outside_graphs
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
 from vtprune.question import Text
@@ -98,17 +99,6 @@ def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
     session = prune(model, method, **options)
     session.install()
     return session
-
-
-COMPILED = "this model is compiled; pruning works by hooks, which a graph leaves out: prune the uncompiled model"
-
-
-def _is_compiled(module) -> bool:
-    return (
-        module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
 
 
 def _active(decoder: nn.Module) -> Session | None:
@@ -191,8 +181,12 @@ class Session:
 
     def _check_compiled(self, model) -> None:
         modules = chain(model.modules() if isinstance(model, nn.Module) else (), self.adapter.model.modules())
-        if any(map(_is_compiled, modules)):
-            raise UnsupportedModelError(COMPILED)
+        found = next(filter(is_graph, modules), None)
+        if found is not None:
+            raise UnsupportedModelError(
+                f"this model is compiled, traced or exported ({type(found).__name__} is, at least); pruning works by "
+                "hooks, which a graph leaves out: prune the uncompiled model, and compile it in the session"
+            )
 
     def _check_states(self, active: list[Method]) -> None:
         """Raise if tokens are to be dropped where the language model cannot do without them."""
@@ -269,7 +263,7 @@ class Session:
             for handle in chain(
                 self._tap.install(), self._install_own(), self._in_llm.install(), self._revival.install()
             ):
-                self._handles.append(handle)
+                self._handles.append(outside_graphs(handle))
         except BaseException:
             self.remove()
             raise
@@ -279,6 +273,7 @@ class Session:
         if self.adapter.model is not self.adapter.base:
             yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
+        yield self.adapter.base.register_forward_hook(self._after_base)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
 
@@ -344,11 +339,19 @@ class Session:
         self.now.behind = Behind.of(kwargs, self.prompt_length)
 
     def _before_base(self, module, args, kwargs):
-        now, self._called = self.now, True
+        now = self.now
         behind, now.behind = now.behind, None
         now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
 
+    def _after_base(self, module, args, output):
+        if self.now.incoming is not None and self._prunes:
+            raise UnsupportedModelError(
+                "the language model ran without the hooks of this vtprune session, so nothing was pruned: it is in a "
+                "graph that was compiled before; call torch.compiler.reset(), or prune the uncompiled model"
+            )
+
     def _before_decoder(self, module, args, kwargs):
+        self._called = True
         now = self.now
         incoming = now.incoming
         self._end_call()

@@ -101,7 +101,8 @@ class CutView:
             return self._last, torch.ones_like(self._last, dtype=torch.bool)
         columns = torch.arange(self._prompt.shape[1], device=self._prompt.device)
         last_visual = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
-        return self.rows_of(self._prompt & (columns > last_visual))
+        text = self.real & take_columns(self.call.text, self._segment.columns)
+        return self.rows_of(text & (columns > last_visual))
 
     def rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         columns = torch.arange(marked.shape[1], device=marked.device)

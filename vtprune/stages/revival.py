@@ -182,10 +182,15 @@ class RevivalStage:
         batch, count = hidden.shape[:2]
         table, shift = layers[0].slots.table, layers[0].layout.shift
         columns = torch.arange(given.past, given.past + count, device=table.prunable.device).expand(batch, -1)
-        # A turn of text alone may come with one row of positions, which is that of all axes of M-RoPE.
+        # A turn of text alone may come with one row of positions, which is that of all axes of M-RoPE, and with or
+        # without the row in front of the axes that is for masks alone.
         axes = table.positions.shape[1:-1]
         positions = given.positions.to(columns.device)
-        positions = positions.expand(*(positions.shape[:-2] or axes), batch, -1)
+        if (*axes, *positions.shape[:-2]) == (4, 3):
+            positions = torch.cat([positions[:1], positions])
+        elif (*axes, *positions.shape[:-2]) == (3, 4):
+            positions = positions[1:]
+        positions = positions.expand(*axes, batch, -1)
         self.now.step = _Step(
             layers=layers,
             table=table,
