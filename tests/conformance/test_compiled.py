@@ -45,7 +45,6 @@ def two_requests(name: str) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("name", "method", "way"), [COMPILED[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in COMPILED[1:])]
 )
-@torch.no_grad()
 def test_what_is_compiled_in_a_session_is_right(name, method, way):
     """After the first call, requests of its shape compile nothing; hooks stand between graphs, and not in them."""
     model, requests, counter = families.build(name), two_requests(name), CompileCounter()
@@ -95,7 +94,6 @@ def forward(model) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("change", [traced, scripted, exported, symbolic, features, a_layer, forward])
-@torch.no_grad()
 def test_a_model_with_a_graph_in_it_is_refused(change):
     model = families.build("llava")
     change(model)
@@ -113,7 +111,6 @@ def test_what_is_kept_out_of_graphs_is_none():
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*Dynamo:UserWarning")
-@torch.no_grad()
 def test_a_function_compiled_before_is_found_when_it_runs():
     """Nothing in the model shows it; but some of its hooks are reached, or none is and the session says so."""
     model, (inputs, _) = families.build("llava"), two_requests("llava")
@@ -129,7 +126,6 @@ def test_a_function_compiled_before_is_found_when_it_runs():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_another_model_of_its_class_may_be_compiled():
     inputs, other = two_requests("llava")
     torch.compile(families.build("llava"), backend="eager")(**inputs)

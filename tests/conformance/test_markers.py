@@ -101,7 +101,6 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
 
 
 @every_case
-@torch.no_grad()
 def test_before_the_language_model(case):
     """Of every image and video, or of every tile and frame that is one of its own: alone, and in a padded batch."""
     model = families.shared(case.family)
@@ -118,7 +117,6 @@ def test_before_the_language_model(case):
 
 
 @every_case
-@torch.no_grad()
 def test_inside_the_language_model(case):
     """The same, of each sample's last image, in a padded batch."""
     model, numbers = families.shared(case.family), range(len(case.requests))
