@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune.signals import KeyNorms, NormedStates, TextEmbeddings
+from vtprune.methods.dart import KeyNorms, NormedStates
+from vtprune.signals import TextEmbeddings
 from vtprune.testing import families
 from vtprune.testing.media import IMAGE, VIDEO
 
