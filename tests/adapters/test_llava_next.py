@@ -7,7 +7,6 @@ from transformers import SiglipVisionConfig as Siglip
 import vtprune
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 from vtprune.ops.coverage import max_coverage
-from vtprune.ops.mosaic import mosaic_order
 from vtprune.testing import families
 from vtprune.tokens import Grid
 
@@ -162,7 +161,10 @@ def test_mmtok_chooses_in_each_crop_and_keeps_the_order_of_the_mosaic():
     text = model.get_input_embeddings()(torch.tensor(words))
     chosen = [max_coverage(*crop, text, k) for crop in zip(projected, encoder, strict=True)]
     crops, patches = torch.arange(5).repeat_interleave(k), torch.cat(chosen)
-    order = mosaic_order(crops, patches, tiles_across=2, side=SIDE)
+    # The overview first, then the tiles as one large grid, row by row.
+    tile = (crops - 1).clamp(min=0)
+    rows, columns = tile // 2 * SIDE + patches // SIDE, tile % 2 * SIDE + patches % SIDE
+    order = torch.where(crops > 0, SIDE**2 + rows * 2 * SIDE + columns, patches).argsort()
 
     entering = []
     with vtprune.prune(model, "mmtok", keep_tokens=k) as session:

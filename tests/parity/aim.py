@@ -14,7 +14,6 @@ from transformers import (
 from vtprune import AIM, prune
 from vtprune.ops.bipartite_merging import bipartite_match, bipartite_merging
 from vtprune.ops.page_rank import attention_page_rank
-from vtprune.ops.schedules import linear_decay
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape
 from vtprune.transformers_private import CACHE, scored
@@ -83,11 +82,20 @@ def importance(v: Vector) -> None:
                 close(scores, v[f"{prefix}_importance{suffix}"])
 
 
+def alive_by_layer(full: int, empty: int, depth: int, entering: int) -> list[int]:
+    """Visual tokens on the input of every decoder layer by the method's steps, rounded down as in the reference."""
+    shape = ModelShape(encoder_layers=24, decoder_layers=depth, feature_layer=22, has_cls=True)
+    shares = torch.ones(depth, dtype=torch.double)
+    for layer, share in AIM(layers=(full, empty)).steps(shape).items():
+        shares[layer:] = share
+    return (entering * shares + 1e-9).long().tolist()
+
+
 @handles("aim_select")
 def selection(v: Vector) -> None:
     for full, empty, depth, key in ((14, 22, 28, "qwen28"), (13, 21, 32, "llama32")):
         # Recorded for layers counted from 1: the rate after one is that of the next.
-        assert linear_decay(full, empty, depth + 1, 1000)[1:] == (v[f"retain_rate_{key}"] * 1000).long().tolist()
+        assert alive_by_layer(full, empty, depth + 1, 1000)[1:] == (v[f"retain_rate_{key}"] * 1000).long().tolist()
     for prefix in ("qwen", "llama", "odd", "one_visual", "batch2"):
         scores = v[f"{prefix}_scores"]
         depth, batch, length = scores.shape
@@ -96,7 +104,7 @@ def selection(v: Vector) -> None:
         visual = (columns >= begin[:, None]) & (columns < end[:, None])
         entering = int(visual[0].sum())
         full = 13 if prefix == "llama" else 14
-        counts = linear_decay(full, full + 8, depth + 1, entering)
+        counts = alive_by_layer(full, full + 8, depth + 1, entering)
         alive = visual
         for layer in range(depth):
             assert counts[layer + 1] + length - entering == v[f"{prefix}_keep_num"][layer]
@@ -139,7 +147,7 @@ def through_a_decoder(v: Vector) -> None:
     causal = columns <= columns[:, None]
     defect = visual & (columns > length)[:, None]
     depth = config.num_hidden_layers
-    counts = [*linear_decay(14, 22, depth, end - begin), 0]
+    counts = [*alive_by_layer(14, 22, depth, end - begin), 0]
     cos, sin = model.model.rotary_emb(hidden, positions)
 
     alive = visual

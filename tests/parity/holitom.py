@@ -15,8 +15,6 @@ from vtprune.ops.density_peaks import (
     scaled_distances,
     spread_and_separation,
 )
-from vtprune.ops.emission import reading_order, with_newlines
-from vtprune.ops.frame_pooling import pool_frames
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
 from vtprune.signals import AttentionReceived
@@ -24,6 +22,7 @@ from vtprune.tokens import Grid, ModelShape
 from vtprune.transformers_private import CACHE
 
 from . import Vector, close, handles, one_per_group, same
+from .layouts import reading_order, with_newlines
 
 SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_cls=False)
 
@@ -35,11 +34,8 @@ SHAPE = ModelShape(encoder_layers=26, decoder_layers=28, feature_layer=25, has_c
 )  # fmt: skip
 def before_the_llm(v: Vector) -> None:
     p = json.loads(v["params_json"])
-    grid = (p["side"], p["side"])
-    features = pool_frames(v["image_feat"], grid, p["pool"])
-    saliency = pool_frames(v["attn"][..., None], grid, p["pool"])[..., 0]
-    close(features, v["pooled_feat"], atol=1e-6)
-    close(saliency, v["pooled_attn"])
+    # The models pool frames themselves, before any method.
+    features, saliency = v["pooled_feat"], v["pooled_attn"]
     similarity = temporal_similarity(features)
     close(similarity, v["feature_sim"], atol=1e-6)
     still = similarity > p["T"]

@@ -7,13 +7,12 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vtprune import MMTok
 from vtprune.ops.coverage import coverage_matrices, coverage_order, max_coverage
-from vtprune.ops.keywords import keywords, question_from_messages
-from vtprune.ops.mosaic import mosaic_order
-from vtprune.ops.padding import padding_patches
+from vtprune.ops.keywords import keywords
 from vtprune.signals import EncoderFeatures, TextEmbeddings
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, kept, one_group, same
+from .layouts import mosaic_order, padding_patches
 from .mmtok_llava_next import through_a_session
 
 
@@ -85,8 +84,6 @@ def text(v: Vector) -> None:
     found = [keywords(str(text)) for text in v["text_in"]]
     assert found == v["keywords_out"].tolist()
     assert [text.split() for text in found] == [json.loads(str(words)) for words in v["words_out"]]
-    questions = [question_from_messages(json.loads(str(messages))) for messages in v["qwen_messages_json"]]
-    assert ["\0NONE" if question is None else question for question in questions] == v["qwen_question_out"].tolist()
 
 
 @handles("mmtok_padding_indices")

@@ -19,7 +19,6 @@ from vtprune import MustDrop
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens
-from vtprune.ops.eviction import eviction_index
 from vtprune.ops.window_merging import window_merging, window_similarity
 from vtprune.transformers_private import CACHE, scored
 
@@ -109,16 +108,21 @@ def stages(v: Vector) -> None:
     held.append(columns)
     assert [len(stage) for stage in held] == lengths
     for stage in range(4):
-        same(eviction_index(held[stage][None], columns[None])[0], v[f"composed_index_stage{stage}"])
+        same(survivors(held[stage], columns), v[f"composed_index_stage{stage}"])
     cuts = v["pruning_layers"]
     for layer in range(32):
         here = held[int((cuts < layer).sum())]
         assert len(here) == v["cache_len_before"][layer]
         # Layers before the first cut keep everything.
-        index = eviction_index(here[None], (columns if layer >= cuts[0] else here)[None])[0]
+        index = survivors(here, columns if layer >= cuts[0] else here)
         assert len(index) == v["cache_len_after"][layer]
         if f"kv{layer}_key_in" in v:
             close(v[f"kv{layer}_key_in"][:, :, index], v[f"kv{layer}_key_out"])
+
+
+def survivors(held: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+    """Where the columns that are left at the end stand among those that a layer's cache holds."""
+    return torch.isin(held, final).nonzero()[:, 0]
 
 
 @handles("mustdrop_e2e_llama")
@@ -172,8 +176,8 @@ def through_a_decoder(v: Vector) -> None:
 
     for index, entries in enumerate(cache.layers):
         if index >= cuts[0]:
-            survivors = eviction_index(held[index], columns)[0]
-            entries.keys, entries.values = entries.keys[:, :, survivors], entries.values[:, :, survivors]
+            left = survivors(held[index][0], columns[0])
+            entries.keys, entries.values = entries.keys[:, :, left], entries.values[:, :, left]
     logits = [model.lm_head(decoder.norm(hidden[:, -1:]))]
     same(lengths_of(cache), v["cache_len_after_step"][0])
     for step in range(3):

@@ -6,11 +6,11 @@ from torch.nn.functional import linear
 from vtprune import VisionZip
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.contextual_merging import head_mean
-from vtprune.ops.mosaic import mosaic_order
 from vtprune.signals import ClsAttention, EncoderKeys
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, one_per_group, same
+from .layouts import mosaic_order
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
 

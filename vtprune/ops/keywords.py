@@ -26,25 +26,3 @@ def keywords(text: str) -> str:
     for instruction in _BENCHMARK_INSTRUCTIONS:
         text = text.replace(instruction, "")
     return " ".join(word for word in re.findall(r"\b\w+\b", text) if word.lower() not in _STOP_WORDS) or text
-
-
-def question_from_messages(messages: list[dict]) -> str | None:
-    """The text of the user's turns of a chat.
-
-    Args:
-        messages: ``{"role": ..., "content": ...}``, the content a string or a list of parts of which those with
-            ``"type": "text"`` count.
-
-    Returns:
-        The parts joined by spaces, ``<image>`` marks removed; None if there is no text.
-    """
-    texts = []
-    for message in messages:
-        if message["role"] != "user":
-            continue
-        content = message["content"]
-        if isinstance(content, str):
-            texts.append(content)
-        else:
-            texts += [part["text"] for part in content if part.get("type") == "text" and part["text"]]
-    return " ".join(texts).replace("<image>", "").strip() or None
