@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.errors import UnsupportedStageError, VTPruneError
-from vtprune.slots import Aside, PerSample, Slots
+from vtprune.slots import PerSample, Slots, Stored
 from vtprune.transformers_private import (
     Cache,
     CacheLayerMixin,
@@ -96,13 +96,13 @@ def _owner(key: str) -> Owner:
 class PrunedLayer(CacheLayerMixin):
     """Wraps a dynamic cache layer; everything it does not define is the inner layer's."""
 
-    _own = ("inner", "owner", "layout", "slots", "aside")
+    _own = ("inner", "owner", "layout", "slots", "stored")
 
     def __init__(self, inner: CacheLayerMixin, owner: Owner):
         self.__dict__.update(inner=inner, owner=owner, layout=CacheLayout())
         self.slots: Slots | None = None
         """Which token each column is, once some may come back in between; `layout.real` then says nothing."""
-        self.aside: Aside | None = None
+        self.stored: Stored | None = None
         """What may come back."""
 
     def __getattr__(self, name):
@@ -168,11 +168,11 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.crop(tokens_to_remove)
 
     def reset(self) -> None:
-        self.layout, self.slots, self.aside = CacheLayout(), None, None
+        self.layout, self.slots, self.stored = CacheLayout(), None, None
         self.inner.reset()
 
     def _derive(self, key: str, argument, make: Callable[[Tensor], Tensor]) -> None:
-        for name in ("layout", "slots", "aside"):
+        for name in ("layout", "slots", "stored"):
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, state.derive(key, argument, make))
 

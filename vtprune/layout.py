@@ -84,7 +84,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Segment:
+class SequenceLayout:
     """The layout of the sequence between two cuts of one forward call. Columns are those of the call."""
 
     columns: Tensor
@@ -97,7 +97,7 @@ class Segment:
     """(..., batch, n) long: position ids, as the call gave them or compacted since; M-RoPE has leading axes."""
     end: Tensor
     """(batch, 1) long: position of the last token, after which those still to come count on."""
-    fate: Tensor
+    merged_into: Tensor
     """(batch, call length) long: the column each column of the call went into (itself while alive), -1 if dropped."""
     dropped: int = 0
     """Call length minus n."""
@@ -106,7 +106,7 @@ class Segment:
     attends to them. None for none."""
 
     @classmethod
-    def whole(cls, real: Tensor, visual: Tensor, positions: Tensor) -> Segment:
+    def whole(cls, real: Tensor, visual: Tensor, positions: Tensor) -> SequenceLayout:
         """Nothing cut yet. positions (..., batch | 1, length)."""
         columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
         positions = positions.expand(*positions.shape[:-2], *real.shape)
@@ -127,8 +127,8 @@ class Segment:
         """`real`, or None if every column is."""
         return None if bool(self.real.all()) else self.real
 
-    def fates_after(self, groups: Groups, selection: Selection, keep: Tensor) -> Tensor:
-        """`fate` once a selection is applied; keep (batch, n) bool over the current columns."""
+    def merged_after(self, groups: Groups, selection: Selection, keep: Tensor) -> Tensor:
+        """`merged_into` once a selection is applied; keep (batch, n) bool over the current columns."""
         target = self.columns.masked_fill(~keep, -1)
         if selection.sources is not None:
             sources = selection.sources.to(groups.columns.device)
@@ -136,15 +136,15 @@ class Segment:
             columns = self.columns[groups.rows[:, None], into].masked_fill(sources < 0, -1)
             target = groups.scatter(columns, target)
         # What had gone into a column goes where that column goes now.
-        after = torch.full_like(self.fate, -1).scatter(1, self.columns, target)
-        return torch.where(self.fate >= 0, after.gather(1, self.fate.clamp(min=0)), -1)
+        after = torch.full_like(self.merged_into, -1).scatter(1, self.columns, target)
+        return torch.where(self.merged_into >= 0, after.gather(1, self.merged_into.clamp(min=0)), -1)
 
-    def cut(self, keep: Tensor, fate: Tensor, *, compact: bool) -> tuple[Segment, Tensor]:
+    def cut(self, keep: Tensor, merged_into: Tensor, *, compact: bool) -> tuple[SequenceLayout, Tensor]:
         """Keep the columns `keep` (batch, n) bool; padding always goes, and so does what is masked.
 
         compact: renumber positions from that of the first token on; all axes of M-RoPE then hold a token's rank. A
         sample that loses nothing keeps its positions, as it would alone.
-        Returns the new segment and the indices (batch, m) into the current columns.
+        Returns the new layout and the indices (batch, m) into the current columns.
         """
         index, real = compact_columns(keep & self.real)
         place = index.to(self.positions.device)
@@ -164,16 +164,16 @@ class Segment:
             visual=take_columns(self.visual, index) & real,
             positions=positions,
             end=end,
-            fate=fate,
+            merged_into=merged_into,
             dropped=self.dropped + self.columns.shape[1] - columns.shape[1],
             masked=None,
         )
         return after, index
 
-    def hide(self, keep: Tensor, fate: Tensor) -> Segment:
+    def hide(self, keep: Tensor, merged_into: Tensor) -> SequenceLayout:
         """Mask the columns that are not in `keep` (batch, n) bool; all stay where they are."""
         masked = self.present & ~(self.real & keep)
-        return replace(self, real=self.real & keep, visual=self.visual & keep, fate=fate, masked=masked)
+        return replace(self, real=self.real & keep, visual=self.visual & keep, merged_into=merged_into, masked=masked)
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving
@@ -183,10 +183,10 @@ class Segment:
         slots = torch.arange(1, n + 1, device=device).expand(len(hidden), n)
         slots = slots.masked_fill(~self.present.to(device), 0)
         # Two slots never share a real column; padding slots write 0, which no maximum can prefer.
-        held = torch.zeros(len(hidden), length, dtype=torch.long, device=device)
-        held = held.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values
-        restored = take_columns(hidden, (held - 1).clamp(min=0))
-        return restored.masked_fill((held == 0)[..., None], 0)
+        latest = torch.zeros(len(hidden), length, dtype=torch.long, device=device)
+        latest = latest.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values
+        restored = take_columns(hidden, (latest - 1).clamp(min=0))
+        return restored.masked_fill((latest == 0)[..., None], 0)
 
 
 def counted_from(positions: Tensor, last: Tensor) -> Tensor:

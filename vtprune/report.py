@@ -15,14 +15,14 @@ from vtprune.transformers_private import layer_type
 
 
 @dataclass(frozen=True)
-class Stretch:
+class LayerRange:
     """Decoder layers `start`..`end`-1, which all hold the same columns."""
 
     start: int
     end: int
     kept: tuple[Tensor, ...]
     """A sample each: (kept,) long, ascending columns of `input_ids`."""
-    fate: tuple[Tensor, ...]
+    merged_into: tuple[Tensor, ...]
     """A sample each: (visual tokens,) long, the column every visual token went into, -1 if dropped."""
     masked: tuple[Tensor, ...] = ()
     """A sample each: (m,) long, columns of visual tokens that are hidden from these layers, but computed and held all
@@ -56,7 +56,7 @@ class Report:
 
     model_name: str
     methods: tuple[str, ...]
-    stretches: tuple[Stretch, ...]
+    layer_ranges: tuple[LayerRange, ...]
     visual: tuple[Tensor, ...]
     """A sample each: columns of all its visual tokens."""
     text_tokens: tuple[int, ...]
@@ -68,7 +68,7 @@ class Report:
     where tokens were merged inside it."""
     kv_dtype_bytes: int
     timings: Timings | None = None
-    held: tuple[tuple[Tensor, ...], ...] | None = None
+    in_cache: tuple[tuple[Tensor, ...], ...] | None = None
     """A decoder layer each, a sample each: ascending columns of the visual tokens in the KV cache; None while these are
     the ones that the prefill kept."""
     auxiliary_bytes: int = 0
@@ -77,7 +77,7 @@ class Report:
     @property
     def depth(self) -> int:
         """Decoder layers."""
-        return self.stretches[-1].end
+        return self.layer_ranges[-1].end
 
     @property
     def samples(self) -> int:
@@ -86,16 +86,16 @@ class Report:
     @cached_property
     def counts(self) -> Tensor:
         """(samples, layers) long: visual tokens that enter each decoder layer, and are seen there."""
-        return self._by_layer([s.kept for s in self.stretches])
+        return self._by_layer([s.kept for s in self.layer_ranges])
 
     @cached_property
     def _computed(self) -> Tensor:
         """(samples, layers) long: the same, and what is masked."""
-        return self._by_layer([s.present for s in self.stretches])
+        return self._by_layer([s.present for s in self.layer_ranges])
 
     def _by_layer(self, columns: list[tuple[Tensor, ...]]) -> Tensor:
-        spans = zip(self.stretches, columns, strict=True)
-        return torch.cat([torch.tensor([*map(len, own)])[:, None].expand(-1, s.end - s.start) for s, own in spans], 1)
+        ranges = zip(self.layer_ranges, columns, strict=True)
+        return torch.cat([torch.tensor([*map(len, own)])[:, None].expand(-1, s.end - s.start) for s, own in ranges], 1)
 
     @property
     def original_tokens(self) -> list[int]:
@@ -116,35 +116,37 @@ class Report:
         total = sum(self.original_tokens) * self.depth
         return float(self.counts.sum()) / total if total else 1.0
 
-    def _stretch(self, sample: int, layer: int) -> Stretch:
+    def _layer_range(self, sample: int, layer: int) -> LayerRange:
         depth = self.depth
         if not -self.samples <= sample < self.samples or not -depth <= layer < depth:
             raise IndexError(f"sample {sample}, layer {layer}: the report has {self.samples} samples, {depth} layers")
         layer %= depth
-        return next(s for s in self.stretches if s.start <= layer < s.end)
+        return next(s for s in self.layer_ranges if s.start <= layer < s.end)
 
     def kept(self, sample: int, layer: int = -1) -> Tensor:
         """(kept,) long: ascending columns of `input_ids` of the visual tokens alive in a layer.
 
         For merged tokens: of their representative.
         """
-        return self._stretch(sample, layer).kept[sample]
+        return self._layer_range(sample, layer).kept[sample]
 
     def sources(self, sample: int, layer: int = -1) -> Tensor:
         """(visual tokens,) long: for every visual token the index in `kept` it went into, -1 if dropped."""
-        stretch = self._stretch(sample, layer)
-        kept, fate = stretch.kept[sample], stretch.fate[sample]
+        layer_range = self._layer_range(sample, layer)
+        kept, merged_into = layer_range.kept[sample], layer_range.merged_into[sample]
         if not len(kept):
-            return torch.full_like(fate, -1)
-        index = torch.searchsorted(kept, fate.clamp(min=0)).clamp(max=len(kept) - 1)
-        return index.masked_fill(fate < 0, -1)
+            return torch.full_like(merged_into, -1)
+        index = torch.searchsorted(kept, merged_into.clamp(min=0)).clamp(max=len(kept) - 1)
+        return index.masked_fill(merged_into < 0, -1)
 
     def cached(self, sample: int, layer: int = -1) -> Tensor:
         """(tokens,) long: ascending columns of the visual tokens whose keys and values a layer holds now.
 
         Those of `kept`, less what was evicted after the prefill, and with what came back while decoding or is masked.
         """
-        return self._stretch(sample, layer).present[sample] if self.held is None else self.held[layer][sample]
+        return (
+            self._layer_range(sample, layer).present[sample] if self.in_cache is None else self.in_cache[layer][sample]
+        )
 
     @cached_property
     def kv_lengths(self) -> Tensor:
@@ -152,9 +154,9 @@ class Report:
 
         In layers with a sliding window at most what the next token can see.
         """
-        if self.held is None:
+        if self.in_cache is None:
             return self._kv_lengths(self._computed.tolist())
-        return self._kv_lengths([[len(layer[sample]) for layer in self.held] for sample in range(self.samples)])
+        return self._kv_lengths([[len(layer[sample]) for layer in self.in_cache] for sample in range(self.samples)])
 
     # -- cost ---------------------------------------------------------------------------------------------------
 
@@ -265,10 +267,10 @@ class Report:
             row("prefill GFLOPs", self.prefill_flops / 1e9, self.unpruned_prefill_flops / 1e9),
             row("KV cache MB", self.kv_bytes / 1e6, self.unpruned_kv_bytes / 1e6),
         ]
-        if len(self.stretches) > 1:
-            spans = (f"from {s.start}: {sum(map(len, s.kept))}" for s in self.stretches)
-            lines.append(f"  visual tokens by layer    {', '.join(spans)}")
-        if self.held is not None:
+        if len(self.layer_ranges) > 1:
+            counts = (f"from {s.start}: {sum(map(len, s.kept))}" for s in self.layer_ranges)
+            lines.append(f"  visual tokens by layer    {', '.join(counts)}")
+        if self.in_cache is not None:
             lines.append(f"  cached tokens by layer    {', '.join(map(str, self.kv_lengths.sum(0).tolist()))}")
         if self.auxiliary_bytes:
             lines.append(f"  kept for revival          {self.auxiliary_bytes / 1e6:.4g} MB")

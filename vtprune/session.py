@@ -27,7 +27,7 @@ from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
 from vtprune.question import Text
 from vtprune.report import Report, Timings, Totals
-from vtprune.slots import Holdings
+from vtprune.slots import CacheContents
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap, clock
@@ -152,7 +152,7 @@ class Session:
         self._prompt_length = prompt_length
         self._teller: threading.Thread | asyncio.Task | None = None
         """Who changed `text` or `prompt_length` last."""
-        self._reports: PerCaller[tuple[Report, Holdings]] = PerCaller()
+        self._reports: PerCaller[tuple[Report, CacheContents]] = PerCaller()
         self._totals, self._lock = Totals(), threading.Lock()
         self._profile = profile
         self._entered = self._called = False
@@ -361,41 +361,41 @@ class Session:
         cache = cache_of(kwargs)
         if incoming is not None and self._prunes:
             incoming.check_cache(cache)
-        held = pruned_layers(cache)
+        pruned = pruned_layers(cache)
         mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
         has_images = incoming is not None and bool(incoming.kinds)
-        if held or (has_images and self._prunes):
+        if pruned or (has_images and self._prunes):
             if cache is not None:
                 check_cache(cache, self._owner)
             if incoming is not None:
                 incoming.check_packed()
             self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
         if not has_images:
-            if not held:
+            if not pruned:
                 if incoming is not None and self._prunes and hidden.shape[1] > 1:
                     incoming.check_text_only(self.adapter)
                 self._report_text_only(hidden, mask, cache)
                 return None
-            if held[0].slots is not None:
+            if pruned[0].slots is not None:
                 self._revival.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
                 return args, {**kwargs, "attention_mask": None}
-            if self._needs_no_mask(hidden.shape[1], mask, held):
+            if self._needs_no_mask(hidden.shape[1], mask, pruned):
                 return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
         try:
             noted = incoming if has_images else None
             call = now.call = open_call(self.adapter, self._owner, self._tap, hidden, kwargs, mask, noted)
         except UnsupportedStageError:
-            if self._prunes or held:
+            if self._prunes or pruned:
                 raise
             return None  # nothing will be pruned, so there is nothing to refuse; only the report goes without
         if has_images:
             self._start_prefill(call, incoming)
             hidden = prune_before_llm(call, hidden, self._before, self._tap, self.text, self._choose)
-            self._take_planes(call, kwargs)
+            self._take_deepstack(call, kwargs)
         self._in_llm.begin(call)
         if not call.pruned and not call.wrapped:
-            return (args, kwargs) if call.cache is not cache or call.planes else None
+            return (args, kwargs) if call.cache is not cache or call.deepstack else None
         kwargs["inputs_embeds"] = hidden
         kwargs["position_ids"] = call.positions_at(0)
         kwargs["attention_mask"] = call.model_mask(hidden)
@@ -408,27 +408,27 @@ class Session:
                 f"by the tokens before them, and stays right up to {self._longest} tokens only"
             )
 
-    def _take_planes(self, call: Call, kwargs: dict) -> None:
-        """Take over the planes that the model adds to its first layers' outputs (DeepStack) if tokens go missing there.
+    def _take_deepstack(self, call: Call, kwargs: dict) -> None:
+        """Take over the DeepStack features if tokens go missing in the layers to whose outputs the model adds them.
 
         The language model would add them where the visual tokens stood before any was dropped.
         """
-        planes = kwargs.get("deepstack_visual_embeds")
-        if planes and (call.pruned or self._in_llm.cuts_before(len(planes))):
-            call.planes = kwargs.pop("deepstack_visual_embeds")
+        deepstack = kwargs.get("deepstack_visual_embeds")
+        if deepstack and (call.pruned or self._in_llm.cuts_before(len(deepstack))):
+            call.deepstack = kwargs.pop("deepstack_visual_embeds")
             kwargs.pop("visual_pos_masks", None)
 
-    def _needs_no_mask(self, length: int, mask: Tensor | None, held: list[PrunedLayer]) -> bool:
+    def _needs_no_mask(self, length: int, mask: Tensor | None, pruned: list[PrunedLayer]) -> bool:
         """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.
 
         They are if every column is real, positions run on, and one mask (or none at all) fits every layer.
         """
-        if any(layer.layout.real is not None or layer.layout.shift is not None for layer in held):
+        if any(layer.layout.real is not None or layer.layout.shift is not None for layer in pruned):
             return False
         # A window that is full is masked, although nothing in it is.
-        windows = any(layer.is_sliding for layer in held)
+        windows = any(layer.is_sliding for layer in pruned)
         unmasked = length == 1 and not windows and unmasked_steps(self.adapter.text_config)
-        if not unmasked and len({layer.layout.dropped for layer in held}) > 1:
+        if not unmasked and len({layer.layout.dropped for layer in pruned}) > 1:
             return False
         return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
 
@@ -441,7 +441,7 @@ class Session:
         now.selector_seconds, now.started = 0.0, self._clock()
         self._eviction.check(now.replays.replaying)
         self._revival.check(call, now.replays.replaying)
-        features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
+        features = call.embeddings[call.sequence.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
 
@@ -453,16 +453,16 @@ class Session:
         if call is None:
             return None
         if call.media is not None and not now.replays.replaying:
-            holdings = Holdings()
-            self._eviction.after_prefill(call, holdings)
-            self._revival.after_prefill(call, self._in_llm.now.aside, holdings)
-            self._finish_prefill(call, holdings)
+            contents = CacheContents()
+            self._eviction.after_prefill(call, contents)
+            self._revival.after_prefill(call, self._in_llm.now.stored, contents)
+            self._finish_prefill(call, contents)
         self._end_call()
         if not call.pruned:
             return None
         if isinstance(output, tuple):
-            return call.segment.restore(output[0], call.length), *output[1:]
-        output.last_hidden_state = call.segment.restore(output.last_hidden_state, call.length)
+            return call.sequence.restore(output[0], call.length), *output[1:]
+        output.last_hidden_state = call.sequence.restore(output.last_hidden_state, call.length)
         return output
 
     # -- selection ----------------------------------------------------------------------------------------------
@@ -488,15 +488,15 @@ class Session:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
         if (cache is not None and cache.get_seq_length()) or hidden.shape[1] == 1:
             return
-        self._keep(text_report(self.adapter, self.methods, hidden, mask), Holdings())
+        self._keep(text_report(self.adapter, self.methods, hidden, mask), CacheContents())
 
-    def _finish_prefill(self, call: Call, holdings: Holdings) -> None:
+    def _finish_prefill(self, call: Call, contents: CacheContents) -> None:
         timings = None
         if self._profile:
             now, encoding = self.now, sum(encoding.seconds for encoding in call.media.encodings)
             timings = Timings(encoding, now.selector_seconds, self._clock() - now.started)
         report = prefill_report(call, self._tap, self.methods, timings)
-        self._keep(report, holdings)
+        self._keep(report, contents)
         wants_less = not all(self._asks_for_everything(method, call) for method in self.methods)
         if self.strict and wants_less and any(report.original_tokens) and report.keep_ratio == 1.0:
             raise NothingPrunedError(
@@ -504,8 +504,8 @@ class Session:
                 "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
             )
 
-    def _keep(self, report: Report, holdings: Holdings) -> None:
-        self._reports.set((report, holdings))
+    def _keep(self, report: Report, contents: CacheContents) -> None:
+        self._reports.set((report, contents))
         with self._lock:
             self._totals += report
 
@@ -518,9 +518,9 @@ class Session:
         )
 
 
-def _current(report: Report, holdings: Holdings) -> tuple[Report, Holdings]:
+def _current(report: Report, contents: CacheContents) -> tuple[Report, CacheContents]:
     """A report that says what its KV cache holds by now, and need not be asked again."""
-    held, auxiliary_bytes = holdings.of(report.visual)
-    if held is None:
-        return report, holdings
-    return dataclasses.replace(report, held=held, auxiliary_bytes=auxiliary_bytes), Holdings()
+    in_cache, auxiliary_bytes = contents.of(report.visual)
+    if in_cache is None:
+        return report, contents
+    return dataclasses.replace(report, in_cache=in_cache, auxiliary_bytes=auxiliary_bytes), CacheContents()

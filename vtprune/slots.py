@@ -39,7 +39,7 @@ class PerSample:
 
 
 @dataclass
-class Holdings:
+class CacheContents:
     """Which visual tokens the KV cache of one prefill holds, as that changes while tokens are generated.
 
     Columns only: keys and values must be free to go with their cache.
@@ -47,7 +47,7 @@ class Holdings:
 
     columns: list[Tensor] | None = None
     """By layer: columns (batch, n) that it holds, -1 for none; None if that is what the prefill kept."""
-    aside: list[tuple[Tensor, int]] = field(default_factory=list)
+    stored: list[tuple[Tensor, int]] = field(default_factory=list)
     """Columns (batch, m) of what may come back, and the bytes of one of them."""
 
     def of(self, visual: Sequence[Tensor]) -> tuple[tuple[tuple[Tensor, ...], ...] | None, int]:
@@ -61,11 +61,11 @@ class Holdings:
         def rows(columns: Tensor) -> Tensor:
             return columns[:: len(columns) // len(visual)].cpu()
 
-        held = tuple(
+        in_cache = tuple(
             tuple(row[torch.isin(row, own)].sort().values for row, own in zip(rows(columns), visual, strict=True))
             for columns in self.columns
         )
-        return held, sum(int((rows(columns) >= 0).sum()) * size for columns, size in self.aside)
+        return in_cache, sum(int((rows(columns) >= 0).sum()) * size for columns, size in self.stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +80,11 @@ class PromptTable(PerSample):
     """(batch, columns) or (batch, axes, columns) long: position ids."""
     blocks: Tensor | None
     """(batch, columns) long: see `Adapter.blocks`."""
-    planes: dict[int, Tensor]
+    deepstack: dict[int, Tensor]
     """Decoder layer -> (batch, columns, dim), which the model adds to that layer's output (DeepStack)."""
     counts: Tensor
     """(batch, cuts) long: visual tokens let through by each cut."""
-    holdings: Holdings
+    contents: CacheContents
     """What the cache holds, for the report."""
 
     def places(self, columns: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Slots(PerSample):
 
 
 @dataclass(frozen=True, eq=False)
-class Aside(PerSample):
+class Stored(PerSample):
     """Tokens that a cut dropped and whose keys the layer after it lacks."""
 
     hidden: Tensor

@@ -87,8 +87,8 @@ class VisualTokens:
     """For each group the layout of each of its crops; None where tokens of it are missing. Empty inside the LLM."""
     kinds: tuple[str, ...] = ()
     """For each group what it is of, "image" or "video". Empty inside the LLM."""
-    spans: Tensor | None = None
-    """(groups, tokens) long: number of the stretch of visual tokens, without text in it, that each token is in. None
+    runs: Tensor | None = None
+    """(groups, tokens) long: number of the run of visual tokens, without text in it, that each token is in. None
     before the LLM."""
     shape: ModelShape | None = None
     layer: int | None = None

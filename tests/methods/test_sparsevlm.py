@@ -90,8 +90,8 @@ def test_raters_choose_and_what_they_drop_is_merged(name):
         left, places = watched.report.kept(0, cut), watched.places(alive)
         assert len(left) == int(share * len(watched.report.visual[0]))
         scores = watched.weights[cut].mean(0)[rows][:, places].mean(0)
-        spans = (torch.nn.functional.pad(places.diff() > 1, (1, 0))).cumsum(0)
-        keep, features, sources = recycle_dropped(watched.before[cut][places], scores, len(left), 1.0, spans=spans)
+        runs = (torch.nn.functional.pad(places.diff() > 1, (1, 0))).cumsum(0)
+        keep, features, sources = recycle_dropped(watched.before[cut][places], scores, len(left), 1.0, runs=runs)
         assert torch.equal(alive[keep], left)
         torch.testing.assert_close(watched.after[cut][watched.places(left)], features[keep], atol=1e-4, rtol=1e-4)
         # What the report says of tokens that were merged already before is about where those went.

@@ -12,13 +12,13 @@ def draw(n, dim=8, seed=0):
     return torch.randn(n, dim, generator=generator), torch.rand(n, generator=generator)
 
 
-def one_by_one(hidden, weights, k, spans):
+def one_by_one(hidden, weights, k, runs):
     """The definition: kept tokens take in the others one after another."""
     best = sorted(range(len(hidden)), key=lambda i: (-weights[i].item(), i))[:k]
     directions = torch.nn.functional.normalize(hidden, dim=-1)
     merged, sources = hidden.clone(), [i if i in best else -1 for i in range(len(hidden))]
     for i in sorted(set(range(len(hidden))) - set(best)):
-        candidates = [j for j in best if spans[j] == spans[i]]
+        candidates = [j for j in best if runs[j] == runs[i]]
         if candidates:
             target = candidates[int((directions[candidates] @ directions[i]).argmax())]
             merged[target] = (merged[target] + merged[i]) / 2
@@ -30,10 +30,10 @@ def one_by_one(hidden, weights, k, spans):
 @settings(max_examples=100, deadline=None)
 def test_equals_the_definition(n, k, stretches, seed):
     hidden, weights = draw(n, seed=seed)
-    spans = torch.arange(n) * stretches // max(n, 1)
+    runs = torch.arange(n) * stretches // max(n, 1)
     before = hidden.clone()
-    keep, merged, sources = absorb_dropped(hidden, weights, k, spans=spans)
-    best, expected, into = one_by_one(hidden, weights, k, spans.tolist())
+    keep, merged, sources = absorb_dropped(hidden, weights, k, runs=runs)
+    best, expected, into = one_by_one(hidden, weights, k, runs.tolist())
     assert torch.equal(hidden, before)
     assert keep.nonzero()[:, 0].tolist() == best and sources.tolist() == into
     torch.testing.assert_close(merged, expected)
@@ -58,11 +58,11 @@ def test_later_tokens_count_more():
 
 def test_nothing_of_a_later_image_reaches_an_earlier_one():
     hidden, weights = draw(20)
-    spans = (torch.arange(20) >= 12).long()
-    keep, merged, _ = absorb_dropped(hidden, weights, 8, spans=spans)
+    runs = (torch.arange(20) >= 12).long()
+    keep, merged, _ = absorb_dropped(hidden, weights, 8, runs=runs)
     changed = hidden.clone()
     changed[12:] = draw(8, seed=1)[0]
-    again, other, _ = absorb_dropped(changed, weights, 8, spans=spans)
+    again, other, _ = absorb_dropped(changed, weights, 8, runs=runs)
     assert torch.equal(again, keep) and torch.equal(merged[:12], other[:12])
 
 

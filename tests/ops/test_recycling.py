@@ -33,8 +33,8 @@ def test_the_published_counts():
 def test_kept_tokens_stay_and_merged_ones_are_means(seed, n, k, share):
     generator = torch.Generator().manual_seed(seed)
     points, scores = torch.randn(n, 6, generator=generator), torch.randn(n, generator=generator)
-    spans = (torch.arange(n) >= n // 3).long()
-    keep, merged, sources = recycle_dropped(points, scores, k, share, spans=spans)
+    runs = (torch.arange(n) >= n // 3).long()
+    keep, merged, sources = recycle_dropped(points, scores, k, share, runs=runs)
     kept, pooled, clusters = recycling_counts(n, k, share)
     order = scores.argsort(descending=True)
     assert int(keep.sum()) == min(k, n) and keep[order[:kept]].all()
@@ -45,7 +45,7 @@ def test_kept_tokens_stay_and_merged_ones_are_means(seed, n, k, share):
     centres = [c for c in order[kept : kept + pooled].tolist() if keep[c]]
     assert len(centres) == clusters
     for place in order[kept : kept + pooled].tolist():
-        own = [c for c in centres if spans[c] == spans[place]]
+        own = [c for c in centres if runs[c] == runs[place]]
         if clusters == 0 or not own:
             assert sources[place] == -1
             continue

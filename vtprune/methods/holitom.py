@@ -188,6 +188,6 @@ class _Absorb(InLLM):
         merging = Merging(tokens)
         weights = tokens[LastQueryAttention(self.layer - 1)].mean(1)
         for group, length, k in tokens.each():
-            own, spans = tokens.features[group, :length], tokens.spans[group, :length]
-            merging.put(group, length, *absorb_dropped(own, weights[group, :length], k, spans=spans))
+            own, runs = tokens.features[group, :length], tokens.runs[group, :length]
+            merging.put(group, length, *absorb_dropped(own, weights[group, :length], k, runs=runs))
         return merging.selection

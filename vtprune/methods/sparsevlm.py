@@ -106,6 +106,6 @@ class SparseVLM(Staged):
         merging = Merging(tokens)
         for group, length, k in tokens.each():
             own = tokens.features[group, :length]
-            spans = None if tokens.spans is None else tokens.spans[group, :length]
-            merging.put(group, length, *recycle_dropped(own, scores[group, :length], k, self.recycle, spans=spans))
+            runs = None if tokens.runs is None else tokens.runs[group, :length]
+            merging.put(group, length, *recycle_dropped(own, scores[group, :length], k, self.recycle, runs=runs))
         return merging.selection

@@ -10,7 +10,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def absorb_dropped(
-    hidden: Tensor, weights: Tensor, k: int, *, spans: Tensor | None = None
+    hidden: Tensor, weights: Tensor, k: int, *, runs: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the ``k`` tokens of the largest weight and let them absorb the others (HoliTom, arXiv 2505.21334).
 
@@ -23,7 +23,7 @@ def absorb_dropped(
         weights: ``(tokens,)`` how much attention each has just received; HoliTom: in the layer before, from the last
             token of the prompt, averaged over heads. Of equal weights the lower index is kept.
         k: tokens to keep, at least 0.
-        spans: ``(tokens,)`` long, which stretch of visual tokens each is of. Tokens are absorbed within their stretch,
+        runs: ``(tokens,)`` long, which run of visual tokens each is of. Tokens are absorbed within their run,
             because text that stands between two must not see the later one; without a kept token in it they are
             lost. None: all are of one.
 
@@ -42,8 +42,8 @@ def absorb_dropped(
     directions = normalize(hidden.float(), dim=-1)
     for block in dropped.split(max(_BLOCK_ELEMENTS // len(best), 1)):
         similarity = directions[block] @ directions[best].T
-        if spans is not None:
-            similarity.masked_fill_(spans[block][:, None] != spans[best], -torch.inf)
+        if runs is not None:
+            similarity.masked_fill_(runs[block][:, None] != runs[best], -torch.inf)
         highest, target = similarity.max(dim=1)
         sources[block] = torch.where(highest > -torch.inf, best[target], -1)
 

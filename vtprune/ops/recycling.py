@@ -36,7 +36,7 @@ def recycling_counts(n: int, k: int, share: float) -> tuple[int, int, int]:
 
 
 def recycle_dropped(
-    points: Tensor, scores: Tensor, k: int, share: float = 0.3, *, spans: Tensor | None = None
+    points: Tensor, scores: Tensor, k: int, share: float = 0.3, *, runs: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the best tokens, and merge the best of the others by density peaks (SparseVLM, arXiv 2410.04417).
 
@@ -49,7 +49,7 @@ def recycle_dropped(
         scores: ``(tokens,)``, higher is better.
         k: tokens to be left, at least 0.
         share: of the dropped tokens that are pooled, in [0, 1].
-        spans: ``(tokens,)`` long, which stretch of visual tokens each is of. Tokens join a centre of their own stretch,
+        runs: ``(tokens,)`` long, which run of visual tokens each is of. Tokens join a centre of their own run,
             because text that stands between two must not see the later one; without one they are lost. None: all are
             of one.
 
@@ -69,8 +69,8 @@ def recycle_dropped(
     distances = scaled_distances(points[pool])
     centres = density_peak_order(distances, clusters, clusters, reference_quirks=True)
     to_centres = distances[:, centres]
-    if spans is not None:
-        to_centres = to_centres.masked_fill(spans[pool][:, None] != spans[pool[centres]], torch.inf)
+    if runs is not None:
+        to_centres = to_centres.masked_fill(runs[pool][:, None] != runs[pool[centres]], torch.inf)
     nearest, assigned = to_centres.min(1)
     assigned = assigned.masked_fill(nearest == torch.inf, -1)
     # A centre that coincides with another one still is a centre of its own.

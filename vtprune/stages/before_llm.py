@@ -59,7 +59,7 @@ def _drop_merged(call: Call, hidden: Tensor, tap: EncoderTap) -> Tensor:
         return hidden
     groups = call.crop_groups()
     into, original = (
-        per_group(values, call, groups).to(hidden.device) for values in tap.destinies(call.media.encodings)
+        per_group(values, call, groups).to(hidden.device) for values in tap.copied_into(call.media.encodings)
     )
     valid = groups.valid.to(hidden.device)
     count, width = valid.shape

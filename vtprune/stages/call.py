@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places
 from vtprune.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
-from vtprune.layout import Groups, Segment, counted_from, last_axis, take_columns
+from vtprune.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
 from vtprune.transformers_private import Cache, layer_mask, layer_type
 
@@ -49,25 +49,25 @@ class Call:
     """(batch, any length) long: see `Adapter.blocks`."""
     masks_by_type: bool
     """Whether the call came with a mapping from kinds of attention to masks."""
-    planes: Sequence[Tensor]
+    deepstack: Sequence[Tensor]
     """One (visual tokens of the batch, dim) a decoder layer, which the model adds to its output (DeepStack)."""
     past_real: Tensor | None
     """(batch, past) bool: padding already in a cache that was never pruned; None if there is none."""
     unpadded: bool
     """Whether `real` is known to be all True; asking a tensor would make an accelerator wait at every step."""
-    whole: Segment = field(init=False)
+    whole: SequenceLayout = field(init=False)
     """The layout before any cut."""
-    segments: list[Segment] = field(init=False)
+    sequence_layouts: list[SequenceLayout] = field(init=False)
     starts: list[int] = field(init=False)
-    """First decoder layer of each segment."""
+    """First decoder layer of each layout."""
     before: list[tuple[CacheLayout, int]] = field(init=False)
     """Layout and physical length of every cache layer when the call began."""
     wrapped: bool = field(init=False)
     """Whether the cache layers are ours."""
     memo: dict = field(default_factory=dict)
     """Masks and rotary embeddings already built, by `key`."""
-    held: dict[int, Tensor] = field(default_factory=dict)
-    """Decoder layer -> (batch, n) bool over the columns of its segment: visual tokens left in its cache after an
+    left_in_cache: dict[int, Tensor] = field(default_factory=dict)
+    """Decoder layer -> (batch, n) bool over the columns of its sequence: visual tokens left in its cache after an
     eviction."""
 
     def __post_init__(self):
@@ -76,20 +76,20 @@ class Call:
             missing = max(self.past + self.length - self.blocks.shape[1], 0)
             here = slice(self.past, self.past + self.length)
             self.blocks = pad(self.blocks, (0, missing), value=-1)[:, here].to(self.real.device)
-        self.whole = Segment.whole(self.real, visual, self.positions)
-        self.segments, self.starts = [self.whole], [0]
+        self.whole = SequenceLayout.whole(self.real, visual, self.positions)
+        self.sequence_layouts, self.starts = [self.whole], [0]
         self.wrapped = bool(pruned_layers(self.cache))
         if self.wrapped:
-            held = [self.cached(i) for i in range(len(self.adapter.decoder_layers))]
-            self.before = [(layer.layout, layer.physical) for layer in held]
-            self.announce(0)
+            layers = [self.cached(i) for i in range(len(self.adapter.decoder_layers))]
+            self.before = [(layer.layout, layer.physical) for layer in layers]
+            self.update_cache_layouts(0)
         else:
             self.before = [(CacheLayout(real=self.past_real), self.past)] * len(self.adapter.decoder_layers)
 
     @property
-    def segment(self) -> Segment:
+    def sequence(self) -> SequenceLayout:
         """The layout after the last cut so far."""
-        return self.segments[-1]
+        return self.sequence_layouts[-1]
 
     @functools.cached_property
     def text(self) -> Tensor:
@@ -101,11 +101,11 @@ class Call:
     def pruned(self) -> bool:
         """Whether this call has dropped anything so far."""
         # Not by length: the longest sample of a batch may have lost nothing.
-        return self.segment is not self.whole
+        return self.sequence is not self.whole
 
-    def prompt_at(self, segment: Segment) -> Tensor:
-        """(batch, n) bool: the columns of a segment that are of the prompt."""
-        return take_columns(self.prompt, segment.columns)
+    def prompt_at(self, sequence: SequenceLayout) -> Tensor:
+        """(batch, n) bool: the columns of a sequence that are of the prompt."""
+        return take_columns(self.prompt, sequence.columns)
 
     def cached(self, layer: int) -> PrunedLayer:
         """What a wrapped cache holds of a decoder layer.
@@ -115,24 +115,24 @@ class Call:
         own = self.cache.layers[layer]
         return own if isinstance(own, PrunedLayer) else pruned_layers(self.cache)[0]
 
-    def segment_at(self, layer: int) -> Segment:
-        return self.segments[bisect_right(self.starts, layer) - 1]
+    def sequence_at(self, layer: int) -> SequenceLayout:
+        return self.sequence_layouts[bisect_right(self.starts, layer) - 1]
 
     def key(self, layer: int) -> tuple[int, int, int]:
         """Layers with equal keys see the same columns at the same positions through the same mask."""
         layout, physical = self.before[layer]
-        return id(self.segment_at(layer)), id(layout), physical
+        return id(self.sequence_at(layer)), id(layout), physical
 
     # -- groups -------------------------------------------------------------------------------------------------
 
-    def alive(self, labels: Tensor, segment: Segment | None = None) -> Tensor:
-        """Labels (batch, length) of a segment's columns, by default the current one's; -1 where no visual token is."""
-        segment = segment or self.segment
-        return take_columns(labels, segment.columns).masked_fill(~segment.visual, -1)
+    def alive(self, labels: Tensor, sequence: SequenceLayout | None = None) -> Tensor:
+        """Labels (batch, length) of a sequence's columns, by default the current one's; -1 where no visual token is."""
+        sequence = sequence or self.sequence
+        return take_columns(labels, sequence.columns).masked_fill(~sequence.visual, -1)
 
-    def crop_labels(self, segment: Segment | None = None) -> Tensor:
+    def crop_labels(self, sequence: SequenceLayout | None = None) -> Tensor:
         """(batch, n) long: the crop of each column, by default of the current ones; -1 for separators and text."""
-        return self.alive(self.media.labels, segment)
+        return self.alive(self.media.labels, sequence)
 
     def crop_groups(self) -> Groups:
         """One group a crop, over the visual tokens alive."""
@@ -145,22 +145,22 @@ class Call:
         images = torch.arange(len(rows), device=rows.device)
         return Groups.of_labels(self.alive(self.media.images).masked_fill(~content, -1), rows, images)
 
-    def sample_groups(self, segment: Segment | None = None) -> Groups:
+    def sample_groups(self, sequence: SequenceLayout | None = None) -> Groups:
         """One group a sample, over the visual tokens alive, by default now; separators are in none."""
         rows = torch.arange(self.batch, device=self.real.device)
-        content = self.crop_labels(segment) >= 0
+        content = self.crop_labels(sequence) >= 0
         return Groups.of_labels(torch.where(content, rows[:, None], -1), rows, torch.full_like(rows, -1))
 
-    def spans(self) -> Tensor:
-        """(batch, n) long: for current visual columns the number of their stretch of visual columns in the sample."""
-        visual = self.segment.visual
+    def runs(self) -> Tensor:
+        """(batch, n) long: for current visual columns the number of their run of visual columns in the sample."""
+        visual = self.sequence.visual
         begins = visual.clone()
         begins[:, 1:] &= ~visual[:, :-1]
         return begins.cumsum(1) - 1
 
     def encoded_tokens(self) -> Tensor:
         """(batch, n): number among the encoded tokens of every current column."""
-        return take_columns(self.media.tokens, self.segment.columns)
+        return take_columns(self.media.tokens, self.sequence.columns)
 
     def prompt_key(self, row: int) -> int:
         """A number that depends on the text of one sample's prompt alone."""
@@ -171,7 +171,7 @@ class Call:
 
     # -- the cache ---------------------------------------------------------------------------------------------------
 
-    def announce(self, first_layer: int) -> None:
+    def update_cache_layouts(self, first_layer: int) -> None:
         """Tell the cache layers from `first_layer` on (all of them, if never wrapped) what is about to arrive."""
         if self.cache is None:
             return
@@ -185,39 +185,39 @@ class Call:
             key = self.key(i)
             if key not in memo:
                 layout, physical = self.before[i]
-                segment = self.segment_at(i)
-                plain = self.unpadded and segment is self.whole
-                padding, shift = (None, None) if plain else (segment.padding(), self._shift(segment))
-                memo[key] = layout.extend(segment.columns.shape[1], padding, segment.dropped, shift, physical)
+                sequence = self.sequence_at(i)
+                plain = self.unpadded and sequence is self.whole
+                padding, shift = (None, None) if plain else (sequence.padding(), self._shift(sequence))
+                memo[key] = layout.extend(sequence.columns.shape[1], padding, sequence.dropped, shift, physical)
             self.cache.layers[i].layout = memo[key]
 
-    def _shift(self, segment: Segment) -> Tensor | None:
+    def _shift(self, sequence: SequenceLayout) -> Tensor | None:
         """(batch, 1) positions that tokens to come must be moved back by; None for none.
 
         Callers count on from the last column, which after right padding is not the last token's.
         """
         positions = self.whole.positions
         last = torch.full((self.batch, 1), self.length - 1, device=positions.device)
-        shift = counted_from(positions, last) - segment.end
+        shift = counted_from(positions, last) - sequence.end
         return shift if bool(shift.any()) else None
 
-    def add_plane(self, layer: int, hidden: Tensor) -> Tensor:
-        """A decoder layer's output (batch, n, dim) with the plane that is due there."""
-        if not 0 <= layer < len(self.planes):
+    def add_deepstack(self, layer: int, hidden: Tensor) -> Tensor:
+        """A decoder layer's output (batch, n, dim) with the DeepStack features that are due there."""
+        if not 0 <= layer < len(self.deepstack):
             return hidden
-        return hidden + self.plane(layer, self.segment).to(hidden)
+        return hidden + self.deepstack_at(layer, self.sequence).to(hidden)
 
-    def plane(self, layer: int, segment: Segment) -> Tensor:
-        """(batch, n, dim): a decoder layer's plane, cut and merged like the tokens of a segment; 0 for text."""
-        plane = self.planes[layer]
-        row, column = self.whole.visual.to(plane.device).nonzero(as_tuple=True)
-        into = segment.fate.to(plane.device)[row, column]
+    def deepstack_at(self, layer: int, sequence: SequenceLayout) -> Tensor:
+        """(batch, n, dim): DeepStack features of a decoder layer, cut and merged like the tokens; 0 for text."""
+        features = self.deepstack[layer]
+        row, column = self.whole.visual.to(features.device).nonzero(as_tuple=True)
+        into = sequence.merged_into.to(features.device)[row, column]
         alive = into >= 0
-        here = torch.arange(segment.columns.shape[1], device=segment.columns.device).expand_as(segment.columns)
-        place = torch.zeros_like(segment.fate).scatter(1, segment.columns, here).to(plane.device)
+        here = torch.arange(sequence.columns.shape[1], device=sequence.columns.device).expand_as(sequence.columns)
+        place = torch.zeros_like(sequence.merged_into).scatter(1, sequence.columns, here).to(features.device)
         index = (row[alive], place[row[alive], into[alive]])
-        values = plane[alive]
-        zeros = plane.new_zeros(*segment.columns.shape, plane.shape[-1])
+        values = features[alive]
+        zeros = features.new_zeros(*sequence.columns.shape, features.shape[-1])
         total = zeros.index_put(index, values, accumulate=True)
         count = zeros[..., 0].index_put(index, values.new_ones(len(values)), accumulate=True)
         return total / count.clamp(min=1)[..., None]
@@ -226,14 +226,14 @@ class Call:
 
     def positions_at(self, layer: int) -> Tensor:
         """(..., batch, n): position ids in force at a layer."""
-        positions, shift = self.segment_at(layer).positions, self.before[layer][0].shift
+        positions, shift = self.sequence_at(layer).positions, self.before[layer][0].shift
         return positions if shift is None else (positions - shift.to(positions.device)).clamp(min=0)
 
-    def positions_of_columns(self, segment: Segment) -> Tensor:
-        """(..., batch, length): position ids of the call's columns, those of a segment where it has them."""
+    def positions_of_columns(self, sequence: SequenceLayout) -> Tensor:
+        """(..., batch, length): position ids of the call's columns, those of a sequence where it has them."""
         positions = self.whole.positions.clone()
-        columns = segment.columns.to(positions.device).expand_as(segment.positions)
-        return positions.scatter(-1, columns, segment.positions)
+        columns = sequence.columns.to(positions.device).expand_as(sequence.positions)
+        return positions.scatter(-1, columns, sequence.positions)
 
     def places_at(self, layer: int, hidden: Tensor) -> Places:
         """The positions of a layer's columns."""
@@ -246,15 +246,15 @@ class Call:
     def padding_mask(self, layer: int) -> Tensor | None:
         """2D mask of a layer, logical length; None if all its columns are real and a cache knows the lengths."""
         if self.cache is None:
-            return self.segment_at(layer).real
+            return self.sequence_at(layer).real
         return self.cached(layer).layout.mask()
 
     def blocks_at(self, layer: int) -> Tensor | None:
         """(batch, n) long: the block of each column of a layer whose tokens all see one another, -1 for none."""
         if self.blocks is None:
             return None
-        segment = self.segment_at(layer)
-        return take_columns(self.blocks, segment.columns).masked_fill(~segment.present, -1)
+        sequence = self.sequence_at(layer)
+        return take_columns(self.blocks, sequence.columns).masked_fill(~sequence.present, -1)
 
     def mask_at(self, layer: int, hidden: Tensor):
         """Attention mask of a layer in the form its attention back end wants."""

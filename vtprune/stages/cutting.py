@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.layout import Groups, Segment, take_columns
+from vtprune.layout import Groups, SequenceLayout, take_columns
 from vtprune.stages.call import Call
 from vtprune.tokens import Selection
 
@@ -28,40 +28,40 @@ def cut_sequence(
         instead of taking it out.
     Returns the shorter input and the indices (batch, m) of its columns; None if everything survives.
     """
-    segment = call.segment
+    sequence = call.sequence
     dropped = groups.valid & ~selection.keep.to(groups.valid.device)
     if not bool(dropped.any()):
         return None
     if selection.features is not None:
         kept = selection.keep[..., None].to(hidden.device)
         hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
-    keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, segment.real)
+    keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, sequence.real)
     if not keep_separators:
         keep &= ~idle_separators(call, keep)
-    fate = segment.fates_after(groups, selection, keep)
+    merged_into = sequence.merged_after(groups, selection, keep)
     if masking:
         index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-        after = segment.hide(keep, fate)
+        after = sequence.hide(keep, merged_into)
     else:
-        after, index = segment.cut(keep, fate, compact=compact)
+        after, index = sequence.cut(keep, merged_into, compact=compact)
         hidden = take_columns(hidden, index)
     # A masked key still multiplies its value by zero, and 0 * NaN is NaN.
     hidden = hidden.masked_fill(~after.present.to(hidden.device)[..., None], 0)
     if call.starts[-1] == layer:
-        call.segments[-1] = after
+        call.sequence_layouts[-1] = after
     else:
-        call.segments.append(after)
+        call.sequence_layouts.append(after)
         call.starts.append(layer)
     call.memo.clear()
-    call.announce(layer)
+    call.update_cache_layouts(layer)
     return hidden, index
 
 
-def idle_separators(call: Call, keep: Tensor, segment: Segment | None = None) -> Tensor:
+def idle_separators(call: Call, keep: Tensor, sequence: SequenceLayout | None = None) -> Tensor:
     """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept, by default of those now."""
-    segment = segment or call.segment
-    lines, content = call.alive(call.media.lines, segment), call.crop_labels(segment) >= 0
-    separators = segment.visual & ~content
+    sequence = sequence or call.sequence
+    lines, content = call.alive(call.media.lines, sequence), call.crop_labels(sequence) >= 0
+    separators = sequence.visual & ~content
     if not bool(separators.any()):
         return separators
     ended = lines.new_zeros(int(lines.max()) + 1, dtype=torch.bool)

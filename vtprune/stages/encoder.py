@@ -222,20 +222,20 @@ class EncoderTap:
                 key = norm(key)
             merge = encoding.merge
             valid = None if merge is None else merge.padding
-            dealt = (lambda values: values) if merge is None else merge.dealt
+            scattered = (lambda values: values) if merge is None else merge.scattered
             if layer in self.key_layers:
-                encoding.keys[layer] = dealt(key)
+                encoding.keys[layer] = scattered(key)
             heads = self.adapter.vision_config.num_attention_heads
             query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
             scale = query.shape[-1] ** -0.5
             seen = None if valid is None else valid.to(key.device)[:, None, None]
             if layer in self.cls_layers:
                 rows = attention_rows(query[:, :, :1], key, scale=scale, mask=seen)[:, :, 0]
-                encoding.rows[layer] = dealt(rows.mT).mT
+                encoding.rows[layer] = scattered(rows.mT).mT
             if layer in self.received_layers:
                 mask = None if seen is None else lambda first, last: seen
                 received = attention_received(query, key, scale=scale, mask=mask, valid=valid)
-                encoding.received[layer] = dealt(received)
+                encoding.received[layer] = scattered(received)
 
         return hook
 
@@ -288,14 +288,14 @@ class EncoderTap:
             rows.append(tuple(row))
         return rows
 
-    def destinies(self, encodings: Iterable[Encoding]) -> tuple[Tensor, Tensor]:
-        """`EncoderMerge.destinies` for the tokens of all encodings, the encoder's tokens numbered through."""
+    def copied_into(self, encodings: Iterable[Encoding]) -> tuple[Tensor, Tensor]:
+        """`EncoderMerge.copied_into` for the tokens of all encodings, the encoder's tokens numbered through."""
         values, same, start = [], [], 0
         for e in encodings:
             if e.merge is None:
                 into, own = torch.full((e.tokens,), -1), torch.ones(e.tokens, dtype=torch.bool)
             else:
-                into, own = e.merge.destinies()
+                into, own = e.merge.copied_into()
                 _fitting(self.adapter, "patch_values", into, e.tokens)
             values.append(torch.where(into >= 0, into + start, into))
             same.append(own)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vtprune.cache import PrunedLayer, check_changeable
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups, Segment, compact_columns, spread_columns, take_columns
+from vtprune.layout import Groups, SequenceLayout, compact_columns, spread_columns, take_columns
 from vtprune.methods.base import AfterPrefill, Method
 from vtprune.signals import CacheSignal
-from vtprune.slots import Holdings
+from vtprune.slots import CacheContents
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import idle_separators
 from vtprune.stages.reading import Chooser, visual_tokens
@@ -30,16 +30,16 @@ class _CacheView:
     """See `vtprune.signals.CacheView`."""
 
     call: Call
-    segment: Segment
+    sequence: SequenceLayout
     groups: Groups
 
     def read(self, signal: CacheSignal) -> Any:
         return signal.read_cache(self)
 
     def alive(self, layer: int) -> Tensor:
-        other = self.call.segment if layer == -1 else self.call.segment_at(layer)
+        other = self.call.sequence if layer == -1 else self.call.sequence_at(layer)
         alive = spread_columns(other.columns, other.visual, self.call.length)
-        return self.groups.gather(take_columns(alive, self.segment.columns))
+        return self.groups.gather(take_columns(alive, self.sequence.columns))
 
 
 class EvictionStage:
@@ -58,17 +58,17 @@ class EvictionStage:
         if self.methods and replayed:
             raise UnsupportedStageError(NEEDS_CACHE)
 
-    def after_prefill(self, call: Call, holdings: Holdings) -> None:
+    def after_prefill(self, call: Call, contents: CacheContents) -> None:
         """Drop what the methods drop, and note in `holdings` what is left."""
         if not self.methods or call.cache is None or not call.pruned:
             return
         check_changeable(call.cache)
         for method in self.methods:
             self._evict(call, method)
-        if call.held:
-            holdings.columns = [
-                (s.columns + call.past).masked_fill(~call.held.get(i, s.computed), -1).cpu()
-                for i, s in enumerate(map(call.segment_at, range(len(call.cache.layers))))
+        if call.left_in_cache:
+            contents.columns = [
+                (s.columns + call.past).masked_fill(~call.left_in_cache.get(i, s.computed), -1).cpu()
+                for i, s in enumerate(map(call.sequence_at, range(len(call.cache.layers))))
             ]
 
     def _evict(self, call: Call, method: AfterPrefill) -> None:
@@ -77,34 +77,34 @@ class EvictionStage:
             layer = call.cache.layers[i]
             if layer.is_sliding:
                 continue  # it forgets by itself, and counts on its columns being consecutive
-            segment = call.segment_at(i)
+            sequence = call.sequence_at(i)
             past = call.before[i][1]
-            groups = call.sample_groups(segment)
+            groups = call.sample_groups(sequence)
             tokens = visual_tokens(
                 method,
                 self.shape,
                 groups,
                 groups.gather(rearrange(layer.inner.keys[:, :, past:], "b h n d -> b n (h d)")),
-                _CacheView(call, segment, groups).read,
+                _CacheView(call, sequence, groups).read,
                 budget=torch.full((call.batch,), -1),
                 layer=i,
             )
             keep = self.choose(method, tokens).keep.to(groups.valid.device)
-            left = groups.scatter(keep & groups.valid, segment.visual)
-            left &= ~idle_separators(call, left, segment)
-            lost = segment.visual & ~left
+            left = groups.scatter(keep & groups.valid, sequence.visual)
+            left &= ~idle_separators(call, left, sequence)
+            lost = sequence.visual & ~left
             if not bool(lost.any()):
                 continue
-            held = layer.layout.real
-            if held is None:
-                held = segment.real.new_ones(call.batch, layer.physical)
-            held = held.clone()
-            held[:, past:] &= ~lost.to(held.device)
-            index, real = compact_columns(held)
+            stays = layer.layout.real
+            if stays is None:
+                stays = sequence.real.new_ones(call.batch, layer.physical)
+            stays = stays.clone()
+            stays[:, past:] &= ~lost.to(stays.device)
+            index, real = compact_columns(stays)
             layer.evict(index.to(layer.inner.keys.device), None if bool(real.all()) else real)
             # Layers that hold the same share one layout, and so their masks.
-            same = made.get(id(segment))
+            same = made.get(id(sequence))
             if same is not None and torch.equal(same[0], left):
                 layer.layout = same[1].layout
-            made[id(segment)] = left, layer
-            call.held[i] = left
+            made[id(sequence)] = left, layer
+            call.left_in_cache[i] = left

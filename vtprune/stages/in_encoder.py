@@ -2,7 +2,7 @@
 """Inside the vision encoder: merges tokens on the output of a layer, so that the layers after it run on fewer.
 
 Between its layers the encoder still passes on one row a token, those that were merged alike: each layer is given the
-rows that are left, and what it returns is dealt out again. So nothing around the layers has to know.
+rows that are left, and what it returns is scattered back to all rows. So shapes outside the layers do not change.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class EncoderMerge:
         valid = self.valid.to(hidden.device)
         return take_columns(hidden, self.places).masked_fill(~valid[..., None], 0)
 
-    def dealt(self, values: Tensor) -> Tensor:
+    def scattered(self, values: Tensor) -> Tensor:
         """(crops, left[, dim]) -> (crops, tokens[, dim]): each token has what it went into has, zero if dropped."""
         slots = self.slots.to(values.device)
         gone = slots < 0
@@ -89,7 +89,7 @@ class EncoderMerge:
         places = self.places.gather(1, order).masked_fill(~valid, 0)
         return EncoderMerge(self.copies, places, valid, slots, (*self.lengths, (layer, counts.cpu())))
 
-    def destinies(self) -> tuple[Tensor, Tensor]:
+    def copied_into(self) -> tuple[Tensor, Tensor]:
         """(visual tokens,) long: the encoder's token that each visual token is a copy of now, -1 where it is made of
         several, -2 where it was dropped; and bool, whether that is the one it always was."""
         slots = self.slots.cpu()
@@ -174,7 +174,7 @@ class EncoderCut:
                 return None
             for method in self.cuts.get(index, ()):
                 hidden = self._cut(index, method, encoding, hidden)
-            hidden = encoding.merge.dealt(hidden)
+            hidden = encoding.merge.scattered(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
@@ -211,6 +211,6 @@ class EncoderCut:
             merged = torch.where(selection.keep[..., None], selection.features.to(hidden), hidden[:, prefix:])
             hidden = torch.cat([hidden[:, :prefix], merged], 1)
         # Rows of what is left now, by their places among all.
-        dealt = merge.dealt(hidden)
+        scattered = merge.scattered(hidden)
         encoding.merge = merge.after(layer, Selection(keep, None, sources))
-        return encoding.merge.left(dealt)
+        return encoding.merge.left(scattered)

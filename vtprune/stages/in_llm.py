@@ -21,7 +21,7 @@ from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
 from vtprune.signals import LayerSignal
-from vtprune.slots import Aside
+from vtprune.slots import Stored
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderTap
@@ -45,7 +45,7 @@ class _Following:
     """What signals read."""
     counts: dict[int, Tensor] = field(default_factory=dict)
     """id of a method -> its budgets."""
-    aside: dict[int, Aside] = field(default_factory=dict)
+    stored: dict[int, Stored] = field(default_factory=dict)
     """Decoder layer -> what a cut on its input dropped that may come back."""
 
 
@@ -138,7 +138,7 @@ class InLLMStage:
             call = now.call
             if call is None:
                 return None
-            hidden = call.add_plane(i - 1, hidden_of(args, kwargs))
+            hidden = call.add_deepstack(i - 1, hidden_of(args, kwargs))
             if now.selecting and i == 0:
                 view = self._view(0, hidden)
                 for signal in self.signals:
@@ -147,7 +147,7 @@ class InLLMStage:
                 hidden = self._cut(i, hidden)
             if now.selecting and i in self._last_use:
                 now.recorded.places[i] = call.places_at(i, hidden)
-            if not call.pruned and not call.wrapped and not call.planes:
+            if not call.pruned and not call.wrapped and not call.deepstack:
                 return None
             if i == 0:
                 check_arguments(type(module).__name__, kwargs, call.batch, hidden.shape[1])
@@ -186,8 +186,8 @@ class InLLMStage:
                 return
             inputs = hidden_of(args, kwargs)
             outputs = output[0] if isinstance(output, tuple) else output
-            segment = now.call.segment_at(i)
-            counts = (segment.real & now.call.prompt_at(segment)).to(inputs.device)
+            sequence = now.call.sequence_at(i)
+            counts = (sequence.real & now.call.prompt_at(sequence)).to(inputs.device)
             sums = now.recorded.measured
             for signal in self.signals:
                 if i in signal.measures():
@@ -223,13 +223,13 @@ class InLLMStage:
                 groups.gather(hidden),
                 view.read,
                 budget=torch.minimum(budget, alive),
-                spans=groups.gather(call.spans()),
+                runs=groups.gather(call.runs()),
                 layer=i,
             )
             selection = self.choose(method, tokens)
             reviving = isinstance(method, Reviving)
             if reviving:
-                self._put_aside(i, hidden, groups, selection)
+                self._store(i, hidden, groups, selection)
             compact = method.positions == "compact"
             cut = cut_sequence(
                 call,
@@ -259,14 +259,14 @@ class InLLMStage:
             now.counts[id(method)] = method.prompt_budgets(self.shape, now.entering, crops, original)
         return now.counts[id(method)]
 
-    def _put_aside(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
+    def _store(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
         now = self.now
-        segment = now.call.segment
-        dropped = groups.scatter(~selection.keep.to(groups.valid.device), torch.zeros_like(segment.real))
+        sequence = now.call.sequence
+        dropped = groups.scatter(~selection.keep.to(groups.valid.device), torch.zeros_like(sequence.real))
         if bool(dropped.any()):
             index, real = compact_columns(dropped)
-            columns = (take_columns(segment.columns, index) + now.call.past).masked_fill(~real, -1)
-            now.aside[i] = Aside(hidden=take_columns(hidden.detach(), index), columns=columns)
+            columns = (take_columns(sequence.columns, index) + now.call.past).masked_fill(~real, -1)
+            now.stored[i] = Stored(hidden=take_columns(hidden.detach(), index), columns=columns)
 
     def _view(self, i: int, hidden: Tensor) -> CutView:
         now = self.now

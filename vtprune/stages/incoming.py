@@ -209,7 +209,7 @@ def open_call(
         media=None if incoming is None else _place(adapter, tap, incoming, hidden, columns.real),
         blocks=None if incoming is None else incoming.blocks,
         masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
-        planes=(),
+        deepstack=(),
         ids=None if incoming is None else incoming.ids,
         embeddings=hidden,
         past_real=columns.past_real,

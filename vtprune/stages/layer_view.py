@@ -54,7 +54,7 @@ class CutView:
     def __init__(self, adapter: Adapter, tap: EncoderTap, call: Call, recorded: Recorded, layer: int, hidden: Tensor):
         self.adapter, self.tap, self.call, self.recorded = adapter, tap, call, recorded
         self.layer, self.hidden = layer, hidden
-        self._segment = call.segment
+        self._sequence = call.sequence
 
     def read(self, signal: LayerSignal) -> Any:
         return signal.read_layer(self)
@@ -65,15 +65,15 @@ class CutView:
 
     @property
     def real(self) -> Tensor:
-        return self._segment.real
+        return self._sequence.real
 
     @property
     def present(self) -> Tensor:
-        return self._segment.present
+        return self._sequence.present
 
     @property
     def visual(self) -> Tensor:
-        return self._segment.visual
+        return self._sequence.visual
 
     @property
     def padded_length(self) -> Tensor:
@@ -88,7 +88,7 @@ class CutView:
     @functools.cached_property
     def _prompt(self) -> Tensor:
         """(batch, n) bool: the real columns of the prompt."""
-        return self._segment.real & self.call.prompt_at(self._segment)
+        return self._sequence.real & self.call.prompt_at(self._sequence)
 
     @functools.cached_property
     def _last(self) -> Tensor:
@@ -101,7 +101,7 @@ class CutView:
             return self._last, torch.ones_like(self._last, dtype=torch.bool)
         columns = torch.arange(self._prompt.shape[1], device=self._prompt.device)
         last_visual = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
-        text = self.real & take_columns(self.call.text, self._segment.columns)
+        text = self.real & take_columns(self.call.text, self._sequence.columns)
         return self.rows_of(text & (columns > last_visual))
 
     def rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,13 +148,13 @@ class CutView:
         window = config.sliding_window if sliding else None
         keys = None
         if call.cache is not None and past:
-            if window is not None and past + call.segment.real.shape[1] > window:
+            if window is not None and past + call.sequence.real.shape[1] > window:
                 raise UnsupportedStageError(
                     f"attention in decoder layer {layer} cannot be recomputed: its sliding window of {window} tokens "
                     "no longer holds all of the conversation so far"
                 )
-            held = call.cache.layers[layer]
-            keys = (held.inner if isinstance(held, PrunedLayer) else held).keys[:, :, :past]
+            layer_cache = call.cache.layers[layer]
+            keys = (layer_cache.inner if isinstance(layer_cache, PrunedLayer) else layer_cache).keys[:, :, :past]
         return RowContext(
             attention=self.adapter.decoder_layers[layer].self_attn,
             places=places,
@@ -166,7 +166,7 @@ class CutView:
             window=window,
             window_cuts_blocks=self.adapter.window_cuts_blocks,
             present=self.present,
-            counting=call.prompt_at(self._segment),
+            counting=call.prompt_at(self._sequence),
         )
 
     # -- what was recorded --------------------------------------------------------------------------------------
@@ -180,14 +180,14 @@ class CutView:
         return sum(value.to(self.hidden.device) for value in values)
 
     def marked(self, signal: LayerSignal) -> Tensor:
-        return take_columns(self.recorded.marked[signal], self._segment.columns)
+        return take_columns(self.recorded.marked[signal], self._sequence.columns)
 
     def mark(self, signal: LayerSignal) -> None:
         """Remember what a signal marks, by columns of the call."""
         marked = signal.mark(self)
         if marked is not None:
             nothing = torch.zeros_like(self.call.real)
-            self.recorded.marked[signal] = nothing.scatter(1, self._segment.columns, marked.to(nothing.device))
+            self.recorded.marked[signal] = nothing.scatter(1, self._sequence.columns, marked.to(nothing.device))
 
     def encoded(self, signal: EncoderSignal) -> tuple[Groups, Any]:
         groups = self.call.crop_groups()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.methods.base import Method
-from vtprune.report import Report, Stretch, Timings
+from vtprune.report import LayerRange, Report, Timings
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 
@@ -22,18 +22,18 @@ def prefill_report(call: Call, tap: EncoderTap, methods: Sequence[Method], timin
     whole = call.media.visual
     visual = [whole[row].nonzero()[:, 0] for row in rows]
     ends = [*call.starts[1:], len(call.adapter.decoder_layers)]
-    stretches = tuple(
-        Stretch(
+    layer_ranges = tuple(
+        LayerRange(
             start,
             end,
             tuple((s.columns[row][s.visual[row]] + call.past).cpu() for row in rows),
             tuple(
-                torch.where(fate >= 0, fate + call.past, -1).cpu()
-                for fate in (s.fate[row][columns] for row, columns in zip(rows, visual, strict=True))
+                torch.where(merged_into >= 0, merged_into + call.past, -1).cpu()
+                for merged_into in (s.merged_into[row][columns] for row, columns in zip(rows, visual, strict=True))
             ),
             () if s.masked is None else tuple((s.columns[row][s.masked[row]] + call.past).cpu() for row in rows),
         )
-        for start, end, s in zip(call.starts, ends, call.segments, strict=True)
+        for start, end, s in zip(call.starts, ends, call.sequence_layouts, strict=True)
     )
     sequences = tuple(
         patches
@@ -45,7 +45,7 @@ def prefill_report(call: Call, tap: EncoderTap, methods: Sequence[Method], timin
         call.adapter,
         methods,
         call.embeddings,
-        stretches=stretches,
+        layer_ranges=layer_ranges,
         visual=tuple((columns + call.past).cpu() for columns in visual),
         text_tokens=tuple(int((call.prompt[row] & ~whole[row]).sum()) for row in rows),
         encoder_sequences=sequences,
@@ -61,7 +61,7 @@ def text_report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, mas
         adapter,
         methods,
         hidden,
-        stretches=(Stretch(0, len(adapter.decoder_layers), empty, empty),),
+        layer_ranges=(LayerRange(0, len(adapter.decoder_layers), empty, empty),),
         visual=empty,
         text_tokens=tuple(int(length) for length in lengths),
         encoder_sequences=(),

@@ -25,7 +25,7 @@ from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, last_axis, spread_columns, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
 from vtprune.signals import LastQueryAttention
-from vtprune.slots import Aside, Holdings, PromptTable, Slots
+from vtprune.slots import CacheContents, PromptTable, Slots, Stored
 from vtprune.stages.call import Call
 from vtprune.stages.eviction import NEEDS_CACHE
 from vtprune.stages.hooks import hidden_of, with_hidden
@@ -140,39 +140,39 @@ class RevivalStage:
                 "mask: load the model with attn_implementation='sdpa'"
             )
 
-    def after_prefill(self, call: Call, aside: dict[int, Aside], holdings: Holdings) -> None:
+    def after_prefill(self, call: Call, stored: dict[int, Stored], contents: CacheContents) -> None:
         """Tell every cache layer what its columns are, and those after a cut what was left there.
 
-        aside: for each cut what it dropped on the input of its layer. holdings: for the report.
+        stored: for each cut what it dropped on the input of its layer. contents: for the report.
         """
         if self.reviving is None or call.cache is None or not call.pruned:
             return
         check_changeable(call.cache)
-        entering = call.segment_at(0)
-        before = [call.segment_at(cut) for cut in self.cuts]
+        entering = call.sequence_at(0)
+        before = [call.sequence_at(cut) for cut in self.cuts]
         table = PromptTable(
             first=call.past,
             prunable=spread_columns(entering.columns, call.crop_labels(entering) >= 0, call.length),
             positions=call.positions_of_columns(entering).movedim(-2, 0),
             blocks=call.blocks,
-            planes={
-                layer: spread_columns(entering.columns, call.plane(layer, entering), call.length)
-                for layer in range(self.cuts[0], len(call.planes))
+            deepstack={
+                layer: spread_columns(entering.columns, call.deepstack_at(layer, entering), call.length)
+                for layer in range(self.cuts[0], len(call.deepstack))
             },
-            counts=torch.stack([(call.crop_labels(segment) >= 0).sum(1) for segment in before], 1),
-            holdings=holdings,
+            counts=torch.stack([(call.crop_labels(sequence) >= 0).sum(1) for sequence in before], 1),
+            contents=contents,
         )
         made: dict[int, Slots] = {}
         for i, layer in enumerate(pruned_layers(call.cache)):
-            segment = call.segment_at(i)
-            if id(segment) not in made:
-                columns = (segment.columns + call.past).masked_fill(~segment.real, -1)
+            sequence = call.sequence_at(i)
+            if id(sequence) not in made:
+                columns = (sequence.columns + call.past).masked_fill(~sequence.real, -1)
                 if call.past:
                     old = torch.arange(call.past, device=columns.device).expand(call.batch, -1)
                     old = old if call.past_real is None else old.masked_fill(~call.past_real.to(old.device), -1)
                     columns = torch.cat([old, columns], 1)
-                made[id(segment)] = Slots(columns=columns, table=table)
-            layer.slots, layer.aside = made[id(segment)], aside.get(i)
+                made[id(sequence)] = Slots(columns=columns, table=table)
+            layer.slots, layer.stored = made[id(sequence)], stored.get(i)
             layer.layout = replace(layer.layout, real=None, _derived={})
         _take_stock(pruned_layers(call.cache))
 
@@ -223,9 +223,9 @@ class RevivalStage:
                 return None
             hidden = hidden_of(args, kwargs)
             back = step.revived.shape[1]
-            if back and i - 1 in step.table.planes:
-                plane = step.table.planes[i - 1].to(hidden)
-                due = take_columns(plane, step.table.places(step.revived))
+            if back and i - 1 in step.table.deepstack:
+                added = step.table.deepstack[i - 1].to(hidden)
+                due = take_columns(added, step.table.places(step.revived))
                 hidden = torch.cat([hidden[:, :back] + due, hidden[:, back:]], 1)
             if i in self.cuts:
                 hidden = self._cut(i, hidden)
@@ -278,14 +278,14 @@ class RevivalStage:
         layer = step.layers[i]
         there = layer.slots.columns
         prunable = step.table.look_up(step.table.prunable, there, False)
-        held = spread_columns(step.table.places(there), prunable, step.chosen.shape[1])
+        present = spread_columns(step.table.places(there), prunable, step.chosen.shape[1])
         columns, states = step.revived, hidden[:, :back]
-        if layer.aside is not None:
-            columns = torch.cat([columns, layer.aside.columns], 1)
-            states = torch.cat([states, layer.aside.hidden.to(states)], 1)
-        wanted = step.table.look_up(step.chosen & ~held, columns, False)
+        if layer.stored is not None:
+            columns = torch.cat([columns, layer.stored.columns], 1)
+            states = torch.cat([states, layer.stored.hidden.to(states)], 1)
+        wanted = step.table.look_up(step.chosen & ~present, columns, False)
         returning, left = (_gathered(states, columns, which) for which in (wanted, (columns >= 0) & ~wanted))
-        layer.aside = left
+        layer.stored = left
         step.revived = columns[:, :0] if returning is None else returning.columns
         new = hidden[:, back:]
         return new if returning is None else torch.cat([returning.hidden, new], 1)
@@ -332,15 +332,15 @@ class RevivalStage:
 
 def _take_stock(layers: Sequence[PrunedLayer]) -> None:
     """Note what a cache that tokens may come back to holds."""
-    holdings = layers[0].slots.table.holdings
-    holdings.columns = [layer.slots.columns for layer in layers]
-    asides = [layer.aside for layer in layers if layer.aside is not None]
-    holdings.aside = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in asides]
+    contents = layers[0].slots.table.contents
+    contents.columns = [layer.slots.columns for layer in layers]
+    asides = [layer.stored for layer in layers if layer.stored is not None]
+    contents.stored = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in asides]
 
 
-def _gathered(hidden: Tensor, columns: Tensor, which: Tensor) -> Aside | None:
+def _gathered(hidden: Tensor, columns: Tensor, which: Tensor) -> Stored | None:
     """Of tokens (batch, n) those marked in `which`; None without any."""
     if not bool(which.any()):
         return None
     index, real = compact_columns(which)
-    return Aside(hidden=take_columns(hidden, index), columns=columns.gather(1, index).masked_fill(~real, -1))
+    return Stored(hidden=take_columns(hidden, index), columns=columns.gather(1, index).masked_fill(~real, -1))
