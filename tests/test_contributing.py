@@ -98,3 +98,17 @@ def test_an_adapter_in_a_package_of_its_own_is_found(tmp_path):
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert result.stdout.splitlines()[:2] == ["vtprune_vipllava", "[4]"]
     assert "VipLLaVA" in result.stdout
+
+
+def test_the_architecture_page_names_what_is_there():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "architecture.md").read_text()
+    files = set(re.findall(r"[\w/]+\.py", page))
+    assert len(files) > 15
+    for file in files:
+        places = (root / file, root / "vtprune" / file, root / "vtprune" / "stages" / file)
+        assert any(place.exists() for place in places), f"{file} is not there"
+    names = set(re.findall(r"`([A-Z][A-Za-z]+)`", page))
+    known = {*vars(vtprune), *vars(vtprune.signals), "SequenceLayout"}
+    assert names <= known, names - known
+    assert names >= {"InEncoder", "BeforeLLM", "InLLM", "CutOnce", "Staged", "Progressive", "Reviving", "AfterPrefill"}
