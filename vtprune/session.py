@@ -28,12 +28,13 @@ from vtprune.stages.call import Call
 from vtprune.stages.decode import DecodeStage
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
-from vtprune.stages.incoming import Behind, Columns, Incoming, open_call
+from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
     check_decoder,
     check_release,
+    is_paged,
     longest_prunable,
     state_kinds,
     unmasked_steps,
@@ -275,6 +276,7 @@ class Session:
 
     def _before_base(self, module, args, kwargs):
         self._called = True
+        check_traced()
         behind, self._behind = self._behind, None
         self._incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
 
@@ -394,12 +396,7 @@ class Session:
             self._decode.after_prefill(call, self._in_llm.aside)
             self._finish_prefill(call)
         self._end_call()
-        if not call.pruned:
-            return None
-        if isinstance(output, tuple):
-            return call.segment.restore(output[0], call.length), *output[1:]
-        output.last_hidden_state = call.segment.restore(output.last_hidden_state, call.length)
-        return output
+        return call.restore(output) if call.pruned else None
 
     # -- selection ----------------------------------------------------------------------------------------------
 
@@ -427,7 +424,7 @@ class Session:
 
     def _report_text_only(self, hidden: Tensor, mask: Any, cache) -> None:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
-        if (cache is not None and cache.get_seq_length()) or hidden.shape[1] == 1:
+        if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
             return
         self._decode.forget()
         lengths = mask.sum(1) if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
