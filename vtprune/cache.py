@@ -26,6 +26,7 @@ from vtprune.transformers_private import (
     LinearAttentionCacheLayerMixin,
     create_missing_layers,
     has_keys,
+    is_paged,
     is_plain_layer,
     is_prunable,
 )
@@ -213,11 +214,18 @@ def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
 
     One for each decoder layer, unless some hold a state instead of keys and values: these are never wrapped.
     """
-    return [] if cache is None else [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
+    if cache is None or is_paged(cache):
+        return []
+    return [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
 
 
 def check_cache(cache: Cache, owner: Owner) -> None:
     """Raise unless a cache can be pruned by this owner; nothing is changed."""
+    if is_paged(cache):
+        raise UnsupportedStageError(
+            f"visual tokens cannot be pruned with a {type(cache).__name__} (continuous batching); use generate() with "
+            "the default dynamic cache"
+        )
     for layer in cache.layers:
         if isinstance(layer, PrunedLayer) and layer.owner is not owner:
             raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")

@@ -33,7 +33,7 @@ from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.in_llm import InLLMStage
-from vtprune.stages.incoming import Behind, Columns, Incoming, open_call
+from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
 from vtprune.stages.prefill_report import prefill_report, text_report
 from vtprune.stages.reading import check_signals
 from vtprune.stages.replays import Replays
@@ -43,6 +43,7 @@ from vtprune.transformers_private import (
     cache_of,
     check_decoder,
     check_release,
+    is_paged,
     longest_prunable,
     state_kinds,
     unmasked_steps,
@@ -339,6 +340,7 @@ class Session:
         self.now.behind = Behind.of(kwargs, self.prompt_length)
 
     def _before_base(self, module, args, kwargs):
+        check_traced()
         now = self.now
         behind, now.behind = now.behind, None
         now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
@@ -458,12 +460,7 @@ class Session:
             self._revival.after_prefill(call, self._in_llm.now.stored, contents)
             self._finish_prefill(call, contents)
         self._end_call()
-        if not call.pruned:
-            return None
-        if isinstance(output, tuple):
-            return call.sequence.restore(output[0], call.length), *output[1:]
-        output.last_hidden_state = call.sequence.restore(output.last_hidden_state, call.length)
-        return output
+        return call.restore(output) if call.pruned else None
 
     # -- selection ----------------------------------------------------------------------------------------------
 
@@ -486,7 +483,7 @@ class Session:
 
     def _report_text_only(self, hidden: Tensor, mask: Any, cache) -> None:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
-        if (cache is not None and cache.get_seq_length()) or hidden.shape[1] == 1:
+        if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
             return
         self._keep(text_report(self.adapter, self.methods, hidden, mask), CacheContents())
 

@@ -120,7 +120,7 @@ def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
     return None
 
 
-def with_cache(decoder: nn.Module, kwargs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+def with_cache(decoder: nn.Module, kwargs: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
     """The arguments of a decoder with another KV cache, under the name that the decoder takes."""
     given = next((name for name in _CACHE_NAMES if name in kwargs), None)
     if given is None and (parameter := _cache_parameter(decoder)) is not None:
@@ -213,6 +213,16 @@ def check_decoder(decoder: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"a {type(decoder).__name__} keeps its KV cache in a {cls.__name__}, in which tokens cannot go missing"
             )
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a KV cache is one of pages that many requests share (continuous batching), without layers of its own."""
+    return not isinstance(cache, Cache)
+
+
+def ignores_cache(layer: nn.Module) -> bool:
+    """Whether a decoder layer leaves the KV cache that it is given alone, as it does under gradient checkpointing."""
+    return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
 
 
 def has_keys(layer: Any) -> bool:

@@ -8,6 +8,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,6 +222,19 @@ class Call:
         total = zeros.index_put(index, values, accumulate=True)
         count = zeros[..., 0].index_put(index, values.new_ones(len(values)), accumulate=True)
         return total / count.clamp(min=1)[..., None]
+
+    def restore(self, output: Any) -> Any:
+        """The language model's output with states of the call's length, which is what callers index them by."""
+        if isinstance(output, tuple):
+            return self.sequence.restore(output[0], self.length), *output[1:]
+        output.last_hidden_state = self.sequence.restore(output.last_hidden_state, self.length)
+        if output.get("hidden_states") is not None:
+            # The first is what enters layer 0, each further one what a layer gives; None for one not asked for.
+            output.hidden_states = tuple(
+                None if state is None else self.sequence_at(max(index - 1, 0)).restore(state, self.length)
+                for index, state in enumerate(output.hidden_states)
+            )
+        return output
 
     # -- what a layer sees --------------------------------------------------------------------------------------
 

@@ -15,7 +15,25 @@ from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
 from vtprune.stages.media import Media
-from vtprune.transformers_private import Cache, DynamicCache, cache_of, check_arguments, releases, with_cache
+from vtprune.transformers_private import (
+    Cache,
+    DynamicCache,
+    cache_of,
+    check_arguments,
+    ignores_cache,
+    releases,
+    with_cache,
+)
+
+
+def check_traced() -> None:
+    """Raise UnsupportedStageError while a call is recorded: the choices made now would become constants."""
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # from torch 2.7 on
+    if torch.jit.is_tracing() or is_exporting():
+        raise UnsupportedStageError(
+            "a model cannot be traced or exported while a vtprune session is on it: what is chosen for these inputs "
+            "would be kept for all others; end the session first"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,10 +207,13 @@ def open_call(
     """The state of a call that carries images (`incoming`), or continues a pruned cache (None).
 
     hidden (batch, length, dim), kwargs: embeddings and arguments of the language model, which are given a cache if they
-    lack one that is to be used.
+    lack one that is to be used, and lose an empty one that no layer will fill.
     """
-    decoder, use_cache = adapter.language_model, kwargs.get("use_cache")
-    if cache_of(kwargs) is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
+    decoder, use_cache, cache = adapter.language_model, kwargs.get("use_cache"), cache_of(kwargs)
+    if ignores_cache(adapter.decoder_layers[0]):
+        if cache is not None and not cache.get_seq_length():
+            kwargs.update(with_cache(decoder, kwargs, None))
+    elif cache is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
         kwargs.update(with_cache(decoder, kwargs, DynamicCache(config=decoder.config)))
     columns = Columns.of(hidden, kwargs, mask, has_images=incoming is not None)
     check_arguments(type(decoder).__name__, kwargs, *hidden.shape[:2])

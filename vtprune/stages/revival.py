@@ -209,6 +209,8 @@ class RevivalStage:
         if isinstance(output, tuple):
             return output[0][:, -count:], *output[1:]
         output.last_hidden_state = output.last_hidden_state[:, -count:]
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(None if state is None else state[:, -count:] for state in output.hidden_states)
         return output
 
     def _watch(self, module, args, output) -> None:
