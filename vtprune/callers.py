@@ -53,6 +53,33 @@ class PerThread(Generic[T]):
         self._local = threading.local()
 
 
+class Underway:
+    """Which threads are in a call, so that nobody takes away what the call needs before it has ended."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+
+    def begin(self) -> None:
+        """This thread is in a call."""
+        with self._changed:
+            self._threads.add(threading.current_thread())
+
+    def end(self) -> None:
+        """This thread has left it."""
+        with self._changed:
+            self._threads.discard(threading.current_thread())
+            self._changed.notify_all()
+
+    def wait_for_others(self) -> None:
+        """Return once no other thread is in a call."""
+        own = threading.current_thread()
+        with self._changed:
+            # A thread may die in a call, and then nobody says so.
+            while any(thread.is_alive() for thread in self._threads - {own}):
+                self._changed.wait(timeout=1.0)
+
+
 class PerCaller(Generic[T]):
     """The last value of each caller: of a thread, or of an asyncio task, for tasks take turns in one thread.
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
-from vtprune.callers import PerCaller, PerThread, caller, lives
+from vtprune.callers import PerCaller, PerThread, Underway, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.graphs import is_graph, outside_graphs
 from vtprune.methods import MethodLike, build_methods
@@ -160,6 +160,7 @@ class Session:
         self._owner = Owner()
         self._handles: list = []
         self._following = PerThread(_Following)
+        self._underway = Underway()
 
         shape = self.adapter.shape
         for method in methods:
@@ -277,15 +278,22 @@ class Session:
         yield self.adapter.base.register_forward_hook(self._after_base)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
+        yield decoder.register_forward_hook(self._leave_decoder, always_call=True)
 
     def remove(self) -> None:
-        """Take the hooks off; the model is exactly what it was. Idempotent."""
+        """Take the hooks off; the model is exactly what it was. Idempotent.
+
+        A forward call of the language model that another thread is in ends first. Caches that were pruned are refused
+        from now on.
+        """
+        self._owner.active = False
+        self._underway.wait_for_others()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if _active(self.adapter.language_model) is self:
             del _ACTIVE[self.adapter.language_model]
-        self._entered = self._owner.active = False
+        self._entered = False
         self._tap.forget()
         self._in_llm.forget()
         self._revival.forget()
@@ -352,11 +360,20 @@ class Session:
                 "graph that was compiled before; call torch.compiler.reset(), or prune the uncompiled model"
             )
 
+    def _leave_decoder(self, module, args, output):
+        self._underway.end()
+
     def _before_decoder(self, module, args, kwargs):
-        self._called = True
         now = self.now
         incoming = now.incoming
         self._end_call()
+        self._underway.begin()
+        if not self._owner.active:  # another thread removes the session at this moment
+            self._underway.end()
+            if incoming is not None and incoming.kinds and self._tap.has_merged:
+                raise VTPruneError("this vtprune session was removed while the images of this call were encoded")
+            return None
+        self._called = True
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
             return None

@@ -160,6 +160,11 @@ class EncoderTap:
         """Forget what was computed, in every thread."""
         self._seen.clear()
 
+    @property
+    def has_merged(self) -> bool:
+        """Whether tokens were merged in what this thread encoded last."""
+        return any(encoding.merge is not None for encoding in self._seen().last.values())
+
     def _encode(self, kind: str):
         def make(method):
             signature = inspect.signature(method)
