@@ -42,6 +42,9 @@ class Adapter(ABC):
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     window_cuts_blocks: ClassVar[bool] = False
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
+    marker_columns: ClassVar[tuple[int, int]] = (0, 0)
+    """How many tokens the processor puts right before and right behind the tokens of an image. For families whose
+    config does not say which these are: only a tokenizer could tell their ids."""
 
     def __init__(self, model: nn.Module):
         # What transformers' modules and configs hold, no type says; an adapter states it.
@@ -93,9 +96,31 @@ class Adapter(ABC):
 
     @property
     def marker_token_ids(self) -> tuple[int, ...]:
-        """Ids of tokens around images that are neither visual nor language, such as "start of image"."""
+        """Ids of tokens around images that are neither visual nor language, such as "start of image", as far as the
+        config has them."""
         names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
         return tuple(value for name in names if (value := getattr(self.config, name, None)) is not None)
+
+    def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:
+        """(batch, length) bool: columns that a processor puts around and inside images, neither visual nor language.
+
+        Those of `marker_token_ids`, those that `marker_columns` counts, and whatever stands inside an image or a video.
+
+        ids: (batch, length) long; None if the prompt came as embeddings. images: (batch, length) long, the image or
+        video of each visual column, -1 elsewhere.
+        """
+        visual = images >= 0
+        length = images.shape[1]
+        columns = torch.arange(length, device=images.device).expand_as(images)
+        last = torch.where(visual, columns, -1).cummax(1).values
+        following = torch.where(visual, columns, length).flip(1).cummin(1).values.flip(1)
+        before, behind = self.marker_columns
+        around = ((last >= 0) & (columns - last <= behind)) | ((following < length) & (following - columns <= before))
+        own = images.gather(1, last.clamp(min=0)) == images.gather(1, following.clamp(max=length - 1))
+        found = around | (own & (last >= 0) & (following < length))
+        if ids is not None and self.marker_token_ids:
+            found = found | torch.isin(ids, torch.tensor(self.marker_token_ids, device=ids.device)).to(found.device)
+        return found & ~visual
 
     def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """What a decoder layer is handed as `position_embeddings` at positions (..., batch, n).

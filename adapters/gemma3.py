@@ -17,15 +17,16 @@ class Gemma3(Adapter):
     """`Gemma3ForConditionalGeneration` (arXiv 2503.19786).
 
     Tokens of an image: one grid in raster order; the projector averages 4x4 patches of the SigLIP encoder to one token.
-    "Start of image" and "end of image" stand around it. With "pan and scan", crops of an image are images of their own.
-    No CLS token. The tokens of an image see one another both ways, in sliding layers within the window only. Sliding
-    and full layers have rotary embeddings of their own.
+    "Start of image" and "end of image" stand around it, and blank lines around those. With "pan and scan", crops of an
+    image are images of their own. No CLS token. The tokens of an image see one another both ways, in sliding layers
+    within the window only. Sliding and full layers have rotary embeddings of their own.
     """
 
     model_types = ("gemma3", "shieldgemma2")
     family = "Gemma 3"
     layout = "one grid an image"
     window_cuts_blocks = True
+    marker_columns = (2, 2)  # a blank line, "start of image"; "end of image", a blank line
 
     def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
         types = inputs.get("token_type_ids")

@@ -25,6 +25,7 @@ class Idefics3(Adapter):
     model_types = ("idefics3", "smolvlm")
     family = "Idefics3, SmolVLM"
     layout = "one grid a tile, text between tiles"
+    marker_columns = (2, 1)  # "around image" and the place of the tile; "around image" or the end of a row of tiles
     plain_encoder_attention = False  # the padding of images of different sizes is masked
 
     def vision_tower(self, kind: str = "image") -> nn.Module:

@@ -18,7 +18,8 @@ class InternVL(Adapter):
     An image is cut into tiles of one size, with a thumbnail of the whole behind them if there are several; their tokens
     follow one another without text between them. Tokens of a tile: one grid in raster order. The encoder has a CLS
     token, which is cut off; then neighbouring patches, 2x2 of them, are stacked (pixel shuffle) and projected to one
-    token. Frames of videos come as images with text between them.
+    token. "Start of image" and "end of image" stand around an image. Frames of videos come as images with text between
+    them ("Frame2:"), which is part of the prompt's text.
     """
 
     model_types = ("internvl",)
@@ -26,6 +27,7 @@ class InternVL(Adapter):
     layout = "one grid a tile, tiles side by side"
     cls_token = "yes"
     tiles_adjoin = True
+    marker_columns = (1, 1)  # <img>, </img>
 
     @classmethod
     def refuses(cls, config: Any) -> str | None:

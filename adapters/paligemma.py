@@ -18,13 +18,15 @@ class PaliGemma(Adapter):
     """`PaliGemmaForConditionalGeneration` (arXiv 2407.07726; PaliGemma 2, arXiv 2412.03555).
 
     Tokens of an image: the patches of the SigLIP encoder in raster order, projected one by one. Images stand before all
-    text. No CLS token. The whole prompt is one block whose tokens see one another both ways, whatever the window of
-    PaliGemma 2's sliding layers; what is generated (or, in training, the answer) is causal. Positions count from 1.
+    text, which begins with "bos". No CLS token. The whole prompt is one block whose tokens see one another both ways,
+    whatever the window of PaliGemma 2's sliding layers; what is generated (or, in training, the answer) is causal.
+    Positions count from 1.
     """
 
     model_types = ("paligemma",)
     family = "PaliGemma"
     layout = "one grid an image"
+    marker_columns = (0, 1)  # "bos", which begins the text
 
     def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
         types, cache = inputs.get("token_type_ids"), cache_of(inputs)

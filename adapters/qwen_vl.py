@@ -77,12 +77,43 @@ class Qwen2_5_VL(Qwen2VL):
 class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration` (arXiv 2511.21631).
 
-    As Qwen2-VL, but text with a time stamp stands before each grid of a video, and features of earlier encoder layers
-    are added to the visual tokens behind the first decoder layers (DeepStack).
+    As Qwen2-VL, but text with a time stamp ("<0.3 seconds>") stands before each grid of a video, and features of
+    earlier encoder layers are added to the visual tokens behind the first decoder layers (DeepStack).
     """
 
     model_types = ("qwen3_vl",)
     family = "Qwen3-VL"
+
+    def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:
+        # Further stamps stand inside their video. The first one can be told if the prompt has "vision start" around the
+        # whole video as well, as chat templates do, or if the stamps inside show how one begins.
+        found = super().markers(ids, images)
+        if ids is None:
+            return found
+        ids = ids.to(images.device)
+        for row, own in enumerate(images):
+            videos = own[(ids[row] == self.config.video_token_id) & (own >= 0)].unique().tolist()
+            tokens, numbers = ids[row].tolist(), own.tolist()
+            for start in (numbers.index(video) - 1 for video in videos):
+                found[row, self._first_stamp(tokens, numbers, start) : start] = True
+        return found
+
+    def _first_stamp(self, tokens: list[int], numbers: list[int], start: int) -> int:
+        """The column where the first stamp of a video begins, whose "vision start" is in column `start`; that column if
+        this cannot be told."""
+        config, video = self.config, numbers[start + 1]
+        for column in range(start - 1, -1, -1):
+            if tokens[column] == config.vision_start_token_id:
+                return column
+            if tokens[column] == config.vision_end_token_id or numbers[column] >= 0:
+                break
+        inside = next((c for c in range(start + 1, len(numbers)) if numbers[c] != video), len(numbers))
+        if video not in numbers[inside:]:
+            return start
+        # "vision end", a stamp that is not shorter than the first one, "vision start".
+        opening, length = tokens[inside + 1], numbers.index(video, inside) - inside - 2
+        near = [column for column in range(max(start - length, 0), start) if tokens[column] == opening]
+        return near[-1] if near else start
 
 
 def patch_grids(kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -20,21 +20,20 @@ SHOWN = 8
 
 
 def measure(report: Report, indices: Sequence[int]) -> list[Record]:
-    """One record a sample of the last prefill: its visual tokens, and its share of the batch's FLOPs and bytes.
+    """One record a sample of the last prefill: its visual tokens, FLOPs and bytes.
 
     Args:
         report: of the batch.
         indices: the example that each sample is. Records of the first `SHOWN` examples also hold `kept`: which of the
             example's visual tokens, counted from 0, are alive in the last layer; of merged ones, the representatives.
     """
-    shares = {
-        "prefill_flops": report.prefill_flops / report.samples,
-        "kv_bytes": report.kv_bytes / report.samples,
+    numbers: dict[str, Sequence[float]] = {
+        "final_tokens": report.final_tokens,
+        "average_tokens": report.counts.double().mean(1).tolist(),
+        "prefill_flops": report.sample_prefill_flops,
+        "kv_bytes": report.sample_kv_bytes,
     }
-    records = [
-        {"final_tokens": final, "average_tokens": average, **shares}
-        for final, average in zip(report.final_tokens, report.counts.double().mean(1).tolist(), strict=True)
-    ]
+    records: list[Record] = [dict(zip(numbers, row, strict=True)) for row in zip(*numbers.values(), strict=True)]
     for sample, (index, record) in enumerate(zip(indices, records, strict=True)):
         if index < SHOWN:
             record["kept"] = torch.searchsorted(report.visual[sample], report.kept(sample)).tolist()

@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -15,3 +16,12 @@ def script(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)  # scripts import each other
         return importlib.import_module(request.module.SCRIPT)
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small run faster on one thread, and results do not depend on how work is split."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -82,6 +82,14 @@ def test_what_differs_is_refused_by_name_and_the_rest_works(cls, reason):
     assert session.report.keep_ratio < 0.6
 
 
+def test_code_of_its_own_is_asked_whatever_it_calls_itself(monkeypatch):
+    monkeypatch.setattr(certificate, "TESTED_TEXT_MODELS", frozenset({"llama"}))
+    with pytest.raises(UnsupportedStageError, match=f"{REFUSAL} for a LlamaDecoderLayer"):
+        vtprune.prune(with_attention(WithBias), "fastv", keep_ratio=0.7)
+    monkeypatch.setattr(certificate, "_fault", lambda *args: "asked")
+    vtprune.prune(with_attention(LlamaAttention), "fastv", keep_ratio=0.7)
+
+
 def test_attention_that_is_not_given_the_norm_is_refused_where_that_matters():
     model = models.with_text_tower(LlamaConfig(**models.TEXT, num_hidden_layers=4, num_key_value_heads=2), "eager")
     layers = model.get_decoder().layers

@@ -18,12 +18,7 @@ from vtprune.testing.promises import CHECKS
 MODELS = Path(vtprune.__file__).parents[1] / "eval" / "digitscenes"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def invoke(*arguments):

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from parity import HANDLERS, Vector, handler_for
 
 FOLDER = Path(os.environ.get("VTPRUNE_GOLDEN") or Path(__file__).parent / "golden")
@@ -28,6 +27,7 @@ def test_no_handler_for_what_is_not_built():
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("one_thread")
 def test_parity(path: Path):
     method = path.stem.partition("_")[0]
     if method in NOT_YET:
@@ -35,9 +35,4 @@ def test_parity(path: Path):
     vector = Vector(path)
     handler = handler_for(vector.case)
     assert handler is not None, f"nothing here can check {path.name}"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        handler(vector)
-    finally:
-        torch.set_num_threads(threads)
+    handler(vector)

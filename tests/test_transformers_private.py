@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import vtprune
 from vtprune import transformers_private
-from vtprune.errors import UnsupportedModelError, VTPruneError
+from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.testing import families
 from vtprune.transformers_private import CACHE, VERSION
 
@@ -79,9 +79,12 @@ def test_an_unknown_argument_with_one_entry_a_token_is_an_error(where):
     module.register_forward_pre_hook(add, with_kwargs=True)
     with (
         vtprune.prune(model, "divprune", keep_ratio=0.5),
-        pytest.raises(VTPruneError, match=f"called with 'per_token', which holds one entry a token .*{NAMES_RELEASES}"),
+        pytest.raises(UnsupportedStageError, match=f"'per_token', which holds one entry a token .*{NAMES_RELEASES}"),
     ):
         model(**inputs)
+    with vtprune.prune(model, "divprune", keep_ratio=1.0):  # nothing is cut, so nothing is in the way
+        kept = model(**inputs).logits
+    assert torch.equal(kept, model(**inputs).logits)
 
 
 def test_a_kind_of_layer_that_is_not_known_is_an_error():

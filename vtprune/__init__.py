@@ -60,7 +60,7 @@ from vtprune.methods import (
     list_methods,
     register_method,
 )
-from vtprune.report import Report
+from vtprune.report import Report, Totals
 from vtprune.session import Session, patch, prune
 from vtprune.tokens import Grid, Medium, ModelShape, Selection, VisualTokens
 
@@ -109,6 +109,7 @@ __all__ = [
     "SparseVLM",
     "TextMonkey",
     "TokenCorrelation",
+    "Totals",
     "TransPrune",
     "Uniform",
     "UniformFrames",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from vtprune.text_tower import text_tower
 Text = str | list[str] | Tensor | list[Tensor]
 """A question: text or token ids (m,), one for all samples or a list with one a sample."""
 
+_LOADING = threading.RLock()
+"""Held while something is loaded or tokenized: a tokenizer serves one thread at a time."""
+
 
 def embed_question(
     text: Text | None, call: Call, groups: Groups, request: TextEmbeddings | JointSpace
@@ -29,7 +33,8 @@ def embed_question(
     tower cannot be loaded or belongs to another encoder.
     """
     if isinstance(request, JointSpace):
-        return _in_joint_space(text, call, groups, request)
+        with _LOADING:
+            return _in_joint_space(text, call, groups, request)
     if text is None:
         chosen = _in_prompt(call, groups).to(call.embeddings.device)
         return [call.embeddings[row][own] for row, own in zip(groups.rows.tolist(), chosen, strict=True)]
@@ -72,8 +77,8 @@ def _per_group(rows: list[Tensor], call: Call, groups: Groups) -> list[Tensor]:
 def _in_prompt(call: Call, groups: Groups) -> Tensor:
     """(groups, length) bool: the text after the last visual token of each group's image, or all text of its sample if
     none follows."""
-    text = call.prompt & ~call.media.visual
-    special = (*_special_ids(call.adapter), *call.adapter.marker_token_ids)
+    text = call.text
+    special = _special_ids(call.adapter)
     if call.ids is not None and special:
         text = text & ~torch.isin(call.ids, torch.tensor(special, device=call.ids.device)).to(text.device)
     columns = torch.arange(call.length, device=text.device)
@@ -88,9 +93,10 @@ def _in_prompt(call: Call, groups: Groups) -> Tensor:
 def _token_ids(adapter: Adapter, text: str | Tensor, only_keywords: bool) -> Tensor:
     if not isinstance(text, str):
         return torch.as_tensor(text, dtype=torch.long)
-    tokenizer = _tokenizer_of(adapter, "text is a string", "; pass token ids instead")
     words = keywords(text).split() if only_keywords else None
-    ids = tokenizer(words or text, is_split_into_words=bool(words), add_special_tokens=False)["input_ids"]
+    with _LOADING:
+        tokenizer = _tokenizer_of(adapter, "text is a string", "; pass token ids instead")
+        ids = tokenizer(words or text, is_split_into_words=bool(words), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 

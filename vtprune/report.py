@@ -158,23 +158,33 @@ class Report:
 
     # -- cost ---------------------------------------------------------------------------------------------------
 
-    def _flops(self, counts: list[list[int]]) -> float:
+    def _flops(self, counts: list[list[int]]) -> tuple[float, ...]:
         pairs = zip(counts, self.text_tokens, strict=True)
-        return float(sum(cost.llm_prefill_flops(self.text_config, row, text) for row, text in pairs))
+        return tuple(float(cost.llm_prefill_flops(self.text_config, row, text)) for row, text in pairs)
 
     @property
     def _unpruned_counts(self) -> list[list[int]]:
         return [[n] * self.depth for n in self.original_tokens]
 
     @cached_property
-    def prefill_flops(self) -> float:
-        """FLOPs of the language model's prefill, summed over the samples (convention "exact" of `vtprune.cost`)."""
+    def sample_prefill_flops(self) -> tuple[float, ...]:
+        """A sample each: FLOPs of the language model's prefill (convention "exact" of `vtprune.cost`)."""
         return self._flops(self._computed.tolist())
 
     @cached_property
-    def unpruned_prefill_flops(self) -> float:
+    def sample_unpruned_prefill_flops(self) -> tuple[float, ...]:
         """The same had nothing been pruned."""
         return self._flops(self._unpruned_counts)
+
+    @property
+    def prefill_flops(self) -> float:
+        """FLOPs of the language model's prefill, summed over the samples."""
+        return sum(self.sample_prefill_flops)
+
+    @property
+    def unpruned_prefill_flops(self) -> float:
+        """The same had nothing been pruned."""
+        return sum(self.sample_unpruned_prefill_flops)
 
     @cached_property
     def encoder_flops(self) -> float:
@@ -189,18 +199,28 @@ class Report:
                 lengths[:, layer].clamp_(max=config.sliding_window - 1)
         return lengths
 
-    def _kv_bytes(self, lengths: Tensor) -> int:
-        return int(sum(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes) for row in lengths.tolist()))
+    def _kv_bytes(self, lengths: Tensor) -> tuple[int, ...]:
+        return tuple(int(cost.kv_bytes(self.text_config, row, self.kv_dtype_bytes)) for row in lengths.tolist())
 
     @cached_property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values of `kv_lengths`, summed over layers and samples."""
+    def sample_kv_bytes(self) -> tuple[int, ...]:
+        """A sample each: bytes of keys and values of `kv_lengths`, summed over layers."""
         return self._kv_bytes(self.kv_lengths)
 
     @cached_property
-    def unpruned_kv_bytes(self) -> int:
+    def sample_unpruned_kv_bytes(self) -> tuple[int, ...]:
         """The same had nothing been pruned."""
         return self._kv_bytes(self._kv_lengths(self._unpruned_counts))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of `kv_lengths`, summed over layers and samples."""
+        return sum(self.sample_kv_bytes)
+
+    @property
+    def unpruned_kv_bytes(self) -> int:
+        """The same had nothing been pruned."""
+        return sum(self.sample_unpruned_kv_bytes)
 
     # -- views --------------------------------------------------------------------------------------------------
 
@@ -219,6 +239,10 @@ class Report:
             "prefill_flops": self.prefill_flops,
             "unpruned_prefill_flops": self.unpruned_prefill_flops,
             "encoder_flops": self.encoder_flops,
+            "sample_prefill_flops": list(self.sample_prefill_flops),
+            "sample_unpruned_prefill_flops": list(self.sample_unpruned_prefill_flops),
+            "sample_kv_bytes": list(self.sample_kv_bytes),
+            "sample_unpruned_kv_bytes": list(self.sample_unpruned_kv_bytes),
             "kv_lengths": self.kv_lengths.tolist(),
             "kv_bytes": self.kv_bytes,
             "unpruned_kv_bytes": self.unpruned_kv_bytes,
@@ -255,3 +279,36 @@ class Report:
                 f"prefill {t.prefill * 1e3:.1f}"
             )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """All prefills of a session, added up."""
+
+    prefills: int = 0
+    """Calls on an empty KV cache. Without a cache a prompt with images counts once, text alone for every token."""
+    samples: int = 0
+    text_tokens: int = 0
+    original_tokens: int = 0
+    """Visual tokens of the prompts."""
+    kept_tokens: float = 0.0
+    """Those that were kept, averaged over the LLM's layers."""
+    prefill_flops: float = 0.0
+    unpruned_prefill_flops: float = 0.0
+    """FLOPs of the language model, as in `Report`."""
+
+    @property
+    def keep_ratio(self) -> float:
+        """Visual tokens kept over all that came; 1.0 without any."""
+        return self.kept_tokens / self.original_tokens if self.original_tokens else 1.0
+
+    def __add__(self, report: Report) -> Totals:
+        return Totals(
+            self.prefills + 1,
+            self.samples + report.samples,
+            self.text_tokens + sum(report.text_tokens),
+            self.original_tokens + sum(report.original_tokens),
+            self.kept_tokens + float(report.counts.sum()) / report.depth,
+            self.prefill_flops + report.prefill_flops,
+            self.unpruned_prefill_flops + report.unpruned_prefill_flops,
+        )

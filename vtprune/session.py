@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -18,17 +21,22 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
 from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
+from vtprune.callers import PerCaller, PerThread, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
+from vtprune.graphs import is_graph, outside_graphs
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
 from vtprune.question import Text, embed_question
-from vtprune.report import Report, Stretch, Timings
+from vtprune.report import Report, Timings, Totals
+from vtprune.slots import Holdings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.call import Call
 from vtprune.stages.decode import DecodeStage
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
+from vtprune.stages.prefill_report import prefill_report, text_report
+from vtprune.stages.replays import Replays
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
@@ -93,27 +101,36 @@ def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
     return session
 
 
-COMPILED = "this model is compiled; pruning works by hooks, which a graph leaves out: prune the uncompiled model"
-
-
-def _is_compiled(module) -> bool:
-    return (
-        module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
-
-
 def _active(decoder: nn.Module) -> Session | None:
     """The session that is on a language model."""
     reference = _ACTIVE.get(decoder)
     return None if reference is None else reference()
 
 
+@dataclass
+class _Following:
+    """The calls that one thread makes."""
+
+    behind: Behind | None = None
+    """What the outer model was told, until its base model is called."""
+    incoming: Incoming | None = None
+    """What the base model was called with, until its language model is called."""
+    call: Call | None = None
+    """The call of the language model that runs now."""
+    replays: Replays = field(default_factory=Replays)
+    selector_seconds: float = 0.0
+    started: float = 0.0
+    """Clock at the beginning of the prefill."""
+
+    def end_call(self) -> None:
+        self.call = self.incoming = None
+
+
 class Session:
     """One model with hooks on it. Use `prune` or `patch` to make one.
 
-    `text` and `prompt_length` may be changed between calls.
+    Several threads may call the model at the same time. `text` and `prompt_length` are those of all of them; one
+    thread may change them between calls.
     """
 
     def __init__(
@@ -131,20 +148,17 @@ class Session:
         self._check_compiled(model)
         self.methods = methods
         self.strict = strict
-        self.text = text
-        self.prompt_length = prompt_length
-        self._behind: Behind | None = None
-        self._report: Report | None = None
+        self._text = text
+        self._prompt_length = prompt_length
+        self._teller: threading.Thread | asyncio.Task | None = None
+        """Who changed `text` or `prompt_length` last."""
+        self._reports: PerCaller[tuple[Report, Holdings]] = PerCaller()
+        self._totals, self._lock = Totals(), threading.Lock()
         self._profile = profile
         self._entered = self._called = False
         self._owner = Owner()
         self._handles: list = []
-        self._incoming: Incoming | None = None
-        self._call: Call | None = None
-        self._choices: list[Selection] = []
-        self._replayed: list[Selection] = []
-        self._last: tuple[Any, Tensor] | None = None
-        self._selector_seconds = self._started = 0.0
+        self._following = PerThread(_Following)
 
         shape = self.adapter.shape
         for method in methods:
@@ -164,8 +178,12 @@ class Session:
 
     def _check_compiled(self, model) -> None:
         modules = chain(model.modules() if isinstance(model, nn.Module) else (), self.adapter.model.modules())
-        if any(map(_is_compiled, modules)):
-            raise UnsupportedModelError(COMPILED)
+        found = next(filter(is_graph, modules), None)
+        if found is not None:
+            raise UnsupportedModelError(
+                f"this model is compiled, traced or exported ({type(found).__name__} is, at least); pruning works by "
+                "hooks, which a graph leaves out: prune the uncompiled model, and compile it in the session"
+            )
 
     def _check_states(self, active: list[Method]) -> None:
         """Raise if tokens are to be dropped where the language model cannot do without them."""
@@ -180,14 +198,50 @@ class Session:
             )
 
     @property
+    def text(self) -> Text | None:
+        """The question; see `prune`."""
+        return self._text
+
+    @text.setter
+    def text(self, text: Text | None) -> None:
+        self._tell()
+        self._text = text
+
+    @property
+    def prompt_length(self) -> PromptLength:
+        """Tokens of each prompt; see `prune`."""
+        return self._prompt_length
+
+    @prompt_length.setter
+    def prompt_length(self, prompt_length: PromptLength) -> None:
+        self._tell()
+        self._prompt_length = prompt_length
+
+    def _tell(self) -> None:
+        """Note who changes what all calls share. Raises VTPruneError if somebody else does so, too."""
+        own = caller()
+        with self._lock:
+            if self._teller not in (None, own) and lives(self._teller):
+                raise VTPruneError(
+                    "text and prompt_length are those of all threads and tasks, and another one has changed them: it "
+                    "would be guided by yours; leave text out (the prompt's own question is read), or change them in "
+                    "one thread only"
+                )
+            self._teller = own
+
+    @property
     def report(self) -> Report | None:
-        """The last prefill, and what became of its KV cache since; None before the first one."""
-        if self._report is None:
-            return None
-        held, auxiliary_bytes = self._decode.holdings(self._report.visual)
-        if held is None:
-            return self._report
-        return dataclasses.replace(self._report, held=held, auxiliary_bytes=auxiliary_bytes)
+        """The last prefill of this thread (or asyncio task), and what became of its KV cache since; None before one.
+
+        A thread that made none is given that of another one if there is only one; with several, VTPruneError.
+        """
+        last = self._reports.get()
+        return None if last is None else _current(*last)[0]
+
+    @property
+    def totals(self) -> Totals:
+        """All prefills since the session was made, of all threads."""
+        return self._totals
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +260,7 @@ class Session:
             for handle in chain(
                 self._tap.install(), self._install_own(), self._in_llm.install(), self._decode.install()
             ):
-                self._handles.append(handle)
+                self._handles.append(outside_graphs(handle))
         except BaseException:
             self.remove()
             raise
@@ -216,6 +270,7 @@ class Session:
         if self.adapter.model is not self.adapter.base:
             yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
+        yield self.adapter.base.register_forward_hook(self._after_base)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
 
@@ -228,9 +283,10 @@ class Session:
             del _ACTIVE[self.adapter.language_model]
         self._entered = self._owner.active = False
         self._tap.forget()
-        self._end_call()
-        self._report = self.report
+        self._in_llm.forget()
         self._decode.forget()
+        self._following.clear()
+        self._reports.replace(lambda last: _current(*last))
 
     def __enter__(self) -> Session:
         if self._entered:
@@ -264,24 +320,38 @@ class Session:
     def __reduce__(self):
         return self.__deepcopy__({})
 
+    @property
+    def now(self) -> _Following:
+        """What the calling thread is doing."""
+        return self._following()
+
     def _end_call(self) -> None:
-        self._call = self._incoming = None
+        self.now.end_call()
         self._in_llm.end()
         self._decode.end()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def _before_model(self, module, args, kwargs):
-        self._behind = Behind.of(kwargs, self.prompt_length)
+        self.now.behind = Behind.of(kwargs, self.prompt_length)
 
     def _before_base(self, module, args, kwargs):
-        self._called = True
         check_traced()
-        behind, self._behind = self._behind, None
-        self._incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
+        now = self.now
+        behind, now.behind = now.behind, None
+        now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.prompt_length))
+
+    def _after_base(self, module, args, output):
+        if self.now.incoming is not None and self._prunes:
+            raise UnsupportedModelError(
+                "the language model ran without the hooks of this vtprune session, so nothing was pruned: it is in a "
+                "graph that was compiled before; call torch.compiler.reset(), or prune the uncompiled model"
+            )
 
     def _before_decoder(self, module, args, kwargs):
-        incoming = self._incoming
+        self._called = True
+        now = self.now
+        incoming = now.incoming
         self._end_call()
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
@@ -312,7 +382,7 @@ class Session:
         kwargs = dict(kwargs)
         try:
             noted = incoming if has_images else None
-            call = self._call = open_call(self.adapter, self._owner, self._tap, hidden, kwargs, mask, noted)
+            call = now.call = open_call(self.adapter, self._owner, self._tap, hidden, kwargs, mask, noted)
         except UnsupportedStageError:
             if self._prunes or held:
                 raise
@@ -364,37 +434,25 @@ class Session:
 
     def _start_prefill(self, call: Call, incoming: Incoming) -> None:
         """Check what is about to be pruned, and find out whether its choices were made before."""
+        now = self.now
         # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
         replayable = not incoming.pixels and call.cache is None and call.ids is not None
-        features = tuple(incoming.encoded.values())
-        if replayable and self._last is not None and self._continues(features, call.ids, *self._last):
-            self._replayed = list(self._choices)
-        else:
-            self._replayed, self._choices = [], []
-            self._last = (features, call.ids) if replayable else None
-        self._selector_seconds, self._started = 0.0, self._clock()
-        self._decode.check(call, bool(self._replayed))
+        now.replays.begin(tuple(incoming.encoded.values()), call.ids if replayable else None)
+        now.selector_seconds, now.started = 0.0, self._clock()
+        self._decode.check(call, now.replays.replaying)
         features = call.embeddings[call.segment.visual.to(call.embeddings.device)]
         if self._prunes and not bool(features.isfinite().all()):
             raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
 
-    @staticmethod
-    def _continues(features: tuple, ids: Tensor, earlier_features: tuple, earlier_ids: Tensor) -> bool:
-        """Whether a call holds the same images and longer prompts than an earlier one."""
-        length = earlier_ids.shape[1]
-        same_features = list(map(id, features)) == list(map(id, earlier_features))
-        same_batch = same_features and len(ids) == len(earlier_ids) and ids.shape[1] > length
-        return same_batch and torch.equal(ids[:, :length], earlier_ids)
-
     def _after_decoder(self, module, args, kwargs, output):
-        if self._decode.step is not None:
+        if self._decode.now.step is not None:
             return self._decode.finish(output)
-        call = self._call
+        now = self.now
+        call = now.call
         if call is None:
             return None
-        if call.media is not None and not self._replayed:
-            self._decode.after_prefill(call, self._in_llm.aside)
-            self._finish_prefill(call)
+        if call.media is not None and not now.replays.replaying:
+            self._finish_prefill(call, self._decode.after_prefill(call, self._in_llm.now.aside))
         self._end_call()
         return call.restore(output) if call.pruned else None
 
@@ -402,19 +460,14 @@ class Session:
 
     @torch.no_grad()
     def _choose(self, method: Method, tokens: VisualTokens) -> Selection:
-        if self._replayed:
-            selection = self._replayed.pop(0)
-            self._replayed.append(selection)
-            return selection
-        selection = self._select(method, tokens)
-        self._choices.append(selection)
-        return selection
+        replays = self.now.replays
+        return replays.next() if replays.replaying else replays.note(self._select(method, tokens))
 
     @torch.no_grad()
     def _select(self, method: Method, tokens: VisualTokens) -> Selection:
         started = self._clock()
         selection = method.choose(tokens)
-        self._selector_seconds += self._clock() - started
+        self.now.selector_seconds += self._clock() - started
         return selection
 
     def _clock(self) -> float:
@@ -426,49 +479,26 @@ class Session:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
         if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
             return
-        self._decode.forget()
-        lengths = mask.sum(1) if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
-        empty = (torch.empty(0, dtype=torch.long),) * len(hidden)
-        stretch = Stretch(0, len(self.adapter.decoder_layers), empty, empty)
-        self._set_report((stretch,), empty, tuple(int(n) for n in lengths), (), hidden.element_size(), None)
+        self._keep(text_report(self.adapter, self.methods, hidden, mask), Holdings())
 
-    def _finish_prefill(self, call: Call) -> None:
-        rows = range(0, call.batch, call.media.copies)
-        whole = call.media.visual
-        visual = [whole[row].nonzero()[:, 0] for row in rows]
-        ends = [*call.starts[1:], len(self.adapter.decoder_layers)]
-        stretches = tuple(
-            Stretch(
-                start,
-                end,
-                tuple((s.columns[row][s.visual[row]] + call.past).cpu() for row in rows),
-                tuple(
-                    torch.where(fate >= 0, fate + call.past, -1).cpu()
-                    for fate in (s.fate[row][columns] for row, columns in zip(rows, visual, strict=True))
-                ),
-                () if s.masked is None else tuple((s.columns[row][s.masked[row]] + call.past).cpu() for row in rows),
-            )
-            for start, end, s in zip(call.starts, ends, call.segments, strict=True)
-        )
-        text = tuple(int((call.prompt[row] & ~whole[row]).sum()) for row in rows)
+    def _finish_prefill(self, call: Call, holdings: Holdings) -> None:
         timings = None
         if self._profile:
-            encoding = sum(encoding.seconds for encoding in call.media.encodings)
-            timings = Timings(encoding, self._selector_seconds, self._clock() - self._started)
-        sequences = tuple(
-            patches
-            for encoding in call.media.encodings
-            if encoding.inputs is not None
-            for patches in self._tap.sequences(encoding)
-        )
-        columns = tuple((v + call.past).cpu() for v in visual)
-        self._set_report(stretches, columns, text, sequences, call.embeddings.element_size(), timings)
+            now, encoding = self.now, sum(encoding.seconds for encoding in call.media.encodings)
+            timings = Timings(encoding, now.selector_seconds, self._clock() - now.started)
+        report = prefill_report(call, self._tap, self.methods, timings)
+        self._keep(report, holdings)
         wants_less = not all(self._asks_for_everything(method, call) for method in self.methods)
-        if self.strict and wants_less and any(map(len, visual)) and self._report.keep_ratio == 1.0:
+        if self.strict and wants_less and any(report.original_tokens) and report.keep_ratio == 1.0:
             raise NothingPrunedError(
-                f"{', '.join(m.name for m in self.methods)}: {sum(self._report.original_tokens)} visual tokens came "
+                f"{', '.join(m.name for m in self.methods)}: {sum(report.original_tokens)} visual tokens came "
                 "and none was dropped; the budget rounds to everything (pass strict=False to allow it)"
             )
+
+    def _keep(self, report: Report, holdings: Holdings) -> None:
+        self._reports.set((report, holdings))
+        with self._lock:
+            self._totals += report
 
     def _asks_for_everything(self, method: Method, call: Call) -> bool:
         """A count budget that equals the image asks for nothing to be dropped."""
@@ -478,16 +508,10 @@ class Session:
             method.keep_tokens is not None and bool((method.keep_tokens * crops >= content).all())
         )
 
-    def _set_report(self, stretches, visual, text, sequences, dtype_bytes, timings) -> None:
-        self._report = Report(
-            model_name=type(self.adapter.model).__name__,
-            methods=tuple(method.name for method in self.methods),
-            stretches=stretches,
-            visual=visual,
-            text_tokens=text,
-            text_config=self.adapter.text_config,
-            vision_config=self.adapter.vision_config,
-            encoder_sequences=sequences,
-            kv_dtype_bytes=dtype_bytes,
-            timings=timings,
-        )
+
+def _current(report: Report, holdings: Holdings) -> tuple[Report, Holdings]:
+    """A report that says what its KV cache holds by now, and need not be asked again."""
+    held, auxiliary_bytes = holdings.of(report.visual)
+    if held is None:
+        return report, holdings
+    return dataclasses.replace(report, held=held, auxiliary_bytes=auxiliary_bytes), Holdings()

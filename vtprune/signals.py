@@ -71,7 +71,7 @@ class TextEmbeddings:
     """A list with one (text tokens, dim) tensor a group: input embeddings of the question.
 
     From the session's `text` if given; otherwise of the prompt's text tokens after the group's last visual token (of
-    all its text tokens if none follow), without bos, eos and padding.
+    all its text tokens if none follow), without bos, eos, padding and what a processor puts around media.
     """
 
     keywords: bool = False

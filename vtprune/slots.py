@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
@@ -38,6 +38,36 @@ class PerSample:
         return value
 
 
+@dataclass
+class Holdings:
+    """Which visual tokens the KV cache of one prefill holds, as that changes while tokens are generated.
+
+    Columns only: keys and values must be free to go with their cache.
+    """
+
+    columns: list[Tensor] | None = None
+    """By layer: columns (batch, n) that it holds, -1 for none; None if that is what the prefill kept."""
+    aside: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Columns (batch, m) of what may come back, and the bytes of one of them."""
+
+    def of(self, visual: Sequence[Tensor]) -> tuple[tuple[tuple[Tensor, ...], ...] | None, int]:
+        """For the report: the columns of visual tokens held, by layer and sample, and the bytes of what was put aside.
+
+        visual: a sample each, the columns of its visual tokens.
+        """
+        if self.columns is None:
+            return None, 0
+
+        def rows(columns: Tensor) -> Tensor:
+            return columns[:: len(columns) // len(visual)].cpu()
+
+        held = tuple(
+            tuple(row[torch.isin(row, own)].sort().values for row, own in zip(rows(columns), visual, strict=True))
+            for columns in self.columns
+        )
+        return held, sum(int((rows(columns) >= 0).sum()) * size for columns, size in self.aside)
+
+
 @dataclass(frozen=True, eq=False)
 class PromptTable(PerSample):
     """What is known of every column of a prompt whose visual tokens may come back."""
@@ -54,6 +84,8 @@ class PromptTable(PerSample):
     """Decoder layer -> (batch, columns, dim), which the model adds to that layer's output (DeepStack)."""
     counts: Tensor
     """(batch, cuts) long: visual tokens let through by each cut."""
+    holdings: Holdings
+    """What the cache holds, for the report."""
 
     def places(self, columns: Tensor) -> Tensor:
         """columns (batch, n) of the sequence -> (batch, n), the nearest columns of the prompt."""

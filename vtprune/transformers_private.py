@@ -65,6 +65,11 @@ def is_tested_release() -> bool:
     return OLDEST <= _version() <= NEWEST
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether the class of a model's part comes with transformers, and not from a checkpoint or another package."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
 def check_release() -> None:
     """Raise UnsupportedModelError on a release that is too old; warn, once a process, on one that is not tested yet."""
     if _version() < OLDEST:
@@ -118,22 +123,28 @@ def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
 def with_cache(decoder: nn.Module, kwargs: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
     """The arguments of a decoder with another KV cache, under the name that the decoder takes."""
     given = next((name for name in _CACHE_NAMES if name in kwargs), None)
-    if given is None:
-        parameters = inspect.signature(decoder.forward).parameters
-        given = next((name for name in _CACHE_NAMES if name in parameters), None)
+    if given is None and (parameter := _cache_parameter(decoder)) is not None:
+        given = parameter.name
     if given is None:
         raise VTPruneError(f"{type(decoder).__name__} takes no KV cache under a name that is known: {releases()}")
     return {**kwargs, given: cache}
 
 
+def _cache_parameter(decoder: nn.Module) -> inspect.Parameter | None:
+    """The parameter of a decoder's forward that takes the KV cache."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((parameters[name] for name in _CACHE_NAMES if name in parameters), None)
+
+
 def check_arguments(where: str, kwargs: Mapping[str, Any], batch: int, length: int) -> None:
-    """Raise VTPruneError if an argument that is not known holds one entry a token: it would not be cut along."""
+    """Raise UnsupportedStageError if an argument that is not known holds one entry a token: it would not be cut
+    along."""
     for name, value in kwargs.items():
         if name in _KNOWN_ARGUMENTS:
             continue
         for tensor in _tensors(value):
             if tensor.shape[:2] in ((batch, length), (1, length)) or tensor.shape == (length,):
-                raise VTPruneError(
+                raise UnsupportedStageError(
                     f"{where} is called with {name!r}, which holds one entry a token and is not known here, so that it "
                     f"cannot be cut along with the tokens: {releases()}"
                 )
@@ -196,9 +207,8 @@ def longest_prunable(config: Any, layers: int) -> int | None:
 
 def check_decoder(decoder: nn.Module) -> None:
     """Raise UnsupportedModelError if a language model has a class of its own for its KV cache."""
-    parameters = inspect.signature(decoder.forward).parameters
-    annotation = next((parameters[name].annotation for name in _CACHE_NAMES if name in parameters), None)
-    for cls in typing.get_args(annotation):
+    parameter = _cache_parameter(decoder)
+    for cls in typing.get_args(parameter and parameter.annotation):
         if isinstance(cls, type) and issubclass(cls, Cache) and cls not in (Cache, DynamicCache):
             raise UnsupportedModelError(
                 f"a {type(decoder).__name__} keeps its KV cache in a {cls.__name__}, in which tokens cannot go missing"
@@ -210,9 +220,28 @@ def is_paged(cache: Any) -> bool:
     return not isinstance(cache, Cache)
 
 
-def ignores_cache(layer: nn.Module) -> bool:
-    """Whether a decoder layer leaves the KV cache that it is given alone, as it does under gradient checkpointing."""
-    return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+@functools.cache
+def _replays_hooks() -> bool:
+    """Whether gradient checkpointing runs a layer's hooks once more in the backward pass, as older releases do."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a decoder layer is under gradient checkpointing now, and leaves the KV cache that it is given alone."""
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return on and (torch.is_grad_enabled() or _replays_hooks())
+
+
+def check_replay(layer: nn.Module) -> None:
+    """Raise UnsupportedStageError if hooks of a decoder layer would run once more when their call is over."""
+    if is_checkpointed(layer) and torch.is_grad_enabled() and _replays_hooks():
+        raise UnsupportedStageError(
+            "this release of transformers runs the hooks of decoder layers once more under gradient checkpointing, "
+            "when what was pruned between them is gone; turn it off, use a method before the LLM, or a newer "
+            f"release: {releases()}"
+        )
 
 
 def has_keys(layer: Any) -> bool:

@@ -87,7 +87,7 @@ class VTPrune(lmms):
                 f"{asked} processes were started, but accelerate sees one; on CPU set ACCELERATE_USE_CPU=1"
             )
         self._load()
-        with vtprune.prune(self.model, self.methods):
+        with vtprune.prune(self.model, self.methods, strict=False):
             pass  # what this model cannot serve shows before any data is loaded
 
     @classmethod

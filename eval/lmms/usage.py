@@ -22,7 +22,7 @@ class Usage(TokenCounts):
     """Tokens of one request. lmms-eval writes `to_dict` to the sample, under `token_counts`."""
 
     measured: dict[str, Any] = field(default_factory=dict)
-    """`visual_tokens` that the prompt has, and the record of `vtprune.eval.measure`"""
+    """`visual_tokens` of the prompt, the record of `vtprune.eval.measure`, and the costs had nothing been pruned"""
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | self.measured
@@ -49,13 +49,15 @@ class UsageLog:
             lengths: tokens that were generated for each.
             seconds: that the batch took.
         """
-        records = measure(report, indices)
-        usages = [
-            Usage(text + visual, length, measured={"visual_tokens": visual, **record})
-            for text, visual, length, record in zip(
-                report.text_tokens, report.original_tokens, lengths, records, strict=True
-            )
-        ]
+        usages = []
+        for sample, record in enumerate(measure(report, indices)):
+            visual = report.original_tokens[sample]
+            unpruned = {
+                "unpruned_prefill_flops": report.sample_unpruned_prefill_flops[sample],
+                "unpruned_kv_bytes": report.sample_unpruned_kv_bytes[sample],
+            }
+            measured = {"visual_tokens": visual, **record, **unpruned}
+            usages.append(Usage(report.text_tokens[sample] + visual, lengths[sample], measured=measured))
         self._usages += usages
         self._seconds += seconds
         return usages

@@ -110,7 +110,8 @@ def test_rows_are_those_of_eager_attention(name, window, layer, before, prompt):
 
         expected = attentions[layer - 1][sample, :, places[-1], visual]
         torch.testing.assert_close(last[sample, :, :n], expected, atol=1e-5, rtol=0)
-        text = places[places > visual[-1]]
+        ids = inputs["input_ids"][sample][columns]  # what is around images has ids above those of words
+        text = places[(places > visual[-1]) & (ids >= families.FIRST_WORD) & (ids < families.IMAGE)]
         rows = text if len(text) else places[-1:]
         expected = attentions[layer][sample].mean(0)[rows][:, visual].mean(0)
         torch.testing.assert_close(instruction[sample, :n], expected, atol=1e-5, rtol=0)

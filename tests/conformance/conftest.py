@@ -10,13 +10,9 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_no_gradients():
-    # Models this small run faster on one thread, and results do not depend on how work is split.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_thread_no_gradients(one_thread):
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["mha", "gqa", "siglip"])

@@ -77,13 +77,13 @@ _GEMMA = {
 def _tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast:
     """special: attribute -> token and id, beyond those that every family has."""
     vocabulary = {"<pad>": PAD, "<s>": BOS, "\n": NEWLINE} | dict(special.values())
-    words = ["</s>", "<unk>", *_KNOWN_WORDS.split()]
+    words = ["</s>", "<unk>", "\n\n", *_KNOWN_WORDS.split()]  # a blank line is one token, as in real vocabularies
     vocabulary |= {word: FIRST_WORD + index for index, word in enumerate(words)}
     # Without gaps: tokens that a processor adds must not get an id twice.
     vocabulary |= {f"<unused{index}>": index for index in set(range(VOCABULARY)) - set(vocabulary.values())}
     assert len(vocabulary) == VOCABULARY
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
+    core.pre_tokenizer = Split(Regex(r"\n+|\w+|[^\w\s]"), behavior="removed", invert=True)
     if special not in (_QWEN, _INTERN):
         core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return hf.PreTrainedTokenizerFast(

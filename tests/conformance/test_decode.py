@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens that come back while decoding, beyond `generate` with a greedy choice: the matrix has that on every family."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -157,3 +159,29 @@ def test_turns_of_text_with_positions_of_one_axis(name):
         more = model(input_ids=torch.tensor([[11, 12, 13]]), **{CACHE: cache}).logits
     torch.testing.assert_close(torch.stack(logits), torch.stack(generated.logits), atol=ATOL, rtol=0)
     assert more.isfinite().all() and cache.get_seq_length() == inputs["input_ids"].shape[1] + 5 + 3
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("first", ["generate", "by hand"])
+@torch.no_grad()
+def test_a_second_turn_with_any_number_of_axes(name, first):
+    """What holds three or four rows of positions takes one, three or four: they say the same of text."""
+    model = families.shared(name)
+    inputs = families.batch(name, model).singles[0]
+    with vtprune.prune(model, LAZY):
+        if first == "generate":
+            turn = generate(model, inputs)
+            ids = torch.cat([turn.sequences, torch.tensor([[12, 13]])], 1)
+            cache = turn[CACHE]
+        else:
+            cache = DynamicCache(config=model.config)
+            model(**inputs, **{CACHE: cache})
+            ids = torch.cat([inputs["input_ids"], torch.tensor([[12, 13, 14]])], 1)
+        past = cache.get_seq_length()
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: copy.deepcopy(cache)}
+        expected = generate(model, again).logits[0]
+        start = past + int(model.model.rope_deltas.flatten()[0])
+        one = torch.arange(start, start + ids.shape[1] - past)[None, None]
+        for axes in (1, 3, 4):
+            call = {"input_ids": ids[:, past:], "position_ids": one.expand(axes, 1, -1), CACHE: copy.deepcopy(cache)}
+            torch.testing.assert_close(model(**call).logits[:, -1], expected, atol=ATOL, rtol=0)

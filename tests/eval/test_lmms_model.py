@@ -108,6 +108,25 @@ def test_every_family(family, tmp_path):
         )
 
 
+@pytest.mark.parametrize("method", [None, "mmtok", "fastv"])
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_every_sample_is_logged_with_its_own_cost(family, method, tmp_path):
+    """In a batch with none, one and two images it has the numbers that it has alone."""
+    conversations = [*PICTURES, turn("tell me who is in here ?", processors.picture(30, 30))]
+    options = {"pretrained": save(family, tmp_path)} | ({} if method is None else {"method": method, "keep_ratio": 0.4})
+    together, alone = (
+        [answer.token_counts.to_dict() for answer in ask(VTPruneChat(**options, batch_size=size), conversations)]
+        for size in (4, 1)
+    )
+    assert together == alone
+    for costly in ("prefill_flops", "kv_bytes"):
+        assert len({counts[costly] for counts in alone}) >= 3
+        for counts in alone:
+            saves = method is not None and counts["visual_tokens"] > 0
+            assert (counts[costly] < counts[f"unpruned_{costly}"]) == saves
+            assert (counts[costly] == counts[f"unpruned_{costly}"]) == (not saves)
+
+
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 

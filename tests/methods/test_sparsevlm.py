@@ -14,6 +14,8 @@ from vtprune.tokens import ModelShape
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
 CUTS = (2, 4)
+MARKERS = {"qwen2_5_vl": 1, "qwen3_vl": 1, "gemma3": 2}
+"""Columns that a family's processor puts right behind an image, which are no text."""
 PLUS = {"recycle": 0, "undo_rotation": True, "heads": 2, "positions": "original"}
 
 
@@ -21,6 +23,7 @@ class Watched:
     """A prefill under a session on an eager model: attention, and states on both sides of every cut."""
 
     def __init__(self, name: str, **settings):
+        self.name = name
         self.model = families.shared(name, "eager")
         self.inputs = families.batch(name, self.model).singles[1]
         self.weights, self.before, self.after, self.rope = {}, {}, {}, {}
@@ -65,6 +68,7 @@ class Watched:
         """Columns of the raters."""
         entering = visual_columns(self.model, self.inputs)
         text = self.text[self.text > entering[-1]]
+        text = text[MARKERS.get(self.name, 0) :]
         votes = (self.after[0][entering] @ self.after[0][text].T).softmax(-1).mean(0)
         assert len(text) > 1 and 0 < int((votes > votes.mean()).sum()) < len(text)
         return text[votes > votes.mean()]

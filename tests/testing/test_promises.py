@@ -10,14 +10,7 @@ from vtprune.testing.promises import CHECKS, METHODS, Case, run_check, run_check
 from . import broken
 
 DIVPRUNE, FASTV = METHODS
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def case(name="llava", fault=None) -> Case:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -91,6 +92,12 @@ class Call:
     def segment(self) -> Segment:
         """The layout after the last cut so far."""
         return self.segments[-1]
+
+    @functools.cached_property
+    def text(self) -> Tensor:
+        """(batch, length) bool: the prompt without visual tokens and what a processor puts around them."""
+        images = self.media.images
+        return self.prompt & ~self.media.visual & ~self.adapter.markers(self.ids, images).to(self.prompt.device)
 
     @property
     def pruned(self) -> bool:

@@ -20,11 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache import PrunedLayer, pruned_layers
+from vtprune.callers import PerThread
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.layout import Groups, Segment, compact_columns, last_axis, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
 from vtprune.signals import AliveInLastLayer, LastQueryAttention, Places, cached_attention_row
-from vtprune.slots import Aside, PromptTable, Slots
+from vtprune.slots import Aside, Holdings, PromptTable, Slots
 from vtprune.stages.before_llm import Chooser
 from vtprune.stages.call import Call
 from vtprune.stages.hooks import hidden_of, with_hidden
@@ -49,6 +50,16 @@ class _Step:
     """(batch, f) long: columns of the tokens that are computed again beside the new ones, which stand behind them."""
     views: dict[int, _View] = field(default_factory=dict)
     """By number of cuts passed: the layers between two cuts share one."""
+
+
+@dataclass
+class _Following:
+    """What one thread is doing."""
+
+    step: _Step | None = None
+    """None outside of such a call."""
+    queries: Tensor | None = None
+    """Output of `q_proj` of the layer before the next cut."""
 
 
 @dataclass
@@ -78,12 +89,7 @@ class DecodeStage:
             raise ConfigError(f"{names}: a KV cache is emptied once; leave one of them out")
         if self.reviving is not None:
             self._check_model(methods)
-        self._held: list[Tensor] | None = None
-        """Of the last prefill's cache, by layer: columns (batch, n) that it holds, -1 for none; None if that is what
-        the prefill kept. Columns only: keys and values must be free to go with their cache."""
-        self._aside: list[tuple[Tensor, int]] = []
-        """Columns (batch, m) of what may come back, and the bytes of one of them."""
-        self.end()
+        self._following = PerThread(_Following)
 
     def _check_model(self, methods: Sequence[Method]) -> None:
         name, config = self.reviving.name, self.adapter.text_config
@@ -110,13 +116,16 @@ class DecodeStage:
 
     def end(self) -> None:
         """Forget the call."""
-        self.step: _Step | None = None
-        self._queries: Tensor | None = None
+        self._following.renew()
 
     def forget(self) -> None:
-        """Forget the last prefill, too."""
-        self.end()
-        self._held, self._aside = None, []
+        """Forget the calls of all threads."""
+        self._following.clear()
+
+    @property
+    def now(self) -> _Following:
+        """What the calling thread is doing."""
+        return self._following()
 
     def check(self, call: Call, replayed: bool) -> None:
         """Raise UnsupportedStageError unless what a prefill leaves can be worked on; nothing is changed."""
@@ -135,39 +144,17 @@ class DecodeStage:
                 "mask: load the model with attn_implementation='sdpa'"
             )
 
-    def holdings(self, visual: Sequence[Tensor]) -> tuple[tuple[tuple[Tensor, ...], ...] | None, int]:
-        """For the report: which visual tokens the last prefill's cache holds, and the bytes of what was put aside.
-
-        visual: a sample each, the columns of its visual tokens.
-        """
-        if self._held is None:
-            return None, 0
-
-        def rows(columns: Tensor) -> Tensor:
-            return columns[:: len(columns) // len(visual)].cpu()
-
-        held = tuple(
-            tuple(row[torch.isin(row, own)].sort().values for row, own in zip(rows(columns), visual, strict=True))
-            for columns in self._held
-        )
-        return held, sum(int((rows(columns) >= 0).sum()) * size for columns, size in self._aside)
-
-    def _take_stock(self, layers: Sequence[PrunedLayer]) -> None:
-        """Note what a cache that tokens may come back to holds."""
-        self._held = [layer.slots.columns for layer in layers]
-        asides = [layer.aside for layer in layers if layer.aside is not None]
-        self._aside = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in asides]
-
     # -- once, after prefill ------------------------------------------------------------------------------------
 
-    def after_prefill(self, call: Call, aside: dict[int, Aside]) -> None:
+    def after_prefill(self, call: Call, aside: dict[int, Aside]) -> Holdings:
         """Evict from the cache that a prefill filled, or note what may come back to it.
 
         aside: for each cut what it dropped on the input of its layer.
+        Returns what the cache holds, which goes on saying so while tokens come back.
         """
-        self.forget()
+        holdings = Holdings()
         if call.cache is None or not call.pruned or not self:
-            return
+            return holdings
         for layer in pruned_layers(call.cache):
             if not is_plain_layer(layer.inner) and not layer.is_sliding:
                 raise UnsupportedStageError(
@@ -177,12 +164,13 @@ class DecodeStage:
         for method in self.evicting:
             self._evict(call, method)
         if call.held:
-            self._held = [
+            holdings.columns = [
                 (s.columns + call.past).masked_fill(~call.held.get(i, s.computed), -1).cpu()
                 for i, s in enumerate(map(call.segment_at, range(len(call.cache.layers))))
             ]
         if self.reviving is not None:
-            self._note(call, aside)
+            self._note(call, aside, holdings)
+        return holdings
 
     def _evict(self, call: Call, method: AfterPrefill) -> None:
         made: dict[int, tuple[Tensor, PrunedLayer]] = {}
@@ -229,7 +217,7 @@ class DecodeStage:
 
     # -- revival ------------------------------------------------------------------------------------------------
 
-    def _note(self, call: Call, aside: dict[int, Aside]) -> None:
+    def _note(self, call: Call, aside: dict[int, Aside], holdings: Holdings) -> None:
         """Tell every cache layer what its columns are, and those after a cut what was left there."""
         entering = call.segment_at(0)
         before = [call.segment_at(cut) for cut in self.cuts]
@@ -243,6 +231,7 @@ class DecodeStage:
                 for layer in range(self.cuts[0], len(call.planes))
             },
             counts=torch.stack([(call.crop_labels(segment) >= 0).sum(1) for segment in before], 1),
+            holdings=holdings,
         )
         made: dict[int, Slots] = {}
         for i, layer in enumerate(pruned_layers(call.cache)):
@@ -256,7 +245,7 @@ class DecodeStage:
                 made[id(segment)] = Slots(columns=columns, table=table)
             layer.slots, layer.aside = made[id(segment)], aside.get(i)
             layer.layout = replace(layer.layout, real=None, _derived={})
-        self._take_stock(pruned_layers(call.cache))
+        _take_stock(pruned_layers(call.cache))
 
     def begin(self, cache: Cache, hidden: Tensor, given: Columns) -> None:
         """Follow a call of the language model on `hidden` (batch, q, dim) on a cache that tokens may come back to."""
@@ -264,11 +253,16 @@ class DecodeStage:
         batch, count = hidden.shape[:2]
         table, shift = layers[0].slots.table, layers[0].layout.shift
         columns = torch.arange(given.past, given.past + count, device=table.prunable.device).expand(batch, -1)
-        # A turn of text alone may come with one row of positions, which is that of all axes of M-RoPE.
+        # A turn of text alone may come with one row of positions, which is that of all axes of M-RoPE, and with or
+        # without the row in front of the axes that is for masks alone.
         axes = table.positions.shape[1:-1]
         positions = given.positions.to(columns.device)
-        positions = positions.expand(*(positions.shape[:-2] or axes), batch, -1)
-        self.step = _Step(
+        if (*axes, *positions.shape[:-2]) == (4, 3):
+            positions = torch.cat([positions[:1], positions])
+        elif (*axes, *positions.shape[:-2]) == (3, 4):
+            positions = positions[1:]
+        positions = positions.expand(*axes, batch, -1)
+        self.now.step = _Step(
             layers=layers,
             table=table,
             new=columns.masked_fill(~given.real.to(columns.device), -1),
@@ -279,8 +273,9 @@ class DecodeStage:
 
     def finish(self, output):
         """The language model's output without the rows of the tokens that came back."""
-        count = self.step.new.shape[1]
-        self._take_stock(self.step.layers)
+        step = self.now.step
+        count = step.new.shape[1]
+        _take_stock(step.layers)
         self.end()
         if isinstance(output, tuple):
             return output[0][:, -count:], *output[1:]
@@ -290,12 +285,13 @@ class DecodeStage:
         return output
 
     def _watch(self, module, args, output) -> None:
-        if self.step is not None:
-            self._queries = output.detach()
+        now = self.now
+        if now.step is not None:
+            now.queries = output.detach()
 
     def _before_layer(self, i: int):
         def hook(module, args, kwargs):
-            step = self.step
+            step = self.now.step
             if step is None:
                 return None
             hidden = hidden_of(args, kwargs)
@@ -320,7 +316,7 @@ class DecodeStage:
         return hook
 
     def _view(self, i: int, hidden: Tensor) -> _View:
-        step, number = self.step, bisect_right(self.cuts, i)
+        step, number = self.now.step, bisect_right(self.cuts, i)
         if number not in step.views:
             table, slots = step.table, step.layers[i].slots
             queries = torch.cat([step.revived, step.new], 1)
@@ -342,13 +338,15 @@ class DecodeStage:
 
     def _visible(self, columns: Tensor) -> Tensor:
         """columns (batch, n) of the sequence -> (batch, n) bool: text, and the visual tokens chosen at present."""
-        table, step = self.step.table, self.step
+        step = self.now.step
+        table = step.table
         hidden = table.prunable & ~step.chosen
         return (columns >= 0) & ~table.look_up(hidden, columns, False)
 
     def _cut(self, i: int, hidden: Tensor) -> Tensor:
         """Choose again before layer i; hidden (batch, f + q, dim) -> (batch, f' + q, dim)."""
-        step, back = self.step, self.step.revived.shape[1]
+        step = self.now.step
+        back = step.revived.shape[1]
         step.chosen = self._chosen(i)
         layer = step.layers[i]
         there = layer.slots.columns
@@ -367,14 +365,15 @@ class DecodeStage:
 
     def _chosen(self, i: int) -> Tensor:
         """(batch, columns of the prompt) bool: the method's choice before layer i among what layer i - 1 saw."""
-        step, before = self.step, self.step.layers[i - 1]
+        step = self.now.step
+        before = step.layers[i - 1]
         table, view = step.table, step.views[bisect_right(self.cuts, i - 1)]
         columns = before.slots.columns
         keys = before.inner.keys
         last = torch.where(step.new >= 0, torch.arange(step.new.shape[1], device=columns.device), 0).amax(1)
         row = (last + step.revived.shape[1])[:, None]
         weights = cached_attention_row(
-            take_columns(self._queries, row),
+            take_columns(self.now.queries, row),
             keys,
             self._visible(columns).to(keys.device),
             self.adapter.decoder_layers[i - 1].self_attn,
@@ -401,6 +400,14 @@ class DecodeStage:
         )
         keep = self.choose(self.reviving, tokens).keep.to(groups.valid.device)
         return groups.scatter(keep & groups.valid, torch.zeros_like(step.chosen))
+
+
+def _take_stock(layers: Sequence[PrunedLayer]) -> None:
+    """Note what a cache that tokens may come back to holds."""
+    holdings = layers[0].slots.table.holdings
+    holdings.columns = [layer.slots.columns for layer in layers]
+    asides = [layer.aside for layer in layers if layer.aside is not None]
+    holdings.aside = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in asides]
 
 
 def _spread(columns: Tensor, values: Tensor, length: int) -> Tensor:

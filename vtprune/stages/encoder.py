@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
+from vtprune.callers import PerThread
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.methods.base import InEncoder
 from vtprune.ops.attention import attention_received, attention_rows
@@ -80,6 +81,18 @@ class Encoding:
         return sum(map(len, self.media))
 
 
+@dataclass
+class _Seen:
+    """What one thread encoded."""
+
+    last: dict[str, Encoding] = field(default_factory=dict)
+    """Kind -> the encoding computed last in this session."""
+    open: Encoding | None = None
+    """The one that is being computed."""
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> its queries, until its keys arrive."""
+
+
 def _pooled(output: Any) -> Tensor | tuple[Tensor, ...]:
     pooled = output.pooler_output
     return pooled if torch.is_tensor(pooled) else tuple(pooled)
@@ -90,7 +103,7 @@ def _shares_rows(features: Tensor, known: Tensor) -> bool:
 
 
 class EncoderTap:
-    """Keeps the encodings computed last, one a kind, and what their projector and CLS tokens saw.
+    """Keeps the encodings that each thread computed last, one a kind, and what their projector and CLS tokens saw.
 
     `generate()` encodes long before the language model runs, and only once for all beams, so the tap remembers until
     the next call of the same kind. The encode methods are no modules: while the tap is installed, a wrapper of the
@@ -102,7 +115,8 @@ class EncoderTap:
     ):
         """requests: what is taken down; methods: what acts inside the encoder."""
         self.adapter = adapter
-        self.cut = EncoderCut(adapter, methods, lambda: self._open)
+        self._seen = PerThread(_Seen)
+        self.cut = EncoderCut(adapter, methods, lambda: self._seen().open)
         requests = list(requests)
         self.cls_layers = {layer for r in requests if isinstance(r, ClsAttention) for layer in r.layers}
         self.received_layers = {r.layer for r in requests if isinstance(r, AttentionReceived)}
@@ -124,10 +138,6 @@ class EncoderTap:
                 f"{adapter.vision_config.model_type}; leave text_tower out to compare in the LLM's space"
             )
         self.profile = profile
-        self.last: dict[str, Encoding] = {}
-        """Kind -> the encoding computed last in this session."""
-        self._open: Encoding | None = None
-        self._queries: dict[int, Tensor] = {}
 
     def install(self) -> Iterator[RemovableHandle | _Wrapped]:
         """Yields what takes each hook off again, as soon as it is on."""
@@ -151,8 +161,8 @@ class EncoderTap:
                 yield layers[index].register_forward_hook(self._take_output(index))
 
     def forget(self) -> None:
-        self.last = {}
-        self.cut.forget()
+        """Forget what was computed, in every thread."""
+        self._seen.clear()
 
     def _encode(self, kind: str):
         def make(method):
@@ -160,21 +170,23 @@ class EncoderTap:
 
             @functools.wraps(method)
             def encode(*args, **kwargs):
-                if self._open is not None:  # called by another one: Qwen3-VL encodes videos as images
+                seen = self._seen()
+                if seen.open is not None:  # called by another one: Qwen3-VL encodes videos as images
                     return method(*args, **kwargs)
                 started = clock(self.adapter.model) if self.profile else 0.0
                 # A call that fails leaves nothing behind.
-                self.last.pop(kind, None)
-                self._open = encoding = Encoding(kind, signature.bind(*args, **kwargs).arguments)
+                seen.last.pop(kind, None)
+                seen.open = encoding = Encoding(kind, signature.bind(*args, **kwargs).arguments)
                 try:
                     encoding.output = method(*args, **kwargs)
                 finally:
-                    self._open = None
+                    seen.open = None
+                    seen.queries.clear()
                 if self.profile:
                     encoding.seconds = clock(self.adapter.model) - started
                 if hasattr(encoding.output, "pooler_output"):  # a tuple, on request, is nothing a model is fed with
                     encoding.pooled = _pooled(encoding.output)
-                    self.last[kind] = encoding
+                    seen.last[kind] = encoding
                 return encoding.output
 
             return encode
@@ -182,49 +194,52 @@ class EncoderTap:
         return make
 
     def _before_projector(self, module, args):
-        if self._open is not None:
-            self._open.projector_input = args[0].detach()
+        if (encoding := self._seen().open) is not None:
+            encoding.projector_input = args[0].detach()
 
     def _take_output(self, layer: int):
         def hook(module, args, output):
-            if self._open is not None:
-                self._open.outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+            if (encoding := self._seen().open) is not None:
+                encoding.outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach()
 
         return hook
 
     def _take_queries(self, layer: int):
         def hook(module, args, output):
-            if self._open is not None:
-                self._queries[layer] = (output if layer in self.received_layers else output[:, :1]).detach()
+            seen = self._seen()
+            if seen.open is not None:
+                seen.queries[layer] = (output if layer in self.received_layers else output[:, :1]).detach()
 
         return hook
 
     def _take_attention(self, layer: int, attention: nn.Module):
         def hook(module, args, output):
-            if self._open is None:
+            seen = self._seen()
+            encoding = seen.open
+            if encoding is None:
                 return
-            query, key = self._queries.pop(layer), output.detach()
+            query, key = seen.queries.pop(layer), output.detach()
             # Some towers normalise queries and keys over all heads together.
             if (norm := getattr(attention, "q_norm", None)) is not None:
                 query = norm(query)
             if (norm := getattr(attention, "k_norm", None)) is not None:
                 key = norm(key)
-            merge = self._open.merge
+            merge = encoding.merge
             valid = None if merge is None else merge.padding
             dealt = (lambda values: values) if merge is None else merge.dealt
             if layer in self.key_layers:
-                self._open.keys[layer] = dealt(key)
+                encoding.keys[layer] = dealt(key)
             heads = self.adapter.vision_config.num_attention_heads
             query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
             scale = query.shape[-1] ** -0.5
             seen = None if valid is None else valid.to(key.device)[:, None, None]
             if layer in self.cls_layers:
                 rows = attention_rows(query[:, :, :1], key, scale=scale, mask=seen)[:, :, 0]
-                self._open.rows[layer] = dealt(rows.mT).mT
+                encoding.rows[layer] = dealt(rows.mT).mT
             if layer in self.received_layers:
                 mask = None if seen is None else lambda first, last: seen
                 received = attention_received(query, key, scale=scale, mask=mask, valid=valid)
-                self._open.received[layer] = dealt(received)
+                encoding.received[layer] = dealt(received)
 
         return hook
 
@@ -235,7 +250,7 @@ class EncoderTap:
 
         Raises UnsupportedStageError if the layout of its tokens cannot be told.
         """
-        encoding = self.last.get(kind)
+        encoding = self._seen().last.get(kind)
         if output is not None and (encoding is None or encoding.output is not output):
             given = Encoding(kind, None, output, _pooled(output))
             if encoding is None or not _shares_rows(given.features, encoding.features):

@@ -8,7 +8,7 @@ rows that are left, and what it returns is dealt out again. So nothing around th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isqrt
 from typing import Any
@@ -41,6 +41,8 @@ class EncoderMerge:
     """(crops, tokens) long: index in `places` of the token that each went into; -1 if it was dropped."""
     lengths: tuple[tuple[int, Tensor], ...] = ()
     """Encoder layers on whose output tokens went, and the (crops,) tokens left since."""
+    _masks: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Attention masks made so far; layers share them."""
 
     @classmethod
     def nothing(cls, copies: Tensor, crops: int, tokens: int, device: torch.device) -> EncoderMerge:
@@ -64,6 +66,14 @@ class EncoderMerge:
         """`valid`, or None if all is."""
         # Asked for in every layer, and an accelerator would have to wait each time.
         return None if bool(self.valid.all()) else self.valid
+
+    def mask(self, config: Any, hidden: Tensor) -> Tensor | None:
+        """Attention mask of the layers that run on what is left, for the device of `hidden`; None if all is valid."""
+        if self.padding is None:
+            return None
+        if hidden.device not in self._masks:
+            self._masks[hidden.device] = encoder_mask(config, hidden, self.padding.to(hidden.device))
+        return self._masks[hidden.device]
 
     def after(self, layer: int, selection: Selection) -> EncoderMerge:
         """Once a selection among the tokens left, CLS tokens included, is applied on a layer's output."""
@@ -112,18 +122,12 @@ class EncoderCut:
             for layer in method.cuts(adapter.shape):
                 self.cuts.setdefault(layer, []).append(method)
         self.compact = any(method.positions == "compact" for method in methods)
-        self.forget()
         if self.cuts and not adapter.plain_encoder_attention:
             names = ", ".join(sorted({method.name for method in methods}))
             raise UnsupportedStageError(
                 f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} (packed images, or "
                 "queries and keys of one projection); methods that act behind it work: mmtok, divprune"
             )
-
-    def forget(self) -> None:
-        """Forget what was computed."""
-        self._mask: tuple[EncoderMerge | None, Tensor | None] = None, None
-        """The last mask made, and what for: layers share it."""
 
     def install(self, layers: Sequence[nn.Module]) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
@@ -147,14 +151,11 @@ class EncoderCut:
 
     def _before_attention(self, module, args, kwargs):
         encoding = self.encoding()
-        if encoding is None or encoding.merge is None or encoding.merge.padding is None:
+        if encoding is None or encoding.merge is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        merge, mask = self._mask
-        if merge is not encoding.merge or mask.device != hidden.device:
-            padding = encoding.merge.padding.to(hidden.device)
-            mask = encoder_mask(module.config, hidden, padding)
-            self._mask = encoding.merge, mask
+        mask = encoding.merge.mask(module.config, hidden_of(args, kwargs))
+        if mask is None:
+            return None
         return args, {**kwargs, "attention_mask": mask}
 
     def _after_layer(self, index: int, is_first: bool):

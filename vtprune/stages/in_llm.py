@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.cache import PrunedLayer
+from vtprune.callers import PerThread
 from vtprune.certificate import check_attention
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, take_columns
@@ -50,10 +52,32 @@ from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.tokens import ModelShape, Selection, VisualTokens
-from vtprune.transformers_private import attention_back_end, check_arguments, layer_type, reads_positions
+from vtprune.transformers_private import attention_back_end, check_arguments, check_replay, layer_type, reads_positions
 
 TEXT_ROWS = 256
 """Rows of text whose attention is held in memory at a time."""
+
+
+@dataclass
+class _Following:
+    """The forward call of the language model that one thread makes, and what was measured in it so far."""
+
+    call: Call | None = None
+    selecting: bool = False
+    """Whether choices are made in it."""
+    entering: Tensor | None = None
+    """(batch,) long: visual tokens that enter the first layer."""
+    transitions: dict[int, Tensor] = field(default_factory=dict)
+    projected: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Decoder layer and projection -> its output."""
+    places: dict[int, Places] = field(default_factory=dict)
+    marks: dict[KeyTokens, Tensor] = field(default_factory=dict)
+    raters: Tensor | None = None
+    """(batch, call length) bool: the text tokens that rate."""
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """id of a method -> its budgets."""
+    aside: dict[int, Aside] = field(default_factory=dict)
+    """Decoder layer -> what a cut on its input dropped that may come back."""
 
 
 class InLLMStage:
@@ -89,7 +113,7 @@ class InLLMStage:
         for layer in sorted(self.measured):
             self._check_blocks(adapter.decoder_layers[layer])
         self._reading = {i for i, layer in enumerate(adapter.decoder_layers) if reads_positions(layer)}
-        self.end()
+        self._following = PerThread(_Following)
 
     @staticmethod
     def _check_blocks(layer: nn.Module) -> None:
@@ -118,39 +142,43 @@ class InLLMStage:
 
     def begin(self, call: Call) -> None:
         """Follow a forward call of the language model until `end`."""
-        self.call = call
-        self._selecting = call.media is not None and bool(self.cuts)
-        if self._selecting:
-            self._entering = call.sample_groups().valid.sum(1).cpu()
-            self._marks = {request: self._mark(request) for request in self.keys}
+        now = self._following()
+        now.call = call
+        now.selecting = call.media is not None and bool(self.cuts)
+        if now.selecting or call.planes:
+            check_replay(self.adapter.decoder_layers[0])
+        if now.selecting:
+            now.entering = call.sample_groups().valid.sum(1).cpu()
+            now.marks = {request: self._mark(call, request) for request in self.keys}
 
     def end(self) -> None:
         """Forget the call and everything measured in it."""
-        self.call: Call | None = None
-        self._transitions: dict[int, Tensor] = {}
-        self._projected: dict[tuple[int, str], Tensor] = {}
-        self._places: dict[int, Places] = {}
-        self._marks: dict[KeyTokens, Tensor] = {}
-        self._raters: Tensor | None = None
-        """(batch, call length) bool: the text tokens that rate."""
-        self._counts: dict[int, Tensor] = {}
-        self.aside: dict[int, Aside] = {}
-        """Decoder layer -> what a cut on its input dropped that may come back."""
+        self._following.renew()
+
+    def forget(self) -> None:
+        """Forget the calls of all threads."""
+        self._following.clear()
+
+    @property
+    def now(self) -> _Following:
+        """What the calling thread is doing."""
+        return self._following()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def _before_layer(self, i: int):
         def hook(module, args, kwargs):
-            call = self.call
+            now = self.now
+            call = now.call
             if call is None:
                 return None
             hidden = call.add_plane(i - 1, hidden_of(args, kwargs))
-            if self._selecting and self.rated and i == 0:
-                self._raters = self._rate(hidden)
-            if self._selecting and i in self.cuts:
+            if now.selecting and self.rated and i == 0:
+                now.raters = self._rate(hidden)
+            if now.selecting and i in self.cuts:
                 hidden = self._cut(i, hidden)
-            if self._selecting and i in self.watched | self.passing:
-                self._places[i] = call.places_at(i, hidden)
+            if now.selecting and i in self.watched | self.passing:
+                now.places[i] = call.places_at(i, hidden)
             if not call.pruned and not call.wrapped and not call.planes:
                 return None
             if i == 0:
@@ -185,28 +213,31 @@ class InLLMStage:
 
     def _measure(self, i: int):
         def hook(module, args, kwargs, output):
-            if self.call is None or not self._selecting:
+            now = self.now
+            if now.call is None or not now.selecting:
                 return
             inputs = hidden_of(args, kwargs)
             outputs = output[0] if isinstance(output, tuple) else output
-            segment = self.call.segment_at(i)
-            counts = (segment.real & self.call.prompt_at(segment)).to(inputs.device)
+            segment = now.call.segment_at(i)
+            counts = (segment.real & now.call.prompt_at(segment)).to(inputs.device)
             score = token_transition(inputs.detach(), outputs.detach(), counts)
-            self._transitions[i] = self._transitions[i] + score if i in self._transitions else score
+            now.transitions[i] = now.transitions[i] + score if i in now.transitions else score
 
         return hook
 
     def _watch(self, i: int, name: str):
         def hook(module, args, output):
-            if self.call is not None and self._selecting:
-                self._projected[i, name] = output.detach()
+            now = self.now
+            if now.call is not None and now.selecting:
+                now.projected[i, name] = output.detach()
 
         return hook
 
     # -- one cut ------------------------------------------------------------------------------------------------
 
     def _cut(self, i: int, hidden: Tensor) -> Tensor:
-        call = self.call
+        now = self.now
+        call = now.call
         for method, number in self.cuts[i]:
             groups = call.sample_groups()
             budget = self._budgets(method)[number]
@@ -238,57 +269,60 @@ class InLLMStage:
             )
             if cut is not None:
                 hidden, index = cut
-                self._transitions = {layer: take_columns(t, index) for layer, t in self._transitions.items()}
-                self._projected = {key: take_columns(t, index) for key, t in self._projected.items()}
-                self._places = {layer: places.take(index) for layer, places in self._places.items()}
+                now.transitions = {layer: take_columns(t, index) for layer, t in now.transitions.items()}
+                now.projected = {key: take_columns(t, index) for key, t in now.projected.items()}
+                now.places = {layer: places.take(index) for layer, places in now.places.items()}
         if i - 1 in self.passing - self.watched:
             # Queries of whole prompts are large; nothing later asks for them.
-            del self._places[i - 1], self._projected[i - 1, "q_proj"], self._projected[i - 1, "k_proj"]
+            del now.places[i - 1], now.projected[i - 1, "q_proj"], now.projected[i - 1, "k_proj"]
         return hidden
 
     def _budgets(self, method: InLLM) -> Tensor:
         """(cuts, samples) long: a method's budgets in this call, all its cuts at once."""
-        if id(method) not in self._counts:
-            media = self.call.media
+        now = self.now
+        if id(method) not in now.counts:
+            media = now.call.media
             original = (media.labels >= 0).sum(1).cpu()
             crops = media.crops_per_sample.cpu()
-            self._counts[id(method)] = method.prompt_budgets(self.shape, self._entering, crops, original)
-        return self._counts[id(method)]
+            now.counts[id(method)] = method.prompt_budgets(self.shape, now.entering, crops, original)
+        return now.counts[id(method)]
 
     def _put_aside(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
-        segment = self.call.segment
+        now = self.now
+        segment = now.call.segment
         dropped = groups.scatter(~selection.keep.to(groups.valid.device), torch.zeros_like(segment.real))
         if bool(dropped.any()):
             index, real = compact_columns(dropped)
-            columns = (take_columns(segment.columns, index) + self.call.past).masked_fill(~real, -1)
-            self.aside[i] = Aside(hidden=take_columns(hidden.detach(), index), columns=columns)
+            columns = (take_columns(segment.columns, index) + now.call.past).masked_fill(~real, -1)
+            now.aside[i] = Aside(hidden=take_columns(hidden.detach(), index), columns=columns)
 
     def _signal(self, i: int, hidden: Tensor, groups: Groups, request) -> Tensor | tuple[Tensor, Tensor] | list[int]:
+        now = self.now
         if isinstance(request, Transition):
-            done = [self._transitions[layer] for layer in request.layers if layer in self._transitions]
+            done = [now.transitions[layer] for layer in request.layers if layer in now.transitions]
             if not done:
                 raise UnsupportedStageError(f"no transition was measured before layer {i}: measure an earlier one")
             return groups.gather(sum(t.to(hidden.device) for t in done))
         if isinstance(request, LastQueryAttention):
             rows, _ = self._text_rows(last_only=True)
-            queries = take_columns(self._projected[request.layer, "q_proj"], rows)
-            keys = self._projected[request.layer, "k_proj"]
+            queries = take_columns(now.projected[request.layer, "q_proj"], rows)
+            keys = now.projected[request.layer, "k_proj"]
             context = self._context(request.layer)
             weights = decoder_attention_rows(queries, keys, rows, context)
             return self._over_groups(weights[:, :, 0], groups)
         if isinstance(request, KeyTokens):
-            return groups.gather(take_columns(self._marks[request], self.call.segment.columns))
+            return groups.gather(take_columns(now.marks[request], now.call.segment.columns))
         if isinstance(request, NormedStates):
             normed, (rows, _) = self.adapter.language_model.norm(hidden).to(hidden.device), self._text_rows()
             return groups.gather(normed), take_columns(normed, rows)
         if isinstance(request, KeyNorms):
-            norms = decoder_key_norms(self._projected[i - 1, "k_proj"], self._context(i - 1))
+            norms = decoder_key_norms(now.projected[i - 1, "k_proj"], self._context(i - 1))
             rows, text = self._text_rows()
             # Where no text follows, the row is a visual token's.
-            text = (text & ~self.call.segment.visual.gather(1, rows)).to(norms.device)
+            text = (text & ~now.call.segment.visual.gather(1, rows)).to(norms.device)
             return groups.gather(norms), take_columns(norms, rows).masked_fill(~text, -1)
         if isinstance(request, (AttentionPageRank, AttentionShare, RaterAttention, TextAttention)):
-            queries, keys = (self._projected[i - 1, name] for name in ("q_proj", "k_proj"))
+            queries, keys = (now.projected[i - 1, name] for name in ("q_proj", "k_proj"))
             context = self._context(i - 1)
             if isinstance(request, RaterAttention):
                 return self._over_groups(self._rater_attention(queries, keys, context, request), groups)
@@ -298,8 +332,8 @@ class InLLMStage:
                 return groups.gather(decoder_page_rank(queries, keys, request, context))
             share = decoder_attention_share(queries, keys, context)
             if request.of_padded:
-                behind = (self.call.real & ~self.call.prompt).sum(1, keepdim=True)
-                share = share / (self.call.length - behind).to(share.device)
+                behind = (now.call.real & ~now.call.prompt).sum(1, keepdim=True)
+                share = share / (now.call.length - behind).to(share.device)
             return groups.gather(share)
         if isinstance(request, InstructionAttention):
             layer = self.adapter.decoder_layers[i]
@@ -307,12 +341,12 @@ class InLLMStage:
             inner = layer.input_layernorm(hidden)
             queries = layer.self_attn.q_proj(take_columns(inner, rows))
             keys = layer.self_attn.k_proj(inner)
-            context = self._context(i, self.call.places_at(i, hidden))
+            context = self._context(i, now.call.places_at(i, hidden))
             weights = decoder_attention_rows(queries, keys, rows, context).mean(1)
             valid = valid.to(weights.device)[..., None]
             return groups.gather((weights * valid).sum(1) / valid.sum(1))
         if isinstance(request, SampleKeys):
-            return [self.call.prompt_key(row) for row in range(self.call.batch)]
+            return [now.call.prompt_key(row) for row in range(now.call.batch)]
         raise UnsupportedStageError(f"{type(request).__name__} is not available inside the LLM")
 
     def _text_attention(self, queries: Tensor, keys: Tensor, context: RowContext) -> Tensor:
@@ -329,15 +363,17 @@ class InLLMStage:
 
     def _rate(self, hidden: Tensor) -> Tensor:
         """(batch, call length) bool: the text tokens that rate, by what enters the first layer."""
-        (rows, valid), groups, hidden = self._text_rows(), self.call.sample_groups(), hidden.detach()
+        now = self.now
+        (rows, valid), groups, hidden = self._text_rows(), now.call.sample_groups(), hidden.detach()
         real = (groups.valid.to(hidden.device), valid.to(hidden.device))
         raters = text_raters(groups.gather(hidden), take_columns(hidden, rows), *real).to(rows.device)
-        columns = take_columns(self.call.segment.columns, rows)
-        return torch.zeros_like(self.call.real).scatter(1, columns, raters)
+        columns = take_columns(now.call.segment.columns, rows)
+        return torch.zeros_like(now.call.real).scatter(1, columns, raters)
 
     def _rater_attention(self, queries: Tensor, keys: Tensor, context: RowContext, request: RaterAttention) -> Tensor:
         """(batch, heads, n): see `RaterAttention`."""
-        rows, valid = self._rows_of(take_columns(self._raters, self.call.segment.columns) & self.call.segment.real)
+        now = self.now
+        rows, valid = self._rows_of(take_columns(now.raters, now.call.segment.columns) & now.call.segment.real)
         total, valid = 0, valid.to(keys.device)
         for some, rates in zip(rows.split(TEXT_ROWS, 1), valid.split(TEXT_ROWS, 1), strict=True):
             weights = decoder_attention_rows(take_columns(queries, some), keys, some, context)
@@ -346,9 +382,8 @@ class InLLMStage:
             total = total + weights.masked_fill(~rates[:, None, :, None], 0).sum(2)
         return total / valid.sum(1)[:, None, None]
 
-    def _mark(self, request: KeyTokens) -> Tensor:
+    def _mark(self, call: Call, request: KeyTokens) -> Tensor:
         """(batch, call length) bool: see `KeyTokens`."""
-        call = self.call
         groups = call.crop_groups()
         rows = encoder_signal(call, groups, self.tap, ClsAttention((request.layer,)))[:, 0]
         keys = key_tokens(rows, groups.valid.to(rows.device), request.share)
@@ -364,18 +399,20 @@ class InLLMStage:
 
         Samples without such text, and `last_only`, give the prompt's last column.
         """
-        segment, prompt = self.call.segment, self._prompt()
+        segment, prompt = self.now.call.segment, self._prompt()
         columns = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
         if last_only:
             last = torch.where(prompt, columns, -1).amax(1, keepdim=True)
             return last, torch.ones_like(last, dtype=torch.bool)
         last_visual = torch.where(segment.visual, columns, -1).amax(1, keepdim=True)
-        return self._rows_of(prompt & (columns > last_visual))
+        text = segment.real & take_columns(self.now.call.text, segment.columns)
+        return self._rows_of(text & (columns > last_visual))
 
     def _prompt(self) -> Tensor:
         """(batch, n) bool: the real columns of the prompt, at present."""
-        segment = self.call.segment
-        return segment.real & self.call.prompt_at(segment)
+        now = self.now
+        segment = now.call.segment
+        return segment.real & now.call.prompt_at(segment)
 
     def _rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """Columns (batch, r) of what is marked, (batch, n) bool, and which are real rows; the prompt's last column
@@ -389,7 +426,8 @@ class InLLMStage:
 
     def _context(self, layer: int, places: Places | None = None) -> RowContext:
         """What the rows of a decoder layer need; places: of its columns, by default those it was given, cut since."""
-        call = self.call
+        now = self.now
+        call = now.call
         layout, past = call.before[layer]
         config = call.text_config
         sliding = layer_type(config, layer) == "sliding_attention"
@@ -405,7 +443,7 @@ class InLLMStage:
             keys = (held.inner if isinstance(held, PrunedLayer) else held).keys[:, :, :past]
         return RowContext(
             attention=self.adapter.decoder_layers[layer].self_attn,
-            places=self._places[layer] if places is None else places,
+            places=now.places[layer] if places is None else places,
             real=call.segment.real,
             past_keys=keys,
             past_real=layout.real,

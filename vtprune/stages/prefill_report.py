@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the report of a prefill from the state of its call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.adapters.base import Adapter
+from vtprune.methods.base import Method
+from vtprune.report import Report, Stretch, Timings
+from vtprune.stages.call import Call
+from vtprune.stages.encoder import EncoderTap
+
+
+def prefill_report(call: Call, tap: EncoderTap, methods: Sequence[Method], timings: Timings | None) -> Report:
+    """What a call that carried visual tokens kept, and where."""
+    rows = range(0, call.batch, call.media.copies)
+    whole = call.media.visual
+    visual = [whole[row].nonzero()[:, 0] for row in rows]
+    ends = [*call.starts[1:], len(call.adapter.decoder_layers)]
+    stretches = tuple(
+        Stretch(
+            start,
+            end,
+            tuple((s.columns[row][s.visual[row]] + call.past).cpu() for row in rows),
+            tuple(
+                torch.where(fate >= 0, fate + call.past, -1).cpu()
+                for fate in (s.fate[row][columns] for row, columns in zip(rows, visual, strict=True))
+            ),
+            () if s.masked is None else tuple((s.columns[row][s.masked[row]] + call.past).cpu() for row in rows),
+        )
+        for start, end, s in zip(call.starts, ends, call.segments, strict=True)
+    )
+    sequences = tuple(
+        patches
+        for encoding in call.media.encodings
+        if encoding.inputs is not None
+        for patches in tap.sequences(encoding)
+    )
+    return _report(
+        call.adapter,
+        methods,
+        call.embeddings,
+        stretches=stretches,
+        visual=tuple((columns + call.past).cpu() for columns in visual),
+        text_tokens=tuple(int((call.prompt[row] & ~whole[row]).sum()) for row in rows),
+        encoder_sequences=sequences,
+        timings=timings,
+    )
+
+
+def text_report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, mask: Any) -> Report:
+    """A prompt without visual tokens; hidden (batch, length, dim) enters the language model under a 2D mask, or any."""
+    lengths = mask.sum(1).tolist() if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
+    empty = (torch.empty(0, dtype=torch.long),) * len(hidden)
+    return _report(
+        adapter,
+        methods,
+        hidden,
+        stretches=(Stretch(0, len(adapter.decoder_layers), empty, empty),),
+        visual=empty,
+        text_tokens=tuple(int(length) for length in lengths),
+        encoder_sequences=(),
+    )
+
+
+def _report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, **counted: Any) -> Report:
+    return Report(
+        model_name=type(adapter.model).__name__,
+        methods=tuple(method.name for method in methods),
+        text_config=adapter.text_config,
+        vision_config=adapter.vision_config,
+        kv_dtype_bytes=hidden.element_size(),
+        **counted,
+    )
