@@ -409,6 +409,17 @@ def test_names_and_objects_of_growing_caches(method):
             assert kept(session) == chosen
 
 
+@pytest.mark.parametrize("method", ["mustdrop", "lazyllm"])
+def test_methods_that_need_a_cache_say_so(method):
+    model = families.shared("llava")
+    inputs = families.batch("llava", model).singles[0]
+    with (
+        vtprune.prune(model, method, keep_ratio=0.5),
+        pytest.raises(UnsupportedStageError, match="while decoding needs one: use_cache=True"),
+    ):
+        generate(model, inputs, use_cache=False)
+
+
 @pytest.mark.parametrize("backend", ["hqq", "optimum.quanto"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_quantised_caches(name, backend):
