@@ -220,9 +220,28 @@ def is_paged(cache: Any) -> bool:
     return not isinstance(cache, Cache)
 
 
-def ignores_cache(layer: nn.Module) -> bool:
-    """Whether a decoder layer leaves the KV cache that it is given alone, as it does under gradient checkpointing."""
-    return getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+@functools.cache
+def _replays_hooks() -> bool:
+    """Whether gradient checkpointing runs a layer's hooks once more in the backward pass, as older releases do."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a decoder layer is under gradient checkpointing now, and leaves the KV cache that it is given alone."""
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return on and (torch.is_grad_enabled() or _replays_hooks())
+
+
+def check_replay(layer: nn.Module) -> None:
+    """Raise UnsupportedStageError if hooks of a decoder layer would run once more when their call is over."""
+    if is_checkpointed(layer) and torch.is_grad_enabled() and _replays_hooks():
+        raise UnsupportedStageError(
+            "this release of transformers runs the hooks of decoder layers once more under gradient checkpointing, "
+            "when what was pruned between them is gone; turn it off, use a method before the LLM, or a newer "
+            f"release: {releases()}"
+        )
 
 
 def has_keys(layer: Any) -> bool:

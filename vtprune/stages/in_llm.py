@@ -29,7 +29,7 @@ from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.tokens import ModelShape, Selection
-from vtprune.transformers_private import attention_back_end, check_arguments, reads_positions
+from vtprune.transformers_private import attention_back_end, check_arguments, check_replay, reads_positions
 
 
 @dataclass
@@ -114,6 +114,8 @@ class InLLMStage:
         now = self._following()
         now.call = call
         now.selecting = call.media is not None and bool(self.cuts)
+        if now.selecting or call.deepstack:
+            check_replay(self.adapter.decoder_layers[0])
         if now.selecting:
             now.entering = call.sample_groups().valid.sum(1).cpu()
 

@@ -20,7 +20,7 @@ from vtprune.transformers_private import (
     DynamicCache,
     cache_of,
     check_arguments,
-    ignores_cache,
+    is_checkpointed,
     releases,
     with_cache,
 )
@@ -210,7 +210,7 @@ def open_call(
     lack one that is to be used, and lose an empty one that no layer will fill.
     """
     decoder, use_cache, cache = adapter.language_model, kwargs.get("use_cache"), cache_of(kwargs)
-    if ignores_cache(adapter.decoder_layers[0]):
+    if is_checkpointed(adapter.decoder_layers[0]):
         if cache is not None and not cache.get_seq_length():
             kwargs.update(with_cache(decoder, kwargs, None))
     elif cache is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
