@@ -188,10 +188,11 @@ def test_a_failing_run_does_not_exit_with_0(home, tmp_path):
     ("broken", "problem"),
     [
         ("process_results: !function broken.no_metric", "ZeroDivisionError"),
-        pytest.param("dataset_path: no/such/data\ndataset_kwargs: null", "no/such/data", marks=pytest.mark.slow),
+        ("dataset_path: no/such/data\ndataset_kwargs: null", "no/such/data"),
     ],
     ids=["metric", "data"],
 )
+@pytest.mark.slow
 def test_what_fails_in_lmms_eval_does_not_exit_with_0_either(home, tmp_path, broken, problem):
     (tmp_path / "broken.yaml").write_text(f"include: {TASK_FOLDER}/digitscenes.yaml\ntask: broken\n{broken}\n")
     (tmp_path / "broken.py").write_text("def no_metric(doc, results):\n    return 1 / 0\n")

@@ -71,6 +71,7 @@ def test_two_processes_leave_the_files_of_one(config_file, alone, tmp_path):
     assert tiny_eval.files(tmp_path) == tiny_eval.files(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 def test_a_rank_that_dies_fails_the_run_and_loses_nothing(config_file, alone, tmp_path):
     process = launch(config_file, tmp_path)
@@ -103,6 +104,7 @@ def test_a_folder_that_is_taken_fails_all_processes(config_file, tmp_path):
     assert "another evaluation is running in this folder" in errors
 
 
+@pytest.mark.slow
 def test_accelerates_launcher_that_starts_one_process_instead_of_two_is_found_out(config_file, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = [*launcher, tiny_eval.__file__, "eval", str(config_file), "--output", str(tmp_path)]
