@@ -19,25 +19,25 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
-from vtprune.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.callers import PerCaller, PerThread, Underway, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.graphs import is_graph, outside_graphs
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
-from vtprune.question import Text
 from vtprune.report import Report, Timings, Totals
-from vtprune.slots import CacheContents
 from vtprune.stages.before_llm import prune_before_llm
+from vtprune.stages.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap, clock
 from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
 from vtprune.stages.prefill_report import prefill_report, text_report
+from vtprune.stages.question import Text
 from vtprune.stages.reading import check_signals
 from vtprune.stages.replays import Replays
 from vtprune.stages.revival import RevivalStage
+from vtprune.stages.slots import CacheContents
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtprune.cache import CacheLayout, PrunedLayer
+from vtprune.stages.cache import CacheLayout, PrunedLayer
 from vtprune.transformers_private import CACHE
 
 PIXELS = "pixel_values"

@@ -13,7 +13,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from vtprune.errors import NothingPrunedError
 from vtprune.eval.measure import measure
-from vtprune.methods import Method
+from vtprune.methods.base import Method
 from vtprune.report import Report
 
 

@@ -111,7 +111,7 @@ def score_wrongly(monkeypatch) -> None:
     import vtprune.certificate
     import vtprune.signals
 
-    right = vtprune.signals.scored
+    right = vtprune.attention.scored
     monkeypatch.setattr(vtprune.certificate, "check_attention", lambda *args, **kwargs: None)
     monkeypatch.setattr(vtprune.stages.in_llm, "check_attention", lambda *args, **kwargs: None, raising=False)
 
@@ -119,4 +119,4 @@ def score_wrongly(monkeypatch) -> None:
         scored = right(*args, **kwargs)
         return dataclasses.replace(scored, scale=2 * scored.scale)
 
-    monkeypatch.setattr(vtprune.signals, "scored", wrong)
+    monkeypatch.setattr(vtprune.attention, "scored", wrong)

@@ -78,7 +78,7 @@ def test_wrong_attention_rows_are_found(monkeypatch):
 
 
 def test_a_cache_that_counts_what_it_stores_is_found(monkeypatch):
-    monkeypatch.setattr("vtprune.cache.PrunedLayer.get_seq_length", lambda self: self.inner.get_seq_length())
+    monkeypatch.setattr("vtprune.stages.cache.PrunedLayer.get_seq_length", lambda self: self.inner.get_seq_length())
     result = run_check("2nd turn", case(), DIVPRUNE)
     assert not result.passed
 

@@ -13,6 +13,7 @@ from typing import Any
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods import catalogue
 from vtprune.methods.base import BeforeLLM, Method
+from vtprune.methods.catalogue import *  # noqa: F403 (the methods are also exported from here)
 from vtprune.plugins import load_plugins
 
 _METHODS: dict[str, type[Method]] = {}

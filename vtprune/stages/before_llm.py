@@ -8,11 +8,11 @@ from torch import Tensor
 
 from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM
-from vtprune.question import Text
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
 from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.question import Text
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.tokens import Grid, Selection
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups
-from vtprune.question import Text, joint_space, text_embeddings
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
+from vtprune.stages.question import Text, joint_space, text_embeddings
 from vtprune.tokens import ModelShape
 
 

@@ -21,13 +21,13 @@ from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
 from vtprune.signals import LayerSignal
-from vtprune.slots import Stored
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderTap
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
 from vtprune.stages.reading import Chooser, visual_tokens
+from vtprune.stages.slots import Stored
 from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import attention_back_end, check_arguments, check_replay, reads_positions
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import PIXELS, Adapter
-from vtprune.cache import Owner
 from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
+from vtprune.stages.cache import Owner
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
 from vtprune.stages.media import Media

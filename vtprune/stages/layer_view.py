@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import LayerAttention, Places, RowContext
-from vtprune.cache import PrunedLayer
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, take_columns
 from vtprune.signals import EncoderSignal, LayerSignal
+from vtprune.stages.cache import PrunedLayer
 from vtprune.stages.call import Call
 from vtprune.stages.encoded import EncodedMedia
 from vtprune.stages.encoder import EncoderTap

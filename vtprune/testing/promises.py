@@ -24,7 +24,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, StaticCache
 
 import vtprune
-from vtprune.methods import FastV, Method, build_method
+from vtprune.methods import build_method
+from vtprune.methods.base import Method
+from vtprune.methods.fastv import FastV
 from vtprune.report import Report
 from vtprune.signals import LastQueryAttention
 from vtprune.testing.families import Batch

@@ -14,7 +14,7 @@ from vtprune.errors import ConfigError
 from vtprune.layout import Groups
 from vtprune.ops.keywords import keywords
 from vtprune.stages.call import Call
-from vtprune.text_tower import text_tower
+from vtprune.stages.text_tower import text_tower
 
 Text = str | list[str] | Tensor | list[Tensor]
 """A question: text or token ids (m,), one for all samples or a list with one a sample."""

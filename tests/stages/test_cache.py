@@ -3,8 +3,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from vtprune.cache import CacheLayout, Owner, check_cache, pruned_layers, wrap_cache
 from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.stages.cache import CacheLayout, Owner, check_cache, pruned_layers, wrap_cache
 
 CONFIG = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
 

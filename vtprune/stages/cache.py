@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.errors import UnsupportedStageError, VTPruneError
-from vtprune.slots import PerSample, Slots, Stored
+from vtprune.stages.slots import PerSample, Slots, Stored
 from vtprune.transformers_private import (
     Cache,
     CacheLayerMixin,
