@@ -108,8 +108,8 @@ def raises(model: nn.Module) -> None:
 
 def score_wrongly(monkeypatch) -> None:
     """Attention rows are computed with twice the scale, and nobody looks before a session."""
+    import vtprune.attention
     import vtprune.certificate
-    import vtprune.signals
 
     right = vtprune.attention.scored
     monkeypatch.setattr(vtprune.certificate, "check_attention", lambda *args, **kwargs: None)
