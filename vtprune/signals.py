@@ -279,7 +279,7 @@ class LayerView(Protocol):
         where nothing is."""
 
     def attention(self, layer: int) -> LayerAttention:
-        """The attention of a decoder layer that `LayerSignal.attends` names."""
+        """The attention of a decoder layer that `LayerSignal.attends` names, or of the next one (`ahead`)."""
 
     def measured(self, signal: LayerSignal) -> Tensor:
         """(batch, n): what `signal.measure` gave so far, summed. Raises UnsupportedStageError before the first time."""
@@ -301,10 +301,13 @@ class LayerView(Protocol):
 class LayerSignal(ABC):
     """A signal that is read between the decoder layers, during prefill."""
 
-    def attends(self, cut: int) -> tuple[int, ...]:
-        """Decoder layers whose attention it reads at a cut on the input of layer `cut`.
+    ahead: ClassVar[bool] = False
+    """Whether it reads the attention of the decoder layer that runs next, which is computed ahead for it."""
 
-        Of layers before the cut the projections are kept until then; `cut` itself is computed ahead.
+    def attends(self, cut: int) -> tuple[int, ...]:
+        """Decoder layers before `cut` whose attention it reads at a cut on the input of layer `cut`.
+
+        Their projections are kept until then.
         """
         return ()
 
@@ -362,11 +365,10 @@ class InstructionAttention(LayerSignal):
     """(groups, tokens): attention of the text after the last visual token over the visual tokens, averaged over heads
     and rows, in the decoder layer that runs next."""
 
+    ahead: ClassVar[bool] = True
+
     last_only: bool = False
     """Instead, the row of the prompt's last token alone."""
-
-    def attends(self, cut: int) -> tuple[int, ...]:
-        return (cut,)
 
     def read_layer(self, view: LayerView) -> Tensor:
         rows, valid = view.text_rows(last_only=self.last_only)

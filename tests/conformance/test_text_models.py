@@ -41,7 +41,7 @@ class Look(vtprune.InLLM):
         return tuple(range(1, shape.decoder_layers))
 
     def budgets(self, shape, entering, crops):
-        return torch.zeros(shape.decoder_layers - 1, len(entering), dtype=torch.long)
+        return torch.full((shape.decoder_layers - 1, len(entering)), -1)
 
     def signals(self, shape):
         rows = tuple(LastQueryAttention(layer - 1) for layer in self.cuts(shape))

@@ -234,6 +234,7 @@ REFUSED = [
 ]
 MISTAKEN = [
     (Inside(asks=(LastQueryAttention(5),), layer=3), "inside: LastQueryAttention reads decoder layer 5, and the cuts"),
+    (Inside(asks=(LastQueryAttention(3),), layer=3), "inside: LastQueryAttention reads decoder layer 3, and the cuts"),
     (Inside(asks=(Growth((9,)),), layer=3), "inside: Growth reads decoder layer 9"),
     (Before(**HALF, asks=("attention",)), "before: str is no signal"),
     (Before(**HALF, asks=(EncoderKeys(40),)), "reads encoder layer 40, and the vision encoder has layers 0"),

@@ -69,11 +69,11 @@ class InLLMStage:
             self.signals |= dict.fromkeys(signals)
             for number, cut in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(cut, []).append((method, number))
-                for layer in {layer for signal in signals for layer in signal.attends(cut)}:
-                    if layer < cut:
-                        self._last_use[layer] = max(cut, self._last_use.get(layer, 0))
-                    elif layer == cut:
-                        ahead.add(layer)
+                if any(signal.ahead for signal in signals):
+                    ahead.add(cut)
+                # A method of several cuts announces at each one what it reads at any.
+                for layer in {layer for signal in signals for layer in signal.attends(cut) if layer < cut}:
+                    self._last_use[layer] = max(cut, self._last_use.get(layer, 0))
         self._measuring = {layer for signal in self.signals for layer in signal.measures()}
         for layer in sorted(self._last_use):
             check_attention(adapter, layer, of_input=False)

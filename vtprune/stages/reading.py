@@ -44,7 +44,7 @@ def _check_layers(name: str, method: InLLM, signal: LayerSignal, shape: ModelSha
     """Raise unless the layers that a signal reads have run by some cut."""
     cuts = method.cuts(shape)
     for layer in {layer for cut in cuts for layer in signal.attends(cut)} | set(signal.measures()):
-        if not 0 <= layer <= max(cuts, default=-1):
+        if not 0 <= layer < max(cuts, default=0):
             raise ConfigError(f"{name} reads decoder layer {layer}, and the cuts are on the input of layers {cuts}")
 
 
