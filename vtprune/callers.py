@@ -53,6 +53,26 @@ class PerThread(Generic[T]):
         self._local = threading.local()
 
 
+class ThreadAware(Generic[T]):
+    """Base of what follows the calls of several threads: `now` is the state of the thread that asks."""
+
+    def __init__(self, make: Callable[[], T]):
+        self._following = PerThread(make)
+
+    @property
+    def now(self) -> T:
+        """What the calling thread is doing."""
+        return self._following()
+
+    def end(self) -> None:
+        """Forget this thread's call, and everything measured in it."""
+        self._following.renew()
+
+    def forget(self) -> None:
+        """Forget the calls of all threads."""
+        self._following.clear()
+
+
 class Underway:
     """Which threads are in a call, so that nobody takes away what the call needs before it has ended."""
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import threading
 import warnings
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters import adapter_for
 from vtprune.adapters.base import Adapter
-from vtprune.callers import PerCaller, PerThread, Underway, caller, lives
+from vtprune.callers import Caller, PerCaller, PerThread, Underway, caller, lives
 from vtprune.errors import NothingPrunedError, UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.graphs import is_graph, outside_graphs
 from vtprune.methods import MethodLike, build_methods
@@ -151,7 +150,7 @@ class Session:
         self.strict = strict
         self._text = text
         self._prompt_length = prompt_length
-        self._teller: threading.Thread | asyncio.Task | None = None
+        self._teller: Caller | None = None
         """Who changed `text` or `prompt_length` last."""
         self._reports: PerCaller[tuple[Report, CacheContents]] = PerCaller()
         self._totals, self._lock = Totals(), threading.Lock()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
-from vtprune.callers import PerThread
+from vtprune.callers import ThreadAware
 from vtprune.certificate import check_attention
 from vtprune.errors import UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, take_columns
@@ -49,10 +49,11 @@ class _Following:
     """Decoder layer -> what a cut on its input dropped that may come back."""
 
 
-class InLLMStage:
+class InLLMStage(ThreadAware[_Following]):
     """Hooks on the decoder layers: cuts at chosen ones, gives every layer its view, and taps what methods ask for."""
 
     def __init__(self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, tap: EncoderTap):
+        super().__init__(_Following)
         self.adapter = adapter
         self.tap = tap
         self.shape = shape
@@ -82,7 +83,6 @@ class InLLMStage:
         for layer in sorted(self._measuring):
             self._check_blocks(adapter.decoder_layers[layer])
         self._reading = {i for i, layer in enumerate(adapter.decoder_layers) if reads_positions(layer)}
-        self._following = PerThread(_Following)
 
     @staticmethod
     def _check_blocks(layer: nn.Module) -> None:
@@ -111,26 +111,13 @@ class InLLMStage:
 
     def begin(self, call: Call) -> None:
         """Follow a forward call of the language model until `end`."""
-        now = self._following()
+        now = self.now
         now.call = call
         now.selecting = call.media is not None and bool(self.cuts)
         if now.selecting or call.deepstack:
             check_replay(self.adapter.decoder_layers[0])
         if now.selecting:
             now.entering = call.sample_groups().valid.sum(1).cpu()
-
-    def end(self) -> None:
-        """Forget the call and everything measured in it."""
-        self._following.renew()
-
-    def forget(self) -> None:
-        """Forget the calls of all threads."""
-        self._following.clear()
-
-    @property
-    def now(self) -> _Following:
-        """What the calling thread is doing."""
-        return self._following()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 

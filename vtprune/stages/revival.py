@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, cached_attention_row
-from vtprune.callers import PerThread
+from vtprune.callers import ThreadAware
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.layout import Groups, compact_columns, last_axis, spread_columns, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
@@ -75,10 +75,11 @@ class _View:
     """Of the tokens computed in this step."""
 
 
-class RevivalStage:
+class RevivalStage(ThreadAware[_Following]):
     """Brings visual tokens back to the KV cache of a prefill, for every token that is generated."""
 
     def __init__(self, adapter: Adapter, methods: Sequence[Method], shape: ModelShape, choose: Chooser):
+        super().__init__(_Following)
         self.adapter = adapter
         self.shape = shape
         self.choose = choose
@@ -86,7 +87,6 @@ class RevivalStage:
         self.cuts = () if self.reviving is None else self.reviving.cuts(shape)
         if self.reviving is not None:
             self._check_model(methods)
-        self._following = PerThread(_Following)
 
     def _check_model(self, methods: Sequence[Method]) -> None:
         name, config = self.reviving.name, self.adapter.text_config
@@ -107,19 +107,6 @@ class RevivalStage:
             yield layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
             if i + 1 in self.cuts:
                 yield layer.self_attn.q_proj.register_forward_hook(self._watch)
-
-    def end(self) -> None:
-        """Forget the call."""
-        self._following.renew()
-
-    def forget(self) -> None:
-        """Forget the calls of all threads."""
-        self._following.clear()
-
-    @property
-    def now(self) -> _Following:
-        """What the calling thread is doing."""
-        return self._following()
 
     def check(self, call: Call, replayed: bool) -> None:
         """Raise UnsupportedStageError unless what a prefill leaves can be worked on; nothing is changed."""
