@@ -108,15 +108,14 @@ def raises(model: nn.Module) -> None:
 
 def score_wrongly(monkeypatch) -> None:
     """Attention rows are computed with twice the scale, and nobody looks before a session."""
-    import vtprune.certificate
-    import vtprune.signals
+    import vtprune.attention
+    import vtprune.stages.in_llm
 
-    right = vtprune.signals.scored
-    monkeypatch.setattr(vtprune.certificate, "check_attention", lambda *args, **kwargs: None)
-    monkeypatch.setattr(vtprune.stages.in_llm, "check_attention", lambda *args, **kwargs: None, raising=False)
+    right = vtprune.attention.scored
+    monkeypatch.setattr(vtprune.stages.in_llm, "check_attention", lambda *args, **kwargs: None)
 
     def wrong(*args, **kwargs):
         scored = right(*args, **kwargs)
         return dataclasses.replace(scored, scale=2 * scored.scale)
 
-    monkeypatch.setattr(vtprune.signals, "scored", wrong)
+    monkeypatch.setattr(vtprune.attention, "scored", wrong)
