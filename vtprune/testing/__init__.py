@@ -5,8 +5,9 @@
 random-weight model of every family and batches for it, `recompute` what pruned generation has to compute.
 """
 
+from vtprune.testing.adapter_kit import check_adapter
 from vtprune.testing.cases import Case, PromiseBroken, Result
 from vtprune.testing.families import Batch
 from vtprune.testing.method_kit import check_method
 
-__all__ = ["Batch", "Case", "PromiseBroken", "Result", "check_method"]
+__all__ = ["Batch", "Case", "PromiseBroken", "Result", "check_adapter", "check_method"]
