@@ -64,6 +64,32 @@ def test_the_example_adapter_prunes():
         assert session.report.keep_ratio == pytest.approx(0.5, abs=0.03)
 
 
+def tiny_vipllava():
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**small, vocab_size=32, pad_token_id=0, eos_token_id=None),
+        image_token_index=31,
+        vision_feature_layers=[-2, -3],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VipLlavaForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def test_the_examples_pass_the_checks(one_thread):
+    run_example("method"), run_example("adapter")
+    checks, model = run_example("checks"), tiny_vipllava()
+    checks["test_the_method_keeps_the_promises"]()
+    ids = torch.tensor([[0, 0, 1, 4, *[31] * 16, 5, 6], [1, 8, 9, 4, *[31] * 16, 5, 6]])
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    checks["test_the_adapter_keeps_the_promises"](
+        model, {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
+    )
+
+
 USE_OF_THE_PACKAGE = """
 import torch, vtprune
 from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration

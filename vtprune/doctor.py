@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,19 +21,9 @@ from torch.nn.functional import interpolate
 import vtprune
 from vtprune.errors import ConfigError
 from vtprune.testing import families
-from vtprune.testing.promises import (
-    CHECKS,
-    LOGITS,
-    MOST,
-    NOISE,
-    ROUNDINGS,
-    SHARE_OF_LOGITS,
-    SHARE_OF_WEIGHTS,
-    WEIGHTS,
-    Case,
-    Result,
-    run_checks,
-)
+from vtprune.testing.attention import SHARE_OF_WEIGHTS, WEIGHTS
+from vtprune.testing.cases import LOGITS, MOST, NOISE, ROUNDINGS, SHARE_OF_LOGITS, Case, Result
+from vtprune.testing.promises import CHECKS, WORDS, run_checks, told
 from vtprune.transformers_private import is_tested_release, releases
 
 PACKAGES = ("accelerate", "huggingface_hub", "numpy", "pillow", "safetensors", "tokenizers", "torchvision", "triton")
@@ -50,7 +40,6 @@ PROMPTS = (
 )
 """Pictures and question of each prompt for a real checkpoint."""
 
-_WORDS = {"ok": "ok", "failed": "FAILED", "refused": "refused", "error": "error"}
 _STYLES = {"ok": "green", "failed": "bold red", "refused": "yellow", "error": "bold red"}
 _WORST = ("error", "failed", "refused", "ok")
 
@@ -205,7 +194,7 @@ def checkpoint_table(row: Row) -> Table:
 def _cell(results: Sequence[Result]) -> Text:
     statuses = {result.status for result in results}
     worst = next((status for status in _WORST if status in statuses), None)
-    return Text("-") if worst is None else Text(_WORDS[worst], style=_STYLES[worst])
+    return Text("-") if worst is None else Text(WORDS[worst], style=_STYLES[worst])
 
 
 def tolerances(dtype: str) -> str:
@@ -227,15 +216,8 @@ def explanations(rows: Sequence[Row]) -> list[str]:
     lines = [f"{row.name}: {row.absent}" for row in rows if row.absent is not None]
     for row in rows:
         for result in row.results:
-            if result.passed:
-                continue
-            measured = ""
-            if result.measured is not None:
-                measured = f" measured {result.measured:.3g}, allowed {result.tolerance:.3g}."
-            meaning = "" if result.status == "refused" else f" It means: {CHECKS[result.check].broken}."
-            detail = f" {result.detail.rstrip('.')}." if result.detail else ""
-            where = f"{row.name}, {result.check}, {result.method}"
-            lines.append(f"{where}: {_WORDS[result.status]}.{measured}{detail}{meaning}")
+            if not result.passed:
+                lines.append(told(replace(result, where=row.name), CHECKS[result.check].broken))
     return lines
 
 

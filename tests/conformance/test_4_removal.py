@@ -5,46 +5,14 @@ import threading
 
 import pytest
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
+from vtprune.testing.traces import fingerprint
 
 from . import models
 from .methods import SPECS, spec
 from .models import batch_of_three
 from .reference import assert_recomputed, generate
-
-HOOK_TABLES = [
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-]
-
-
-def fingerprint(model) -> dict:
-    """Everything about a model that a session could leave behind, except the values of its weights."""
-    state = {}
-    for name, module in model.named_modules():
-        state[name] = (
-            type(module),
-            {table: list(getattr(module, table).items()) for table in HOOK_TABLES if hasattr(module, table)},
-            sorted(vars(module)),
-            sorted(module._buffers),
-            module.training,
-        )
-    return {
-        "modules": state,
-        "config": model.config.to_dict(),
-        "generation_config": model.generation_config.to_dict(),
-        "attention": model.config._attn_implementation,
-        "attention functions": dict(ALL_ATTENTION_FUNCTIONS),
-    }
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import vtprune
+from vtprune.testing.traces import fingerprint
 from vtprune.transformers_private import CACHE
 
 from . import models
 from .methods import SPECS, spec
 from .models import batch_of_three, prompts
 from .reference import generate
-from .test_4_removal import fingerprint
 
 
 @pytest.mark.parametrize("name", SPECS)

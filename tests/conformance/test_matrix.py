@@ -14,12 +14,12 @@ from torch import Tensor
 import vtprune
 from vtprune.testing import families
 from vtprune.testing.recompute import recompute, visual_columns
+from vtprune.testing.traces import fingerprint
 from vtprune.transformers_private import CACHE
 
 from . import matrix
 from .lazy_reference import lazy_recompute, separators
 from .matrix import CELLS, COMPACT_ONCE, MERGING, REVIVING, keep_everything, refusal, spec
-from .test_4_removal import fingerprint
 
 ATOL = 1e-4
 NEW = 6

@@ -16,13 +16,13 @@ from transformers import DynamicCache
 import vtprune
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.testing import families
+from vtprune.testing.traces import fingerprint
 from vtprune.transformers_private import CACHE
 
 from . import models
 from .methods import spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate
-from .test_4_removal import fingerprint
 
 EVERYONE = ("llava", "qwen2_5_vl", "internvl", "gemma3", "mistral3")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +35,26 @@ class Vision:
 
     def averaged(self, kept: Tensor, sources: Tensor) -> Vision:
         """Each kept token, and what is added to it later, as the mean of the tokens that went into it."""
+        planes = [self.mean(plane, kept, sources) for plane in self.planes]
+        return Vision(self.columns, self.mean(self.features, kept, sources), planes)
 
-        def mean(values: Tensor) -> Tensor:
-            values = values.clone()
-            means = [values[sources == index].mean(0) for index in range(len(kept))]
+    def mean(self, values: Tensor, kept: Tensor, sources: Tensor) -> Tensor:
+        """(visual tokens, dim): values of which each kept token has the mean of those that went into it."""
+        values, sources = values.clone(), sources.to(values.device)
+        means = [values[sources == index].mean(0) for index in range(len(kept))]
+        if means:
             values[torch.searchsorted(self.columns, kept)] = torch.stack(means)
-            return values
+        return values
 
-        return Vision(self.columns, mean(self.features), [mean(plane) for plane in self.planes])
+
+@dataclass(frozen=True)
+class Merges:
+    """What a method put in the place of the visual tokens that it kept, as it said itself."""
+
+    values: Sequence[tuple[int, Tensor, Tensor]]
+    """Decoder layer, columns (tokens,), features (tokens, dim): what stands in these columns on the layer's input."""
+    sources: Sequence[Tensor]
+    """One a layer, (visual tokens,): index in `kept` of that layer that each visual token went into, or -1."""
 
 
 @torch.no_grad()
@@ -54,6 +66,7 @@ def recompute(
     positions: str = "original",
     sources: Tensor | None = None,
     cached: list[Tensor] | None = None,
+    merges: Merges | None = None,
 ) -> Tensor:
     """Logits (tokens, vocabulary) of one sample; rows of dropped columns are NaN.
 
@@ -66,6 +79,7 @@ def recompute(
         sources: (visual tokens,), if features were averaged before the LLM: index in `kept[0]` that each went into, or
             -1.
         cached: one LongTensor a layer, the columns of `kept` that what was generated still sees in it; default all.
+        merges: values that were merged in any other way, at any layer; instead of `sources`.
     """
     decoder = model.get_decoder()
     device = inputs["input_ids"].device
@@ -91,6 +105,10 @@ def recompute(
         rows = torch.isin(columns, wanted)
         assert int(rows.sum()) == len(wanted), "a dropped token came back in a later layer"
         columns, hidden = columns[rows], hidden[rows]
+        for layer_index, where, values in merges.values if merges is not None else ():
+            if layer_index == index:
+                there = torch.isin(where.to(device), columns)
+                hidden[torch.searchsorted(columns, where.to(device)[there])] = values.to(hidden)[there]
 
         kind = layer_kind(decoder.config, index)
         ranks = torch.arange(len(columns), device=device)
@@ -113,7 +131,8 @@ def recompute(
         )[0]
         if index < len(vision.planes):
             plane = hidden.new_zeros(len(ids), hidden.shape[-1])
-            plane[vision.columns] = vision.planes[index]
+            own = vision.planes[index]
+            plane[vision.columns] = own if merges is None else vision.mean(own, alive, merges.sources[index])
             hidden = hidden + plane[columns]
 
     last = model.get_output_embeddings()(decoder.norm(hidden))

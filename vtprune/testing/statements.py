@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter states about a model, compared with what the model does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import vtprune
+from vtprune.adapters.base import Adapter
+from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures, EncoderOutput, EncoderSignal
+from vtprune.testing.attention import SHARE_OF_WEIGHTS, WEIGHTS, eager
+from vtprune.testing.batching import Encoded, encode_all, media_per_sample
+from vtprune.testing.cases import Refused, Result, compared, found, largest_difference
+from vtprune.tokens import Medium
+
+
+class Look:
+    """A model, a batch of inputs for it, and what its adapter says about them."""
+
+    def __init__(self, adapter: Adapter, inputs: dict[str, Tensor]):
+        self.adapter, self.model, self.inputs = adapter, adapter.model, inputs
+
+    @functools.cached_property
+    def encoded(self) -> list[Encoded]:
+        """One a kind of medium that the batch holds."""
+        return encode_all(self.adapter, self.inputs)
+
+    def media(self, encoded: Encoded) -> list[Medium]:
+        return self.adapter.media(encoded.kind, encoded.arguments, encoded.features)
+
+    def contents(self) -> Tensor:
+        """(content tokens,) long: numbers of the visual tokens of all kinds, crop after crop, separators left out."""
+        order, start = [], 0
+        for encoded in self.encoded:
+            for medium in self.media(encoded):
+                order += [(medium.crops == crop).nonzero().flatten() + start for crop in range(len(medium.grids))]
+                start += len(medium)
+        return torch.cat(order)
+
+    @functools.cached_property
+    def spied(self) -> dict[EncoderSignal, Tensor]:
+        """Signal -> (content tokens, ...): what a method before the LLM is shown of the encoder."""
+        shape, seen = self.adapter.shape, {}
+        layer = shape.feature_layer
+        asks: list[EncoderSignal] = [EncoderFeatures()]
+        if self.adapter.plain_encoder_attention:
+            asks += [EncoderOutput(layer), AttentionReceived(layer)]
+        if shape.has_cls:
+            asks.append(ClsAttention((layer,)))
+
+        @dataclass(frozen=True, kw_only=True)
+        class Spy(vtprune.BeforeLLM):
+            name: ClassVar[str] = "a method that reads the encoder"
+            signal: ClassVar[str] = "the encoder"
+
+            def signals(self, shape):
+                return tuple(asks)
+
+            def scores(self, tokens):
+                for signal in asks:
+                    value = tokens[signal]
+                    if isinstance(signal, ClsAttention):  # (groups, layers, heads, tokens)
+                        value = value[:, 0].mT
+                    seen[signal] = value[tokens.valid].clone()
+                return tokens.features[..., 0]
+
+        with vtprune.prune(self.model, Spy(keep_ratio=0.5)), torch.no_grad():
+            self.model(**self.inputs)
+        return seen
+
+
+def depths(look: Look) -> Result:
+    """The stated depths are those of the modules."""
+    adapter, shape = look.adapter, look.adapter.shape
+    for name, stated, there in (
+        ("decoder_layers", shape.decoder_layers, len(look.model.get_decoder().layers)),
+        ("encoder_layers", shape.encoder_layers, len(adapter.encoder_layers())),
+    ):
+        if stated != there:
+            return Result("", "", "failed", float(stated), float(there), f"shape.{name} is {stated}; there are {there}")
+    if not 0 <= shape.feature_layer < shape.encoder_layers:
+        return found("failed", f"shape.feature_layer is {shape.feature_layer}, of layers 0..{shape.encoder_layers - 1}")
+    return found("ok")
+
+
+@torch.no_grad()
+def feature_layer(look: Look) -> Result:
+    """The stated encoder layer is the deepest one whose output moves the features."""
+    stated = look.adapter.shape.feature_layer
+    for encoded in look.encoded:
+        layers = look.adapter.encoder_layers(encoded.kind)
+        moving = [index for index in range(stated, len(layers)) if _moves(look, encoded, layers[index])]
+        if not moving or max(moving) != stated:
+            deepest = f"layer {max(moving)}" if moving else "none from there on"
+            return found(
+                "failed", f"shape.feature_layer is {stated}; the deepest that {encoded.kind}s need is {deepest}"
+            )
+    return found("ok")
+
+
+def _moves(look: Look, encoded: Encoded, layer: nn.Module) -> bool:
+    """Whether the features depend on what an encoder layer puts out."""
+
+    def disturb(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+        hidden = hidden + hidden.abs().mean() * noise
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    # Before the hooks by which transformers collects the outputs of layers.
+    handle = layer.register_forward_hook(disturb, prepend=True)
+    try:
+        (again,) = encode_all(look.adapter, look.inputs, encoded.kind)
+    finally:
+        handle.remove()
+    return not torch.equal(again.rows, encoded.rows)
+
+
+@torch.no_grad()
+def sequences(look: Look) -> Result:
+    """The encoder ran over the stated patches, with a CLS token before each sequence if there is said to be one."""
+    adapter = look.adapter
+    for encoded in look.encoded:
+        seen: list[int] = []
+
+        def note(module, args, kwargs, seen=seen):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen.append(hidden[..., 0].numel())
+
+        handle = adapter.encoder_layers(encoded.kind)[0].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            encode_all(adapter, look.inputs, encoded.kind)
+        finally:
+            handle.remove()
+        stated = adapter.encoder_sequences(encoded.kind, encoded.arguments)
+        patches, cls = sum(stated), len(stated) * adapter.shape.has_cls
+        there = max(seen, default=0)
+        if patches + cls != there:
+            return Result(
+                "", "", "failed", float(patches + cls), float(there),
+                f"{patches} patches in {len(stated)} sequences and {cls} CLS tokens are stated; the {encoded.kind} "
+                f"encoder runs on {there} tokens",
+            )  # fmt: skip
+    return found("ok")
+
+
+def layout(look: Look) -> Result:
+    """The stated images lay out exactly the columns that hold features."""
+    if not look.encoded:
+        return found("failed", f"the inputs hold no pixels; kinds are {', '.join(look.adapter.kinds)}")
+    for encoded in look.encoded:
+        kind, tokens = encoded.kind, encoded.columns.sum(1)
+        total = int(tokens.sum())
+        if total != len(encoded.rows):
+            return Result(
+                "", "", "failed", float(total), float(len(encoded.rows)),
+                f"{total} columns hold the {kind} id {look.adapter.visual_token_ids[kind]}; the model gives "
+                f"{len(encoded.rows)} {kind} tokens",
+            )  # fmt: skip
+        media = look.media(encoded)
+        lengths = [len(medium) for medium in media]
+        if sum(lengths) != total:
+            return Result(
+                "", "", "failed", float(sum(lengths)), float(total),
+                f"media() lays out {lengths} tokens; the prompts hold {tokens.tolist()} of the {kind} id",
+            )  # fmt: skip
+        media_per_sample(encoded)
+        if not set(tokens.cumsum(0).tolist()) <= {0, *torch.tensor(lengths).cumsum(0).tolist()}:
+            return found("failed", f"media() lays out {lengths} tokens; the prompts end after {tokens.tolist()}")
+        for number, medium in enumerate(media):
+            if reason := _misfit(medium):
+                return found("failed", f"{kind} {number}: {reason}")
+    return found("ok")
+
+
+def _misfit(medium: Medium) -> str | None:
+    """What is wrong about a layout in itself."""
+    counts = torch.bincount(medium.crops[medium.crops >= 0], minlength=len(medium.grids)).tolist()
+    if len(counts) != len(medium.grids) or 0 in counts:
+        return f"its crops have {counts} tokens and {len(medium.grids)} grids"
+    for crop, (grid, tokens) in enumerate(zip(medium.grids, counts, strict=True)):
+        if grid is not None and len(grid) != tokens:
+            return f"crop {crop} has {tokens} tokens and {grid} with {len(grid)}"
+    separators = (medium.crops < 0).sum().item()
+    if (medium.lines is None) != (separators == 0):
+        return f"it has {separators} separators (crops -1) and {'no ' if medium.lines is None else ''}lines"
+    if medium.lines is not None:
+        named = medium.lines.unique()
+        if medium.lines.shape != medium.crops.shape or set(named[named >= 0].tolist()) != set(range(separators)):
+            return f"lines name {named.tolist()}, and there are {separators} separators"
+    return None
+
+
+@torch.no_grad()
+def features(look: Look) -> Result:
+    """In the columns of the placeholders stands what the model's encode functions give."""
+    seen: list[Tensor] = []
+
+    def note(module, args, kwargs):
+        seen.append(kwargs["inputs_embeds"].clone())
+
+    handle = look.adapter.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        look.model(**look.inputs)
+    finally:
+        handle.remove()
+    measured = 0.0
+    for encoded in look.encoded:
+        rows = encoded.rows.to(seen[0])
+        measured = max(measured, largest_difference(seen[0][encoded.columns], rows))
+    return compared(measured, 0.0)
+
+
+def encoder_rows(look: Look) -> Result:
+    """Every visual token has one row of the encoder's values, which is its own."""
+    count = len(look.contents())
+    for signal, rows in look.spied.items():
+        name = type(signal).__name__
+        if len(rows) != count:
+            return Result("", "", "failed", float(len(rows)), float(count), f"{name} has {len(rows)} rows for {count}")
+        if not bool(rows.isfinite().all()):
+            return found("failed", f"{name} has values that are not finite")
+        if empty := int((rows.view(count, -1) == 0).all(1).sum()):
+            return Result("", "", "failed", float(empty), 0.0, f"{name}: {empty} visual tokens of {count} have none")
+    return found("ok")
+
+
+@torch.no_grad()
+def encoder_attention(look: Look) -> Result:
+    """The encoder's attention that methods are shown is what its eager code computes."""
+    adapter, shape = look.adapter, look.adapter.shape
+    shown = {
+        signal: rows for signal, rows in look.spied.items() if isinstance(signal, ClsAttention | AttentionReceived)
+    }
+    if not shown:
+        raise Refused("not checked: the adapter offers no attention of its encoder")
+    expected: dict[Any, list[Tensor]] = {signal: [] for signal in shown}
+    for encoded, weights in _eager_weights(look):
+        cut = int(shape.has_cls and adapter.cuts_cls(encoded.kind))
+        for signal, rows in expected.items():
+            values = weights[:, :, 0].mT if isinstance(signal, ClsAttention) else weights.mean((1, 2))[..., None]
+            rows.append(adapter.patch_values(encoded.kind, encoded.arguments, values[:, cut:]))
+    order, measured, largest = look.contents(), 0.0, 0.0
+    for signal, parts in expected.items():
+        rows = torch.cat(parts)[order]
+        measured = max(measured, largest_difference(shown[signal].view(rows.shape), rows))
+        largest = max(largest, rows.abs().max().item())
+    exact = look.model.dtype in (torch.float32, torch.float64)
+    return compared(measured, WEIGHTS if exact else SHARE_OF_WEIGHTS * largest, f"encoder layer {shape.feature_layer}")
+
+
+def _eager_weights(look: Look) -> Iterator[tuple[Encoded, Tensor]]:
+    """Each kind, and the attention weights (crops, heads, n, n) of the encoder layer that the projector reads."""
+    for encoded in look.encoded:
+        layer = look.adapter.encoder_layers(encoded.kind)[look.adapter.shape.feature_layer]
+        weights: list[Tensor] = []
+        with eager(look.model):
+            watch = look.adapter.encoder_attention(layer).register_forward_hook(
+                lambda module, args, output, weights=weights: weights.append(output[1])
+            )
+            try:
+                encode_all(look.adapter, look.inputs, encoded.kind)
+            finally:
+                watch.remove()
+        if not weights or weights[0] is None:
+            raise Refused("not checked: the encoder's eager attention gives no weights")
+        yield encoded, weights[0].float()
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One thing that adapters state, as a function and in words."""
+
+    run: Callable[[Look], Result]
+    broken: str
+    """what it means if it is not so"""
+
+
+STATEMENTS: dict[str, Statement] = {
+    "shape": Statement(depths, "methods choose layers that are not there"),
+    "layout": Statement(layout, "methods are shown tokens of other images, or sessions end in an error"),
+    "features": Statement(features, "methods are shown what the language model does not read"),
+    "encoder layer": Statement(feature_layer, "methods read another encoder layer than the projector"),
+    "encoder tokens": Statement(sequences, "a CLS token is taken for a patch or a patch for one, and FLOPs are wrong"),
+    "encoder rows": Statement(encoder_rows, "methods that read the encoder judge tokens by the values of others"),
+    "encoder attention": Statement(encoder_attention, "methods that go by the encoder's attention read wrong numbers"),
+}
+"""Name -> statement, those first that others build on."""
