@@ -36,8 +36,9 @@ class Adapter(ABC):
     """The visual tokens of an image (and a video) in a few words, for tables."""
     cls_token: ClassVar[str] = "no"
     """Whether the encoder has a CLS token, for tables: "yes", "no", or when."""
-    plain_encoder_attention: ClassVar[bool] = True
-    """Whether all patches of a crop see one another in the encoder, without masks or rotary embeddings."""
+    merges_in_encoder: ClassVar[bool] = True
+    """Whether tokens can be merged between encoder layers: all patches of a crop see one another, without masks or
+    rotary embeddings."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     window_cuts_blocks: ClassVar[bool] = False
@@ -59,15 +60,14 @@ class Adapter(ABC):
     @classmethod
     def stages(cls) -> tuple[str, ...]:
         """Stages at which methods can act on the family."""
-        inside = ("encoder",) if cls.plain_encoder_attention else ()
+        inside = ("encoder",) if cls.merges_in_encoder else ()
         return (*inside, "before_llm", "in_llm", "decode")
 
     @classmethod
     def signals(cls) -> tuple[str, ...]:
         """What methods can ask of the family (`vtprune.signals`), in words."""
         cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention {cls.cls_token}",))
-        received = ("encoder attention",) if cls.plain_encoder_attention else ()
-        return (*cls_attention, *received, "encoder features", "text", "LLM attention", "transition")
+        return (*cls_attention, "encoder attention", "encoder features", "text", "LLM attention", "transition")
 
     # -- the language model -------------------------------------------------------------------------------------
 

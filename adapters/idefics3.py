@@ -26,7 +26,7 @@ class Idefics3(Adapter):
     family = "Idefics3, SmolVLM"
     layout = "one grid a tile, text between tiles"
     marker_columns = (2, 1)  # "around image" and the place of the tile; "around image" or the end of a row of tiles
-    plain_encoder_attention = False  # the padding of images of different sizes is masked
+    merges_in_encoder = False  # the padding of images of different sizes is masked
 
     def vision_tower(self, kind: str = "image") -> nn.Module:
         return self.base.vision_model
@@ -46,6 +46,9 @@ class Idefics3(Adapter):
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         tiles = inputs["pixel_values"].flatten(0, 1)
         return tiles[(tiles != 0).flatten(1).any(1)]
+
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
+        return self.projector_inputs(kind, inputs, values.contiguous())
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         stacked = self.projector.pixel_shuffle(features, self.config.scale_factor)

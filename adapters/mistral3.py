@@ -32,6 +32,9 @@ class Mistral3(Pixtral):
         side = self.config.spatial_merge_size
         return [Medium.of_grids(Grid(grid.rows // side, grid.cols // side)) for grid in self.patch_grids(inputs)]
 
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
+        return self.projector_inputs(kind, inputs, values.flatten(0, 1))
+
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         grids = self.patch_grids(inputs)
         means = [

@@ -24,7 +24,7 @@ class Pixtral(Adapter):
     family = "Pixtral-12B"
     layout = "one grid an image, text after each row"
     marker_columns = (0, 1)  # [IMG_END]
-    plain_encoder_attention = False
+    merges_in_encoder = False
 
     @classmethod
     def refuses(cls, config: Any) -> str | None:

@@ -25,7 +25,7 @@ class Qwen2VL(Adapter):
     model_types = ("qwen2_vl",)
     family = "Qwen2-VL"
     kinds = ("image", "video")
-    plain_encoder_attention = False
+    merges_in_encoder = False
     layout = "one grid an image or two frames"
 
     def vision_tower(self, kind: str = "image") -> nn.Module:
@@ -54,6 +54,9 @@ class Qwen2VL(Adapter):
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         return inputs[PIXELS[kind]].split(patch_grids(kind, inputs).prod(1).tolist())
+
+    def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
+        return self.projector_inputs(kind, inputs, values.flatten(0, 1))
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return features.unflatten(0, (-1, self.vision_config.spatial_merge_size**2)).mean(1)

@@ -68,6 +68,8 @@ class Report:
     where tokens were merged inside it."""
     kv_dtype_bytes: int
     timings: Timings | None = None
+    notes: tuple[str, ...] = ()
+    """What methods read instead of what their papers name, e.g. on an encoder without a CLS token."""
     in_cache: tuple[tuple[Tensor, ...], ...] | None = None
     """A decoder layer each, a sample each: ascending columns of the visual tokens in the KV cache; None while these are
     the ones that the prefill kept."""
@@ -231,6 +233,7 @@ class Report:
         return {
             "model": self.model_name,
             "methods": list(self.methods),
+            "notes": list(self.notes),
             "samples": self.samples,
             "layers": self.depth,
             "original_tokens": self.original_tokens,
@@ -274,6 +277,7 @@ class Report:
             lines.append(f"  cached tokens by layer    {', '.join(map(str, self.kv_lengths.sum(0).tolist()))}")
         if self.auxiliary_bytes:
             lines.append(f"  kept for revival          {self.auxiliary_bytes / 1e6:.4g} MB")
+        lines += (f"  note                      {note}" for note in self.notes)
         if self.timings is not None:
             t = self.timings
             lines.append(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from einops import rearrange
 from torch import Tensor
@@ -55,7 +55,7 @@ class EncoderRecord(Protocol):
 
     @property
     def keys(self) -> dict[int, Tensor]:
-        """Layer -> (crops, tokens, heads * head dim)."""
+        """Layer -> (crops, tokens, heads, head dim), before any rotation."""
 
     @property
     def outputs(self) -> dict[int, Tensor]:
@@ -100,6 +100,11 @@ class EncoderSignal(ABC):
     def taps(self, shape: ModelShape) -> Taps:
         """What is recorded for it."""
         return Taps()
+
+    def substitute(self, shape: ModelShape) -> str | None:
+        """What is read on a model of this shape instead of what the method's paper names, in words, for the report;
+        None if nothing else is."""
+        return None
 
     @abstractmethod
     def read_encoded(self, view: EncoderView) -> Any:
@@ -155,20 +160,48 @@ class AttentionReceived(EncoderSignal):
 
 
 @dataclass(frozen=True)
+class EncoderSaliency(EncoderSignal):
+    """(groups, tokens): attention of the CLS query, the mean over heads; where the encoder has no CLS token, what each
+    token receives, as in `AttentionReceived`. Where several patches become one visual token: their mean."""
+
+    layer: int
+    """0-based encoder layer."""
+
+    def taps(self, shape: ModelShape) -> Taps:
+        return Taps(cls_rows=(self.layer,)) if shape.has_cls else Taps(received=(self.layer,))
+
+    def substitute(self, shape: ModelShape) -> str | None:
+        return None if shape.has_cls else f"no CLS token; attention received in encoder layer {self.layer} instead"
+
+    def read_encoded(self, view: EncoderView) -> Tensor:
+        def by_token(record: EncoderRecord) -> Tensor:
+            values = record.rows[self.layer].mean(1) if view.shape.has_cls else record.received[self.layer]
+            return values[..., None]
+
+        return view.per_token(by_token)[..., 0]
+
+
+@dataclass(frozen=True)
 class EncoderKeys(EncoderSignal):
-    """(groups, tokens, heads * head dim): key of each visual token in an encoder layer, all heads side by side.
+    """(groups, tokens, dim): key of each visual token in an encoder layer, without its rotation if there is one.
 
     For encoders without a CLS token, too. Where several patches become one visual token: their mean.
     """
 
     layer: int
     """0-based encoder layer."""
+    heads: Literal["all", "mean"] = "all"
+    """All heads side by side, or their mean."""
 
     def taps(self, shape: ModelShape) -> Taps:
         return Taps(keys=(self.layer,))
 
     def read_encoded(self, view: EncoderView) -> Tensor:
-        return view.per_token(lambda record: record.keys[self.layer])
+        def by_token(record: EncoderRecord) -> Tensor:
+            keys = record.keys[self.layer]
+            return keys.flatten(2) if self.heads == "all" else keys.float().mean(2)
+
+        return view.per_token(by_token)
 
 
 @dataclass(frozen=True)

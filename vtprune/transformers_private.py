@@ -13,6 +13,7 @@ import ast
 import copy
 import functools
 import inspect
+import sys
 import textwrap
 import threading
 import typing
@@ -357,6 +358,8 @@ def uses_mrope(config: Any) -> bool:
 
 _CAPTURE = "vtprune_capture"
 """Name of the attention function that hands out what it is called with."""
+_CALLS = "vtprune_calls"
+"""Attribute of a replica of an encoder's attention module: a list of what its attention function was called with."""
 _LOCK, _captures = threading.Lock(), 0
 
 _HARMLESS = {"dropout", "is_causal", "position_ids", "scaling", "sliding_window", "softcap", "s_aux"}
@@ -384,11 +387,24 @@ class _Captured(Exception):
 
 
 def _capture(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
+    if _CALLS in module.__dict__:
+        return _note(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs)
     strange = [name for name, given in kwargs.items() if name not in _HARMLESS and given is not None]
     if strange:
         raise UnsupportedStageError(f"its attention function takes {', '.join(sorted(strange))}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     raise _Captured(Scored(query, key, scale, softcap, s_aux))
+
+
+def _note(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
+    # Towers hand on arguments of the whole model that say nothing here, so only what changes scores is looked for.
+    strange = [name for name in ("softcap", "s_aux", "sliding_window") if kwargs.get(name) is not None]
+    if strange or kwargs.get("is_causal"):
+        names = strange or ["is_causal"]
+        raise UnsupportedStageError(f"the vision encoder's attention function takes {', '.join(names)}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    module.__dict__[_CALLS].append(EncoderScores(query, key, scale, attention_mask))
+    return value.transpose(1, 2), None
 
 
 class _Given(nn.Module):
@@ -508,6 +524,134 @@ def scored(
     except _Captured as captured:
         return captured.scored
     raise UnsupportedStageError(f"{type(attention).__name__} calls no attention function of transformers")
+
+
+@dataclass(frozen=True)
+class EncoderScores:
+    """What one call of an encoder's attention function computes scores from, positions and norms applied."""
+
+    queries: Tensor
+    """(sequences, heads, tokens, head dim)"""
+    keys: Tensor
+    """(sequences, heads, tokens, head dim)"""
+    scale: float
+    mask: Tensor | None
+    """As the attention function takes it: None, (sequences, tokens) for keys, or (sequences, 1, tokens | 1, tokens)
+    bool or additive."""
+
+    def visible(self, first: int, last: int) -> Tensor | None:
+        """(sequences, 1, rows | 1, tokens) bool: what the queries `first` to `last` - 1 may attend to; None: all."""
+        if self.mask is None:
+            return None
+        if self.mask.ndim == 2:
+            return self.mask.bool()[:, None, None]
+        rows = self.mask if self.mask.shape[2] == 1 else self.mask[:, :, first:last]
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+
+    @property
+    def real(self) -> Tensor | None:
+        """(sequences, tokens) bool: tokens that any query may attend to, so no padding; None: all."""
+        visible = self.visible(0, self.queries.shape[2])
+        return None if visible is None else visible.any(2)[:, 0]
+
+    def split(self, lengths: Sequence[int]) -> list[EncoderScores]:
+        """A packed sequence as one call for each image in it, where it is one: attention does not cross images."""
+        if len(self.queries) > 1 or len(lengths) < 2 or sum(lengths) != self.queries.shape[2]:
+            return [self]
+        parts, start = [], 0
+        for length in lengths:
+            own = slice(start, start + length)
+            mask = self.mask
+            if mask is not None:
+                mask = mask[..., own] if mask.ndim == 2 or mask.shape[2] == 1 else mask[:, :, own, own]
+            parts.append(EncoderScores(self.queries[:, :, own], self.keys[:, :, own], self.scale, mask))
+            start += length
+        return parts
+
+
+_PROJECTIONS = (("q_proj", "k_proj"), ("qkv",))
+"""Names under which towers of transformers project to queries and keys."""
+
+
+def query_key_projections(attention: nn.Module) -> tuple[str, ...]:
+    """Names of the children of an encoder's attention module that project to queries and keys.
+
+    Raises UnsupportedStageError if it has none that are known.
+    """
+    for names in _PROJECTIONS:
+        if all(name in attention._modules for name in names):
+            return names
+    raise UnsupportedStageError(
+        f"the attention of this vision encoder cannot be recomputed: {type(attention).__name__} has none of the "
+        f"projections {', '.join(' and '.join(names) for names in _PROJECTIONS)}"
+    )
+
+
+def encoder_scores(
+    attention: nn.Module,
+    projected: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    rotated: bool = True,
+) -> list[EncoderScores]:
+    """Put an encoder layer's queries and keys through the layer's own norms and rotation, as `scored` does.
+
+    One for each call of its attention function: modules that pack images, or attend within windows, make one for each
+    image or window, in the order of the tokens.
+
+    Args:
+        attention: the layer's attention module.
+        projected: name of a projection (see `query_key_projections`) -> its output.
+        args, kwargs: what the module was called with.
+        rotated: whether queries and keys are rotated, where the layer does so.
+    """
+    children: dict[str, nn.Module] = {name: _Given(output) for name, output in projected.items()}
+    if "v_proj" in attention._modules:  # values are as wide as keys, and nothing is read of them
+        keys = projected["k_proj"]
+        children["v_proj"] = _Given(keys.new_zeros(()).expand(keys.shape))
+    # What comes behind the attention function costs time and says nothing.
+    children |= {
+        name: nn.Identity()
+        for name, child in attention._modules.items()
+        if name not in children and isinstance(child, nn.Linear)
+    }
+    twin = _replica(attention, _CAPTURE, **children)
+    calls = twin.__dict__[_CALLS] = []
+    if not rotated and kwargs.get("position_embeddings") is not None:
+        cos, sin = kwargs["position_embeddings"]
+        kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    with torch.no_grad(), _capturing():
+        type(attention).forward(twin, *args, **kwargs)
+    if not calls:
+        raise UnsupportedStageError(f"{type(attention).__name__} calls no attention function of transformers")
+    return calls
+
+
+@contextmanager
+def eager_encoder_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """While it lasts, weights and mask of each call of the eager attention function by an encoder's attention module.
+
+    The module has to run with the eager back end. Not for several threads at a time.
+    Raises UnsupportedStageError if the module's file has no such function.
+    """
+    home = sys.modules[type(attention).__module__]
+    eager = getattr(home, "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedStageError(f"{home.__name__} has no eager attention function")
+    calls: list[tuple[Tensor, Tensor | None]] = []
+
+    def note(module, query, key, value, attention_mask=None, **kwargs):
+        output = eager(module, query, key, value, attention_mask, **kwargs)
+        if module is attention:
+            calls.append((output[1], attention_mask))
+        return output
+
+    home.eager_attention_forward = note
+    try:
+        yield calls
+    finally:
+        home.eager_attention_forward = eager
 
 
 def output_width(attention: nn.Module, projection: str) -> int:

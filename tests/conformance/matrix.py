@@ -49,10 +49,8 @@ COMPACT_ONCE = {"aim"}
 REVIVING = {"lazyllm"}
 """What chooses again while decoding, with original positions only, and what must be refused where a decoder layer has a
 sliding window."""
-NEEDS_CLS = {"vtc_cls", "fastervlm", "token_correlation", "glsim", "visionzip", "mustdrop"}
-"""What must be refused where the encoder has no CLS token."""
-NEEDS_ENCODER_ATTENTION = {"holitom", "holitom + transprune", "recoverable", "vispruner", "fastvid"}
-"""What must be refused where the encoder's attention cannot be recomputed; nothing else may be refused anywhere."""
+NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim", "mustdrop"}
+"""What must be refused where the encoder has no CLS token; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 
 

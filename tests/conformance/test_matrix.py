@@ -238,15 +238,13 @@ def test_right_padding(name, method):
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_only_what_needs_the_encoders_attention_is_refused(name):
+def test_only_what_needs_a_cls_token_is_refused(name):
     """The matrix would be easy to pass if everything were refused."""
     model = families.shared(name)
     refused = {method for method in matrix.METHODS if refusal(model, spec(method)) is not None}
     has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
-    plain = vtprune.adapter_for(model).plain_encoder_attention
     slides = "sliding_attention" in (getattr(model.get_decoder().config, "layer_types", None) or ())
     expected = set() if has_cls else set(matrix.NEEDS_CLS)
-    expected |= set() if plain else matrix.NEEDS_ENCODER_ATTENTION
     assert refused == expected | (matrix.REVIVING if slides else set())
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vtprune
-from vtprune.signals import ClsAttention
+from vtprune.signals import ClsAttention, EncoderSaliency
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, VisualTokens
 
@@ -32,7 +32,7 @@ def test_padding_is_never_kept_and_of_equal_tokens_the_first_ones_are():
         features=torch.zeros(2, 6, 3),
         valid=valid,
         budget=torch.tensor([3, 4]),
-        signals={ClsAttention((2,)): torch.full((2, 1, 2, 6), 0.1)},
+        signals={EncoderSaliency(2): torch.full((2, 6), 0.1)},
         shape=SHAPE,
     )
     keep = vtprune.FasterVLM(keep_tokens=3).select(tokens).keep
@@ -45,7 +45,7 @@ def test_one_layer_of_vtc_cls():
         features=torch.zeros(1, 30, 3),
         valid=torch.ones(1, 30, dtype=torch.bool),
         budget=torch.tensor([9]),
-        signals={ClsAttention((2,)): attention},
+        signals={ClsAttention((2,)): attention, EncoderSaliency(2): attention.mean((1, 2))},
         shape=SHAPE,
     )
     ours, theirs = vtprune.FasterVLM(keep_tokens=9), vtprune.VTCCls(keep_tokens=9, start_layer=2)

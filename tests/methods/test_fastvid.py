@@ -7,7 +7,7 @@ import torch
 import vtprune
 from vtprune.ops.anchor_merging import merge_into_anchors
 from vtprune.ops.scene_cuts import scenes
-from vtprune.signals import AttentionReceived, ClsAttention
+from vtprune.signals import EncoderSaliency
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, VisualTokens
 
@@ -26,12 +26,11 @@ def groups(k: int, shape: ModelShape = SHAPE) -> VisualTokens:
     valid = torch.ones_like(crops, dtype=torch.bool)
     valid[1, 64:] = False
     crops[~valid] = -1
-    rows = torch.rand(2, 1, 4, FRAMES * SIZE, generator=generator)
     return VisualTokens(
         features=features * valid[..., None],
         valid=valid,
         budget=torch.tensor([k, min(k, 64)]),
-        signals={ClsAttention((2,)): rows, AttentionReceived(2): rows.mean((1, 2))},
+        signals={EncoderSaliency(2): torch.rand(2, FRAMES * SIZE, generator=generator)},
         crops=crops,
         kinds=("video", "image"),
         shape=shape,
@@ -44,7 +43,7 @@ def test_videos_by_scenes_and_images_by_tiles(k, shape):
     tokens = groups(k, shape)
     selection = vtprune.FastVID(keep_tokens=k, min_scenes=2).select(tokens)
     assert selection.keep.sum(1).tolist() == [k, min(k, 64)]
-    saliency = tokens[AttentionReceived(2)]
+    saliency = tokens[EncoderSaliency(2)]
     for group, (length, scene_of) in enumerate(((144, [0] * 3 + [1] * 6), (64, [0, 1]))):
         expected = merge_into_anchors(
             tokens.features[group, :length],
@@ -89,7 +88,7 @@ def test_scenes_and_saliency_of_a_model():
 
         def select(self, tokens):
             seen["features"], seen["budget"] = tokens.features[0], int(tokens.budget)
-            seen["saliency"] = tokens[AttentionReceived(tokens.shape.feature_layer)][0]
+            seen["saliency"] = tokens[EncoderSaliency(tokens.shape.feature_layer)][0]
             return super().select(tokens)
 
     entering = []

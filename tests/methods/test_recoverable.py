@@ -7,19 +7,19 @@ import torch
 import vtprune
 from vtprune.ops.outliers import outlier_share
 from vtprune.ops.recovery import recover, text_scores
-from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, TextEmbeddings
+from vtprune.signals import EncoderKeys, EncoderSaliency, TextEmbeddings
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=True)
-REQUESTS = (ClsAttention((3,)), EncoderKeys(3), TextEmbeddings())
+REQUESTS = (EncoderSaliency(3), EncoderKeys(3), TextEmbeddings())
 LENGTHS = (48, 60)
 
 
 def two_images(k: int) -> VisualTokens:
     """Of 48 and 60 tokens; a few have outlying attention."""
     generator = torch.Generator().manual_seed(0)
-    attention = torch.rand(2, 1, 4, 60, generator=generator).div_(60)
+    attention = torch.rand(2, 4, 60, generator=generator).mean(1).div_(60)
     attention[..., 5:9] += torch.tensor([0.2, 0.31, 0.44, 0.6])
     signals = {
         REQUESTS[0]: attention,
@@ -39,7 +39,7 @@ def test_each_image_is_recovered_as_by_the_operation(k):
     for group, length in enumerate(LENGTHS):
         values = tokens.features[group, :length]
         text = text_scores(texts[group].mean(0), values)
-        visual = attention[group, 0, :, :length].mean(0)
+        visual = attention[group, :length]
         expected = recover(values, keys[group, :length], visual, text, None if k < 0 else k)
         assert expected.places.shape[1] == (k if k >= 0 else int(selection.keep[group].sum()))
         for part, other in zip(
@@ -56,7 +56,7 @@ def test_the_reference_counts_centres_by_width_and_compares_the_first_keys():
     sane = vtprune.Recoverable().select(tokens)
     for group, length in enumerate(LENGTHS):
         values = tokens.features[group, :length]
-        scores = attention[group, 0, :, :length].mean(0), text_scores(texts[group].mean(0), values)
+        scores = attention[group, :length], text_scores(texts[group].mean(0), values)
         expected = recover(values, keys[group, :length], *scores, reference_quirks=True).in_place(values[None])
         for part, other in zip((selection.keep, selection.features, selection.sources), expected, strict=True):
             torch.testing.assert_close(part[group, :length], other[0])
@@ -67,7 +67,7 @@ def test_the_rest_can_be_dropped():
     tokens = two_images(-1)
     selection = vtprune.Recoverable(gather=False).select(tokens)
     assert selection.features is None and selection.sources is None
-    visual = tokens[REQUESTS[0]][1, 0].mean(0)
+    visual = tokens[REQUESTS[0]][1]
     by_vision = int(60 * outlier_share(visual, 20) + 1e-9)
     assert by_vision >= 4 and selection.keep[1, 5:9].all()
     assert by_vision <= int(selection.keep[1].sum()) < 60
@@ -75,12 +75,11 @@ def test_the_rest_can_be_dropped():
         assert vtprune.Recoverable(gather=False).select(two_images(k)).keep.sum(1).tolist() == [k, k]
 
 
-def test_without_a_cls_token_the_attention_received_counts():
-    shape = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=3, has_cls=False)
-    assert vtprune.Recoverable().signals(shape) == (AttentionReceived(3), EncoderKeys(3), TextEmbeddings())
-    assert vtprune.Recoverable(layer=1).signals(SHAPE)[0] == ClsAttention((1,))
+def test_the_encoder_layer_can_be_chosen():
+    assert vtprune.Recoverable().signals(SHAPE) == REQUESTS
+    assert vtprune.Recoverable(layer=1).signals(SHAPE)[:2] == (EncoderSaliency(1), EncoderKeys(1))
     with pytest.raises(vtprune.ConfigError, match=r"layer=4 must be within 0\.\.3"):
-        vtprune.Recoverable(layer=4).signals(shape)
+        vtprune.Recoverable(layer=4).signals(SHAPE)
 
 
 @torch.no_grad()

@@ -5,20 +5,20 @@ import pytest
 import torch
 
 import vtprune
-from vtprune.signals import ClsAttention, EncoderKeys
+from vtprune.signals import EncoderKeys, EncoderSaliency
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, VisualTokens
 
 SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=True)
-REQUESTS = (ClsAttention((2,)), EncoderKeys(2))
+REQUESTS = (EncoderSaliency(2), EncoderKeys(2, heads="mean"))
 
 
 def images(k: int, lengths=(40, 64)) -> VisualTokens:
     generator = torch.Generator().manual_seed(0)
     longest = max(lengths)
     signals = {
-        REQUESTS[0]: torch.rand(len(lengths), 1, 4, longest, generator=generator),
-        REQUESTS[1]: torch.randn(len(lengths), longest, 12, generator=generator),
+        REQUESTS[0]: torch.rand(len(lengths), longest, generator=generator),
+        REQUESTS[1]: torch.randn(len(lengths), longest, 3, generator=generator),
     }
     valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
     features = torch.randn(len(lengths), longest, 8, generator=generator) * valid[..., None]
@@ -32,13 +32,13 @@ def test_chosen_tokens_and_merged_features(k, contextual):
     selection = vtprune.VisionZip(keep_tokens=k).select(tokens)
     assert selection.keep.sum(1).tolist() == [k, k]
     for group, length in enumerate(tokens.lengths.tolist()):
-        score = tokens[REQUESTS[0]][group, 0, :, :length].sum(0)
+        score = tokens[REQUESTS[0]][group, :length]
         dominant = sorted(score.argsort(descending=True)[: k - contextual].tolist())
         rest = [token for token in range(length) if token not in dominant]
         centres = rest[:: len(rest) // contextual][:contextual] if contextual else []
         assert selection.keep[group].nonzero()[:, 0].tolist() == sorted(dominant + centres)
         assert torch.equal(selection.features[group, dominant], tokens.features[group, dominant])
-        keys = tokens[REQUESTS[1]][group].view(-1, 4, 3).mean(1)
+        keys = tokens[REQUESTS[1]][group]
         for place in centres:
             members = (selection.sources[group] == place).nonzero()[:, 0]
             torch.testing.assert_close(selection.features[group, place], tokens.features[group, members].mean(0))
@@ -60,7 +60,7 @@ def test_published_counts(k, contextual):
 def test_without_contextual_tokens_the_rest_is_dropped():
     tokens = images(12)
     selection = vtprune.VisionZip(keep_tokens=12, contextual_share=0).select(tokens)
-    best = torch.where(tokens.valid, tokens[REQUESTS[0]][:, 0].mean(1), -1).topk(12).indices.sort().values
+    best = torch.where(tokens.valid, tokens[REQUESTS[0]], -1).topk(12).indices.sort().values
     assert torch.equal(selection.keep.nonzero()[:, 1].view(2, 12), best)
     assert torch.equal(selection.features, tokens.features)
     assert torch.equal(selection.sources >= 0, selection.keep)

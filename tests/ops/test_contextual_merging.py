@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from vtprune.ops.contextual_merging import head_mean, merge_contextual
+from vtprune.ops.contextual_merging import merge_contextual
 
 
 def draw(*shape, seed=0):
@@ -73,8 +73,3 @@ def test_zero_keys_equal_tokens_and_half_precision():
     assert keep[0].nonzero()[:, 0].tolist() == [0, 10, 20, 30]
     assert merged.dtype == torch.float16 and torch.equal(merged, half)
     assert [int((sources == place).sum()) for place in (0, 10, 20, 30)] == [37, 1, 1, 1]
-
-
-def test_keys_are_averaged_over_heads():
-    keys = torch.arange(12.0).view(1, 2, 6)  # three heads of two
-    assert head_mean(keys, 3).tolist() == [[[2.0, 3.0], [8.0, 9.0]]]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from vtprune.attention import Places, RowContext
 from vtprune.methods.base import Scorer
+from vtprune.signals import EncoderSignal
 from vtprune.tokens import ModelShape, VisualTokens
 
 HANDLERS: dict[str, Callable[[Vector], None]] = {}
@@ -89,6 +91,12 @@ def one_per_group(features: Tensor, budget: int, **facts) -> VisualTokens:
         budget=torch.full((len(features),), budget),
         **facts,
     )
+
+
+def read(signal: EncoderSignal, shape: ModelShape, **record: dict[int, Tensor]) -> Tensor:
+    """A signal of the vision encoder from what was recorded of it (see `EncoderRecord`), one token a patch."""
+    view = SimpleNamespace(shape=shape, per_token=lambda values: values(SimpleNamespace(**record)))
+    return signal.read_encoded(view)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

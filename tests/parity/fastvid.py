@@ -4,7 +4,7 @@ import torch
 from vtprune import FastVID
 from vtprune.ops.anchor_merging import merge_into_anchors
 from vtprune.ops.scene_cuts import scenes
-from vtprune.signals import AttentionReceived
+from vtprune.signals import EncoderSaliency
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, one_per_group, same
@@ -38,7 +38,7 @@ def scenes_and_anchors(v: Vector) -> None:
             return scene_of
 
     method = Given(keep_tokens=budget, anchor_period=v["p"], min_scenes=v["c"], threshold=v["tau"], **parameters)
-    signals = {AttentionReceived(SHAPE.feature_layer): v["frame_attn"][None]}
+    signals = {EncoderSaliency(SHAPE.feature_layer): v["frame_attn"][None]}
     facts = dict(signals=signals, shape=SHAPE, crops=frames[None], kinds=("video",))
     selection = method.select(one_per_group(features[None], budget, **facts))
     assert torch.equal(selection.keep[0], keep) and torch.equal(selection.sources[0], sources)

@@ -5,7 +5,7 @@ from vtprune import Recoverable
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.outliers import local_outlier_factor, outlier_share
 from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
-from vtprune.signals import ClsAttention, EncoderKeys, EncoderOutput, JointSpace
+from vtprune.signals import EncoderKeys, EncoderOutput, EncoderSaliency, JointSpace
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, one_group, same
@@ -65,7 +65,7 @@ def published(v: Vector) -> None:
     # The method leaves the same tokens in their places; a space of two dimensions gives it the recorded text scores.
     along = text[:, None] * 2**0.5
     signals = {
-        ClsAttention((23,)): visual[None, None, None],
+        EncoderSaliency(23): visual[None],
         EncoderKeys(23): keys[None],
         EncoderOutput(23): torch.cat((along, (1 - along.square()).sqrt()), dim=1)[None],
         JointSpace("recorded"): (torch.tensor([[1.0, 0.0]]), torch.eye(2)),

@@ -5,11 +5,10 @@ from torch.nn.functional import linear
 
 from vtprune import VisionZip
 from vtprune.ops.attention import attention_rows
-from vtprune.ops.contextual_merging import head_mean
-from vtprune.signals import ClsAttention, EncoderKeys
+from vtprune.signals import EncoderKeys, EncoderSaliency
 from vtprune.tokens import ModelShape
 
-from . import Vector, close, handles, one_per_group, same
+from . import Vector, close, handles, one_per_group, read, same
 from .layouts import mosaic_order
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
@@ -22,8 +21,8 @@ def through_the_method(v: Vector) -> None:
     dominant, contextual = v["dominant"] - 1, v["contextual"]
     budget = dominant + contextual
     signals = {
-        ClsAttention((22,)): attention[:, None],
-        EncoderKeys(22): metric.repeat(1, 1, attention.shape[1]),
+        EncoderSaliency(22): read(EncoderSaliency(22), SHAPE, rows={22: attention}),
+        EncoderKeys(22, heads="mean"): metric,
     }
     tokens = one_per_group(hidden[:, 1:], budget, signals=signals, shape=SHAPE)
     method = VisionZip(keep_tokens=budget, contextual_share=contextual / budget, reference_quirks=True)
@@ -45,8 +44,9 @@ def through_the_method(v: Vector) -> None:
 @handles("visionzip_keymetric")
 def attention_and_keys(v: Vector) -> None:
     queries, keys = (linear(v["x"], v[f"{name}_w"], v[f"{name}_b"]) for name in "qk")
-    close(head_mean(keys, v["heads"]), v["metric"], rtol=1e-4, atol=1e-6)
-    queries, keys = (t.unflatten(-1, (v["heads"], -1)).transpose(1, 2) for t in (queries, keys))
+    queries, keys = (t.unflatten(-1, (v["heads"], -1)) for t in (queries, keys))
+    close(read(EncoderKeys(22, heads="mean"), SHAPE, keys={22: keys}), v["metric"], rtol=1e-4, atol=1e-6)
+    queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
     rows = attention_rows(queries[:, :, :1], keys, scale=keys.shape[-1] ** -0.5)
     close(rows[:, :, 0, 1:], v["cls_attn"], rtol=1e-4, atol=1e-6)
 

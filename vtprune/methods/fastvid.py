@@ -12,10 +12,9 @@ from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Share
 from vtprune.ops.anchor_merging import merge_into_anchors
-from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.frame_pooling import frame_means
 from vtprune.ops.scene_cuts import scenes
-from vtprune.signals import AttentionReceived, ClsAttention
+from vtprune.signals import EncoderSaliency
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
@@ -58,12 +57,10 @@ class FastVID(BeforeLLM):
     scope: Literal["crop", "image"] = "image"
 
     def signals(self, shape: ModelShape):
-        layer = shape.feature_layer
-        return (ClsAttention((layer,)) if shape.has_cls else AttentionReceived(layer),)
+        return (EncoderSaliency(shape.feature_layer),)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        (request,) = self.signals(tokens.shape)
-        saliency = cls_score(tokens[request]) if tokens.shape.has_cls else tokens[request]
+        saliency = tokens[EncoderSaliency(tokens.shape.feature_layer)]
         merging = Merging(tokens)
         for group, length, k in tokens.each():
             if not length:

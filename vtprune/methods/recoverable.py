@@ -15,7 +15,7 @@ from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
 from vtprune.ops.apportionment import apportion
 from vtprune.ops.recovery import dynamic_counts, main_tokens, recover, text_scores
-from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, EncoderOutput, JointSpace, TextEmbeddings
+from vtprune.signals import EncoderKeys, EncoderOutput, EncoderSaliency, JointSpace, TextEmbeddings
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
@@ -68,7 +68,7 @@ class Recoverable(BeforeLLM):
         layer = shape.encoder_layers - 1 if self.layer is None else self.layer
         if layer >= shape.encoder_layers:
             raise ConfigError(f"recoverable: layer={layer} must be within 0..{shape.encoder_layers - 1}")
-        attention = ClsAttention((layer,)) if shape.has_cls else AttentionReceived(layer)
+        attention = EncoderSaliency(layer)
         if self.text_tower is None:
             return attention, EncoderKeys(layer), TextEmbeddings()
         return attention, EncoderKeys(layer), EncoderOutput(shape.encoder_layers - 1), JointSpace(self.text_tower)
@@ -77,8 +77,7 @@ class Recoverable(BeforeLLM):
         return self.requests(shape)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        attention, keys, *textual = (tokens[request] for request in self.requests(tokens.shape))
-        visual = attention.mean((1, 2)) if tokens.shape.has_cls else attention
+        visual, keys, *textual = (tokens[request] for request in self.requests(tokens.shape))
         keep, merging = torch.zeros_like(tokens.valid), Merging(tokens)
         for group, length, k in tokens.each():
             if not length:

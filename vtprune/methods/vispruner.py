@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from vtprune.methods.base import BeforeLLM, Share
-from vtprune.ops.cls_attention import cls_score
 from vtprune.ops.thinning import important_and_distinct
-from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures
+from vtprune.signals import EncoderFeatures, EncoderSaliency
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
@@ -37,17 +35,15 @@ class VisPruner(BeforeLLM):
 
     important_ratio: Share = 0.5
 
-    def attention(self, shape: ModelShape) -> Hashable:
-        """The request for the attention that tokens are ranked by."""
-        return ClsAttention((shape.feature_layer,)) if shape.has_cls else AttentionReceived(shape.encoder_layers - 1)
+    def attention(self, shape: ModelShape) -> EncoderSaliency:
+        """The signal that tokens are ranked by."""
+        return EncoderSaliency(shape.feature_layer if shape.has_cls else shape.encoder_layers - 1)
 
     def signals(self, shape: ModelShape):
         return self.attention(shape), EncoderFeatures()
 
     def select(self, tokens: VisualTokens) -> Selection:
         attention, features = tokens[self.attention(tokens.shape)], tokens[EncoderFeatures()]
-        if tokens.shape.has_cls:
-            attention = cls_score(attention)
         ratio = self.important_ratio
         return Selection(
             important_and_distinct(attention, features, tokens.valid, tokens.budget, important_ratio=ratio)

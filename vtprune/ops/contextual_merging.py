@@ -8,11 +8,6 @@ from torch.nn.functional import normalize
 from vtprune.ops.density_peaks import merge_clusters
 
 
-def head_mean(keys: Tensor, heads: int) -> Tensor:
-    """Keys averaged over the attention heads: ``(..., heads * head_dim)`` -> ``(..., head_dim)`` float32."""
-    return keys.float().unflatten(-1, (heads, -1)).mean(-2)
-
-
 def merge_contextual(
     features: Tensor,
     keys: Tensor,

@@ -26,6 +26,7 @@ from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.in_encoder import EncoderCut, EncoderMerge
 from vtprune.tokens import Medium
+from vtprune.transformers_private import encoder_scores, query_key_projections
 
 CLIP = "clip_vision_model"
 """What configs of CLIP's vision tower call themselves."""
@@ -53,7 +54,7 @@ class Encoding:
     received: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> (crops, tokens, heads * head dim); only for the layers asked for."""
+    """Encoder layer -> (crops, tokens, heads, head dim), not rotated; only for the layers asked for."""
     merge: EncoderMerge | None = None
     """What was merged inside the encoder; None if nothing was to be."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -80,8 +81,8 @@ class _Seen:
     """Kind -> the encoding computed last in this session."""
     open: Encoding | None = None
     """The one that is being computed."""
-    queries: dict[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> its queries, until its keys arrive."""
+    projected: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Encoder layer -> projection -> its output, until the layer's attention has run."""
 
 
 def _pooled(output: Any) -> Tensor | tuple[Tensor, ...]:
@@ -121,12 +122,9 @@ class EncoderTap:
                 raise ConfigError(
                     f"a signal reads encoder layer {layer}, and the vision encoder has layers 0..{depth - 1}"
                 )
-        if self.received_layers | self.key_layers and not adapter.plain_encoder_attention:
-            raise UnsupportedStageError(
-                f"this method needs the attention inside the vision encoder, which cannot be recomputed for "
-                f"{adapter.family} (packed images, or queries and keys of one projection); methods that need none: "
-                "mmtok, divprune, fastv, transprune"
-            )
+        self.watched = self.cls_layers | self.received_layers | self.key_layers
+        if self.watched:  # asked for now, so that it is an error before anything is computed
+            query_key_projections(adapter.encoder_attention(adapter.encoder_layers()[0]))
         needs = next((signal.needs_clip for signal in signals if signal.needs_clip), None)
         if needs and adapter.vision_config.model_type != CLIP:
             raise UnsupportedStageError(
@@ -143,16 +141,16 @@ class EncoderTap:
         if self.keep_features:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
-        watched = self.cls_layers | self.received_layers | self.key_layers
-        taps = watched or self.output_layers or self.cut.cuts
+        taps = self.watched or self.output_layers or self.cut.cuts
         towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if taps else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
             yield from self.cut.install(layers)
-            for index in watched:
+            for index in self.watched:
                 attention = self.adapter.encoder_attention(layers[index])
-                yield attention.q_proj.register_forward_hook(self._take_queries(index))
-                yield attention.k_proj.register_forward_hook(self._take_attention(index, attention))
+                for name in query_key_projections(attention):
+                    yield getattr(attention, name).register_forward_hook(self._take_projection(index, name))
+                yield attention.register_forward_hook(self._take_attention(index), with_kwargs=True)
             for index in self.output_layers:
                 yield layers[index].register_forward_hook(self._take_output(index))
 
@@ -182,7 +180,7 @@ class EncoderTap:
                     encoding.output = method(*args, **kwargs)
                 finally:
                     seen.open = None
-                    seen.queries.clear()
+                    seen.projected.clear()
                 if self.profile:
                     encoding.seconds = clock(self.adapter.model) - started
                 if hasattr(encoding.output, "pooler_output"):  # a tuple, on request, is nothing a model is fed with
@@ -201,46 +199,52 @@ class EncoderTap:
     def _take_output(self, layer: int):
         def hook(module, args, output):
             if (encoding := self._seen().open) is not None:
-                encoding.outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+                hidden = (output[0] if isinstance(output, tuple) else output).detach()
+                encoding.outputs[layer] = hidden if hidden.ndim == 3 else hidden[None]  # packed: one sequence
 
         return hook
 
-    def _take_queries(self, layer: int):
+    def _take_projection(self, layer: int, name: str):
         def hook(module, args, output):
             seen = self._seen()
             if seen.open is not None:
-                seen.queries[layer] = (output if layer in self.received_layers else output[:, :1]).detach()
+                seen.projected.setdefault(layer, {})[name] = output.detach()
 
         return hook
 
-    def _take_attention(self, layer: int, attention: nn.Module):
-        def hook(module, args, output):
+    def _take_attention(self, layer: int):
+        def hook(module, args, kwargs, output):
             seen = self._seen()
             encoding = seen.open
             if encoding is None:
                 return
-            query, key = seen.queries.pop(layer), output.detach()
-            # Some towers normalise queries and keys over all heads together.
-            if (norm := getattr(attention, "q_norm", None)) is not None:
-                query = norm(query)
-            if (norm := getattr(attention, "k_norm", None)) is not None:
-                key = norm(key)
+            projected = seen.projected.pop(layer)
             merge = encoding.merge
-            valid = None if merge is None else merge.padding
             scattered = (lambda values: values) if merge is None else merge.scattered
             if layer in self.key_layers:
-                encoding.keys[layer] = scattered(key)
-            heads = self.adapter.vision_config.num_attention_heads
-            query, key = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (query, key))
-            scale = query.shape[-1] ** -0.5
-            seen = None if valid is None else valid.to(key.device)[:, None, None]
+                calls = encoder_scores(module, projected, args, kwargs, rotated=False)
+                keys = [rearrange(call.keys, "b heads n d -> b n heads d") for call in calls]
+                encoding.keys[layer] = scattered(torch.cat(keys, 1).flatten(2)).unflatten(2, keys[0].shape[2:])
+            if layer not in self.cls_layers | self.received_layers:
+                return
+            lengths = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+            calls = [part for call in encoder_scores(module, projected, args, kwargs) for part in call.split(lengths)]
             if layer in self.cls_layers:
-                rows = attention_rows(query[:, :, :1], key, scale=scale, mask=seen)[:, :, 0]
-                encoding.rows[layer] = scattered(rows.mT).mT
+                (call,) = calls  # CLS tokens are in front of their crops, so crops are not packed
+                rows = attention_rows(call.queries[:, :, :1], call.keys, scale=call.scale, mask=call.visible(0, 1))
+                encoding.rows[layer] = scattered(rows[:, :, 0].mT).mT
             if layer in self.received_layers:
-                mask = None if seen is None else lambda first, last: seen
-                received = attention_received(query, key, scale=scale, mask=mask, valid=valid)
-                encoding.received[layer] = scattered(received)
+                received = [
+                    attention_received(
+                        call.queries,
+                        call.keys,
+                        scale=call.scale,
+                        mask=None if call.mask is None else call.visible,
+                        valid=call.real,
+                    )
+                    for call in calls
+                ]
+                encoding.received[layer] = scattered(torch.cat(received, 1))
 
         return hook
 

@@ -122,11 +122,11 @@ class EncoderCut:
             for layer in method.cuts(adapter.shape):
                 self.cuts.setdefault(layer, []).append(method)
         self.compact = any(method.positions == "compact" for method in methods)
-        if self.cuts and not adapter.plain_encoder_attention:
+        if self.cuts and not adapter.merges_in_encoder:
             names = ", ".join(sorted({method.name for method in methods}))
             raise UnsupportedStageError(
-                f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} (packed images, or "
-                "queries and keys of one projection); methods that act behind it work: mmtok, divprune"
+                f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} (packed or "
+                "masked images); methods that act behind it work: mmtok, divprune"
             )
 
     def install(self, layers: Sequence[nn.Module]) -> Iterator[RemovableHandle]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtprune.adapters.base import Adapter
 from vtprune.methods.base import Method
 from vtprune.report import LayerRange, Report, Timings
+from vtprune.signals import EncoderSignal
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderTap
 
@@ -69,9 +70,17 @@ def text_report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, mas
 
 
 def _report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, **counted: Any) -> Report:
+    shape = adapter.shape
+    signals = [(m.name, signal) for m in methods for part in m.parts(shape) for signal in part.signals(shape)]
+    notes = [
+        f"{name}: {note}"
+        for name, signal in signals
+        if isinstance(signal, EncoderSignal) and (note := signal.substitute(shape)) is not None
+    ]
     return Report(
         model_name=type(adapter.model).__name__,
         methods=tuple(method.name for method in methods),
+        notes=tuple(dict.fromkeys(notes)),
         text_config=adapter.text_config,
         vision_config=adapter.vision_config,
         kv_dtype_bytes=hidden.element_size(),

@@ -18,6 +18,7 @@ from vtprune.testing.attention import SHARE_OF_WEIGHTS, WEIGHTS, eager
 from vtprune.testing.batching import Encoded, encode_all, media_per_sample
 from vtprune.testing.cases import Refused, Result, compared, found, largest_difference
 from vtprune.tokens import Medium
+from vtprune.transformers_private import eager_encoder_attention
 
 
 class Look:
@@ -46,11 +47,9 @@ class Look:
     @functools.cached_property
     def spied(self) -> dict[EncoderSignal, Tensor]:
         """Signal -> (content tokens, ...): what a method before the LLM is shown of the encoder."""
-        shape, seen = self.adapter.shape, {}
+        shape, kinds, seen = self.adapter.shape, [encoded.kind for encoded in self.encoded], {}
         layer = shape.feature_layer
-        asks: list[EncoderSignal] = [EncoderFeatures()]
-        if self.adapter.plain_encoder_attention:
-            asks += [EncoderOutput(layer), AttentionReceived(layer)]
+        asks: list[EncoderSignal] = [EncoderFeatures(), EncoderOutput(layer), AttentionReceived(layer)]
         if shape.has_cls:
             asks.append(ClsAttention((layer,)))
 
@@ -63,11 +62,13 @@ class Look:
                 return tuple(asks)
 
             def scores(self, tokens):
+                # As `contents` counts them: all images of the batch, then all videos.
+                order = [group for kind in kinds for group, own in enumerate(tokens.kinds) if own == kind]
                 for signal in asks:
                     value = tokens[signal]
                     if isinstance(signal, ClsAttention):  # (groups, layers, heads, tokens)
                         value = value[:, 0].mT
-                    seen[signal] = value[tokens.valid].clone()
+                    seen[signal] = torch.cat([value[group, tokens.valid[group]] for group in order])
                 return tokens.features[..., 0]
 
         with vtprune.prune(self.model, Spy(keep_ratio=0.5)), torch.no_grad():
@@ -226,7 +227,9 @@ def encoder_rows(look: Look) -> Result:
             return Result("", "", "failed", float(len(rows)), float(count), f"{name} has {len(rows)} rows for {count}")
         if not bool(rows.isfinite().all()):
             return found("failed", f"{name} has values that are not finite")
-        if empty := int((rows.view(count, -1) == 0).all(1).sum()):
+        # Padding inside a tile receives no attention.
+        empty = 0 if isinstance(signal, AttentionReceived) else int((rows.view(count, -1) == 0).all(1).sum())
+        if empty:
             return Result("", "", "failed", float(empty), 0.0, f"{name}: {empty} visual tokens of {count} have none")
     return found("ok")
 
@@ -238,13 +241,14 @@ def encoder_attention(look: Look) -> Result:
     shown = {
         signal: rows for signal, rows in look.spied.items() if isinstance(signal, ClsAttention | AttentionReceived)
     }
-    if not shown:
-        raise Refused("not checked: the adapter offers no attention of its encoder")
     expected: dict[Any, list[Tensor]] = {signal: [] for signal in shown}
-    for encoded, weights in _eager_weights(look):
+    for encoded, calls in _eager_calls(look):
         cut = int(shape.has_cls and adapter.cuts_cls(encoded.kind))
         for signal, rows in expected.items():
-            values = weights[:, :, 0].mT if isinstance(signal, ClsAttention) else weights.mean((1, 2))[..., None]
+            if isinstance(signal, ClsAttention):
+                values = torch.cat([weights[:, :, 0].mT for weights, _ in calls], 1)
+            else:
+                values = torch.cat([_received(*call) for call in calls], 1)[..., None]
             rows.append(adapter.patch_values(encoded.kind, encoded.arguments, values[:, cut:]))
     order, measured, largest = look.contents(), 0.0, 0.0
     for signal, parts in expected.items():
@@ -255,22 +259,29 @@ def encoder_attention(look: Look) -> Result:
     return compared(measured, WEIGHTS if exact else SHARE_OF_WEIGHTS * largest, f"encoder layer {shape.feature_layer}")
 
 
-def _eager_weights(look: Look) -> Iterator[tuple[Encoded, Tensor]]:
-    """Each kind, and the attention weights (crops, heads, n, n) of the encoder layer that the projector reads."""
+def _eager_calls(look: Look) -> Iterator[tuple[Encoded, list[tuple[Tensor, Tensor | None]]]]:
+    """Each kind, and weights (sequences, heads, n, n) and mask of each call of the eager attention function in the
+    encoder layer that the projector reads."""
     for encoded in look.encoded:
         layer = look.adapter.encoder_layers(encoded.kind)[look.adapter.shape.feature_layer]
-        weights: list[Tensor] = []
-        with eager(look.model):
-            watch = look.adapter.encoder_attention(layer).register_forward_hook(
-                lambda module, args, output, weights=weights: weights.append(output[1])
-            )
-            try:
+        try:
+            with eager(look.model), eager_encoder_attention(look.adapter.encoder_attention(layer)) as calls:
                 encode_all(look.adapter, look.inputs, encoded.kind)
-            finally:
-                watch.remove()
-        if not weights or weights[0] is None:
+        except vtprune.UnsupportedStageError as error:
+            raise Refused(f"not checked: {error}") from error
+        if not calls:
             raise Refused("not checked: the encoder's eager attention gives no weights")
-        yield encoded, weights[0].float()
+        yield encoded, [(weights.float(), mask) for weights, mask in calls]
+
+
+def _received(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """(sequences, tokens): what each token receives, the mean over heads and over the real tokens that can see it."""
+    if mask is None:
+        return weights.mean((1, 2))
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = visible.expand(len(weights), 1, *weights.shape[2:])[:, 0].float()
+    real = visible.amax(1)[..., None]  # padding is what no token sees
+    return (weights.mean(1) * real).sum(1) / (visible * real).sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True)
