@@ -6,7 +6,7 @@ import torch
 
 import vtprune
 from vtprune.ops.outliers import outlier_share
-from vtprune.ops.recovery import recover, text_scores
+from vtprune.ops.recoverable_compression import recover, text_scores
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, TextEmbeddings
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection, VisualTokens

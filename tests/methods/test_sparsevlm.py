@@ -7,7 +7,7 @@ import torch
 import vtprune
 from vtprune import SparseVLM
 from vtprune.attention import Places, RowContext
-from vtprune.ops.recycling import recycle_dropped
+from vtprune.ops.token_recycling import recycle_dropped
 from vtprune.testing import families
 from vtprune.testing.recompute import visual_columns
 from vtprune.tokens import ModelShape

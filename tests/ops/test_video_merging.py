@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.apportionment import share_out
+from vtprune.ops.largest_remainder import share_out
 from vtprune.ops.segmentation import segment_frames, temporal_similarity
 from vtprune.ops.video_merging import CONTEXT, SALIENT, STATIC, merge_video
 

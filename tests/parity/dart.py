@@ -5,7 +5,7 @@ import torch
 from vtprune import DART
 from vtprune.attention import LayerAttention
 from vtprune.methods.dart import KeyNorms, NormedStates, key_norms
-from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.ops.pivot_tokens import leading, unlike_pivots
 from vtprune.tokens import ModelShape
 
 from . import Vector, handles, kept, one_group, row_context, same

@@ -7,7 +7,6 @@ from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
 from vtprune import HoliTom
 from vtprune.attention import Places, RowContext, decoder_attention_rows
-from vtprune.ops.absorption import absorb_dropped
 from vtprune.ops.density_peaks import (
     density_peak_order,
     density_peaks,
@@ -15,6 +14,7 @@ from vtprune.ops.density_peaks import (
     scaled_distances,
     spread_and_separation,
 )
+from vtprune.ops.inner_llm_merging import absorb_dropped
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
 from vtprune.signals import AttentionReceived

@@ -4,7 +4,7 @@ import torch
 from vtprune import Recoverable
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.outliers import local_outlier_factor, outlier_share
-from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.ops.recoverable_compression import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
 from vtprune.signals import ClsAttention, EncoderKeys, EncoderOutput, JointSpace
 from vtprune.tokens import ModelShape
 

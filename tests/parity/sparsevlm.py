@@ -6,8 +6,8 @@ from torch import Tensor
 from vtprune import SparseVLM
 from vtprune.methods.sparsevlm import RaterAttention
 from vtprune.ops.density_peaks import density_peak_order, density_peaks, merge_clusters, scaled_distances
-from vtprune.ops.raters import text_raters
-from vtprune.ops.recycling import recycle_dropped, recycling_counts
+from vtprune.ops.text_raters import text_raters
+from vtprune.ops.token_recycling import recycle_dropped, recycling_counts
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, one_group, rotary, row_context, same

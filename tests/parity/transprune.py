@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtprune
 from vtprune import TransPrune
 from vtprune.attention import decoder_attention_rows
-from vtprune.ops.transition import token_transition
+from vtprune.ops.token_transition import token_transition
 from vtprune.signals import InstructionAttention
 from vtprune.tokens import ModelShape
 from vtprune.transformers_private import CACHE

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
 from vtprune.methods.grids import even_cells, pool_crops
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.pooling import adaptive_pool
 from vtprune.tokens import Grid, Selection, VisualTokens
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import BeforeLLM, Share
-from vtprune.ops.apportionment import apportion
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
 from vtprune.tokens import Merging, Selection, VisualTokens
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtprune.attention import LayerAttention
 from vtprune.layout import take_columns
 from vtprune.methods.base import CutOnce, Share
-from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.ops.pivot_tokens import leading, unlike_pivots
 from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 

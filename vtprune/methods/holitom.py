@@ -13,8 +13,8 @@ from torch import Tensor
 from vtprune import budget
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Share
-from vtprune.ops.absorption import absorb_dropped
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.inner_llm_merging import absorb_dropped
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.video_merging import merge_video
 from vtprune.signals import AttentionReceived, LastQueryAttention
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
 from vtprune.methods.grids import even_cells, pool_crops
-from vtprune.ops.apportionment import share_out
+from vtprune.ops.largest_remainder import share_out
 from vtprune.tokens import Selection, VisualTokens
 
 

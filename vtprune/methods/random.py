@@ -10,7 +10,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
-from vtprune.ops.noise import seeded_uniform
+from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.signals import SampleKeys
 from vtprune.tokens import ModelShape, VisualTokens
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
-from vtprune.ops.apportionment import apportion
-from vtprune.ops.recovery import dynamic_counts, main_tokens, recover, text_scores
+from vtprune.ops.largest_remainder import apportion
+from vtprune.ops.recoverable_compression import dynamic_counts, main_tokens, recover, text_scores
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, EncoderOutput, JointSpace, TextEmbeddings
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 

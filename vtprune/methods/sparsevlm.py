@@ -12,18 +12,17 @@ from torch import Tensor
 
 from vtprune.layout import take_columns
 from vtprune.methods.base import Share, Staged
-from vtprune.ops.raters import text_raters
-from vtprune.ops.recycling import recycle_dropped
 from vtprune.ops.selection import top_k_mask
+from vtprune.ops.text_raters import text_raters
+from vtprune.ops.token_recycling import recycle_dropped
 from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
 class RaterAttention(LayerSignal):
-    """(groups, heads, tokens): attention of those tokens of the text after the last visual token that the image
-    resembles most (`vtprune.ops.raters`) over the visual tokens, averaged over them, in the decoder layer before the
-    cut."""
+    """(groups, heads, tokens): attention of the text raters over the visual tokens in the decoder layer before the cut,
+    averaged over the raters. They are found by `vtprune.ops.text_raters` in the text after the last visual token."""
 
     undo_rotation: bool = False
     """Each weight divided by the logit that positions alone would give."""

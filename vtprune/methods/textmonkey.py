@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
-from vtprune.ops.repetition import similarity_to_later
+from vtprune.ops.redundancy import similarity_to_later
 from vtprune.tokens import VisualTokens
 
 PUBLISHED_TOKENS = 512

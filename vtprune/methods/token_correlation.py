@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM, require_cls
-from vtprune.ops.noise import seeded_uniform
-from vtprune.ops.repetition import global_and_local, information_density
+from vtprune.ops.redundancy import global_and_local, information_density
+from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.signals import ClsAttention, EncoderKeys, SampleKeys
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import Scorer, Share, Staged
-from vtprune.ops.transition import token_transition
+from vtprune.ops.token_transition import token_transition
 from vtprune.signals import InstructionAttention, LayerSignal, LayerView
 from vtprune.tokens import ModelShape, VisualTokens
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 
 from vtprune.methods.base import BeforeLLM
-from vtprune.ops.apportionment import apportion
 from vtprune.ops.frame_uniqueness import commonness, frame_shares
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.selection import best_per_part
 from vtprune.tokens import Selection, VisualTokens
 

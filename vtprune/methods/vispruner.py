@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from vtprune.methods.base import BeforeLLM, Share
 from vtprune.ops.cls_attention import cls_score
-from vtprune.ops.thinning import important_and_distinct
+from vtprune.ops.duplicate_removal import important_and_distinct
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderFeatures
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 

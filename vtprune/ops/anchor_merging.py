@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
-from vtprune.ops.apportionment import apportion, share_out
 from vtprune.ops.density_peaks import merge_clusters, scaled_distances, spread_and_separation
+from vtprune.ops.largest_remainder import apportion, share_out
 from vtprune.ops.selection import best_per_part
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtprune.errors import BudgetError
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.ops.apportionment import share_out
 from vtprune.ops.density_peaks import density_peaks, merge_clusters
+from vtprune.ops.largest_remainder import share_out
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.selection import top_k_mask
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.raters import text_raters
+from vtprune.ops.text_raters import text_raters
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 6))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.recycling import recycle_dropped, recycling_counts
+from vtprune.ops.token_recycling import recycle_dropped, recycling_counts
 
 shares = st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0])
 

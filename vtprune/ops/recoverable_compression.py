@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
 from vtprune.ops.outliers import outlier_share
 from vtprune.ops.similarity import similarity_to

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops import repetition
+from vtprune.ops import redundancy
 from vtprune.ops.outliers import above_quartiles
-from vtprune.ops.repetition import global_and_local, information_density, repeated, similarity_to_later
+from vtprune.ops.redundancy import global_and_local, information_density, repeated, similarity_to_later
 from vtprune.ops.selection import top_k_mask
 
 
@@ -31,7 +31,7 @@ def padded(draw_):
 def test_equal_the_full_matrix_of_each_group_whatever_the_blocks(problem, block):
     features, valid = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repetition, "_BLOCK_ELEMENTS", block)
+        patch.setattr(redundancy, "_BLOCK_ELEMENTS", block)
         scores = similarity_to_later(features, valid)
         copies = repeated(features, valid, similarity=0.3, count=2)
     for row, length in enumerate(valid.sum(1).tolist()):

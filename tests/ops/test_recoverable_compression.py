@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.ops.recoverable_compression import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
 
 
 def image(tokens, seed=0, dim=6, key_dim=5):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.ops.pivot_tokens import leading, unlike_pivots
 
 
 def by_hand(points, pivots, chosen, candidates, k):

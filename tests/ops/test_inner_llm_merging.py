@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.absorption import absorb_dropped
+from vtprune.ops.inner_llm_merging import absorb_dropped
 
 
 def draw(n, dim=8, seed=0):
@@ -70,7 +70,7 @@ def test_nothing_of_a_later_image_reaches_an_earlier_one():
 def test_blocks_change_nothing(elements, monkeypatch):
     hidden, weights = draw(50)
     whole = absorb_dropped(hidden, weights, 20)
-    monkeypatch.setattr("vtprune.ops.absorption._BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("vtprune.ops.inner_llm_merging._BLOCK_ELEMENTS", elements)
     for ours, theirs in zip(absorb_dropped(hidden, weights, 20), whole, strict=True):
         assert torch.equal(ours, theirs)
 
