@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FasterVLM: what the vision encoder's CLS token attends to."""
+"""FasterVLM: the tokens that the vision encoder's CLS token attends to most."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from vtprune.tokens import ModelShape, VisualTokens
 class FasterVLM(Scorer, BeforeLLM):
     """Keeps the tokens with the largest CLS attention, averaged over heads (arXiv 2412.01818, first version).
 
-    Stage: before the LLM, from attention in the encoder layer whose output the projector reads (for LLaVA-1.5 the last
-    but one, as in the reference); text plays no part. `vtc_cls` sums the same attention over several layers. Needs an
-    encoder with a CLS token. Deviations: tokens are dropped after the projector instead of before it, which changes
-    nothing but the projector's (small) cost; of equal attention the lower index is kept, where the reference leaves it
-    open.
+    Stage: before the LLM. Attention comes from the encoder layer whose output the projector reads (for LLaVA-1.5 the
+    last but one, as in the reference). Text is not used. `vtc_cls` sums the same attention over several layers. The
+    encoder needs a CLS token. Deviations: tokens are dropped after the projector and not before it, which changes only
+    the projector's (small) cost; of equal attention the lower index is kept (in the reference the order is undefined).
     """
 
     name: ClassVar[str] = "fastervlm"

@@ -90,12 +90,12 @@ def bipartite_merging(
     # The token of the present round that each original token has gone into.
     into = places
     for counts, lengths in _rounds(alive.sum(1).tolist(), targets.tolist()):
-        left = max(lengths)
+        remaining = max(lengths)
         matches = bipartite_match(state if metric is None else state[..., dim:], alive)
-        order, joins = _assign(*matches, alive, torch.tensor(counts, device=device), left, reference_quirks)
-        state = _means(state, joins, alive, left)
+        order, joins = _assign(*matches, alive, torch.tensor(counts, device=device), remaining, reference_quirks)
+        state = _means(state, joins, alive, remaining)
         into, places = joins.gather(1, into), places.gather(1, order)
-        alive = torch.arange(left, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        alive = torch.arange(remaining, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
 
     # Merging leaves at least one token, so k = 0 is handled here.
     emptied = (targets == 0).to(device).unsqueeze(1)
@@ -116,7 +116,7 @@ def _rounds(lengths: list[int], targets: list[int]) -> Iterator[tuple[list[int],
 
 
 def _assign(
-    partner: Tensor, similarity: Tensor, alive: Tensor, counts: Tensor, left: int, reference_quirks: bool
+    partner: Tensor, similarity: Tensor, alive: Tensor, counts: Tensor, remaining: int, reference_quirks: bool
 ) -> tuple[Tensor, Tensor]:
     """Find which tokens stay after a round, and which of them each token goes into.
 
@@ -124,12 +124,12 @@ def _assign(
         partner, similarity: ``(groups, ceil(tokens / 2))`` as :func:`bipartite_match` returns them.
         alive: ``(groups, tokens)`` bool.
         counts: ``(groups,)`` long, how many tokens to merge.
-        left: the largest number of tokens that a group has after the round.
+        remaining: the largest number of tokens that a group has after the round.
         reference_quirks: as in :func:`bipartite_merging`.
 
     Returns:
-        ``(groups, left)`` long, the tokens that stay, in their new order; ``(groups, tokens)`` long in ``[0, left)``,
-        for each token the index in that order of the token that it goes into.
+        ``(groups, remaining)`` long, the tokens that stay, in their new order. ``(groups, tokens)`` long, for each
+        token the index in that order of the token that it goes into.
     """
     tokens = torch.arange(alive.shape[1], device=alive.device)
     counts = counts.unsqueeze(1)
@@ -142,20 +142,20 @@ def _assign(
         key[:, ::2] = rank
         key = torch.where(counts > 0, key, tokens)
     order = key.masked_fill(~alive | (goes != tokens), 2 * len(tokens)).argsort(dim=1, stable=True)
-    # Merged tokens and padding are ordered behind the first `left` places. Only padding points there; it is clamped.
-    joins = order.argsort(dim=1).gather(1, goes).clamp_max(left - 1)
-    return order[:, :left], joins
+    # Merged tokens and padding come behind the first `remaining` places. Only padding points there; it is clamped.
+    joins = order.argsort(dim=1).gather(1, goes).clamp_max(remaining - 1)
+    return order[:, :remaining], joins
 
 
-def _means(state: Tensor, joins: Tensor, alive: Tensor, left: int) -> Tensor:
-    """Average the tokens of ``state`` (groups, tokens, dim) that have the same target among the ``left`` of a group.
+def _means(state: Tensor, joins: Tensor, alive: Tensor, remaining: int) -> Tensor:
+    """Average the tokens of ``state`` (groups, tokens, dim) that have the same target in a group.
 
     Sums run in the order of tokens on every device; a scattered sum does not promise an order.
     """
     groups, _, dim = state.shape
     rows = alive.flatten().nonzero()[:, 0]
-    target = (joins + left * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
-    sizes = target.bincount(minlength=groups * left)
+    target = (joins + remaining * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
+    sizes = target.bincount(minlength=groups * remaining)
     members = rows[target.argsort(stable=True)]
     sums = embedding_bag(members, state.flatten(0, 1), sizes.cumsum(0) - sizes, mode="sum")
-    return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, left, dim)
+    return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, remaining, dim)

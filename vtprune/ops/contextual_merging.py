@@ -45,9 +45,9 @@ def merge_contextual(
         sources: ``(groups, tokens)`` long, the kept token that each token went into; -1 for dropped tokens and padding.
     """
     rest = valid & ~salient
-    left = rest.sum(1)
-    counts = torch.minimum(counts.to(left), left)
-    step = (left // counts.clamp_min(1)).clamp_min(1)[:, None]
+    others = rest.sum(1)
+    counts = torch.minimum(counts.to(others), others)
+    step = (others // counts.clamp_min(1)).clamp_min(1)[:, None]
     rank = rest.cumsum(1) - 1
     centre = rest & (rank % step == 0) & (rank // step < counts[:, None])
     keep = (valid & salient) | centre

@@ -60,13 +60,13 @@ def important_and_distinct(
     kept = torch.zeros_like(valid).scatter(1, order, ranks < important.unsqueeze(1))
 
     wanted = budget - important
-    left = torch.where(wanted > 0, lengths - important, 0)
+    remaining = torch.where(wanted > 0, lengths - important, 0)
     # Wrapping around keeps `rest` a permutation, so the final scatter writes each token once.
     rest = order.gather(1, (important.unsqueeze(1) + ranks) % max(len(ranks), 1))
-    while bool((left > wanted).any()):
-        rest = rest[:, : int(left.max())]
-        going = torch.minimum((left - wanted).clamp(max=step), left // 2).unsqueeze(1)
-        evens, odds = ((left + 1) // 2).unsqueeze(1), (left // 2).unsqueeze(1)
+    while bool((remaining > wanted).any()):
+        rest = rest[:, : int(remaining.max())]
+        going = torch.minimum((remaining - wanted).clamp(max=step), remaining // 2).unsqueeze(1)
+        evens, odds = ((remaining + 1) // 2).unsqueeze(1), (remaining // 2).unsqueeze(1)
         even, odd = rest[:, 0::2], rest[:, 1::2]
         even_ranks, odd_ranks = ranks[: even.shape[1]], ranks[: odd.shape[1]]
         partner = similarity[groups.unsqueeze(2), even.unsqueeze(2), odd.unsqueeze(1)]
@@ -75,6 +75,6 @@ def important_and_distinct(
         even = even.gather(1, partner.argsort(dim=1, descending=True, stable=True))
         alive = torch.cat(((even_ranks >= going) & (even_ranks < evens), odd_ranks < odds), dim=1)
         rest = torch.cat((even, odd), dim=1).gather(1, (~alive).long().argsort(dim=1, stable=True))
-        left = left - going.squeeze(1)
-    stays = ranks[: rest.shape[1]] < left.unsqueeze(1)
+        remaining = remaining - going.squeeze(1)
+    stays = ranks[: rest.shape[1]] < remaining.unsqueeze(1)
     return kept.scatter(1, rest, kept.gather(1, rest) | stays)

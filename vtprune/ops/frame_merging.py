@@ -62,5 +62,5 @@ def merge_similar_frames(
     counted = sources >= 0
     sums = torch.zeros_like(features, dtype=torch.float32).index_add_(0, sources[counted], features[counted].float())
     sizes = sources[counted].bincount(minlength=len(frames))[places]
-    left = (sums[places] / sizes.view(-1, 1, 1)).to(features.dtype)
-    return Merged(left[None], places[None], sources[None])
+    means = (sums[places] / sizes.view(-1, 1, 1)).to(features.dtype)
+    return Merged(means[None], places[None], sources[None])

@@ -14,21 +14,21 @@ class Merged:
     """The tokens of each group that are left after a merge, in their new order."""
 
     features: Tensor
-    """(groups, left, dim). Groups with fewer tokens left have padding, zeros, at the end of their rows."""
+    """(groups, remaining, dim). Groups with fewer tokens left have padding, zeros, at the end of their rows."""
     places: Tensor
-    """(groups, left) long: the original token whose place each token takes; -1 for padding."""
+    """(groups, remaining) long: the original token whose place each token takes; -1 for padding."""
     sources: Tensor
     """(groups, tokens) long: the place of the token that each original token went into; -1 for padding, and for all
     tokens of a group with no token left."""
 
     @property
     def valid(self) -> Tensor:
-        """(groups, left) bool."""
+        """(groups, remaining) bool."""
         return self.places >= 0
 
     @property
     def sizes(self) -> Tensor:
-        """(groups, left) long: how many original tokens went into each token; 0 for padding."""
+        """(groups, remaining) long: how many original tokens went into each token; 0 for padding."""
         counts = torch.zeros_like(self.sources)
         counts.scatter_add_(1, self.sources.clamp_min(0), (self.sources >= 0).long())
         return counts.gather(1, self.places.clamp_min(0)).masked_fill(~self.valid, 0)

@@ -90,8 +90,8 @@ def window_merging(
         rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         key[:, centres] = torch.where(merged, prefix + rank, key[:, centres])
     gone = sources != places
-    left = int((~gone).sum(1).amax())
-    order = key.masked_fill(gone, tokens + count).argsort(dim=1, stable=True)[:, :left]
+    remaining = int((~gone).sum(1).amax())
+    order = key.masked_fill(gone, tokens + count).argsort(dim=1, stable=True)[:, :remaining]
     padding = gone.gather(1, order)
     features = features.gather(1, order.unsqueeze(-1).expand(-1, -1, dim)).masked_fill(padding.unsqueeze(-1), 0)
     return Merged(features, order.masked_fill(padding, -1), sources)
