@@ -347,7 +347,7 @@ def test_the_published_setting():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"window": (1, 1)}, "holds nothing to merge"),
+        ({"window": (1, 1)}, "has nothing to merge"),
         ({"merge_layer": 23}, "must be within 0..22"),
         ({"keep_ratio": 0.5, "individual_threshold": 0.0}, "both thresholds"),
         ({"layers": (4, 4)}, "must ascend"),

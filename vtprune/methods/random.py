@@ -19,11 +19,11 @@ from vtprune.tokens import ModelShape, VisualTokens
 class Random(Scorer, BeforeLLM):
     """Keeps a uniformly random subset of each image's tokens.
 
-    Stage: before the LLM. The draw depends on the seed, the image's pixels and the prompt's text, never on the rest of
-    the batch or the global generators.
+    Stage: before the LLM. The draw depends on the seed, the image's pixels and the prompt's text, but not on other
+    samples of the batch or on the global generators.
 
     Fields
-        seed: >= 0, default 0.
+        seed: seed of the draw, >= 0, default 0.
     """
 
     name: ClassVar[str] = "random"
