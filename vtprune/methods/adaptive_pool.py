@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive pooling of the patch grid to a smaller grid."""
+"""Adaptive pooling (TokenFLEX): average the patch grid to a smaller grid."""
 
 from __future__ import annotations
 

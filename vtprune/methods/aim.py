@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AIM: bipartite merging of each image or frame, then pruning by PageRank down to nothing inside the LLM."""
+"""AIM: merge similar tokens of each image or frame, then prune by PageRank down to nothing inside the LLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""B-VLLM: similar frames are merged, then similar tokens within a frame."""
+"""B-VLLM: merge similar frames, then similar tokens within each frame."""
 
 from __future__ import annotations
 

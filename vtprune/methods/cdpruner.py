@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CDPruner: a subset of visual tokens that is diverse and relevant to the question."""
+"""CDPruner: keep a subset of the tokens that is diverse and relevant to the question."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DART: the tokens least similar to a few pivot tokens of image and text stay; duplicates are dropped."""
+"""DART: keep the tokens least similar to a few pivot tokens of image and text."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DivPrune: the most diverse subset of visual tokens."""
+"""DivPrune: keep the most diverse subset of the tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FasterVLM: the tokens that the vision encoder's CLS token attends to most."""
+"""FasterVLM: keep the tokens that the vision encoder's CLS token attends to most."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtprune.tokens import ModelShape, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class FasterVLM(Scorer, BeforeLLM):
-    """Keeps the tokens with the largest CLS attention, averaged over heads (arXiv 2412.01818, first version).
+    """Keeps the tokens with the largest CLS attention, averaged over heads (arXiv 2412.01818v1).
 
     Stage: before the LLM. Attention comes from the encoder layer whose output the projector reads (for LLaVA-1.5 the
     last but one, as in the reference). Text is not used. `vtc_cls` sums the same attention over several layers. The
@@ -26,7 +26,7 @@ class FasterVLM(Scorer, BeforeLLM):
 
     name: ClassVar[str] = "fastervlm"
     signal: ClassVar[str] = "CLS attention in the encoder"
-    paper: ClassVar[str] = "arXiv 2412.01818"
+    paper: ClassVar[str] = "arXiv 2412.01818v1"
 
     def signals(self, shape: ModelShape):
         require_cls(self.name, "ranks by the attention of", shape)

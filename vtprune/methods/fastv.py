@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV: the tokens that the prompt's last token attends to most in an early layer of the LLM."""
+"""FastV: keep the tokens that the prompt's last token attends to most in an early layer of the LLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLSim: the patches most similar to the image as a whole."""
+"""GLSim: keep the patches most similar to the image as a whole."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LazyLLM: keep the tokens that the last token attends to; choose again for every generated token."""
+"""LazyLLM: keep the tokens that the last token attends to most; choose again for every generated token."""
 
 from __future__ import annotations
 

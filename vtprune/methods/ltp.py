@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LTP: a token is dropped when it receives too little attention in the layer before."""
+"""LTP: drop a token when it receives too little attention in the layer before."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMTok: the subset of visual tokens that best covers the question and the image."""
+"""MMTok: keep the subset of the tokens that best covers the question and the image."""
 
 from __future__ import annotations
 

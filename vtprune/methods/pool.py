@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: average pooling of the patch grid, and of a video's frames."""
+"""Baseline: average cells of the patch grid, and frames of a video."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive pooling: a fine grid for the first frame of each group of frames, a coarse one for the others."""
+"""Progressive pooling (Visual Context Window Extension): average to fine grids in some frames, coarse in others."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: visual tokens drawn at random."""
+"""Baseline: keep a random subset of the tokens."""
 
 from __future__ import annotations
 

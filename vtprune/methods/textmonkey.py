@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TextMonkey: a token is dropped if a later token is similar to it."""
+"""TextMonkey: drop a token if a later token is similar to it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token correlation: global tokens from a deep encoder layer, and local tokens from an early one."""
+"""Token correlation: keep global tokens of a deep encoder layer, and local tokens of an early one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TransPrune: how much each layer changes a visual token, and how much the question attends to it."""
+"""TransPrune: keep the tokens that layers change most, and that the question attends to most."""
 
 from __future__ import annotations
 

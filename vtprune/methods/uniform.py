@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: every n-th visual token."""
+"""Baseline: keep every n-th token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: fewer frames of a video, evenly spaced, instead of fewer tokens of each."""
+"""Baseline: keep fewer frames of a video, evenly spaced, instead of fewer tokens of each frame."""
 
 from __future__ import annotations
 

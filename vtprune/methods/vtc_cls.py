@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VTC-CLS: the tokens that the vision encoder's CLS token attends to most, summed over its last layers."""
+"""VTC-CLS: keep the tokens that the vision encoder's CLS token attends to most, summed over its last layers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: no visual tokens at all."""
+"""Baseline: drop all visual tokens."""
 
 from __future__ import annotations
 
