@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -135,28 +137,5 @@ def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
     return Recording, recorded
 
 
-from . import (  # noqa: E402 (they register themselves)
-    aim,  # noqa: F401
-    bvllm,  # noqa: F401
-    cdpruner,  # noqa: F401
-    dart,  # noqa: F401
-    divprune,  # noqa: F401
-    fastervlm,  # noqa: F401
-    fastv,  # noqa: F401
-    fastvid,  # noqa: F401
-    glsim,  # noqa: F401
-    holitom,  # noqa: F401
-    ltp,  # noqa: F401
-    mmtok,  # noqa: F401
-    mmtok_qwen,  # noqa: F401
-    mustdrop,  # noqa: F401
-    pdrop,  # noqa: F401
-    recoverable,  # noqa: F401
-    sparsevlm,  # noqa: F401
-    textmonkey,  # noqa: F401
-    transprune,  # noqa: F401
-    vidcom2,  # noqa: F401
-    visionzip,  # noqa: F401
-    vispruner,  # noqa: F401
-    vtccls,  # noqa: F401
-)
+for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(module.name)  # handlers register themselves
