@@ -65,7 +65,7 @@ def test_density_is_low_for_paper_and_high_for_print():
     assert information_density(paper) == 0
     assert information_density(print_, similarity=0.99) == 1
     assert information_density(half, similarity=0.99) == 0.5
-    # Fewer copies than it takes to be a repetition.
+    # Fewer copies than make a token redundant.
     assert information_density(paper[:, :8], count=8) == 1
 
 

@@ -72,7 +72,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
 def one_group(
     features: Tensor, budget: int, signals: dict, shape: ModelShape, layer: int | None = None
 ) -> VisualTokens:
-    """What a method sees of a single image or sample: features (tokens, dim); each signal has a group axis."""
+    """The tokens of one image or sample, as a method gets them: features (tokens, dim); signals have a group axis."""
     return VisualTokens(
         features=features[None],
         valid=torch.ones(1, len(features), dtype=torch.bool),
@@ -84,7 +84,7 @@ def one_group(
 
 
 def one_per_group(features: Tensor, budget: int, **facts) -> VisualTokens:
-    """What a method sees before the LLM of several images or frames: features (groups, tokens, dim)."""
+    """The tokens of several images or frames, as a method before the LLM gets them: features (groups, tokens, dim)."""
     return VisualTokens(
         features=features,
         valid=torch.ones(features.shape[:2], dtype=torch.bool),
@@ -102,7 +102,7 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 
 
 def row_context(rope: tuple[Tensor, Tensor], heads: int, head_dim: int, kv_heads: int | None = None) -> RowContext:
-    """Of one sample without padding, in a decoder layer like LLaMA's; rope: cos and sin, (1, tokens, head_dim) each."""
+    """Rows of one sample without padding, in a layer of LLaMA; rope: cos and sin, (1, tokens, head_dim) each."""
     config = LlamaConfig(
         hidden_size=heads * head_dim,
         num_attention_heads=heads,
@@ -125,7 +125,7 @@ def kept(method, tokens: VisualTokens) -> Tensor:
 
 
 def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
-    """A variant of a scoring method, and the list that will hold the scores of its first group at every selection."""
+    """A variant of a scoring method, and a list that gets the scores of its first group at every selection."""
     recorded = []
 
     class Recording(method):

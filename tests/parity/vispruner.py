@@ -13,7 +13,7 @@ def selection(v: Vector) -> None:
     features, rows, k = v["features"], v["cls_attn"], v["k"]
     method = VisPruner(keep_tokens=k, important_ratio=v["important_ratio"])
     assert v["keep_mask"].nonzero()[:, 1].view(len(features), k).tolist() == v["keep_idx"].tolist()
-    # The same from the attention that tokens receive, where there is no CLS token.
+    # The same without a CLS token, from the attention that tokens receive.
     for has_cls, request, attention in (
         (True, ClsAttention((22,)), rows[:, None]),
         (False, AttentionReceived(23), rows.mean(1)),
