@@ -34,12 +34,13 @@ def salient_and_anchors(
     salient = shares - (shares.double() * context_share).floor().long()
     scenes, lengths = scene_of.unique_consecutive(return_counts=True)
     last = (lengths.cumsum(0) - 1).repeat_interleave(lengths)
-    holds = (last - torch.arange(len(sizes))) % period == 0
+    has_anchors = (last - torch.arange(len(sizes))) % period == 0
     number = torch.arange(len(scenes)).repeat_interleave(lengths)
-    tokens, holders = (
-        torch.zeros(len(scenes), dtype=torch.long).index_add_(0, number, counts) for counts in (sizes, holds.long())
+    tokens, anchor_frames = (
+        torch.zeros(len(scenes), dtype=torch.long).index_add_(0, number, counts)
+        for counts in (sizes, has_anchors.long())
     )
-    weights = torch.where(holds, tokens.double()[number] / holders[number], 0.0)
+    weights = torch.where(has_anchors, tokens.double()[number] / anchor_frames[number], 0.0)
     return salient, apportion(k - int(salient.sum()), weights, sizes - salient)
 
 
@@ -84,7 +85,7 @@ def merge_into_anchors(
         VTPruneError: a feature or a saliency is NaN or infinite.
     """
     if not saliency.isfinite().all():
-        raise VTPruneError("saliency holds NaN or infinite values: no token can be called the most salient")
+        raise VTPruneError("saliency holds NaN or infinite values: tokens cannot be ranked by it")
     device = features.device
     sizes, scene_of = frames.bincount().cpu(), scene_of.cpu()
     counts = salient_and_anchors(sizes, scene_of, k, context_share=context_share, period=period)

@@ -62,7 +62,7 @@ def conditional_diversity_order(features: Tensor, relevance: Tensor, valid: Tens
     relevance = relevance.float().masked_fill(~valid, 0.0)
     kernel = (directions @ directions.transpose(1, 2)) * relevance.unsqueeze(2) * relevance.unsqueeze(1)
     if not kernel.isfinite().all():
-        raise VTPruneError("features or relevance hold NaN or infinite values: there is no kernel of them")
+        raise VTPruneError("features or relevance hold NaN or infinite values: the kernel is not defined on them")
     groups, width = valid.shape
     rows = torch.arange(groups, device=valid.device)
     weight = kernel.diagonal(dim1=1, dim2=2)

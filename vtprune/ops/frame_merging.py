@@ -41,7 +41,7 @@ def merge_similar_frames(
         features: ``(frames, tokens, dim)``, at least one frame.
         metric: ``(frames, metric_dim)`` vectors to compare frames by, for example the mean of their features.
         threshold: frames with a similarity above it merge, in [0, 1].
-        reference_quirks: merge as the reference does, so that frames are lost which go into merged frames.
+        reference_quirks: merge as the reference does. It loses frames that go into merged frames.
 
     Returns:
         One group whose tokens are frames. Its features are ``(1, frames left, tokens, dim)`` in their dtype, ``places``

@@ -46,7 +46,7 @@ def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         VTPruneError: a feature is NaN or infinite.
     """
     if not features.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: no token can be called common")
+        raise VTPruneError("features hold NaN or infinite values: nearness is not defined on them")
     directions = normalize(features.float()[:, steady_channels(features)], dim=-1)
     return nearness(directions, directions.mean(0)), nearness(directions, frame_means(directions, frames)[frames])
 

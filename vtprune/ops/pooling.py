@@ -15,7 +15,7 @@ from vtprune.ops.merging import Merged
 def pool_grid(features: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Divide a grid of tokens into exactly ``k`` rectangular cells and average each.
 
-    The rows are cut into horizontal bands. Their number is chosen so that cells are about square. The ``k`` cells are
+    The rows are cut into horizontal bands. Their number is chosen so that cells are almost square. The ``k`` cells are
     spread over the bands as evenly as possible, and each band cuts the columns into its number of cells. If ``k`` is a
     product of two suitable numbers (64 = 8 x 8 for 24 x 24), this is regular pooling. Otherwise bands differ by one
     cell, and cells by one row or column.

@@ -28,7 +28,7 @@ def scenes(frames: Tensor, least: int = 8, threshold: float = 0.9) -> Tensor:
     directions = normalize(frames.float(), dim=-1)
     likeness = (directions[:-1] * directions[1:]).sum(-1)
     if not likeness.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: where the scene changes is not defined")
+        raise VTPruneError("features hold NaN or infinite values: scenes are not defined on them")
     ends = likeness < threshold
     ends[likeness.argsort(stable=True)[: least - 1]] = True
     return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))

@@ -32,7 +32,7 @@ def temporal_similarity(features: Tensor) -> Tensor:
         products.append(torch.linalg.vecdot(block[:-1], block[1:]))
     length = torch.cat(lengths).clamp_min_(1e-12)
     if not length.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: how far they change is not defined")
+        raise VTPruneError("features hold NaN or infinite values: similarity over time is not defined on them")
     return torch.cat(products).div_(length[:-1]).div_(length[1:])
 
 
@@ -55,7 +55,7 @@ def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:
         saved: number of tokens saved.
     """
     if max_window < 1:
-        raise ValueError(f"a segment holds at least one frame, not {max_window}")
+        raise ValueError(f"a segment has at least one frame, not {max_window}")
     # The search has a small step for each frame. On an accelerator it would only wait for each of them.
     still = still.cpu().long()
     frames = len(still) + 1

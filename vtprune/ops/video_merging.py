@@ -76,7 +76,7 @@ def merge_video(
         VTPruneError: a feature or a saliency is NaN or infinite.
     """
     if not saliency.isfinite().all():
-        raise VTPruneError("saliency holds NaN or infinite values: no token can be called the most salient")
+        raise VTPruneError("saliency holds NaN or infinite values: tokens cannot be ranked by it")
     still = temporal_similarity(features) > threshold
     segments, saved = segment_frames(still, max_window)
     static = still_positions(still, segments)
