@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: one file a model family, facts only. `adapter_for(model)` finds the one that fits."""
+"""Adapters: one file a model family, with facts only. `adapter_for(model)` finds the adapter of a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
-    """Make an adapter known under its `model_types`; usable as a decorator. Raises ConfigError if one is taken."""
+    """Register an adapter under its `model_types`; usable as a decorator. Raises ConfigError if a type is taken."""
     for model_type in adapter.model_types:
         if _ADAPTERS.get(model_type, adapter) is not adapter:
             raise ConfigError(f"an adapter for model type {model_type!r} is registered already")
@@ -63,13 +63,13 @@ def _load_entry_points() -> None:
 
 
 def list_adapters() -> dict[str, type[Adapter]]:
-    """Model type -> adapter class, third-party ones included."""
+    """Model type -> adapter class, including those of other packages."""
     _load_entry_points()
     return dict(_ADAPTERS)
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside what people wrap around one: peft, distributed training, a pipeline."""
+    """The transformers model inside a wrapper: peft, distributed training, a pipeline."""
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
             "DataParallel runs copies of the model in threads, and hooks do not follow; pass model.module and use one "
@@ -77,7 +77,7 @@ def _unwrapped(model: Any) -> Any:
         )
     if hasattr(model, "get_base_model"):  # peft
         return _unwrapped(model.get_base_model())
-    # The second name is FSDP's first version, whose import is slow.
+    # The second class is the first version of FSDP. It is compared by name, because its import is slow.
     if isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
         return _unwrapped(model.module)
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
@@ -86,9 +86,9 @@ def _unwrapped(model: Any) -> Any:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a loaded model, or of the one inside a wrapper (peft, DistributedDataParallel, FSDP, a pipeline).
+    """The adapter of a loaded model, which may be in a wrapper (peft, DistributedDataParallel, FSDP, a pipeline).
 
-    Raises UnsupportedModelError naming what is supported.
+    Raises UnsupportedModelError; the message names the supported families.
     """
     model = _unwrapped(model)
     config = getattr(model, "config", None)

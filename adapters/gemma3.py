@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3: images of 256 tokens that see one another both ways, in a decoder with sliding windows."""
+"""Gemma 3: images of 256 tokens with attention in both directions, in a decoder with sliding windows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Gemma3(Adapter):
     """`Gemma3ForConditionalGeneration` (arXiv 2503.19786).
 
     Tokens of an image: one grid in raster order; the projector averages 4x4 patches of the SigLIP encoder to one token.
-    "Start of image" and "end of image" stand around it, and blank lines around those. With "pan and scan", crops of an
-    image are images of their own. No CLS token. The tokens of an image see one another both ways, in sliding layers
-    within the window only. Sliding and full layers have rotary embeddings of their own.
+    "Start of image" and "end of image" are around the image, and blank lines around these. With "pan and scan", the
+    crops of an image are separate images. No CLS token. The tokens of an image attend to one another in both
+    directions; in sliding layers only within the window. Sliding and full layers have different rotary embeddings.
     """
 
     model_types = ("gemma3", "shieldgemma2")

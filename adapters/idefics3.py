@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Idefics3 and SmolVLM: square tiles with text between them, several patches to a token."""
+"""Idefics3 and SmolVLM: square tiles with text between them, several patches in one token."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vtprune.tokens import Grid, Medium
 class Idefics3(Adapter):
     """`Idefics3ForConditionalGeneration` (arXiv 2408.12637), `SmolVLMForConditionalGeneration` (arXiv 2504.05299).
 
-    An image is cut into tiles of one size, followed by the whole of it, smaller. Text tokens that name its row and
-    column stand before each tile, so that every tile is a medium of its own. Tokens of a tile: one grid in raster
-    order; the connector stacks neighbouring patches, `scale_factor` each way (pixel shuffle), and projects them to one
-    token. Samples are filled up to the same number of tiles with all-zero ones, which the model leaves out. No CLS
-    token. Frames of videos come as tiles.
+    An image is cut into tiles of one size, followed by the whole image in a smaller size. Text tokens with the row and
+    column come before each tile, so every tile is a separate medium. Tokens of a tile: one grid in raster order; the
+    connector stacks neighbouring patches, `scale_factor` in each direction (pixel shuffle), and projects them to one
+    token. Samples with fewer tiles are padded with all-zero tiles, which the model ignores. No CLS token. Frames of
+    videos come as tiles.
     """
 
     model_types = ("idefics3", "smolvlm")
     family = "Idefics3, SmolVLM"
     layout = "one grid a tile, text between tiles"
-    marker_columns = (2, 1)  # "around image" and the place of the tile; "around image" or the end of a row of tiles
+    marker_columns = (2, 1)  # "around image", the position of the tile; "around image" or the end of a row of tiles
     merges_in_encoder = False  # the padding of images of different sizes is masked
 
     def vision_tower(self, kind: str = "image") -> nn.Module:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL: square tiles side by side, four neighbouring patches to a token."""
+"""InternVL: square tiles side by side, four neighbouring patches in one token."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vtprune.tokens import Grid, Medium
 class InternVL(Adapter):
     """`InternVLForConditionalGeneration` (InternVL3, arXiv 2504.10479; InternVL 2.5, arXiv 2412.05271).
 
-    An image is cut into tiles of one size, with a thumbnail of the whole behind them if there are several; their tokens
-    follow one another without text between them. Tokens of a tile: one grid in raster order. The encoder has a CLS
-    token, which is cut off; then neighbouring patches, 2x2 of them, are stacked (pixel shuffle) and projected to one
-    token. "Start of image" and "end of image" stand around an image. Frames of videos come as images with text between
-    them ("Frame2:"), which is part of the prompt's text.
+    An image is cut into tiles of one size. If there are several, a thumbnail of the whole image follows them. Their
+    tokens have no text between them. Tokens of a tile: one grid in raster order. The encoder has a CLS token, which is
+    cut off; then 2x2 neighbouring patches are stacked (pixel shuffle) and projected to one token. "Start of image" and
+    "end of image" are around an image. Frames of videos come as images with text between them ("Frame2:"), which is
+    part of the prompt's text.
     """
 
     model_types = ("internvl",)
@@ -50,7 +50,7 @@ class InternVL(Adapter):
         return self.vision_config.patch_size[0]
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
-        # The model takes every tile for a square.
+        # The model assumes that every tile is a square.
         return [Medium.of_grids(square(len(tile))) for tile in features]
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
@@ -64,6 +64,6 @@ class InternVL(Adapter):
 
 
 def square(tokens: int) -> Grid:
-    """The grid of a square image of so many tokens."""
+    """The grid of a square image with this number of tokens."""
     side = round(tokens**0.5)
     return Grid(side, side)

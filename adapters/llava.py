@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5: a CLIP or SigLIP tower, a two-layer projector, one block of patch tokens an image."""
+"""LLaVA-1.5: a CLIP or SigLIP tower, a two-layer projector, one grid of patch tokens an image."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vtprune.tokens import Grid, Medium
 class Llava(Adapter):
     """`LlavaForConditionalGeneration` (LLaVA-1.5, arXiv 2310.03744) with a CLIP or SigLIP vision tower.
 
-    Tokens of an image: the patches in raster order. CLIP puts a CLS token before them, which the select strategy
-    "default" cuts off and "full" hands to the LLM as one more visual token. SigLIP has no CLS token ("default" would
-    cut a patch off, so its grid is then unknown).
+    Tokens of an image: the patches in raster order. CLIP puts a CLS token before them. The select strategy "default"
+    cuts it off, and "full" passes it to the LLM as one more visual token. SigLIP has no CLS token. With SigLIP,
+    "default" cuts off a patch, so the grid is unknown.
     """
 
     model_types = ("llava",)

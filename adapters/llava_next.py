@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT: an overview of the image, then the tiles it was cut into as one mosaic with a newline token a row."""
+"""LLaVA-NeXT: an overview of the image, then its tiles as one mosaic with a newline token after each row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vtprune.transformers_private import llava_next_crops
 class LlavaNext(Llava):
     """`LlavaNextForConditionalGeneration` (LLaVA-1.6, built on arXiv 2310.03744) with a CLIP or SigLIP vision tower.
 
-    Tokens of an image: the overview in raster order, then the mosaic of all tiles, row by row across tiles, less what
-    lies in the padding around the image; a newline token ends each row. Crops are the overview and each tile, as far
-    as something of it is left. CLIP's CLS token is cut off.
+    Tokens of an image: the overview in raster order, then the mosaic of all tiles, row by row across tiles. Tokens in
+    the padding around the image are left out. A newline token ends each row. Crops are the overview, and each tile that
+    has tokens left. CLIP's CLS token is cut off.
     """
 
     model_types = ("llava_next",)
@@ -34,21 +34,21 @@ class LlavaNext(Llava):
             return reason
         tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
         if (strategy == "default") != bool(cls.towers[tower]):
-            return f"with {tower!r}, vision_feature_select_strategy={strategy!r} gives no grid to make a mosaic of"
+            return f"with {tower!r}, vision_feature_select_strategy={strategy!r} gives no grid for a mosaic"
         return None
 
     @property
     def side(self) -> int:
-        """Patches in a row, and in a column, of a crop."""
+        """Number of patches in a row of a crop, which is also the number in a column."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     def crops(self, inputs: Mapping[str, Any]) -> list[int]:
-        """How many crops the encoder ran for each image of a call: the overview and the tiles."""
+        """Number of crops, overview and tiles, that the encoder processes for each image of a call."""
         pinpoints, size = self.config.image_grid_pinpoints, self.vision_config.image_size
         return [llava_next_crops(image, pinpoints, size) for image in stack_sizes(inputs["image_sizes"])]
 
     def pack(self, inputs: Mapping[str, Any], values: Tensor, newline: float) -> Sequence[Tensor]:
-        """Values (crops of all images, patches, dim) where the model puts features: (tokens, dim) an image."""
+        """Arrange values (crops of all images, patches, dim) as the model arranges features: (tokens, dim) an image."""
         return self.base.pack_image_features(
             values.split(self.crops(inputs)),
             stack_sizes(inputs["image_sizes"]),
@@ -87,12 +87,12 @@ class LlavaNext(Llava):
 
 
 def _medium(numbers: Tensor, tiled: bool, side: int) -> Medium:
-    """numbers (tokens,) long: each token's crop, -1 for newlines. tiled: whether the overview is not all there is."""
+    """numbers: (tokens,) long, the crop of each token, -1 for newlines. tiled: whether there are tiles."""
     newline = numbers < 0
     lines = newline.cumsum(0) - newline.long()
     if tiled:
         lines[numbers == 0] = -1
-    # Nothing may be left of a tile far off the centre.
+    # A tile far from the centre may have no tokens left.
     found, crops = numbers.unique(return_inverse=True)
     crops = crops - int(newline.any())
     grids = [Grid(side, side)]

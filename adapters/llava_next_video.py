@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT-Video: LLaVA-NeXT, and videos as frames pooled before the projector."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT, and videos as frames that are pooled before the projector."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vtprune.tokens import Grid, Medium
 class LlavaNextVideo(LlavaNext):
     """`LlavaNextVideoForConditionalGeneration` (LLaVA-NeXT-Video, built on arXiv 2310.03744).
 
-    Images as in LLaVA-NeXT. Tokens of a video: one grid a frame in raster order, frame after frame, without newline
-    tokens. The resampler pools each frame's patches, usually 2x2 to their mean, before the projector.
+    Images are as in LLaVA-NeXT. Tokens of a video: one grid a frame in raster order, frame after frame, without newline
+    tokens. The resampler pools the patches of each frame before the projector, usually 2x2 patches to their mean.
     """
 
     model_types = ("llava_next_video",)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-OneVision: LLaVA-NeXT's images, resized when large, and videos as frames pooled after the projector."""
+"""LLaVA-OneVision: images as in LLaVA-NeXT, resized if large, and videos as frames pooled after the projector."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vtprune.adapters.llava_next import LlavaNext
 from vtprune.tokens import Grid, Medium
 
 UNLIMITED = "anyres_max_1000000"
-"""A `vision_aspect_ratio` that leaves every mosaic as it is."""
+"""A `vision_aspect_ratio` with which no mosaic is resized."""
 
 
 class LlavaOnevision(LlavaNext):
     """`LlavaOnevisionForConditionalGeneration` (arXiv 2408.03326), usually with a SigLIP vision tower.
 
-    Images as in LLaVA-NeXT, but the features of a mosaic larger than `vision_aspect_ratio` allows are resized: its
-    tokens then lie across tiles, and all of it is one crop. Where a prompt has several images, each is an overview and
-    one newline token. Tokens of a video: one grid a frame in raster order, resized to half its height and width behind
-    the projector, frame after frame, and one newline token at the very end.
+    Images are as in LLaVA-NeXT, but the features of a mosaic larger than `vision_aspect_ratio` allows are resized. Its
+    tokens then belong to no single tile, and the whole mosaic is one crop. If a prompt has several images, each is an
+    overview and one newline token. Tokens of a video: one grid a frame in raster order, resized to half its height and
+    width after the projector, frame after frame, and one newline token at the end of the video.
     """
 
     model_types = ("llava_onevision",)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral Small 3.1 and later: Pixtral's tower, patches merged 2x2 before the LLM."""
+"""Mistral Small 3.1 and later: the tower of Pixtral, with 2x2 patches merged before the LLM."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vtprune.tokens import Grid, Medium
 class Mistral3(Pixtral):
     """`Mistral3ForConditionalGeneration` (Mistral Small 3.1 and 3.2; no paper).
 
-    As Pixtral-12B, but the projector merges neighbouring patches, `spatial_merge_size` each way, into one token; rows
-    and columns left over are cut off.
+    Like Pixtral-12B, but the projector merges neighbouring patches, `spatial_merge_size` in each direction, into one
+    token. Rows and columns that do not fill a merge are cut off.
     """
 
     model_types = ("mistral3",)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaliGemma and PaliGemma 2: images first, and a prompt whose tokens all see one another."""
+"""PaliGemma and PaliGemma 2: images come first, and all tokens of the prompt attend to one another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vtprune.transformers_private import cache_of
 class PaliGemma(Adapter):
     """`PaliGemmaForConditionalGeneration` (arXiv 2407.07726; PaliGemma 2, arXiv 2412.03555).
 
-    Tokens of an image: the patches of the SigLIP encoder in raster order, projected one by one. Images stand before all
-    text, which begins with "bos". No CLS token. The whole prompt is one block whose tokens see one another both ways,
-    whatever the window of PaliGemma 2's sliding layers; what is generated (or, in training, the answer) is causal.
-    Positions count from 1.
+    Tokens of an image: the patches of the SigLIP encoder in raster order, projected one by one. Images come before all
+    text, which begins with "bos". No CLS token. The whole prompt is one block whose tokens attend to one another in
+    both directions, also beyond the window of PaliGemma 2's sliding layers. Generated tokens (in training, the answer)
+    are causal. Positions count from 1.
     """
 
     model_types = ("paligemma",)
@@ -30,7 +30,7 @@ class PaliGemma(Adapter):
 
     def blocks(self, inputs: Mapping[str, Any]) -> Tensor | None:
         types, cache = inputs.get("token_type_ids"), cache_of(inputs)
-        # With encoded images, on a cache that holds something, the model takes a prompt for a continuation.
+        # Given encoded images and a cache that is not empty, the model handles a prompt as a continuation.
         continued = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
         return None if types is None or continued else torch.where(types == 0, 0, -1)
 

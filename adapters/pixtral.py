@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixtral-12B: LLaVA's class with a tower that takes images of any size."""
+"""Pixtral-12B: the class of LLaVA with a tower for images of any size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vtprune.tokens import Grid, Medium
 class Pixtral(Adapter):
     """`LlavaForConditionalGeneration` with a Pixtral tower (Pixtral-12B, arXiv 2410.07073).
 
-    Tokens of an image: its patches in raster order, as many rows and columns as the image has, projected one by one.
-    After each row stands `[IMG_BREAK]`, after the last `[IMG_END]`: text tokens. The tower runs over the patches of all
-    images of a call in one sequence, in which images do not see one another. No CLS token.
+    Tokens of an image: its patches in raster order, projected one by one; the number of rows and columns depends on the
+    image. The text token `[IMG_BREAK]` follows each row, and `[IMG_END]` the last row. The tower runs over the patches
+    of all images of a call in one sequence, in which images do not attend to one another. No CLS token.
     """
 
     model_types = ("llava/pixtral",)
@@ -42,7 +42,7 @@ class Pixtral(Adapter):
         return [len(grid) for grid in self.patch_grids(inputs)]
 
     def patch_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
-        """The encoder's patches of each image of a call."""
+        """The grid of the encoder's patches of each image of a call."""
         return [Grid(height // self._patch, width // self._patch) for height, width in sizes(inputs)]
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:

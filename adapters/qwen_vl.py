@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size as patches, merged 2x2 before the LLM."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size, with 2x2 patches merged before the LLM."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from vtprune.transformers_private import qwen2_5_vl_window_order
 class Qwen2VL(Adapter):
     """`Qwen2VLForConditionalGeneration` (arXiv 2409.12191).
 
-    The patches of all media of a call arrive packed in one sequence; four neighbours stand together, and the merger
-    makes one token of them. Tokens of an image: one grid in raster order, half as high and wide as that of the patches.
-    A video: one such grid for every two frames, one after another. No CLS token. Positions have three axes (M-RoPE).
+    The patches of all media of a call are packed in one sequence. Four neighbours are next to one another in it, and
+    the merger makes one token of them. Tokens of an image: one grid in raster order, with half the rows and columns of
+    the patches. Tokens of a video: one such grid for every two frames, one after another. No CLS token. Positions have
+    three axes (M-RoPE).
     """
 
     model_types = ("qwen2_vl",)
@@ -65,8 +66,8 @@ class Qwen2VL(Adapter):
 class Qwen2_5_VL(Qwen2VL):
     """`Qwen2_5_VLForConditionalGeneration` (arXiv 2502.13923).
 
-    As Qwen2-VL, but most encoder layers attend within windows, for which the encoder sorts the merged tokens; they are
-    put back in raster order behind the merger.
+    Like Qwen2-VL, but most encoder layers attend within windows. The encoder sorts the merged tokens by windows, and
+    puts them back in raster order after the merger.
     """
 
     model_types = ("qwen2_5_vl",)
@@ -80,30 +81,33 @@ class Qwen2_5_VL(Qwen2VL):
 class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration` (arXiv 2511.21631).
 
-    As Qwen2-VL, but text with a time stamp ("<0.3 seconds>") stands before each grid of a video, and features of
-    earlier encoder layers are added to the visual tokens behind the first decoder layers (DeepStack).
+    Like Qwen2-VL, but text with a time stamp ("<0.3 seconds>") comes before each grid of a video, and features of
+    earlier encoder layers are added to the visual tokens after the first decoder layers (DeepStack).
     """
 
     model_types = ("qwen3_vl",)
     family = "Qwen3-VL"
 
     def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:
-        # Further stamps stand inside their video. The first one can be told if the prompt has "vision start" around the
-        # whole video as well, as chat templates do, or if the stamps inside show how one begins.
+        # All time stamps but the first are inside their video. The first one is found if the prompt has "vision start"
+        # before the whole video, too, as chat templates do, or if the stamps inside show how a stamp begins.
         found = super().markers(ids, images)
         if ids is None:
             return found
         ids = ids.to(images.device)
-        for row, own in enumerate(images):
-            videos = own[(ids[row] == self.config.video_token_id) & (own >= 0)].unique().tolist()
-            tokens, numbers = ids[row].tolist(), own.tolist()
+        for row, media in enumerate(images):
+            videos = media[(ids[row] == self.config.video_token_id) & (media >= 0)].unique().tolist()
+            tokens, numbers = ids[row].tolist(), media.tolist()
             for start in (numbers.index(video) - 1 for video in videos):
                 found[row, self._first_stamp(tokens, numbers, start) : start] = True
         return found
 
     def _first_stamp(self, tokens: list[int], numbers: list[int], start: int) -> int:
-        """The column where the first stamp of a video begins, whose "vision start" is in column `start`; that column if
-        this cannot be told."""
+        """The column where the first time stamp of a video begins; `start` if it is not found.
+
+        tokens: the ids of a sample. numbers: the medium of each column, -1 for none. start: the column of the video's
+        "vision start", which follows the stamp.
+        """
         config, video = self.config, numbers[start + 1]
         for column in range(start - 1, -1, -1):
             if tokens[column] == config.vision_start_token_id:
@@ -113,7 +117,7 @@ class Qwen3VL(Qwen2VL):
         inside = next((c for c in range(start + 1, len(numbers)) if numbers[c] != video), len(numbers))
         if video not in numbers[inside:]:
             return start
-        # "vision end", a stamp that is not shorter than the first one, "vision start".
+        # Inside the video come "vision end", a stamp at least as long as the first one, and "vision start".
         opening, length = tokens[inside + 1], numbers.index(video, inside) - inside - 2
         near = [column for column in range(max(start - length, 0), start) if tokens[column] == opening]
         return near[-1] if near else start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video-LLaVA: an encoder for images and one for the frames of videos, whose CLS tokens go to the LLM, too."""
+"""Video-LLaVA: an encoder for images, and one for frames of videos, whose CLS tokens also go to the LLM."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from vtprune.tokens import Grid, Medium
 class VideoLlava(Llava):
     """`VideoLlavaForConditionalGeneration` (arXiv 2311.10122) with CLIP or SigLIP vision towers.
 
-    Two towers of one make, for images and for frames. Tokens of an image: as in LLaVA-1.5. Tokens of a video: for each
-    frame the CLS token, which is never cut off here, and then the patches in raster order. No newline tokens.
+    It has two towers of the same kind, one for images and one for frames. Tokens of an image: as in LLaVA-1.5. Tokens
+    of a video: for each frame the CLS token, which is never cut off here, and then the patches in raster order. No
+    newline tokens.
     """
 
     model_types = ("video_llava",)
@@ -39,7 +40,7 @@ class VideoLlava(Llava):
         return [Medium.of_grids(*[Grid(side, side, prefix=self.cls_tokens)] * frames)] * videos
 
     def pixel_argument(self, kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
-        # The processor gives images a name of their own, under which the model takes them up to transformers 5.21.
+        # The processor gives the pixels of images another name, which the model accepts up to transformers 5.21.
         pixels = super().pixel_argument(kind, inputs)
         return inputs.get("pixel_values_images") if pixels is None and kind == "image" else pixels
 

@@ -72,7 +72,7 @@ def test_what_is_no_picture_is_named(tmp_path):
 
 def test_a_target_that_cannot_be_written_is_named(tmp_path):
     check_target(tmp_path / "kept.PNG")
-    with pytest.raises(ConfigError, match="the ending says nothing"):
+    with pytest.raises(ConfigError, match="the ending names no picture format"):
         check_target(tmp_path / "kept")
     with pytest.raises(ConfigError, match="the folder does not exist"):
         check_target(tmp_path / "missing" / "kept.png")

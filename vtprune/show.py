@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: read from files, and drawn with what was kept."""
+"""Pictures: reading files, and drawing which visual tokens were kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIM = 0.25
 
 
 def load_picture(path: Path) -> Image.Image:
-    """The RGB image in a file, upright (cameras note in EXIF how they were held), 16 bits a channel brought down to 8.
+    """Read an RGB image from a file. It is turned upright by its EXIF orientation, and 16 bits a channel become 8.
 
     Raises ConfigError if the file cannot be read.
     """
@@ -25,7 +25,7 @@ def load_picture(path: Path) -> Image.Image:
         picture = ImageOps.exif_transpose(Image.open(path))
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"{path}: not a readable image") from error
-    if picture.mode.startswith("I"):  # a plain conversion would cut off all above 255
+    if picture.mode.startswith("I"):  # a plain conversion would clip values above 255
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
     return picture.convert("RGB")
 
@@ -33,18 +33,18 @@ def load_picture(path: Path) -> Image.Image:
 def check_target(path: Path) -> None:
     """Raise ConfigError unless a picture can be written to a path."""
     if path.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"{path}: the ending says nothing of the format of a picture; .png, for example")
+        raise ConfigError(f"{path}: the ending names no picture format; use .png, for example")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: the folder does not exist")
 
 
 def overlay(image: Image.Image, kept: Iterable[int], grid: Grid) -> Image.Image:
-    """The image with the patches of kept visual tokens as they are and those of dropped ones dimmed.
+    """Draw the image with the patches of dropped visual tokens dimmed.
 
     Args:
-        image: what the encoder saw, i.e. after the processor's resizing and cropping.
+        image: the image as the encoder sees it, after the processor's resizing and cropping.
         kept: indices of the kept tokens within the image's tokens, 0 to `len(grid) - 1`; a LongTensor is fine.
-        grid: the layout of the image's tokens; its prefix tokens (CLS) have no place and are not drawn.
+        grid: the layout of the image's tokens. Its prefix tokens (CLS) have no position and are not drawn.
 
     Returns:
         RGB image of the same size.

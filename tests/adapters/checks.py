@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of several families share: pruned generation against a recompute, and where visual tokens come from."""
+"""Shared by the tests of several families: pruned generation against a recompute, and the patches of visual tokens."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_pruned(name: str, media: str, method: str, attention: str = "sdpa", po
 
 @torch.no_grad()
 def check_untouched(name: str, media: str, attention: str):
-    """Methods that are asked to keep everything change no bit."""
+    """Methods that keep everything do not change a bit."""
     model = families.shared(name, attention)
     batch = families.batch(name, model, media=media)
     before = generate(model, batch)
@@ -71,7 +71,7 @@ def check_untouched(name: str, media: str, attention: str):
 
 
 def blinkered(name: str):
-    """A fresh model in whose vision encoder no patch sees another one: a feature depends on its own pixels alone."""
+    """A new model whose vision encoder has no attention between patches: a feature depends only on its own pixels."""
     model = families.build(name)
     adapter = vtprune.adapter_for(model)
     for layer in (layer for kind in adapter.kinds for layer in adapter.encoder_layers(kind)):
@@ -101,7 +101,7 @@ def origins(encode: Callable[[Tensor], Tensor], pixels: Tensor, patch: int) -> T
 
 @torch.no_grad()
 def projector_input(model, encode: Callable[[], object]) -> Tensor:
-    """What the projector was called with meanwhile."""
+    """The arguments with which the projector was called meanwhile."""
     seen = []
     handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     encode()

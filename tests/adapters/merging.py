@@ -49,7 +49,7 @@ def means(depends: Tensor, patches: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encoder_and_projector(model, encode: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """What the encoder put out, and what the projector was given."""
+    """The encoder's output, and the projector's input."""
     adapter, seen = vtprune.adapter_for(model), {}
 
     def tower(module, args, output):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images cut into tiles: which patch each token stands for, found out by changing pixels, and what follows from it."""
+"""Images cut into tiles: the patch of each token, found by changing pixels, and what follows from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGES = [
     ((8, 48), (72, 72), [4, 5, 6]),  # a strip through the middle row of tiles
     ((48, 8), (72, 72), [2, 5, 8]),
     ((20, 20), (24, 24), [1]),
-    ((1, 1000), (48, 48), []),  # a strip of less than a row of patches, of which the model leaves nothing
+    ((1, 1000), (48, 48), []),  # a strip of less than a row of patches, which the model cuts off completely
 ]
 every_image = pytest.mark.parametrize(("size", "resolution", "visible"), IMAGES)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of attention that methods are shown, where attention is not simply causal: against eager `output_attentions`."""
+"""Attention rows that methods get, where attention is not simply causal, against eager `output_attentions`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEEN: list = []
 
 @dataclass(frozen=True, kw_only=True)
 class Look(vtprune.InLLM):
-    """Looks at attention before a layer, and drops nothing."""
+    """Reads attention before a layer, and drops nothing."""
 
     name: ClassVar[str] = "look"
     signal: ClassVar[str] = "-"
@@ -102,7 +102,7 @@ def test_rows_are_those_of_eager_attention(name, window, layer, before, prompt):
             ~torch.isin(session.report.visual[sample], session.report.kept(sample, 0))
         ]
         columns = real[~torch.isin(real, dropped)]
-        # What was cut stands at the right end of the sequence.
+        # The remaining tokens are at the right end of the sequence.
         places = columns if width == inputs["input_ids"].shape[1] else torch.arange(width - len(columns), width)
         visual = places[torch.isin(columns, session.report.kept(sample, 0))]
         n = len(visual)
@@ -110,7 +110,7 @@ def test_rows_are_those_of_eager_attention(name, window, layer, before, prompt):
 
         expected = attentions[layer - 1][sample, :, places[-1], visual]
         torch.testing.assert_close(last[sample, :, :n], expected, atol=1e-5, rtol=0)
-        ids = inputs["input_ids"][sample][columns]  # what is around images has ids above those of words
+        ids = inputs["input_ids"][sample][columns]  # tokens around images have ids above those of words
         text = places[(places > visual[-1]) & (ids >= families.FIRST_WORD) & (ids < families.IMAGE)]
         rows = text if len(text) else places[-1:]
         expected = attentions[layer][sample].mean(0)[rows][:, visual].mean(0)

@@ -104,7 +104,7 @@ def test_a_padded_batch(name, window, method, attention):
 @every_method
 @every_model
 def test_two_images_alone(name, window, method, attention):
-    """Without padding masks may be left out, and decoding goes another way."""
+    """Without padding, masks may be left out, and decoding takes another path."""
     model, positions = built(name, window, attention), POSITIONS[attention]
     inputs = families.batch(name, model).singles[1]
     with session_on(model, method, positions) as session:
@@ -138,7 +138,7 @@ def test_without_a_cache(name, window, method):
 @every_method
 @every_block
 def test_a_prompt_that_ends_with_an_image(name, window, method, attention):
-    """Its last row, which FastV asks about, is part of a block."""
+    """Its last row, which FastV reads, is part of a block."""
     model = built(name, window, attention)
     inputs = dict(families.batch(name, model).singles[1])
     end = int(visual_columns(model, inputs)[-1]) + 1
@@ -158,14 +158,14 @@ def test_an_answer_behind_the_prefix_is_causal(name, window, method, attention):
 
 
 def conversation(name: str, before: Tensor, answers: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """Prompts (samples, columns), answers and what follows, as one sequence; PaliGemma's prefix is the prompt."""
+    """Prompts (samples, columns), answers and what follows, as one sequence. The prefix of PaliGemma is the prompt."""
     ids = torch.cat([before, answers, after], 1)
     behind = (torch.arange(ids.shape[1]) >= before.shape[1]).long().expand_as(ids)
     types = (ids == IMAGE).long() if name == "gemma3" else behind
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
 
 
-# Rows of attention are not recomputed over a window that forgot part of the conversation.
+# Attention rows cannot be recomputed over a window that has dropped a part of the conversation.
 TURNS = [
     (name, window, method, image)
     for name, window in MODELS

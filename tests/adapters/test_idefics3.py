@@ -31,13 +31,13 @@ def test_tokens_stand_for_squares_of_four_patches(name):
 @both
 @torch.no_grad()
 def test_samples_of_different_numbers_of_tiles(name):
-    """Tiles that only fill samples up to the same number are none; a padded tile is one."""
+    """Tiles that only pad samples to the same number do not count; a tile with padding does."""
     model = families.shared(name)
     adapter, batch = vtprune.adapter_for(model), families.batch(name, model)
     inputs = {key: batch.inputs[key] for key in ("pixel_values", "pixel_attention_mask")}
     output = features(model, **inputs)
     media = adapter.media("image", inputs, output)
-    # The samples hold 1x2 tiles and the whole; one padded image uncut, and 2x1 tiles and the whole; 2x2 and the whole.
+    # The samples have: 1x2 tiles and the whole; one padded image uncut, and 2x1 tiles and the whole; 2x2 and the whole.
     assert [len(sample) for sample in output] == [27, 36, 45] and len(media) == 12
     per_sample = [tiles[tiles.flatten(1).any(1)] for tiles in inputs["pixel_values"]]
     assert [len(tiles) for tiles in per_sample] == [3, 4, 5]
@@ -87,7 +87,7 @@ def test_keeping_everything_changes_nothing(name, attention):
 @pytest.mark.parametrize("scope", ["crop", "image"])
 @pytest.mark.parametrize("method", ["random", "divprune", "mmtok"])
 def test_every_tile_has_a_budget_of_its_own(name, method, scope):
-    """Text stands between the tiles of an image, so that each is one."""
+    """Text is between the tiles of an image, so each tile is a separate image."""
     report = check_pruned(name, "image", method, keep_ratio=None, keep_tokens=2, scope=scope)
     assert report.counts[:, 0].tolist() == [6, 8, 10]
     for sample, tiles in enumerate((3, 4, 5)):

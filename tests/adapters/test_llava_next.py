@@ -120,7 +120,7 @@ def test_keeping_everything_changes_nothing(attention):
 
 @pytest.mark.parametrize("method", ["random", "divprune", "mmtok", "vtc_cls"])
 def test_a_budget_a_crop_or_an_image(method):
-    """Newline tokens are no content: they stay while something of their row does, and count for no budget."""
+    """Newline tokens are not content: they stay as long as a token of their row, and never count for a budget."""
     model = families.shared("llava_next")
     batch = families.batch("llava_next", model)
     media = vtprune.adapter_for(model).media("image", {"image_sizes": batch.inputs["image_sizes"]}, ())

@@ -16,7 +16,7 @@ NAME = "llava_onevision"
 @every_image
 def test_mosaics_left_as_they_are_are_those_of_llava_next(size, resolution, visible):
     model, adapter, inputs = encoded(NAME, size, resolution)
-    # Said in the call, it overrides the config.
+    # In the call, it overrides the config.
     inputs["vision_aspect_ratio"] = "anyres_max_9"
     stands_for = places(traced(model, inputs))
     (medium,) = adapter.media("image", inputs, features(model, inputs))

@@ -38,7 +38,7 @@ def test_tokens_stand_for_patches(name):
 
 
 def test_the_prompt_is_one_block_unless_it_continues_a_cache():
-    """Encoded images are no sign of a first call to the model, pixels are."""
+    """The model recognises a first call by pixels, not by encoded images."""
     adapter = vtprune.adapter_for(families.shared("paligemma"))
     types = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
     expected, used = [[0, 0, 0, -1], [0, 0, 0, 0]], DynamicCache()
@@ -69,6 +69,6 @@ def test_keeping_everything_changes_nothing(name, attention):
 @pytest.mark.parametrize("scope", ["crop", "image"])
 @both
 def test_every_image_has_a_budget_of_its_own(name, scope):
-    """Images side by side are no tiles of one."""
+    """Images side by side are not tiles of one image."""
     report = check_pruned(name, "image", "divprune", keep_ratio=None, keep_tokens=5, scope=scope)
     assert report.counts[:, 0].tolist() == [5, 10, 5]

@@ -35,7 +35,7 @@ def _no_gradients():
 
 
 def blinkered(name: str):
-    """A fresh model in whose vision encoder no patch sees another one: a token depends on its own pixels alone."""
+    """A new model whose vision encoder has no attention between patches: a token depends only on its own pixels."""
     model = families.build(name)
     for block in model.model.visual.blocks:
         block.attn.proj.weight.zero_()
@@ -146,7 +146,7 @@ def test_what_methods_are_told_of_the_model(name):
 
 @every_family
 def test_every_frame_is_asked_what_follows_the_whole_video(name):
-    # Qwen3-VL has time stamps between the frames, which are no question; nor are the marks around them.
+    # Qwen3-VL has time stamps between the frames. Neither they nor the marks around them are part of the question.
     model = families.shared(name)
     batch = families.batch(name, model, media="video")
     questions = []
@@ -239,8 +239,8 @@ def test_keeping_everything_changes_nothing(name, attention):
     ],
     ids=lambda methods: "+".join(f"{m['name']}{m.get('layer', '')}" for m in methods),
 )
-def test_deepstack_planes_are_cut_and_merged_with_their_tokens(methods, attention, media):
-    # Planes are added behind layers 0, 1 and 2, so that these cuts fall between them.
+def test_deepstack_features_are_cut_and_merged_with_their_tokens(methods, attention, media):
+    # DeepStack features are added after layers 0, 1 and 2, so these cuts are between them.
     positions = {"sdpa": "original", "eager": "compact"}[attention]
     model = families.shared("qwen3_vl", attention)
     batch = families.batch("qwen3_vl", model, media=media)
@@ -287,8 +287,8 @@ def test_a_loop_of_plain_calls(name, method, positions):
         with vtprune.prune(model, method, keep_ratio=0.4, positions=positions) as session:
             output = model(**inputs, use_cache=True)
             logits, report, cache = [output.logits[0, -1]], session.report, output[CACHE]
-            held = report.counts[0] + report.text_tokens[0]
-            assert [layer.keys.shape[-2] for layer in cache.layers] == held.tolist()
+            stored = report.counts[0] + report.text_tokens[0]
+            assert [layer.keys.shape[-2] for layer in cache.layers] == stored.tolist()
             for _ in range(NEW - 1):
                 token = logits[-1].argmax().view(1, 1)
                 logits.append(model(input_ids=token, **{CACHE: cache}).logits[0, -1])
@@ -300,8 +300,8 @@ def test_a_loop_of_plain_calls(name, method, positions):
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_plain_calls_after_a_video_that_runs_ahead_of_the_text(positions):
-    # Of a long video the last positions in time lie beyond those of the text that follows it. Plain calls of the model
-    # go on behind those, `generate()` behind the text.
+    # The last positions in time of a long video are above those of the text after it. Direct calls of the model go on
+    # after the video's positions, `generate()` after those of the text.
     model = families.shared("qwen2_5_vl")
     inputs = families.batch("qwen2_5_vl", model, media="video").singles[2]
     del inputs["attention_mask"]
@@ -423,7 +423,7 @@ def test_a_second_turn_with_another_image(name, method, positions, encoded):
 @pytest.mark.parametrize("method", ["divprune", "fastv"])
 @every_family
 def test_a_sample_that_loses_nothing_keeps_its_positions(name, method):
-    """Beside one that is renumbered: alone, nothing would be pruned and nothing renumbered."""
+    """Together with a sample that is renumbered: alone, nothing would be pruned or renumbered."""
     model = families.shared(name)
     small, large = Conversation(name, model, 1), Conversation(name, model, 2)
     small.words(3), small.image(2, 3), small.words(4)

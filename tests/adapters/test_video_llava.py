@@ -72,7 +72,7 @@ def test_images(strategy):
     video = {"pixel_values_videos": torch.randn(1, 2, 3, 32, 32)}
     frames = model.model.get_video_features(**video, return_dict=True)
     assert adapter.media("video", video, frames.pooler_output)[0].grids == (Grid(4, 4, prefix=1),) * 2
-    # Frames that were encoded outside look like images here, but which of them make a video is not known.
+    # Frames that were encoded outside look like images here. Which of them belong to one video is not known.
     ids = torch.tensor([[1, *[30] * 34, 5, 6]])
     with pytest.raises(UnsupportedStageError, match="computed elsewhere"), vtprune.prune(model, "zero"):
         model(input_ids=ids, mm_encoder_outputs={"video": frames})

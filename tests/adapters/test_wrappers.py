@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models inside wrappers: pruned like the model itself, or refused with what to pass instead."""
+"""Models inside wrappers are pruned like the model itself, or refused with a message that says what to pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _no_gradients():
 
 
 def check(wrapper, model, call):
-    """A session on the wrapper gives what one on the model gives, through the wrapper."""
+    """A session on the wrapper gives the same as one on the model."""
     for method in METHODS:
         with vtprune.prune(model, method, keep_ratio=0.5) as session:
             expected, own = call(model), session.report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: which tokens go inside the LLM, several rounds of merging, budgets."""
+"""Not in the conformance matrix: which tokens are dropped inside the LLM, several rounds of merging, budgets."""
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ def test_both_stages_together_meet_the_ratio(ratio, layers):
     entering = round(merge.keep_ratio * 10_000)
     counts = prune.budgets(SHAPE, torch.tensor([entering]), torch.tensor([1]))[:, 0].tolist()
     cuts = prune.cuts(SHAPE)
-    spans = zip([0, *cuts], [*cuts, 28], [entering, *counts], strict=True)
-    assert sum((end - start) * n for start, end, n in spans) / 280_000 == pytest.approx(ratio, abs=1e-3)
+    ranges = zip([0, *cuts], [*cuts, 28], [entering, *counts], strict=True)
+    assert sum((end - start) * n for start, end, n in ranges) / 280_000 == pytest.approx(ratio, abs=1e-3)
     assert merge.keep_ratio == 1 or counts[-1] == (0 if layers != (20, 28) else pytest.approx(entering / 8, abs=4))
 
 
@@ -73,7 +73,7 @@ def test_the_measured_average_is_the_budget(name, media, budget):
 
 
 def page_rank(attention):
-    """Ranks (n,) from eager weights (heads, n, past + n), which a temperature of 0.1 raises to the tenth power."""
+    """Ranks (n,) from eager weights (heads, n, past + n). A temperature of 0.1 raises them to the tenth power."""
     sharp = attention.double().pow(10)
     n = sharp.shape[1]
     sharp = (sharp / sharp.sum(-1, keepdim=True))[..., -n:]
@@ -90,7 +90,7 @@ def page_rank(attention):
     + [("llava", 2), ("gemma3", 2), ("paligemma2", 2)],
 )
 def test_inside_the_llm_the_lowest_ranks_go_first(name, turn):
-    """By the attention that the pruned model itself computes in the layer before every cut."""
+    """Tokens are chosen by the attention that the pruned model computes in the layer before every cut."""
     model = families.shared(name, "eager")
     first, inputs, _ = families.batch(name, model).singles
     weights = {}
@@ -117,7 +117,7 @@ def test_inside_the_llm_the_lowest_ranks_go_first(name, turn):
         alive, left = report.kept(0, cut - 1) - past, report.kept(0, cut) - past
         columns = torch.cat([text, alive]).sort().values
         ranks = page_rank(weights[cut - 1])[torch.searchsorted(columns, alive)]
-        # Newline tokens go with their line, not by rank.
+        # Newline tokens are dropped with their line, not by rank.
         stays = torch.isin(alive, left)
         content = torch.isin(alive, newlines(model, inputs), invert=True)
         if (stays & content).any() and (~stays & content).any():
@@ -127,7 +127,7 @@ def test_inside_the_llm_the_lowest_ranks_go_first(name, turn):
 
 
 def newlines(model, inputs):
-    """Columns that hold the model's newline embedding."""
+    """Columns with the model's newline embedding."""
     newline = getattr(model.model, "image_newline", None)
     if newline is None:
         return torch.empty(0, dtype=torch.long)
@@ -142,7 +142,7 @@ def newlines(model, inputs):
 
 @torch.no_grad()
 def test_each_image_is_merged_in_rounds_of_its_own():
-    """A small budget, for which half of the tokens go more than once."""
+    """A small budget, which needs more than one round of merging half of the tokens."""
     model = families.shared("llava")
     inputs = families.batch("llava", model).singles[1]
     entering = []
@@ -168,7 +168,7 @@ def test_each_image_is_merged_in_rounds_of_its_own():
 
 
 def recomputed(model, inputs, sequences, report):
-    """Logits of whole sequences without a cache, each layer hiding the visual tokens that are not among its kept."""
+    """Logits of whole sequences without a cache; each layer hides the visual tokens that it does not keep."""
     length = sequences.shape[1]
     more = length - inputs["input_ids"].shape[1]
     whole = inputs | {"input_ids": sequences}
@@ -236,9 +236,9 @@ def test_a_later_removal_takes_what_is_masked_with_it():
     aim["layers"] = (2, 7)
     with vtprune.prune(model, [aim, LATER_CUT]) as session:
         out = model.generate(**batch.inputs, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
-        held = [layer.physical for layer in out[CACHE].layers]
+        stored = [layer.physical for layer in out[CACHE].layers]
     report, start = session.report, batch.inputs["input_ids"].shape[1]
-    assert held[5] == start + 3 and held[6] < held[5]
+    assert stored[5] == start + 3 and stored[6] < stored[5]
     assert (report.counts[:, 5] < report.counts[:, 2]).all() and (report.counts[:, 6] < report.counts[:, 5]).all()
     expected = recomputed(model, batch.inputs, out.sequences, report)
     torch.testing.assert_close(torch.stack(out.logits, dim=1), expected[:, start - 1 : -1], atol=1e-4, rtol=1e-4)
@@ -268,7 +268,7 @@ def test_masked_tokens_are_reported_as_gone_and_paid_for():
 
 
 class Evict(AfterPrefill):
-    """Leaves three visual tokens in the cache of one layer."""
+    """Keeps three visual tokens in the cache of one layer."""
 
     name = "evict"
     signal = "-"
@@ -297,13 +297,13 @@ def test_what_is_masked_is_held_until_it_is_evicted():
 
 @torch.no_grad()
 def test_what_is_masked_stays_masked_in_the_next_turn():
-    """A second prompt on the cache of the first sees of it what the first saw."""
+    """A second prompt on the same cache sees the tokens of the first prompt that the first prompt saw."""
     model = families.shared("llava")
     first, second, _ = families.batch("llava", model).singles
     text = second["input_ids"][:, -4:]
     logits = {}
     for removal in ("masking", "physical"):
-        # One cut: what ranks the removed pass on plays no part yet.
+        # With one cut, the ranks that removed tokens would pass on have no effect.
         with vtprune.prune(model, "aim", keep_ratio=0.95, removal=removal, layers=(6, 8)) as session:
             cache = model(**first, use_cache=True)[CACHE]
             kept = session.report.kept(0, 7).tolist()

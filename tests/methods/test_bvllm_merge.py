@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: frames that merge, and both merges one after the other."""
+"""Not in the conformance matrix: frames that merge, and both merges one after the other."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ GRID = Grid(2, 3)
 
 
 def clip(scenes: list[int], k: int, kind: str = "video", noise: float = 0.1) -> VisualTokens:
-    """Frames of six tokens; frames of one scene are much alike, those of two are opposite."""
+    """Frames of six tokens. Frames of one scene are very similar, frames of different scenes are opposite."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(8) - torch.full((8, 8), 0.5)
     frames = centres[scenes][:, None] + noise * torch.randn(len(scenes), len(GRID), 8, generator=generator)
@@ -48,7 +48,7 @@ def test_tokens_of_the_frames_left_merge():
         assert here.nonzero()[:, 0].tolist() == merged.places[0].sort().values.tolist()
         values = selection.features[0].view(3, 6, 8)[place][merged.places[0]]
         torch.testing.assert_close(values, merged.features[0])
-    # a token of the frame that is gone goes where its like in the frame left goes
+    # a token of a merged frame goes into the token that its counterpart in the remaining frame goes into
     sources = selection.sources[0].view(3, 6)
     assert sources[0].tolist() == sources[1].tolist()
     assert selection.keep[0][selection.sources[0]].all()
@@ -56,7 +56,7 @@ def test_tokens_of_the_frames_left_merge():
 
 @pytest.mark.parametrize(("k", "sizes"), [(12, [6, 6]), (7, [4, 3])])
 def test_the_reference_loses_frames_that_went_into_a_merged_one(k, sizes):
-    """The third frame resembles the second most, which goes into the first."""
+    """The third frame is most similar to the second, which goes into the first."""
     angles = torch.tensor([0.0, 0.3, 0.6, 3.0])
     places = torch.stack((angles.cos(), angles.sin()), dim=1)
     noise = 0.05 * torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -80,9 +80,9 @@ def test_the_reference_loses_frames_that_went_into_a_merged_one(k, sizes):
 @pytest.mark.parametrize("k", range(1, 31))
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_the_budget_is_met_however_alike_frames_are(k, noise):
-    """Frames that could not hold it are not merged."""
+    """Frames are not merged if the remaining ones would be too few for the budget."""
     selection = vtprune.BVLLMMerge(keep_tokens=k).select(clip([0, 0, 1, 0, 2], k, noise=noise))
-    # equal frames cannot be told apart: they merge or stay together
+    # equal frames have equal similarities: all of them merge, or none
     assert int(selection.keep.sum()) == k
 
 

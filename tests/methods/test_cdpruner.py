@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: where relevance comes from. With a text tower: tests/test_text_tower.py."""
+"""Not in the conformance matrix: the source of relevance. With a text tower: tests/stages/test_text_tower.py."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHAPE = ModelShape(encoder_layers=4, decoder_layers=8, feature_layer=2, has_cls=
 
 
 def greedy(features, relevance, k):
-    """By determinants, for one image."""
+    """The choice by determinants, for one image."""
     directions = torch.nn.functional.normalize(features.double(), dim=-1)
     kernel = relevance[:, None] * (directions @ directions.T) * relevance
     chosen = []

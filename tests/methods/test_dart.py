@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: pivots and what they choose, and the published count."""
+"""Not in the conformance matrix: pivots and the tokens that they choose, and the published count."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_c
 
 @torch.no_grad()
 def expected(model, inputs, layer, k, image_pivots, text_pivots):
-    """Columns that stay, from the states and the cache of a run without pruning."""
+    """Columns that stay, computed from the states and the cache of a run without pruning."""
     run = model(**inputs, use_cache=True, output_hidden_states=True)
     states = model.model.language_model.norm(run.hidden_states[layer])[0]
     norms = run[CACHE].layers[layer - 1].keys.abs().sum((1, 3))[0]

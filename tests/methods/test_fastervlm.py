@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: which tokens a model's own attention picks, and how ties end."""
+"""Not in the conformance matrix: which tokens the attention of a model picks, and equal scores."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: weighted anchors, several frames of them, images, scenes by a model."""
+"""Not in the conformance matrix: weighted anchors, several frames with anchors, images, scenes by a model."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ FRAMES, SIZE = 9, 16
 
 
 def groups(k: int, shape: ModelShape = SHAPE) -> VisualTokens:
-    """A video of two scenes, the second from frame 3 on; and an image of two tiles whose tokens take turns."""
+    """A video of two scenes, the second from frame 3 on; and an image of two tiles whose tokens alternate."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 24, generator=generator).repeat_interleave(torch.tensor([3, 6]), 0)
     features = features.repeat_interleave(SIZE, 0) + 0.6 * torch.randn(2, FRAMES * SIZE, 24, generator=generator)
@@ -77,7 +77,7 @@ def test_each_frame_a_scene_of_its_own():
 
 @torch.no_grad()
 def test_scenes_and_saliency_of_a_model():
-    """The tokens entering the LLM are those of the operations, on the model's own features and attention."""
+    """The tokens that enter the LLM are the result of the operations on the model's features and attention."""
     name = "llava_onevision"
     model = families.shared(name)
     inputs = families.batch(name, model, media="video").singles[0]

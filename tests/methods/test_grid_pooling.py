@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out of progressive_pooling and adaptive_pool: which grids come out."""
+"""Not in the conformance matrix: the grids that progressive_pooling and adaptive_pool make."""
 
 import pytest
 import torch

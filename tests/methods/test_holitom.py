@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: weighted centres, the merge inside the LLM, budgets of both stages."""
+"""Not in the conformance matrix: weighted centres, the merge inside the LLM, budgets of both stages."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_measured_average_is_the_ratio(ratio):
 
 @torch.no_grad()
 def test_videos_are_merged_by_saliency_of_the_encoder():
-    """The tokens entering the LLM are those of the operation, on the model's own features and attention."""
+    """The tokens that enter the LLM are the result of the operation on the model's features and attention."""
     model = families.shared(NAME)
     inputs = families.batch(NAME, model, media="video").singles[0]
     seen = {}
@@ -87,7 +87,7 @@ def test_videos_are_merged_by_saliency_of_the_encoder():
 
 @torch.no_grad()
 def test_inside_the_llm_kept_tokens_absorb_dropped_ones():
-    """The hidden states that enter the layer are running means of what went into each token, in order."""
+    """The hidden states at the layer's input are running means of the tokens that went into each, in order."""
     model = families.shared("llava")
     inputs = families.batch("llava", model).singles[1]
     depth, layer = 8, 5
@@ -111,7 +111,7 @@ def test_inside_the_llm_kept_tokens_absorb_dropped_ones():
         return torch.searchsorted(columns, visual)
 
     before, after = states["before"][0][places(alive)], states["after"][0][places(left)]
-    # Which of the tokens alive went where: through the visual tokens that stand for themselves.
+    # The token that each alive token went into, found through the visual tokens that stand for themselves.
     index = torch.searchsorted(report.visual[0], alive)
     target = report.sources(0, layer)[index]
     assert (target >= 0).any() and len(target.unique()) >= len(left)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: thresholds, and by which attention tokens go."""
+"""Not in the conformance matrix: thresholds, and the attention by which tokens are dropped."""
 
 import pytest
 import torch

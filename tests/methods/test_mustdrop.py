@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: merging in the encoder, thresholds, key tokens, what the cache loses."""
+"""Not in the conformance matrix: merging in the encoder, thresholds, key tokens, eviction from the cache."""
 
 import itertools
 import math
@@ -57,8 +57,8 @@ def attention_rows(layer, hidden):
 
 
 def merged_tower(tower, pixels, threshold, window=(3, 3), at_most=None, prefix=1):
-    """States (tokens, dim) that enter each layer and leave the last, dealt out to all patches; and the CLS attention of
-    the last layer over the patches left, with the (first) patch that each of them stands for."""
+    """States (tokens, dim) at the input of each layer and the output of the last, scattered back to all patches; and
+    the CLS attention of the last layer over the remaining patches, with the first patch that each of them is from."""
     hidden = embedded(tower, pixels)
     groups = [[i] for i in range(hidden.shape[1])]
     states = []
@@ -77,7 +77,7 @@ def merged_tower(tower, pixels, threshold, window=(3, 3), at_most=None, prefix=1
     states.append(hidden)
     total = sum(map(len, groups))
 
-    def dealt(state):
+    def scattered(state):
         if state.shape[1] == total:
             return state[0]
         out = torch.empty(total, state.shape[-1])
@@ -85,7 +85,7 @@ def merged_tower(tower, pixels, threshold, window=(3, 3), at_most=None, prefix=1
             out[group] = row
         return out
 
-    return [dealt(state) for state in states], attention[:, 0], groups
+    return [scattered(state) for state in states], attention[:, 0], groups
 
 
 def likenesses(model, kind, images, window, prefix):
@@ -98,7 +98,7 @@ def likenesses(model, kind, images, window, prefix):
 
 
 def between(values, rank):
-    """A threshold that so many of the values reach, far from each of them."""
+    """A threshold that the given number of values reach, and that is not close to any value."""
     values = sorted(values, reverse=True)
     return (values[rank - 1] + values[rank]) / 2
 
@@ -107,7 +107,7 @@ def between(values, rank):
 @both_attentions
 @pytest.mark.parametrize("feature_layer", [-2, -1, [0, -2]])
 def test_the_encoder_merges_windows_and_the_projector_sees_them_all(attention, feature_layer):
-    """Crops of one call merge different numbers of windows, so that their sequences are padded."""
+    """Crops of one call merge different numbers of windows, so their sequences are padded."""
     model = families.build("llava", attention)
     if feature_layer != -2:
         if isinstance(feature_layer, list):
@@ -129,7 +129,7 @@ def test_the_encoder_merges_windows_and_the_projector_sees_them_all(attention, f
         torch.testing.assert_close(got, torch.cat([states[i][1:] for i in chosen], -1), atol=1e-5, rtol=1e-5)
         sizes.add(len(groups))
         flops += encoder_flops(model.config.vision_config, [[36, *[len(groups) - 1] * 3]])
-        # a window of three rows and two columns stands where the left one of its middle row stood
+        # a window of three rows and two columns takes the place of the left patch of its middle row
         left += sorted(whole + group[2 if len(group) == 6 else 0] - 1 for group in groups if group[0])
         whole += sum(map(len, groups)) - 1
     assert len(sizes) > 1, "all crops merged alike, so that nothing was padded"
@@ -177,11 +177,11 @@ def test_in_the_reference_all_crops_merge_as_many_windows():
     ("name", "media", "prefix"), [("llava_next", "image", 1), ("video_llava", "video", 1), ("paligemma", "image", 0)]
 )
 def test_other_encoders(name, media, prefix):
-    """Crops that a mosaic is made of; a CLS token that goes to the LLM, too; SigLIP, which has none."""
+    """Crops of a mosaic; a CLS token that also goes to the LLM; SigLIP, which has no CLS token."""
     model = families.shared(name)
     inputs = families.batch(name, model, media=media).inputs
     images = inputs["pixel_values" if media == "image" else "pixel_values_videos"].flatten(0, -4)
-    if name == "llava_next":  # its processor fills up with crops that are not encoded
+    if name == "llava_next":  # its processor pads with crops that are not encoded
         counts = vtprune.adapter_for(model).crops(inputs)
         images = torch.cat([crops[:n] for crops, n in zip(inputs["pixel_values"], counts, strict=True)])
     found = likenesses(model, media, images, (2, 2), prefix)
@@ -201,7 +201,7 @@ def test_other_encoders(name, media, prefix):
     torch.testing.assert_close(seen[0].flatten(0, -3), chosen, atol=1e-5, rtol=1e-5)
     report = session.report
     gone = sum(report.original_tokens) - int(report.counts[:, 0].sum())
-    # of a mosaic some merged patches lie in the padding, and rows that end are one newline less
+    # some merged patches of a mosaic are in the padding, and an empty row also loses its newline token
     assert gone == 3 * (len(found) // 3) if name != "llava_next" else gone > 0
     for sample in range(report.samples):
         into = report.sources(sample, 0)
@@ -214,7 +214,7 @@ def test_other_encoders(name, media, prefix):
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_all_stages_together_are_the_recomputed_ones(name, positions, attention):
-    """The reference gets its features from the encoder under this session, whose merging is tested above."""
+    """The reference gets its features from the encoder in this session; its merging is tested above."""
     model = families.shared(name, attention)
     batch = families.batch(name, model)
     method = MustDrop(similarity=0.1, window=(2, 2), keep_ratio=0.4, layers=(2, 4, 6), positions=positions)
@@ -261,7 +261,7 @@ def watched(model, method, inputs):
 
 
 def key_columns(model, inputs, report, share, **merging):
-    """Columns that the CLS token looks at most in each image, merged or not, by a tower of one image at a time."""
+    """Columns that CLS attends to most in each image, merged or not, from a tower that runs one image at a time."""
     columns, start = set(), 0
     for pixels in inputs["pixel_values"]:
         _, row, groups = merged_tower(towers(model), pixels, **merging)
@@ -276,7 +276,7 @@ def key_columns(model, inputs, report, share, **merging):
 @pytest.mark.parametrize("key_share", [0.0, 0.08, 0.2])
 @pytest.mark.parametrize("thresholds", [(0.03, 1.0), (1.0, 0.02), (0.03, 0.02), (0.0, 1.0), None])
 def test_what_goes_inside_the_llm(thresholds, key_share):
-    """By the attention that the pruned model itself computes in the layer before every cut; None: a budget."""
+    """Tokens are chosen by the attention that the pruned model computes before every cut; None: by a budget."""
     model = families.shared("llava", "eager")
     inputs = families.batch("llava", model).singles[1]
     merging = dict(threshold=between(likenesses(model, "image", inputs["pixel_values"], (3, 3), 1), 2))
@@ -326,7 +326,7 @@ def test_budgets_are_met_whatever_is_merged(budget, similarity):
     counts = session.report.counts
     for row, whole, inputs in zip(counts, session.report.original_tokens, batch.singles, strict=True):
         asked = budget.get("keep_ratio", 0) * whole or budget["keep_tokens"] * len(inputs["pixel_values"])
-        # the last count, which stands in half of the layers, is rounded
+        # the last count, which applies to half of the layers, is rounded
         assert row.float().mean().item() == pytest.approx(asked, abs=0.26)
 
 
@@ -338,7 +338,7 @@ def test_the_published_setting():
     assert (merge.cuts(SHAPE), merge.window, merge.similarity) == ((0,), (3, 3), 0.8)
     assert within.cuts(SHAPE) == (3, 7, 11, 15) and within.key_share == 0.08
     assert within.prompt_budgets(SHAPE, *map(torch.tensor, ([309], [1], [576]))).tolist() == [[-1]] * 4
-    # layers that ran before the first prune keep everything, those behind the last one hold no more
+    # layers before the first cut keep everything; layers after the last cut have no more tokens than the last one
     assert evict.layers(SHAPE) == tuple(range(2, 15))
     (alone,) = MustDrop(similarity=None, evict=False).parts(SHAPE)
     assert alone.cuts(SHAPE) == (3, 7, 11, 15)
@@ -347,7 +347,7 @@ def test_the_published_setting():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"window": (1, 1)}, "holds nothing to merge"),
+        ({"window": (1, 1)}, "has nothing to merge"),
         ({"merge_layer": 23}, "must be within 0..22"),
         ({"keep_ratio": 0.5, "individual_threshold": 0.0}, "both thresholds"),
         ({"layers": (4, 4)}, "must ascend"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods with signals of their own, in one file, at every stage; what is refused, by name, when a session opens."""
+"""Methods with their own signals, in one file, at every stage; and refusals by name when a session opens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _fresh():
 
 @dataclass(frozen=True)
 class StateNorm(LayerSignal):
-    """(groups, tokens): length of what enters the layer."""
+    """(groups, tokens): length of the states at the layer's input."""
 
     def read_layer(self, view):
         return view.groups.gather(view.hidden.norm(dim=-1))
@@ -74,7 +74,7 @@ class KeyLength(LayerSignal):
 
 @dataclass(frozen=True)
 class OutputNorm(EncoderSignal):
-    """(groups, tokens): length of what the first encoder layer puts out."""
+    """(groups, tokens): length of the first encoder layer's output."""
 
     def taps(self, shape):
         return Taps(outputs=(0,))
@@ -160,7 +160,7 @@ class InTheEncoder(vtprune.InEncoder):
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_signal_inside_the_llm(name):
-    """What it reads is what hooks of the test see, and the best by it stay; single prompts and a padded batch."""
+    """A signal equals what hooks of the test see, and the best tokens by it stay; single prompts and a padded batch."""
     model = families.shared(name)
     batch = families.batch(name, model)
     seen: dict = {}
@@ -188,7 +188,7 @@ def test_a_signal_inside_the_llm(name):
         for row, columns in enumerate(report.visual):
             count = int((norms[row] > 0).sum())
             if count < len(columns):
-                continue  # the others are newline tokens, which are in no group
+                continue  # the others are newline tokens, which belong to no group
             kept, scores = report.kept(row, 2), norms[row, :count]
             assert torch.equal(kept, columns[scores.topk(len(kept)).indices.sort().values])
             torch.testing.assert_close(growth[row, :count], seen["growth"][row, columns])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: by which attention tokens go, and how many."""
+"""Not in the conformance matrix: the attention by which tokens are dropped, and how many."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from vtprune.tokens import ModelShape
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "paligemma2"])
 @torch.no_grad()
 def test_what_the_last_token_attends_to_in_the_next_layer_stays(name):
-    """The eager weights of a layer before which nothing is cut say what a cut before it keeps."""
+    """A cut before a layer keeps the tokens that the eager weights of this layer name, if nothing was cut earlier."""
     model = families.shared(name, "eager")
     inputs = families.batch(name, model).singles[1]
     length = inputs["input_ids"].shape[1]

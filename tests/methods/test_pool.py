@@ -28,7 +28,7 @@ def test_frames_are_averaged_then_their_grid_is():
     assert selection.keep.sum() == 7
     frames = tokens.features[0].unflatten(0, (5, 6))
     expected = []
-    # windows of two, two and one frame, whose means stand in frames 0, 2 and 4; 7 tokens are dealt out as 2, 3, 2
+    # windows of two, two and one frame, whose means stand in frames 0, 2 and 4; 7 tokens are spread as 2, 3, 2
     for window, middle, k in ((slice(0, 2), 0, 2), (slice(2, 4), 2, 3), (slice(4, 5), 4, 2)):
         keep, pooled, into = pool_grid(frames[window].mean(0), (2, 3), k)
         expected.append(pooled[keep])

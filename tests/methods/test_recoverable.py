@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: gathering the rest, counts by outliers, the scores a model gives."""
+"""Not in the conformance matrix: gathering the rest, counts by outliers, the scores of a model."""
 
 import pytest
 import torch
 
 import vtprune
 from vtprune.ops.outliers import outlier_share
-from vtprune.ops.recovery import recover, text_scores
+from vtprune.ops.recoverable_compression import recover, text_scores
 from vtprune.signals import EncoderKeys, EncoderSaliency, TextEmbeddings
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection, VisualTokens
@@ -17,7 +17,7 @@ LENGTHS = (48, 60)
 
 
 def two_images(k: int) -> VisualTokens:
-    """Of 48 and 60 tokens; a few have outlying attention."""
+    """Groups of 48 and 60 tokens; a few tokens have outlying attention."""
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(2, 4, 60, generator=generator).mean(1).div_(60)
     attention[..., 5:9] += torch.tensor([0.2, 0.31, 0.44, 0.6])

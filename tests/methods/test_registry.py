@@ -101,7 +101,7 @@ def test_a_class_that_lacks_what_every_method_has_is_refused_by_name():
     for cls, words in (
         (Nameless, "Nameless has no `name`"),
         (Dark, "Dark has no `signal`"),
-        (Undecorated, "Undecorated is no dataclass, so that order would be no parameter of it"),
+        (Undecorated, "Undecorated is not a dataclass, so order would not be its parameters"),
     ):
         with pytest.raises(ConfigError, match=words):
             vtprune.register_method(cls)

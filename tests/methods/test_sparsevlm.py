@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: whose attention counts, merging between layers, and the published counts."""
+"""Not in the conformance matrix: the attention of the raters, merging between layers, and the published counts."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 import vtprune
 from vtprune import SparseVLM
 from vtprune.attention import Places, RowContext
-from vtprune.ops.recycling import recycle_dropped
+from vtprune.ops.token_recycling import recycle_dropped
 from vtprune.testing import families
 from vtprune.testing.recompute import visual_columns
 from vtprune.tokens import ModelShape
@@ -20,7 +20,7 @@ PLUS = {"recycle": 0, "undo_rotation": True, "heads": 2, "positions": "original"
 
 
 class Watched:
-    """A prefill under a session on an eager model: attention, and states on both sides of every cut."""
+    """A prefill in a session on an eager model: attention, and states before and after every cut."""
 
     def __init__(self, name: str, **settings):
         self.name = name
@@ -61,7 +61,7 @@ class Watched:
         return lambda module, args, output: self.before.update({cut: output[0]})
 
     def places(self, alive):
-        """Where visual columns are in a sequence that holds these alone."""
+        """Places of columns in the sequence of all visual columns."""
         return torch.searchsorted(torch.cat([self.text, alive]).sort().values, alive)
 
     def raters(self):
@@ -94,10 +94,10 @@ def test_raters_choose_and_what_they_drop_is_merged(name):
         keep, features, sources = recycle_dropped(watched.before[cut][places], scores, len(left), 1.0, runs=runs)
         assert torch.equal(alive[keep], left)
         torch.testing.assert_close(watched.after[cut][watched.places(left)], features[keep], atol=1e-4, rtol=1e-4)
-        # What the report says of tokens that were merged already before is about where those went.
-        fate = watched.report.sources(0, cut)[torch.searchsorted(watched.report.visual[0], alive)]
+        # For tokens that were merged by an earlier cut, the report follows the token that they went into.
+        merged_into = watched.report.sources(0, cut)[torch.searchsorted(watched.report.visual[0], alive)]
         expected = torch.where(sources >= 0, torch.searchsorted(left, alive[sources.clamp(min=0)]), -1)
-        assert torch.equal(fate, expected)
+        assert torch.equal(merged_into, expected)
         merged_any |= len(sources[sources >= 0]) > len(left)
     assert merged_any
 
@@ -130,10 +130,10 @@ def merged_between_layers(model, inputs, generated, report):
     for index, layer in enumerate(decoder.layers):
         left = report.kept(0, index)
         if len(left) < len(alive):
-            fate = report.sources(0, index)[torch.searchsorted(visual, alive)]
+            merged_into = report.sources(0, index)[torch.searchsorted(visual, alive)]
             states = hidden[torch.searchsorted(columns, alive)]
-            means = torch.stack([states[fate == place].mean(0) for place in range(len(left))])
-            assert fate[fate >= 0].bincount().max() > 1
+            means = torch.stack([states[merged_into == place].mean(0) for place in range(len(left))])
+            assert merged_into[merged_into >= 0].bincount().max() > 1
             hidden[torch.searchsorted(columns, left)] = means
             rows = torch.isin(columns, left) | ~torch.isin(columns, visual)
             columns, hidden, alive = columns[rows], hidden[rows], left

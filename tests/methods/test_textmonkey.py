@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: which repetitions go, and the published count."""
+"""Not in the conformance matrix: which similar tokens are dropped, and the published count."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: counts without a budget, draws, layers."""
+"""Not in the conformance matrix: counts without a budget, draws, layers."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LAYERS = (6, 22)
 
 
 def page(k: int, fresh: int = 5) -> VisualTokens:
-    """Forty tokens: the first `fresh` have keys of their own, all others the same; 30 and 31 stand out in the depth."""
+    """Forty tokens: the first `fresh` have different keys, the others equal ones; 30 and 31 are outliers."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.cat([torch.eye(fresh, 8), torch.ones(40 - fresh, 8)])[None]
     attention = torch.rand(1, 2, 4, 40, generator=generator).div_(100)

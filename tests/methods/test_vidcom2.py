@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: which frames keep more, exact budgets, frames that are not whole."""
+"""Not in the conformance matrix: which frames keep more, exact budgets, frames that are not whole."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ FRAMES, SIZE = 6, 20
 
 
 def video(k: int, seed: int = 0) -> VisualTokens:
-    """Frames of one scene, but for the fourth, which shows something else; and an image of 50 tokens."""
+    """Frames of one scene, except the fourth, which shows something else; and an image of 50 tokens."""
     generator = torch.Generator().manual_seed(seed)
     scenes = torch.randn(2, 32, generator=generator)
     features = scenes[0] + 0.5 * torch.randn(2, FRAMES * SIZE, 32, generator=generator)

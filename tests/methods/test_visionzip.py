@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: which tokens are dominant, what a contextual one holds, the two counts."""
+"""Not in the conformance matrix: which tokens are dominant, the features of a contextual token, the two counts."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance matrix leaves out: which tokens a model's own attention and features pick."""
+"""Not in the conformance matrix: which tokens the attention and features of a model pick."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vtprune.testing import families
 
 
 def chosen(scores, features, important, wanted):
-    """By hand, for one image: the best by score, then halves of a list compared."""
+    """The algorithm for one image: the best by score, then the two halves of a list are compared."""
     order = scores.argsort(descending=True).tolist()
     rest = order[important:]
     directions = torch.nn.functional.normalize(features, dim=-1)

@@ -38,24 +38,24 @@ def test_counts_meet_the_budget_and_fit(video, share, period):
         holds.insert(0, distance % period == 0)
     holds = torch.tensor(holds)
     room = sizes - salient - anchors
-    # Frames between those with anchors take part only when those are full.
+    # Frames without anchors get some only when the frames with anchors are full.
     assert not anchors[~holds].any() or not room[holds].any()
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 9])
 def test_published_counts_of_a_long_enough_video(length):
-    """196 tokens a frame at 10 %: 12 salient ones of each, and 7 more a frame in the frames with anchors."""
+    """196 tokens a frame at 10 %: 12 salient tokens in each frame. 7 tokens a frame go to the frames with anchors."""
     sizes = torch.full((2 * length,), 196)
     scene_of = torch.arange(2).repeat_interleave(length)
     salient, anchors = salient_and_anchors(sizes, scene_of, 19 * 2 * length)
     assert salient.tolist() == [12] * (2 * length)
-    held = math.ceil(length / 4)
-    expected = [7 * length / held if (length - 1 - frame) % 4 == 0 else 0 for frame in range(length)] * 2
+    with_anchors = math.ceil(length / 4)
+    expected = [7 * length / with_anchors if (length - 1 - frame) % 4 == 0 else 0 for frame in range(length)] * 2
     assert all(abs(count - e) < 1 for count, e in zip(anchors.tolist(), expected, strict=True))
 
 
 def by_hand(features, saliency, frames, scene_of, salient, anchors, weight, neighbours):
-    """Kept tokens and what each is, and for each token the anchors that it went into, one a frame."""
+    """Kept tokens with their features, and for each token the anchors that it went into, one a frame."""
     features, total = features.double(), len(features)
     left, kept, chosen = set(range(total)), {}, {}
     for frame in range(len(scene_of)):

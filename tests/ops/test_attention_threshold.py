@@ -20,7 +20,7 @@ def samples(draw):
 
 
 def mean_received(attention, alive):
-    """(batch, tokens): mean over heads and the living queries."""
+    """(batch, tokens): mean over heads and the queries of tokens that are alive."""
     queries = alive.float()
     return torch.einsum("bhqk,bq->bk", attention, queries) / (queries.sum(1, keepdim=True) * attention.shape[1])
 
@@ -62,7 +62,7 @@ def test_schedules_go_evenly_from_nothing_to_the_end(layers):
 
 
 def test_without_the_matrix_the_scores_are_the_same():
-    """`attention_received` a few rows at a time: grouped heads, a causal mask, padding, capped scores."""
+    """`attention_received` with a few rows at a time: grouped heads, a causal mask, padding, capped scores."""
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(2, heads, 9, 6, generator=generator) for heads in (4, 2))
     alive = torch.arange(9) >= torch.tensor([0, 3])[:, None]

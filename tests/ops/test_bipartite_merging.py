@@ -14,7 +14,7 @@ def draw(*shape, seed=0):
 
 
 def one_by_one(features, k, quirks, metric=None):
-    """The same for one group, token by token: lists of (feature, metric, place, original tokens)."""
+    """The algorithm for one group, token by token, on lists of (feature, metric, place, original tokens)."""
     metric = features if metric is None else metric
     tokens = [(x.double(), m.double(), i, {i}) for i, (x, m) in enumerate(zip(features, metric, strict=True))]
     while len(tokens) > max(k, 1):

@@ -12,7 +12,7 @@ def draw(*shape, seed=0):
 
 
 def by_hand(features, keys, salient, count):
-    """One group without padding: kept places and what each became, and where everything went."""
+    """One group without padding: kept places with their new features, and the token that each token went into."""
     rest = [token for token in range(len(features)) if not salient[token]]
     count = min(count, len(rest))
     step = max(1, len(rest) // max(count, 1))

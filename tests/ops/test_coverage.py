@@ -23,7 +23,7 @@ def stacked(inputs, alpha=0.5):
 
 
 def dense_greedy(matrix, k, allowed=None):
-    """Every candidate at every step, in float64; the first index wins a tie."""
+    """Evaluates every candidate at every step, in float64; of equal gains the first index is taken."""
     covered = matrix.new_zeros(len(matrix))
     open_ = torch.ones(matrix.shape[1], dtype=torch.bool) if allowed is None else allowed.clone()
     order = []
@@ -48,14 +48,14 @@ def test_equals_the_dense_greedy(n, k, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_duplicates_are_taken_lowest_index_first(seed):
-    """Tokens in exact clusters: ties at every step, and nothing left to gain after one of each."""
+    """Tokens in clusters of equal tokens: equal gains at every step, and no gain after one token of each cluster."""
     inputs = draw(90, seed=seed, clusters=11)
     assert coverage_order(*inputs, 30)[0].tolist() == dense_greedy(stacked(inputs), 30)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_near_ties_below_rounding_cost_nothing(seed):
-    """Clusters a thousandth wide: after one of each, gains differ by less than rounding, which then decides."""
+    """Clusters of width 0.001: after one token of each cluster, gains differ by less than rounding, which decides."""
     generator = torch.Generator().manual_seed(seed)
     of = torch.randint(20, (320,), generator=generator)
     centres = torch.randn(20, 64, generator=generator)[of]

@@ -74,7 +74,7 @@ def test_one_cluster_is_that_of_the_densest_point(seed):
     spread, _ = spread_and_separation(scaled_distances(points), 7)
     centres, assigned = density_peaks(points, 1)
     assert centres.tolist() == [int(spread.argmin())] and not assigned.any()
-    # Counting one neighbour, as the reference does, all points are equally dense, and the first one wins.
+    # With one neighbour, as in the reference, all points are equally dense, and the first one is taken.
     assert density_peaks(points, 1, reference_quirks=True)[0].tolist() == [0]
 
 

@@ -57,7 +57,7 @@ def test_equal_directions_are_chosen_by_relevance_and_equal_relevance_by_directi
 
 @pytest.mark.parametrize("dim", [1, 3, 8])
 def test_more_tokens_than_dimensions(dim):
-    """Once the rank is exhausted tokens come by relevance; nothing twice, no NaN."""
+    """When the rank is exhausted, tokens come by relevance; no token comes twice, and there is no NaN."""
     features = draw(2, 40, dim)
     relevance = draw(2, 40, seed=1).sigmoid()
     order = conditional_diversity_order(features, relevance, everything(features), 40)

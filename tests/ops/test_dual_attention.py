@@ -30,7 +30,7 @@ def test_a_token_goes_that_falls_short_of_both_thresholds():
     assert dual_attention_filter(total, peak, **thresholds).tolist() == [[False, True, True, True]]
     spared = torch.tensor([[True, False, False, False]])
     assert dual_attention_filter(total, peak, **thresholds, spared=spared).all()
-    # Padding neither counts nor stays.
+    # Padding does not count and is not kept.
     valid = torch.tensor([[True, True, False, False]])
     assert dual_attention_filter(total, peak, **thresholds, valid=valid).tolist() == [[True, True, False, False]]
 

@@ -13,7 +13,7 @@ def draw(*shape, seed=0):
 
 
 def textbook(values, k):
-    """The definition, with every distance written out; equally near neighbours in order of their numbers."""
+    """The definition, with all distances computed; of equally near neighbours the smaller numbers are taken."""
     values, count = values.tolist(), len(values)
     k = min(k, count - 1)
     near = [

@@ -54,7 +54,7 @@ def test_importance_goes_where_attention_goes():
     transitions = torch.zeros(1, 1, 6, 6)
     transitions[..., 2] = 1
     assert page_rank(transitions)[0, 0].tolist() == [0, 0, 1, 0, 0, 0]
-    # A ring hands the ranks round; nobody gains.
+    # A ring passes the ranks around; no rank changes.
     ring = torch.eye(6).roll(1, dims=1)[None, None]
     torch.testing.assert_close(page_rank(ring), torch.full((1, 1, 6), 1 / 6))
 
@@ -81,7 +81,7 @@ def test_hidden_tokens_have_no_importance_but_begin_with_a_rank():
     assert not hidden[0, ~visible].any()
     removed = attention_page_rank(queries[:, :, visible], keys[:, :, visible], scale=0.5, mask=causal(7))
     assert not torch.allclose(hidden[0, visible], removed[0], rtol=1e-3)
-    # Without a rank to begin with, they are as good as removed.
+    # Tokens that start without a rank have no effect, as if they were removed.
     ignored = attention_page_rank(queries, keys, scale=0.5, mask=mask, valid=visible[None])
     torch.testing.assert_close(ignored[0, visible], removed[0])
 

@@ -21,7 +21,7 @@ def test_a_scene_ends_below_the_threshold_and_at_the_greatest_changes(count, lea
     found = scenes(frames, least, threshold).tolist()
     if all(abs(value - threshold) > 1e-5 for value in likeness) and min(likeness, default=0) < 0.999:
         still = sum(value > 0.999 for value in likeness)
-        if least - 1 <= count - 1 - still:  # otherwise rounding picks among equals
+        if least - 1 <= count - 1 - still:  # otherwise rounding decides between equal cosines
             assert found == expected
     assert found[-1] + 1 >= min(least, count) and found == sorted(found)
     assert set(found) == set(range(found[-1] + 1))

@@ -16,7 +16,7 @@ def draw(frames, positions, share, seed=0):
 
 
 def by_definition(still, max_window):
-    """Dynamic programming over the table of all gains, in the order that settles ties."""
+    """Dynamic programming over the table of all gains, in the order that decides between equal solutions."""
     frames = len(still) + 1
     value, start = [0] * (frames + 1), [0] * frames
     for last in range(frames):

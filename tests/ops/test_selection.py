@@ -8,7 +8,7 @@ from vtprune.ops.selection import best_per_part, top_k_mask
 
 @st.composite
 def problems(draw):
-    """Few distinct scores, so that ties are common; -inf among them, which must not count as invalid."""
+    """Few distinct scores, so equal scores are common. One is -inf, which must not count as invalid."""
     groups, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     cells = groups * tokens
     values = st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0])

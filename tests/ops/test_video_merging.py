@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.apportionment import share_out
+from vtprune.ops.largest_remainder import share_out
 from vtprune.ops.segmentation import segment_frames, temporal_similarity
 from vtprune.ops.video_merging import CONTEXT, SALIENT, STATIC, merge_video
 
 
 def clip(frames, positions, moving, seed=0, dim=6):
-    """Scenes of a few frames in which all but a share of the positions stand still, and a saliency."""
+    """Scenes of a few frames in which most positions are still, and a saliency."""
     generator = torch.Generator().manual_seed(seed)
     scene = torch.arange(frames) // 4
     features = torch.randn(frames // 4 + 1, positions, dim, generator=generator)[scene]
@@ -89,7 +89,7 @@ def test_context_takes_its_share_of_each_frame():
     video = merge_video(features, torch.rand(5, 20, generator=torch.Generator().manual_seed(1)), 0.5, context_share=0.4)
     assert (video.part == SALIENT).sum(1).tolist() == [6] * 5
     assert (video.part == CONTEXT).sum(1).tolist() == [4] * 5
-    # Whatever is not kept went into a cluster of its frame.
+    # Every token that is not kept went into a cluster of its frame.
     assert (video.sources >= 0).all()
 
 

@@ -8,7 +8,7 @@ from vtprune.ops.window_merging import window_merging, window_similarity
 
 
 def smooth(images, rows, columns, dim=6, prefix=0, seed=0):
-    """Features that resemble one another in places, so that windows fall on either side of a threshold."""
+    """Features that are similar in some regions, so some windows are above a threshold and some below."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(images, dim, rows // 3 + 1, columns // 3 + 1, generator=generator)
     noise = torch.rand(images, 1, rows // 3 + 1, columns // 3 + 1, generator=generator)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -72,7 +74,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
 def one_group(
     features: Tensor, budget: int, signals: dict, shape: ModelShape, layer: int | None = None
 ) -> VisualTokens:
-    """What a method sees of a single image or sample: features (tokens, dim); each signal has a group axis."""
+    """The tokens of one image or sample, as a method gets them: features (tokens, dim); signals have a group axis."""
     return VisualTokens(
         features=features[None],
         valid=torch.ones(1, len(features), dtype=torch.bool),
@@ -84,7 +86,7 @@ def one_group(
 
 
 def one_per_group(features: Tensor, budget: int, **facts) -> VisualTokens:
-    """What a method sees before the LLM of several images or frames: features (groups, tokens, dim)."""
+    """The tokens of several images or frames, as a method before the LLM gets them: features (groups, tokens, dim)."""
     return VisualTokens(
         features=features,
         valid=torch.ones(features.shape[:2], dtype=torch.bool),
@@ -108,7 +110,7 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 
 
 def row_context(rope: tuple[Tensor, Tensor], heads: int, head_dim: int, kv_heads: int | None = None) -> RowContext:
-    """Of one sample without padding, in a decoder layer like LLaMA's; rope: cos and sin, (1, tokens, head_dim) each."""
+    """Rows of one sample without padding, in a layer of LLaMA; rope: cos and sin, (1, tokens, head_dim) each."""
     config = LlamaConfig(
         hidden_size=heads * head_dim,
         num_attention_heads=heads,
@@ -131,7 +133,7 @@ def kept(method, tokens: VisualTokens) -> Tensor:
 
 
 def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
-    """A variant of a scoring method, and the list that will hold the scores of its first group at every selection."""
+    """A variant of a scoring method, and a list that gets the scores of its first group at every selection."""
     recorded = []
 
     class Recording(method):
@@ -143,28 +145,5 @@ def recording(method: type[Scorer]) -> tuple[type[Scorer], list[Tensor]]:
     return Recording, recorded
 
 
-from . import (  # noqa: E402 (they register themselves)
-    aim,  # noqa: F401
-    bvllm,  # noqa: F401
-    cdpruner,  # noqa: F401
-    dart,  # noqa: F401
-    divprune,  # noqa: F401
-    fastervlm,  # noqa: F401
-    fastv,  # noqa: F401
-    fastvid,  # noqa: F401
-    glsim,  # noqa: F401
-    holitom,  # noqa: F401
-    ltp,  # noqa: F401
-    mmtok,  # noqa: F401
-    mmtok_qwen,  # noqa: F401
-    mustdrop,  # noqa: F401
-    pdrop,  # noqa: F401
-    recoverable,  # noqa: F401
-    sparsevlm,  # noqa: F401
-    textmonkey,  # noqa: F401
-    transprune,  # noqa: F401
-    vidcom2,  # noqa: F401
-    visionzip,  # noqa: F401
-    vispruner,  # noqa: F401
-    vtccls,  # noqa: F401
-)
+for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(module.name)  # handlers register themselves

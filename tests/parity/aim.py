@@ -38,7 +38,7 @@ def merging(v: Vector) -> None:
             metric = v["metric"]
         tokens, compared, index = features, features if metric is None else metric, 0
         while (key := f"{prefix}round{index}") + "_out" in v:
-            # With a metric of its own the reference's next round compares what only its merged metric shows.
+            # With a separate metric, the next round of the reference compares tokens by the merged metric.
             if metric is None or index == 0:
                 partner, similarity = bipartite_match(compared)
                 order = similarity.argsort(dim=1, descending=True)
@@ -57,7 +57,7 @@ def merging(v: Vector) -> None:
                 close(selection.features[selection.keep], expected.flatten(0, 1), atol=1e-6)
             tokens = compared = v[f"{key}_out"]
             index += 1
-        # By default the first round leaves the same tokens, in the order in which they were.
+        # By default the first round leaves the same tokens, in their original order.
         left = features.shape[1] - v[f"{prefix}round0_r"]
         ordered = bipartite_merging(features, left, metric=metric)
         assert (ordered.places.diff(dim=1) > 0).all()
@@ -83,7 +83,7 @@ def importance(v: Vector) -> None:
 
 
 def alive_by_layer(full: int, empty: int, depth: int, entering: int) -> list[int]:
-    """Visual tokens on the input of every decoder layer by the method's steps, rounded down as in the reference."""
+    """Visual tokens at the input of every decoder layer by the method's steps, rounded down as in the reference."""
     shape = ModelShape(encoder_layers=24, decoder_layers=depth, feature_layer=22, has_cls=True)
     shares = torch.ones(depth, dtype=torch.double)
     for layer, share in AIM(layers=(full, empty)).steps(shape).items():
@@ -94,7 +94,7 @@ def alive_by_layer(full: int, empty: int, depth: int, entering: int) -> list[int
 @handles("aim_select")
 def selection(v: Vector) -> None:
     for full, empty, depth, key in ((14, 22, 28, "qwen28"), (13, 21, 32, "llama32")):
-        # Recorded for layers counted from 1: the rate after one is that of the next.
+        # Recorded for layers counted from 1, so the rate after a layer is the rate of the next one.
         assert alive_by_layer(full, empty, depth + 1, 1000)[1:] == (v[f"retain_rate_{key}"] * 1000).long().tolist()
     for prefix in ("qwen", "llama", "odd", "one_visual", "batch2"):
         scores = v[f"{prefix}_scores"]
@@ -120,7 +120,7 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
 @handles("aim_e2e_qwen2")
 @torch.no_grad()
 def through_a_decoder(v: Vector) -> None:
-    """Prefill and decode in one pass over the prompt and its recorded answer, tokens being masked and never removed."""
+    """Prefill and decode in one pass over the prompt and its recorded answer. Tokens are masked and never removed."""
     settings = json.loads(v["params_json"])
     begin, end, length = settings["boundaries"]
     weights = v.weights()
@@ -139,7 +139,7 @@ def through_a_decoder(v: Vector) -> None:
     prompt, answer = v["inputs_embeds"], v["generated_ids"][:, :-1]
     hidden = torch.cat((prompt, model.model.embed_tokens(answer)), dim=1)
     # In the reference's decoding the positions fall back to the number of text tokens after the first step, and the
-    # first layer loses sight of the visual tokens. Neither reaches the prefill or the first step.
+    # first layer no longer sees the visual tokens. Neither changes the prefill or the first step.
     positions = torch.cat((torch.arange(length), v["step_position_ids"][1:]))[None]
     total = positions.shape[1]
     columns = torch.arange(total)
@@ -199,7 +199,7 @@ def through_a_session(v: Vector) -> None:
     )
     model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
-    # Words of their own for the recorded embeddings of the prompt's text; they are never the answer.
+    # Separate words for the recorded embeddings of the prompt's text; the answer never uses them.
     rows = (text, torch.zeros(1, text.shape[1]))
     weights["model.embed_tokens.weight"] = torch.cat((weights["model.embed_tokens.weight"], *rows))
     head = weights.pop("lm_head.weight")

@@ -14,7 +14,7 @@ def merges(v: Vector) -> None:
     close(frame_similarity(selector), v["frame_sim"], rtol=1e-5, atol=1e-6)
     merged = merge_similar_frames(frames, selector, threshold, reference_quirks=True)
     close(merged.features[0], v["merged_frames"], rtol=1e-5, atol=1e-6)
-    # The reference loses children of merged frames; the default loses none.
+    # The reference loses frames that went into merged frames; the default loses none.
     assert (merged.sources < 0).any()
     sane = merge_similar_frames(frames, selector, threshold)
     assert (sane.sources >= 0).all()

@@ -24,11 +24,11 @@ def selection(v: Vector) -> None:
     method = CDPruner(text_tower="recorded", keep_tokens=k, reference_quirks=True)
     output, space = method.signals(SHAPE)
     assert (output, space) == (EncoderOutput(22, normalised=True), JointSpace("recorded"))
-    # The recorded embeddings are in CLIP's space already.
+    # The recorded embeddings are already in CLIP's space.
     signals = {output: v["image_embeds"], space: (texts.expand(len(features), -1), torch.eye(texts.shape[1]))}
     tokens = one_per_group(features, k, signals=signals, shape=SHAPE)
     assert torch.equal(method.select(tokens).keep, v["keep_mask"])
-    # Alone, an image is scaled by its own minimum and maximum either way.
+    # A single image is scaled by its own minimum and maximum in both cases.
     sane = CDPruner(text_tower="recorded", keep_tokens=k).select(tokens).keep
     assert sane.sum(1).tolist() == [k] * len(features)
     if len(features) == 1:

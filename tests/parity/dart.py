@@ -5,7 +5,7 @@ import torch
 from vtprune import DART
 from vtprune.attention import LayerAttention
 from vtprune.methods.dart import KeyNorms, NormedStates, key_norms
-from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.ops.pivot_tokens import leading, unlike_pivots
 from vtprune.tokens import ModelShape
 
 from . import Vector, handles, kept, one_group, row_context, same
@@ -15,7 +15,7 @@ from . import Vector, handles, kept, one_group, row_context, same
 def selection(v: Vector) -> None:
     state, keys, start, end = v["state"], v["keys"], v["start"], v["start"] + v["length"]
     image, text = slice(start, end), slice(end, None)
-    # The recorded keys are turned already.
+    # The recorded keys are already rotated.
     still = torch.ones(1, state.shape[1], keys.shape[-1])
     context = row_context((still, torch.zeros_like(still)), keys.shape[1], keys.shape[-1])
     norms = key_norms(LayerAttention(context, torch.clone, lambda: keys.transpose(1, 2).flatten(2)))
@@ -42,7 +42,7 @@ def selection(v: Vector) -> None:
     )
     same(keep[0].nonzero()[:, 0] + start, v["kept_sorted"])
 
-    # The method's own order of pivots is another one; with a single pivot there is none.
+    # The method has another order of pivots; with a single pivot the order does not matter.
     method = DART(image_pivots=v["pivot_image"], text_pivots=v["pivot_text"])
     signals = {
         NormedStates(): (state[:, image], state[:, text]),

@@ -32,7 +32,7 @@ def scenes_and_anchors(v: Vector) -> None:
     same(torch.cat((text[:start], kept + start, text[end:])), v["keep_idx"])
     close(torch.cat((hidden[:start], merged[kept], hidden[end:])), v["out"], atol=1e-6)
 
-    # The method does the same, but that it tells the scenes by the features.
+    # The method does the same, but finds the scenes by the features.
     class Given(FastVID):
         def _scenes(self, values, frames, kind):
             return scene_of

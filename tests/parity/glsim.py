@@ -9,7 +9,7 @@ from . import Vector, close, handles, same
 
 @handles("glsim_*")
 def patches(v: Vector) -> None:
-    """The score and the patches it picks; the crops that a recogniser was trained to read in addition prune nothing."""
+    """The score and the patches that it picks. The crops for a trained classifier prune nothing."""
     assert v["metric"] == "cos"
     features, count = v["feats"], v["top_o"]
     scores = similarity_to(features[:, 0], features[:, 1:])

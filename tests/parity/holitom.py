@@ -7,7 +7,6 @@ from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
 from vtprune import HoliTom
 from vtprune.attention import Places, RowContext, decoder_attention_rows
-from vtprune.ops.absorption import absorb_dropped
 from vtprune.ops.density_peaks import (
     density_peak_order,
     density_peaks,
@@ -15,6 +14,7 @@ from vtprune.ops.density_peaks import (
     scaled_distances,
     spread_and_separation,
 )
+from vtprune.ops.inner_llm_merging import absorb_dropped
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
 from vtprune.ops.video_merging import STATIC, MergedVideo, effective_ratio, merge_video
 from vtprune.signals import AttentionReceived
@@ -82,7 +82,7 @@ def before_the_llm(v: Vector) -> None:
 
 
 def _segment(v: Vector, number: int, video: MergedVideo, columns: int | None) -> Tensor:
-    """Check one segment; returns what it emits, with the newlines of rows but without that of the video."""
+    """Check one segment. Returns its result, with the newline tokens of rows but without that of the video."""
     first, last = video.segments[number].tolist()
     part = video.part.clone()
     part[:first], part[last + 1 :] = -1, -1
@@ -130,7 +130,7 @@ def clustering(v: Vector) -> None:
     apart = ~torch.eye(points.shape[1], dtype=torch.bool)
     for clusters, neighbours in ((8, 7), (5, 5), (20, 7), (3, 3)):
         name = f"c{clusters}k{neighbours}_"
-        # The reference's points are up to a few thousandths away from themselves.
+        # In the reference a point's distance to itself is up to a few thousandths.
         close(distances[:, apart], v[f"{name}dist"][:, apart])
         spread, separation = spread_and_separation(distances, neighbours)
         density = (-spread).exp()
@@ -164,7 +164,7 @@ def inside_the_llm(v: Vector) -> None:
 
 
 def _columns(keep: Tensor, start: int, length: int) -> Tensor:
-    """Columns that are left of a sequence of which some visual ones go."""
+    """Columns of a sequence that are left when some visual ones are dropped."""
     alive = torch.ones(length, dtype=torch.bool)
     alive[start : start + len(keep)] = keep
     return alive.nonzero()[:, 0]
@@ -209,7 +209,7 @@ def _last_row(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> 
 
 
 def _step(model: Qwen2Model, embedding: Tensor, position: int, cache: DynamicCache) -> Tensor:
-    """One decoded token that sees all that each layer's cache holds."""
+    """One decoded token that sees all columns of each layer's cache."""
     rope = model.rotary_emb(embedding, torch.tensor([[position]]))
     for layer in model.layers:
         embedding = layer(embedding, attention_mask=None, position_embeddings=rope, **{CACHE: cache})
@@ -240,7 +240,7 @@ def through_a_decoder(v: Vector) -> None:
         answer = _step(model, embedding[None, None], 60 + step, cache)
         close(answer[0], v["decode_last_hidden"][:, step], rtol=2e-3, atol=1e-4)
 
-    # With causality kept, the last row's attention, and with it the choice of tokens, is the same.
+    # In a causal layer the attention of the last row is the same, and so is the choice of tokens.
     causal, same_columns, *_ = _decode(model, v, p, causal=True)
     same(same_columns, columns)
     for layer in range(p["HOLITOM_k"]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How references lay out what they emit, which tells whose row a recorded one is. The library has no part in it."""
+"""How references order their results, which says which token a recorded row belongs to. The library does not use it."""
 
 import math
 
@@ -44,7 +44,7 @@ def with_newlines(order: Tensor, columns: int | None = None) -> Tensor:
     if columns is None:
         return torch.nn.functional.pad(order, (0, 1), value=NEWLINE)
     rows = order // columns
-    # How many rows have begun up to each token: its own newline comes later.
+    # Number of rows that have begun up to each token; the newline of its own row comes later.
     begun = (rows.diff(prepend=rows[:1]) != 0).cumsum(0)
     newlines = int(begun[-1]) + 1 if len(order) else 0
     filled = order.new_full((len(order) + newlines,), NEWLINE)

@@ -9,7 +9,7 @@ from . import Vector, close, handles, same
 
 
 def mean_received(probabilities: Tensor, alive: Tensor) -> Tensor:
-    """What the method is shown, of recorded probabilities (batch, heads, n, n): queries and keys that give them."""
+    """Queries and keys that give the recorded probabilities (batch, heads, n, n), as the method gets them."""
     queries, keys = probabilities.clamp_min(1e-30).log(), torch.eye(probabilities.shape[-1])
     seen = (probabilities > 0)[:, :1]
 
@@ -33,7 +33,7 @@ def pruners(v: Vector) -> None:
         close(scores, v[f"abs_l{layer}.scores"], rtol=1e-5)
         same(above_threshold(scores, alive, threshold, reference_quirks=True), v[f"abs_l{layer}.keep"])
 
-    # Undiluted, a sample scores as it does alone.
+    # Without the padding in the mean, a sample has the same scores as alone.
     for row, length in enumerate(lengths.tolist()):
         alone = v["attention_probs"][row : row + 1, :, :length, :length]
         close(received[row, :length], mean_received(alone, alive[row : row + 1, :length])[0])

@@ -36,7 +36,7 @@ def coverage(v: Vector) -> None:
 
     inputs = (features, encoder_features, text, v["k"])
     order, gains = coverage_order(*inputs, **settings(v), exclude=excluded)
-    # These two cases hold near-ties: only the set is defined, not the order.
+    # These two cases have nearly equal gains: the set is defined, but not the order.
     if v.case not in ("mmtok_core_llava_k192", "mmtok_core_kn"):
         same(order, v["selection_order"])
         close(gains, v["gains"], rtol=1e-4, atol=1e-7)

@@ -40,7 +40,7 @@ def generation(v: Vector) -> None:
     n = int(is_image.sum())
     requested = int(v["retain_ratio"] * n)
     assert requested == v["requested_k"]
-    # The reference keeps everything of small images, whatever was asked for.
+    # The reference keeps all tokens of small images, for any budget.
     asked = n if v.case == "mmtok_qwen_e2e_nopr48" else requested
     received, hidden, lengths, pooled = [], [], [], []
     decoder = model.model.language_model
@@ -79,7 +79,7 @@ def generation(v: Vector) -> None:
     same(output.sequences[0, -steps:], v["gen_ids"])
     close(torch.cat(output.logits), v["gen_logits"], rtol=1e-4, atol=2e-4)
 
-    # The quirk itself, and that a request is met without it.
+    # The defect itself; without it the budget is met.
     choice = (features, of_tokens, model.get_input_embeddings()(v["text_ids"]), requested)
     same(max_coverage(*choice, tau_text=0.01, reference_quirks=True), v["selected_sorted"])
     assert len(max_coverage(*choice, tau_text=0.01)) == requested

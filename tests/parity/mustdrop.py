@@ -59,7 +59,7 @@ def key_set(v: Vector) -> None:
         assert marked.sum(1).eq(v[f"{case}_left_tokens"]).all()
         same(marked.nonzero()[:, 1].view_as(expected), expected.sort(dim=1).values)
         same(cls_score(rows.unsqueeze(1)).argsort(dim=1, descending=True)[:, : expected.shape[1]], expected)
-        # The crops' tokens one after another.
+        # The tokens of the crops, one crop after another.
         same(marked.flatten().nonzero()[:, 0], v[f"{case}_key_index_flat_with_crop_offset"].sort().values)
 
 
@@ -74,7 +74,7 @@ def filtering(v: Vector) -> None:
         kept = dual_attention_filter(total, peak, **thresholds)
         same(kept[0].nonzero()[:, 0], v[f"{case}_keep"])
         if min(thresholds.values()) > 0:
-            # As many tokens as the thresholds leave are the same tokens.
+            # A budget of as many tokens as the thresholds leave gives the same tokens.
             same(dual_attention_filter(total, peak, **thresholds, budget=kept.sum(1)), kept)
 
 
@@ -85,9 +85,9 @@ def stages(v: Vector) -> None:
     columns = torch.arange(lengths[0])
     key = torch.zeros(lengths[0], dtype=torch.bool)
     key[v["key_set"] + start] = True
-    held = []
+    present = []
     for stage in range(4):
-        held.append(columns)
+        present.append(columns)
         visual = slice(start, len(columns) - tail)
         total, peak = dual_attention(v[f"stage{stage}_attn_text_rows"][..., visual])
         kept = dual_attention_filter(
@@ -105,13 +105,13 @@ def stages(v: Vector) -> None:
         same(key[columns][start:].nonzero()[:, 0], v[f"stage{stage}_key_set_after"])
         same(torch.arange(len(columns)), v[f"stage{stage}_position_ids_after"])
 
-    held.append(columns)
-    assert [len(stage) for stage in held] == lengths
+    present.append(columns)
+    assert [len(stage) for stage in present] == lengths
     for stage in range(4):
-        same(survivors(held[stage], columns), v[f"composed_index_stage{stage}"])
+        same(survivors(present[stage], columns), v[f"composed_index_stage{stage}"])
     cuts = v["pruning_layers"]
     for layer in range(32):
-        here = held[int((cuts < layer).sum())]
+        here = present[int((cuts < layer).sum())]
         assert len(here) == v["cache_len_before"][layer]
         # Layers before the first cut keep everything.
         index = survivors(here, columns if layer >= cuts[0] else here)
@@ -120,9 +120,9 @@ def stages(v: Vector) -> None:
             close(v[f"kv{layer}_key_in"][:, :, index], v[f"kv{layer}_key_out"])
 
 
-def survivors(held: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-    """Where the columns that are left at the end stand among those that a layer's cache holds."""
-    return torch.isin(held, final).nonzero()[:, 0]
+def survivors(present: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+    """Places of the finally remaining columns among those in a layer's cache."""
+    return torch.isin(present, final).nonzero()[:, 0]
 
 
 @handles("mustdrop_e2e_llama")
@@ -149,13 +149,13 @@ def through_a_decoder(v: Vector) -> None:
     spared = torch.zeros_like(columns, dtype=torch.bool)
     spared[:, v["key_set"] + start] = True
 
-    held = []
+    present = []
     for index, layer in enumerate(decoder.layers):
         assert hidden.shape[1] == v["seq_len_per_layer_prefill"][index]
         if f"layer{index}_input" in v:
             close(hidden, v[f"layer{index}_input"], rtol=1e-4, atol=1e-5)
-        held.append(columns)
-        # After each cut positions are counted anew.
+        present.append(columns)
+        # After each cut positions are counted again.
         positions = torch.arange(hidden.shape[1])[None]
         if f"prefill_position_ids_layer{index}" in v:
             same(positions[0], v[f"prefill_position_ids_layer{index}"])
@@ -176,15 +176,15 @@ def through_a_decoder(v: Vector) -> None:
 
     for index, entries in enumerate(cache.layers):
         if index >= cuts[0]:
-            left = survivors(held[index][0], columns[0])
+            left = survivors(present[index][0], columns[0])
             entries.keys, entries.values = entries.keys[:, :, left], entries.values[:, :, left]
     logits = [model.lm_head(decoder.norm(hidden[:, -1:]))]
     same(lengths_of(cache), v["cache_len_after_step"][0])
     for step in range(3):
         hidden = decoder.embed_tokens(logits[-1].argmax(-1))
         for index, layer in enumerate(decoder.layers):
-            # In the reference a new token's position is the length of the layer's cache, whatever the positions with
-            # which the keys in it were stored.
+            # In the reference a new token's position is the length of the layer's cache, even if its keys were stored
+            # with other positions.
             position = torch.tensor([[cache.get_seq_length(index)]])
             assert position == v["decode_query_position_per_layer"][step, index]
             rope = decoder.rotary_emb(hidden, position)
@@ -242,7 +242,7 @@ def through_an_encoder(v: Vector) -> None:
 
 
 def by_the_method(v: Vector, tower: CLIPVisionModel, places: Tensor, method: MustDrop) -> None:
-    """The same inside a session. places: the patches that the reference's tokens stand for here, in its order."""
+    """The same inside a session. places: the patches of the reference's tokens, in the order of the reference."""
     count, image = tower.embeddings.num_patches, 5
     text = LlamaConfig(
         vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=8, num_attention_heads=2, pad_token_id=0
@@ -253,7 +253,7 @@ def by_the_method(v: Vector, tower: CLIPVisionModel, places: Tensor, method: Mus
     model.model.vision_tower.load_state_dict(tower.state_dict())
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    # Thresholds that nothing reaches leave the key tokens alone.
+    # Thresholds that no token reaches leave only the key tokens.
     method = dataclasses.replace(method, global_threshold=2.0, individual_threshold=2.0, positions="original")
     with vtprune.prune(model, method) as session:
         model(input_ids=torch.tensor([[1] + [image] * count + [2, 3]]), pixel_values=v["pixel_values"])

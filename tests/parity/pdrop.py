@@ -31,14 +31,14 @@ def stage(v: Vector) -> None:
             tokens = one_group(features[image], int(counts[index, 0]), {request: weights}, shape, layer=index + 1)
             chosen = kept(method, tokens) + start
             after = torch.cat((after[:start], chosen, after[image.stop :]))
-        # Shorter samples are filled up on the right; here they never enter a batch.
+        # Shorter samples are padded on the right in the reference; here each runs alone.
         same(v["out_mask"][sample].nonzero()[:, 0], torch.arange(len(after)))
         same(v["out"][sample, : len(after)], features[after])
         same(v["out_position_ids"][sample], torch.arange(width).masked_fill(~v["out_mask"][sample], 0))
 
 
 def last_row(v: Vector, features: Tensor, positions: Tensor) -> Tensor:
-    """(tokens,) attention of the last of them, mean over heads; features (tokens, dim)."""
+    """(tokens,) attention of the last token, averaged over heads; features (tokens, dim)."""
     length, dim = features.shape
     head_dim = dim // v["heads"]
     context = row_context(rotary(positions, head_dim, 10000.0), v["heads"], head_dim)

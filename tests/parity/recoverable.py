@@ -4,7 +4,7 @@ import torch
 from vtprune import Recoverable
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.outliers import local_outlier_factor, outlier_share
-from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.ops.recoverable_compression import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
 from vtprune.signals import EncoderKeys, EncoderOutput, EncoderSaliency, JointSpace
 from vtprune.tokens import ModelShape
 
@@ -19,7 +19,7 @@ def outliers(v: Vector) -> None:
         for k in (10, 20):
             close(local_outlier_factor(v[f"{name}.x"], k), v[f"{name}.k{k}.lof"], rtol=1e-5)
             assert outlier_share(v[f"{name}.x"], k) == v[f"{name}.k{k}.ratio"]
-    # Which of the equally near neighbours are taken is not defined: the factors of duplicates are not compared.
+    # The choice among equally near neighbours is undefined, so the factors of duplicates are not compared.
     assert outlier_share(v["dup.x"], 20) == v["dup.k20.ratio"]
 
 
@@ -29,7 +29,7 @@ def text(v: Vector) -> None:
 
 
 def visual_scores(v: Vector):
-    """CLS attention of the last layer, its heads taken as one."""
+    """CLS attention of the last layer, with all heads as one."""
     queries, keys = v["q_cls"][:, None, None], v["k"][:, None]
     scores = attention_rows(queries, keys, scale=keys.shape[-1] ** -0.5)[0, 0, 0, 1:]
     close(scores, v["cls_attn"][0], rtol=1e-5)
@@ -54,7 +54,7 @@ def published(v: Vector) -> None:
     for factor, name in factors:
         assert float((factor > 1.5).double().mean()) == v[f"ratio_{name}"]
         if name != "text":  # many of those coincide, see above
-            # Differences of close scores: the recorded ones were taken from scores a rounding error apart.
+            # Differences of close scores: the recorded ones come from scores with another rounding error.
             close(factor, v[f"lof_{name}"], rtol=1e-3)
 
     merged = recover(features, keys, visual, text, reference_quirks=True)
@@ -83,7 +83,7 @@ def published(v: Vector) -> None:
 
 @handles("recoverable_alt*")
 def independent_choices(v: Vector) -> None:
-    """The variant whose text tokens are chosen without regard to the visual ones."""
+    """The variant that chooses text tokens independently of the visual ones."""
     features, keys, visual, text = v["hidden"][0, 1:], v["k"][0, 1:], visual_scores(v), v["text_sim"][0]
     keep = torch.zeros(len(visual), dtype=torch.bool)
     for scores in (visual, text):

@@ -6,8 +6,8 @@ from torch import Tensor
 from vtprune import SparseVLM
 from vtprune.methods.sparsevlm import RaterAttention
 from vtprune.ops.density_peaks import density_peak_order, density_peaks, merge_clusters, scaled_distances
-from vtprune.ops.raters import text_raters
-from vtprune.ops.recycling import recycle_dropped, recycling_counts
+from vtprune.ops.text_raters import text_raters
+from vtprune.ops.token_recycling import recycle_dropped, recycling_counts
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, one_group, rotary, row_context, same
@@ -16,7 +16,7 @@ SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_c
 
 
 def by_noise(v: Vector, noise: str, n: int) -> Tensor:
-    """Order of the first n points in which, of equally dense ones, that of more noise comes first."""
+    """Order of the first n points. Of equally dense points the one with more noise comes first."""
     return v[noise][0, :n].argsort(descending=True)
 
 
@@ -54,7 +54,7 @@ def stages(v: Vector) -> None:
         signals = {request: weights.mean(2)[..., visual]}
         tokens = one_group(hidden[0, visual], left, signals, SHAPE, layer=stage + 1)
         scores = method.scores(tokens)[0]
-        # Divided by logits some of which are near zero, the last bits of a weight count more.
+        # Some logits are near zero, so dividing by them makes the last bits of a weight count more.
         close(scores, v[f"s{stage}_score"][0], **({} if merges else {"rtol": 1e-4, "atol": 1e-5}))
         keep, best = method.select(tokens).keep[0], v[f"s{stage}_keep_mask"][0]
         assert int(keep.sum()) == left and bool(keep[best].all())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from vtprune import TextMonkey
-from vtprune.ops.repetition import similarity_to_later
+from vtprune.ops.redundancy import similarity_to_later
 from vtprune.tokens import ModelShape
 
 from . import Vector, close, handles, kept, one_group, same

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtprune
 from vtprune import TransPrune
 from vtprune.attention import decoder_attention_rows
-from vtprune.ops.transition import token_transition
+from vtprune.ops.token_transition import token_transition
 from vtprune.signals import InstructionAttention
 from vtprune.tokens import ModelShape
 from vtprune.transformers_private import CACHE
@@ -23,7 +23,7 @@ def transition(v: Vector) -> None:
     close(token_transition(*attention, reference_quirks=True), v["ttv_attn"])
     close(token_transition(*mlp, reference_quirks=True), v["ttv_ffn"])
     close(token_transition(*attention, reference_quirks=True) + token_transition(*mlp, reference_quirks=True), v["ttv"])
-    # The default softmax is over each sample alone: what a batch of one gives.
+    # The default softmax is over each sample alone, as in a batch of one.
     singles = [token_transition(x[None], y[None], reference_quirks=True)[0] for x, y in zip(*attention, strict=True)]
     close(token_transition(*attention), torch.stack(singles))
 
@@ -77,7 +77,7 @@ def llava_around(v: Vector) -> tuple[LlavaForConditionalGeneration, Tensor]:
     vocabulary, dim = weights["model.embed_tokens.weight"].shape
     mlp = weights["model.layers.0.mlp.gate_proj.weight"].shape[0]
     text_ids, start, n = v["text_ids"], v["image_start"], v["n_img"]
-    # Any token that neither the prompt nor the answer uses can stand for the image.
+    # The image's placeholder is a token that neither the prompt nor the answer uses.
     image_token = next(i for i in range(vocabulary) if i not in {*text_ids.tolist(), *v["gen_ids"].tolist()})
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -150,5 +150,5 @@ def through_a_session(v: Vector) -> None:
     close(states[0][0], v["prefill_last_hidden"], rtol=1e-4, atol=1e-4)
     same(answer.sequences[0, ids.shape[1] :], v["gen_ids"])
     close(torch.cat(answer.logits), v["gen_logits"], rtol=1e-4, atol=1e-4)
-    held = torch.tensor([layer.keys.shape[-2] for layer in answer[CACHE].layers])
-    same(held, v["kv_len_per_layer_end"])
+    stored = torch.tensor([layer.keys.shape[-2] for layer in answer[CACHE].layers])
+    same(stored, v["kv_len_per_layer_end"])

@@ -9,7 +9,7 @@ from . import Vector, close, handles, kept, one_per_group, same
 
 @handles("vidcom2_*")
 def tokens_of_every_frame(v: Vector) -> None:
-    """The reference rounds every frame by itself: given the sum of that as its budget, the method keeps the same."""
+    """The reference rounds every frame separately. With the resulting sum as budget, the method keeps the same."""
     features, size, counts = v["features"], v["tokens_per_frame"], v["counts"]
     frames = torch.arange(len(counts)).repeat_interleave(size)
     to_video, to_frame = commonness(features, frames)

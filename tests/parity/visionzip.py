@@ -16,7 +16,7 @@ SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_c
 
 @handles("visionzip_d*", "visionzip_odd49", "visionzip_c1")
 def through_the_method(v: Vector) -> None:
-    """The reference counts CLS, puts it first and contextual tokens last."""
+    """The reference counts the CLS token and puts it first; contextual tokens come last."""
     attention, hidden, metric = v["cls_attn"], v["hidden"], v["metric"][:, 1:]
     dominant, contextual = v["dominant"] - 1, v["contextual"]
     budget = dominant + contextual
@@ -53,7 +53,7 @@ def attention_and_keys(v: Vector) -> None:
 
 @handles("visionzip_anyres")
 def tiles(v: Vector) -> None:
-    """Dominant patches in the order of the mosaic, as ours are; then what the reference puts after them."""
+    """Dominant patches in the order of the mosaic, as here; then the tokens that the reference puts after them."""
     features, patches = v["tile_features"], v["all_indices"].sort(1).values[:, 1:] - 1
     crops = torch.arange(1, len(features) + 1)[:, None].expand_as(patches).flatten()
     order = mosaic_order(crops, patches.flatten(), v["grid_w"], 24)

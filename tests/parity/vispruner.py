@@ -13,7 +13,7 @@ def selection(v: Vector) -> None:
     features, rows, k = v["features"], v["cls_attn"], v["k"]
     method = VisPruner(keep_tokens=k, important_ratio=v["important_ratio"])
     assert v["keep_mask"].nonzero()[:, 1].view(len(features), k).tolist() == v["keep_idx"].tolist()
-    # The same from the attention that tokens receive, where there is no CLS token.
+    # The same without a CLS token, from the attention that tokens receive.
     for has_cls, layer, record in ((True, 22, {"rows": rows}), (False, 23, {"received": rows.mean(1)})):
         shape = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=has_cls)
         saliency = EncoderSaliency(layer)

@@ -32,7 +32,7 @@ def scores(v: Vector) -> None:
     chosen = kept(method, one_group(features, k, {ClsAttention(layers): patch_rows[None]}, shape))
     same(chosen, v["kept_idx"])
     close(features[chosen], v["kept_features"])
-    # The reference projects the kept features; here all are projected and then chosen from.
+    # The reference projects only the kept features; here all features are projected before the choice.
     close(project(v, features)[chosen], v["projected"], rtol=1e-4, atol=1e-6)
 
 

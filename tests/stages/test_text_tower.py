@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 import vtprune
 from vtprune.ops.determinantal import conditional_diversity, scaled_relevance
-from vtprune.ops.recovery import text_scores
+from vtprune.ops.recoverable_compression import text_scores
 from vtprune.signals import EncoderOutput, JointSpace
 from vtprune.testing import families
 

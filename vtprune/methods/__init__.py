@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods: one file each. `list_methods()` names them, `build_method()` makes one from a name, a mapping or a file."""
+"""Methods: one file each. `list_methods()` names them, `build_method()` makes one from a name or a mapping."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from vtprune.plugins import load_plugins
 _METHODS: dict[str, type[Method]] = {}
 
 MethodLike = Method | str | Path | Mapping[str, Any] | Sequence[Any]
-"""What names a method: an object, a registered name, a mapping with `name`, a list of those, or a YAML file."""
+"""How to name a method: an object, a registered name, a mapping with `name`, a list of these, or a YAML file."""
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Make a method known under its `name`; usable as a decorator.
+    """Register a method under its `name`; usable as a decorator.
 
-    Raises ConfigError if the name is taken, or the class lacks what every method has.
+    Raises ConfigError if the name is taken, if the class has no `name` or `signal`, or if it is not a dataclass.
     """
     for attribute in ("name", "signal"):
         if not isinstance(getattr(method, attribute, None), str):
             raise ConfigError(f"{method.__qualname__} has no `{attribute}`: a method states it as a ClassVar[str]")
-    own = [name for name, kind in inspect.get_annotations(method).items() if "ClassVar" not in str(kind)]
-    if own and "__dataclass_params__" not in vars(method):
+    parameters = [name for name, kind in inspect.get_annotations(method).items() if "ClassVar" not in str(kind)]
+    if parameters and "__dataclass_params__" not in vars(method):
         raise ConfigError(
-            f"{method.__qualname__} is no dataclass, so that {', '.join(own)} would be no parameter of it: put "
+            f"{method.__qualname__} is not a dataclass, so {', '.join(parameters)} would not be its parameters: put "
             "@dataclass(frozen=True, kw_only=True) on it"
         )
     if _METHODS.get(method.name, method) is not method:
@@ -53,15 +53,15 @@ def _load_entry_points() -> None:
 
 
 def list_methods() -> dict[str, type[Method]]:
-    """Name -> class of every method, third-party ones included."""
+    """Name -> class of every method, including those of other packages."""
     _load_entry_points()
     return dict(_METHODS)
 
 
 def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> Method:
-    """One method from an object, a name, or a mapping with `name` and parameters; `parameters` override its fields.
+    """Make one method from an object, a name, or a mapping with `name` and parameters. `parameters` override fields.
 
-    Raises ConfigError (unknown name or parameter, with the nearest known ones) or BudgetError.
+    Raises ConfigError (unknown name or parameter; the message has the nearest known ones) or BudgetError.
     """
     from vtprune.config import nearest  # brings pydantic, which is slow to import
 
@@ -85,9 +85,10 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> M
 
 
 def build_methods(spec: MethodLike, **parameters: Any) -> list[Method]:
-    """The methods of a specification, in the order of the path: before the LLM, then inside it.
+    """Make the methods of a specification. Those before the LLM come first, then those inside it.
 
-    A string that ends in .yaml or .yml, or a Path, is read as a file. `parameters` are for a single method only.
+    A Path, or a string that ends in .yaml or .yml, is read as a file. `parameters` are allowed for a single method
+    only.
     """
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
         from vtprune.config import load_method_file

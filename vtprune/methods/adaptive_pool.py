@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive pooling of the patch grid to a smaller one."""
+"""Adaptive pooling (TokenFLEX): average the patch grid to a smaller grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
 from vtprune.methods.grids import even_cells, pool_crops
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.pooling import adaptive_pool
 from vtprune.tokens import Grid, Selection, VisualTokens
 
@@ -20,15 +20,17 @@ from vtprune.tokens import Grid, Selection, VisualTokens
 class AdaptivePool(BeforeLLM):
     """Averages each image's grid down to a smaller grid by adaptive pooling.
 
-    The half of TokenFLEX (arXiv 2504.03154) that needs no training: its projector, and training over several numbers of
-    tokens, are left out. Stage: before the LLM, on whole images only. The tokens left make rows and columns, as many as
-    are nearest to square cells; where the sides do not divide, the windows averaged overlap by a row or column. Numbers
-    that make no such grid (its cells more than twice as long as wide) are dealt out as by `pool`. A mean stands where
-    the token nearest its cell's centre stood; a CLS token before the grid is kept and counts. Deviation: features are
-    pooled after the projector, not before it. Published settings: 64, 144 or 256 tokens an image.
+    The part of TokenFLEX (arXiv 2504.03154) that needs no training; its projector and its training with several numbers
+    of tokens are left out. Stage: before the LLM, on whole images only. The budget is turned into rows and columns
+    whose cells are nearest to squares. If a side cannot be divided evenly, the averaged windows overlap by a row or
+    column. A budget without such a grid (cells would be more than twice as long as wide) is pooled as `pool` does. A
+    mean takes the place of the token nearest to the centre of its cell. A CLS token before the grid is kept and counts.
+    Deviation: features are pooled after the projector, not before it. Published settings: 64, 144 or 256 tokens an
+    image.
 
     Fields
-        overlap: whether windows may overlap, default True. False: a token counts only in the cell it mostly lies in.
+        overlap: whether windows may overlap, default True. False: a token counts only in the cell that most of it lies
+            in.
     """
 
     name: ClassVar[str] = "adaptive_pool"
@@ -54,7 +56,7 @@ class AdaptivePool(BeforeLLM):
 
 
 def _cells(grid: Grid, k: int) -> tuple[int, int] | None:
-    """Rows and columns of `k` cells, those nearest to squares; None if there are none near enough."""
+    """Rows and columns that give `k` cells nearest to squares; None if no cells are near enough."""
     found = [(rows, k // rows) for rows in range(1, grid.rows + 1) if k % rows == 0 and 0 < k // rows <= grid.cols]
     if not found:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AIM: bipartite merging of each image or frame, then pruning by PageRank down to nothing inside the LLM."""
+"""AIM: merge similar tokens of each image or frame, then prune by PageRank down to nothing inside the LLM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLISHED_LAYERS, PUBLISHED_DEPTH = (14, 22), 28
 @dataclass(frozen=True)
 class AttentionPageRank(LayerSignal):
     """(groups, tokens): ranks of the visual tokens by `vtprune.ops.page_rank` over the attention of the decoder layer
-    before the cut, in which all tokens of the prompt take part; those that are masked have a rank to pass on."""
+    before the cut. All tokens of the prompt take part. Masked tokens still pass on a rank."""
 
     temperature: float
     iterations: int
@@ -53,31 +53,31 @@ class AttentionPageRank(LayerSignal):
 class AIM(Composite):
     """Merges similar tokens before the LLM and prunes the rest layer by layer inside it (arXiv 2412.03248).
 
-    Stages: before the LLM the tokens of each crop or frame are merged in rounds, every other token into the most
-    similar of the rest, by plain means. Inside it all tokens stay up to one layer, none are left from another one on,
-    and in between they go in equal steps on the input of every layer: first those that PageRank over the attention of
-    the layer before ranks lowest.
-    Deviations: by default tokens are removed, not masked, so that what is gone has no rank to pass on; merged tokens
-    keep their order; LLaVA's tokens, too, are merged behind the projector by their own similarity (the reference merges
-    them before it, by keys of the encoder); images are merged like frames of a video; while decoding every layer sees
-    what it saw in the prefill (in the reference the first layer loses sight of all visual tokens). Positions are
-    renumbered before the LLM, as in the reference, and kept inside it.
+    Stages: before the LLM, the tokens of each crop or frame are merged in rounds. Each even token goes into the most
+    similar odd token, and merged tokens are plain means. Inside the LLM, all tokens stay up to one layer, and no token
+    is left from a later layer on. In between, tokens are removed in equal steps on the input of every layer, first
+    those with the lowest PageRank over the attention of the layer before.
+    Deviations: by default tokens are removed and not masked, so a removed token does not pass on a rank; merged tokens
+    keep their order; LLaVA's tokens are also merged after the projector, by their own similarity (the reference merges
+    them before it, by keys of the encoder); images are merged like frames of a video; while decoding, every layer sees
+    the tokens that it saw in the prefill (in the reference, the first layer no longer sees any visual token). Positions
+    are renumbered before the LLM, as in the reference, and kept inside it.
 
     Fields
-        keep_ratio, keep_tokens: averaged over the LLM's layers, both stages together: the merge before the LLM is sized
-            to meet them, and where nothing need be merged the steps inside are smaller. The published setting for
+        keep_ratio, keep_tokens: averaged over the LLM's layers, for both stages together. The merge before the LLM is
+            sized to meet them. If no merge is needed, the steps inside the LLM are smaller. The published setting for
             videos, a merge to 25 %, is a keep_ratio of 0.165.
-        removal: "physical" (default) takes tokens out of the sequence and the KV cache; "masking" hides them from the
-            layers that follow, as the reference does, so that they still pass on ranks (exact with sdpa and eager
-            attention). Masking saves nothing; the report counts what is seen, its FLOPs and bytes what is held.
-        layers: last decoder layer that sees all tokens and first one that sees none, 0-based, the second at most the
-            depth; default None: (14, 22) of 28, rescaled.
+        removal: "physical" (default) takes tokens out of the sequence and the KV cache. "masking" hides them from the
+            following layers, as the reference does, so they still pass on ranks (exact with sdpa and eager attention).
+            Masking saves nothing: the report counts visible tokens, but FLOPs and bytes of all tokens.
+        layers: last decoder layer that sees all tokens, and first layer that sees none, 0-based, the second at most the
+            depth; default None: (14, 22) of 28, rescaled to the model's depth.
         temperature: divisor of the attention scores, > 0, default 0.1.
         iterations: steps of PageRank, >= 0, default 5.
-        damping: share of the rank dealt out anew in each step, in [0, 1], default 0.
-        reference_quirks: between rounds of merging, put tokens that found no partner in order of similarity and before
-            all others, as the reference does, which decides who may merge in the next round; they enter the LLM in
-            their own order all the same. Default False.
+        damping: share of the rank that each step spreads evenly over all tokens, in [0, 1], default 0.
+        reference_quirks: between rounds of merging, put tokens without a merge first, by similarity, as the reference
+            does. This decides which tokens may merge in the next round. They still enter the LLM in their original
+            order. Default False.
     """
 
     name: ClassVar[str] = "aim"
@@ -92,7 +92,7 @@ class AIM(Composite):
     reference_quirks: bool = False
 
     def ends(self, shape: ModelShape) -> tuple[int, int]:
-        """Last decoder layer that sees all tokens, and first one that sees none."""
+        """Last decoder layer that sees all tokens, and first layer that sees none."""
         depth = shape.decoder_layers
         if self.layers is None:
             return budget.rescale_layers(PUBLISHED_LAYERS, PUBLISHED_DEPTH, depth)
@@ -107,7 +107,7 @@ class AIM(Composite):
         return {cut: (empty - cut) / (empty - full) for cut in range(full + 1, min(empty + 1, shape.decoder_layers))}
 
     def average(self, shape: ModelShape) -> float:
-        """Tokens held, averaged over the layers, over those entering."""
+        """Number of tokens, averaged over the layers, divided by the number of tokens that enter the LLM."""
         steps = self.steps(shape)
         return budget.schedule_ratio(tuple(steps), tuple(steps.values()), shape.decoder_layers)
 
@@ -117,14 +117,14 @@ class AIM(Composite):
 
     def parts(self, shape: ModelShape) -> tuple[Method, ...]:
         average, steps = self.average(shape), self.steps(shape)
-        entering = left = {"keep_tokens": self.keep_tokens}
+        entering = inside = {"keep_tokens": self.keep_tokens}
         if self.keep_ratio is not None:
             entering = {"keep_ratio": min(self.keep_ratio / average, 1.0)}
-            left = {"keep_ratio": max(self.keep_ratio, average)}
+            inside = {"keep_ratio": max(self.keep_ratio, average)}
         return (
             _Merge(**entering, average=average, positions=self.positions, reference_quirks=self.reference_quirks),
             _Prune(
-                **left,
+                **inside,
                 layers=tuple(steps),
                 schedule=tuple(steps.values()),
                 request=AttentionPageRank(self.temperature, self.iterations, self.damping),
@@ -139,9 +139,9 @@ class _Merge(BeforeLLM):
     """The part before the LLM.
 
     Fields
-        keep_tokens: averaged over the LLM's layers, both stages together.
-        average: what the other part holds of the tokens entering the LLM.
-        reference_quirks: see above.
+        keep_tokens: averaged over the LLM's layers, for both stages together.
+        average: share of the entering tokens that the part inside the LLM has, averaged over the layers.
+        reference_quirks: as in `AIM`.
     """
 
     name: ClassVar[str] = "aim"
@@ -152,7 +152,7 @@ class _Merge(BeforeLLM):
 
     def budgets(self, lengths: Tensor, images: Tensor) -> Tensor:
         counts = super().budgets(lengths, images)
-        # Rounded down, so that the other part has to make up by holding more and not less than it can.
+        # Rounded down: the part inside the LLM can then meet the budget with smaller steps. Larger ones are impossible.
         return counts if self.keep_ratio is not None else torch.minimum((counts / self.average).long(), lengths)
 
     def select(self, tokens: VisualTokens) -> Selection:
@@ -167,8 +167,9 @@ class _Prune(Scorer, Progressive):
     """The part inside the LLM.
 
     Fields
-        layers, schedule: cuts and the share of the entering tokens left after each.
-        request: which ranks.
+        layers, schedule: cuts, and the share of the entering tokens that is left after each cut.
+        request: the signal with the ranks.
+        masks: whether tokens are hidden and not removed.
     """
 
     name: ClassVar[str] = "aim"
@@ -190,7 +191,7 @@ class _Prune(Scorer, Progressive):
             return super().budgets(shape, entering, crops)
         columns = []
         for n, count in zip(entering.tolist(), crops.tolist(), strict=True):
-            # Crops smaller than the count leave it to the larger ones, as far as these can.
+            # What crops smaller than the count cannot keep goes to larger crops, as far as possible.
             ratio = min(self.keep_tokens * count / n, 1.0) if n else 1.0
             columns.append(
                 budget.schedule_counts(self.name, self.layers, self.schedule, shape.decoder_layers, n, ratio)

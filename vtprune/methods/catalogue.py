@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one list of the methods that the library brings. Registry, exports and tables follow it, and its order."""
+"""The list of the methods in the library. The registry, the exports and the tables follow it and its order."""
 
 # isort: off
 from vtprune.methods.vtc_cls import VTCCls as VTCCls

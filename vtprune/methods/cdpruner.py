@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CDPruner: a subset of visual tokens that is diverse, and relevant to the question."""
+"""CDPruner: keep a subset of the tokens that is diverse and relevant to the question."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class CDPruner(BeforeLLM):
-    """Greedy choice under a determinantal point process: cosine of the projected features, weighted with the relevance
-    of both tokens to the question (arXiv 2506.10967).
+    """Greedy choice under a determinantal point process (arXiv 2506.10967).
 
-    Stage: before the LLM. With a text tower relevance is, as in the reference, *minus* the cosine between the question
-    and what the encoder layer that the projector reads gives in CLIP's own space: patches of a CLIP are least like the
-    text where it points at. Without one it is the mean cosine of the projected features with the question's embeddings
-    in the LLM's space, where likeness counts as it is; this is a choice made here, the reference needs a CLIP.
-    Deviations: relevance is scaled to between 0 and 1 in each group, in the reference over all crops of a batch; if it
-    is the same everywhere, diversity alone decides (the reference divides by zero); tokens that the chosen ones already
-    span come last, by relevance (the reference takes the root of a negative number); a question longer than the text
-    tower's context is cut off, where the reference averages over pieces; newline tokens, which the reference always
-    keeps, go with the last token of their line. Published settings: 128 or 64 tokens of 576, 32 of each tile.
+    The kernel of two tokens is the cosine of their projected features times the relevance of both to the question.
+    Stage: before the LLM. With a text tower, relevance is *minus* the cosine of the question with the output of the
+    encoder layer that the projector reads, both in CLIP's own space, as in the reference: in CLIP, patches that the
+    text describes have the lowest similarity to it. Without a text tower, relevance is the mean cosine of the projected
+    features with the question's embeddings in the LLM's space, with its sign unchanged. This is a choice made here; the
+    reference needs a CLIP.
+    Deviations: relevance is scaled to the range from 0 to 1 in each group (in the reference over all crops of a batch);
+    if all tokens are equally relevant, only diversity decides (the reference divides by zero); tokens that the chosen
+    tokens explain completely come last, by relevance (the reference takes the root of a negative number); a question
+    longer than the text tower's context is cut off (the reference averages over pieces); newline tokens are dropped
+    with the last token of their line (the reference always keeps them). Published settings: 128 or 64 tokens of 576, 32
+    of each tile.
 
     Fields
-        text_tower: the CLIP that the model's vision encoder was taken from, whose text tower then reads the question:
-            folder or hub id of a transformers CLIP, or "open_clip:NAME@WEIGHTS" with a model's name and a file or tag
-            (`pip install "vtprune[clip]"`). The question is the session's `text`, or the prompt's after the image, if
-            a tokenizer stands in the model's checkpoint. Default None: the LLM's space.
-        reference_quirks: relevance is scaled over all crops together, those of other samples included; default False.
+        text_tower: the CLIP that the model's vision encoder comes from; its text tower then reads the question. Folder
+            or hub id of a transformers CLIP, or "open_clip:NAME@WEIGHTS" with a model name and a file or tag
+            (`pip install "vtprune[clip]"`). The question is the session's `text`, or the text after the image if the
+            model's checkpoint has a tokenizer. Default None: similarity in the LLM's space.
+        reference_quirks: scale relevance over all crops together, also those of other samples; default False.
     """
 
     name: ClassVar[str] = "cdpruner"
@@ -46,7 +48,7 @@ class CDPruner(BeforeLLM):
     reference_quirks: bool = False
 
     def requests(self, shape: ModelShape) -> tuple[Hashable, ...]:
-        """For relevance; diversity is that of the features."""
+        """The signals for relevance; diversity needs only the features."""
         if self.text_tower is None:
             return (TextEmbeddings(),)
         return EncoderOutput(shape.feature_layer, normalised=True), JointSpace(self.text_tower)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DART: what is least like a few pivots of image and text stays, the duplicates go."""
+"""DART: keep the tokens least similar to a few pivot tokens of image and text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from vtprune.attention import LayerAttention
 from vtprune.layout import take_columns
 from vtprune.methods.base import CutOnce, Share
-from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.ops.pivot_tokens import leading, unlike_pivots
 from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
 class NormedStates(LayerSignal):
-    """A pair, (groups, tokens, dim) and (groups, text tokens, dim): what enters the next decoder layer, put through the
-    LLM's last normalisation; of the visual tokens, and of the text after the last of them."""
+    """Two tensors, (groups, tokens, dim) and (groups, text tokens, dim): the input of the next decoder layer after the
+    LLM's last normalisation, for the visual tokens and for the text after the last visual token."""
 
     def read_layer(self, view: LayerView) -> tuple[Tensor, Tensor]:
         normed, (rows, _) = view.normed(), view.text_rows()
@@ -30,8 +30,9 @@ class NormedStates(LayerSignal):
 
 @dataclass(frozen=True)
 class KeyNorms(LayerSignal):
-    """A pair, (groups, tokens) and (groups, text tokens) float32: L1 norms of the keys, positions applied, in the
-    decoder layer before the cut; of the visual tokens, and of the text after the last of them, -1 for padding."""
+    """Two tensors, (groups, tokens) and (groups, text tokens) float32: L1 norms of the keys, positions applied, in the
+    decoder layer before the cut, for the visual tokens and for the text after the last visual token. -1 for padding of
+    the text."""
 
     def attends(self, cut: int) -> tuple[int, ...]:
         return (cut - 1,)
@@ -39,14 +40,14 @@ class KeyNorms(LayerSignal):
     def read_layer(self, view: LayerView) -> tuple[Tensor, Tensor]:
         norms = key_norms(view.attention(view.layer - 1))
         rows, text = view.text_rows()
-        # Where no text follows, the row is a visual token's.
+        # If no text follows, the row belongs to a visual token.
         text = (text & ~view.visual.gather(1, rows)).to(norms.device)
         return view.groups.gather(norms), take_columns(norms, rows).masked_fill(~text, -1)
 
 
 def key_norms(attention: LayerAttention) -> Tensor:
-    """(batch, n) float32: L1 norm of the key of every column, all heads together."""
-    # Its position turns a key, which changes this norm.
+    """(batch, n) float32: L1 norm of the key of every column, over all heads."""
+    # Positions must be applied, because a rotation changes the L1 norm.
     return attention.keys().float().abs().sum((1, 3))
 
 
@@ -54,20 +55,20 @@ def key_norms(attention: LayerAttention) -> Tensor:
 class DART(CutOnce):
     """Drops visual tokens once, before layer K, that resemble pivots of the image and of the text (arXiv 2502.11494).
 
-    Stage: inside the LLM. Pivots are the visual tokens, and the tokens of the text after the last of them, whose keys
-    in layer K-1 have the largest L1 norm. The visual pivots stay; then each pivot chooses its share of the tokens with
-    the lowest cosine to it, of states that went through the LLM's last normalisation. Attention is not looked at.
+    Stage: inside the LLM. Pivots are the visual tokens and the text tokens after the last visual token whose keys in
+    layer K-1 have the largest L1 norm. The visual pivots stay. Then each pivot chooses its part of the budget: the
+    tokens whose states, after the LLM's last normalisation, have the lowest cosine to its own. Attention is not used.
     Original positions are kept, as in the reference.
-    Deviations: the budget is met exactly (the reference keeps the visual pivots on top of it); visual pivots choose
-    first, then those of the text, each by falling norm (the reference's order is that of a hash table); samples
-    without text after the image have visual pivots alone; batches and several images work.
+    Deviations: the budget is met exactly (the reference keeps the visual pivots in addition); visual pivots choose
+    first and text pivots second, each by falling norm (the reference has the order of a hash table); samples without
+    text after the image have only visual pivots; batches and several images work.
 
     Fields
         layer: K, 0-based, in 1..depth-1; default None: 2 of 32 layers, rescaled to the model's depth, at least 1.
-        share: share of the visual tokens alive from layer K on when no budget is given, in [0, 1], default 2/9 (128
-            of 576).
-        image_pivots: >= 1, default 4.
-        text_pivots: >= 0, default 4.
+        share: share of the visual tokens that is left from layer K on if no budget is given, in [0, 1], default 2/9
+            (128 of 576).
+        image_pivots: number of visual pivots, >= 1, default 4.
+        text_pivots: number of text pivots, >= 0, default 4.
     """
 
     name: ClassVar[str] = "dart"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DivPrune: the most diverse subset of visual tokens."""
+"""DivPrune: keep the most diverse subset of the tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vtprune.tokens import Selection, VisualTokens
 class DivPrune(BeforeLLM):
     """Greedy max-min diversity in cosine distance over the projected features (arXiv 2503.02175).
 
-    Stage: before the LLM. Positions are compact, as in the reference. Deviations: each image is selected on its own
-    (the reference takes one block of a batch's first item); a chosen token is never chosen again, even among
-    duplicates. Published setting: keep ratio 0.098.
+    Stage: before the LLM. Positions are compact, as in the reference. Deviations: tokens are chosen for each image
+    separately (the reference handles only one block of tokens in the first sample of a batch); a token is never chosen
+    twice, even among duplicates. Published setting: keep_ratio=0.098.
     """
 
     name: ClassVar[str] = "divprune"

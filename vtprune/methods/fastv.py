@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV: what the prompt's last token attends to in an early layer of the LLM."""
+"""FastV: keep the tokens that the prompt's last token attends to most in an early layer of the LLM."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class FastV(Scorer, CutOnce):
     """Drops visual tokens once, before layer K, by the last prompt token's attention in layer K-1 (arXiv 2403.06764).
 
     Stage: inside the LLM. Attention is averaged over heads. Original positions are kept, as in the reference.
-    Deviations: every sample gets its own choice, over all its visual tokens (the reference applies the first sample's
-    to the whole batch); the row is recomputed from queries and keys, so the attention back end stays as it is.
+    Deviations: tokens are chosen for every sample, among all its visual tokens (the reference applies the choice of the
+    first sample to the whole batch); the attention row is recomputed from queries and keys, so the attention back end
+    does not change.
 
     Fields
         layer: K, 0-based, in 1..depth-1; default None: 2 of 32 layers, rescaled to the model's depth, at least 1.
-        share: share of the visual tokens alive from layer K on when no budget is given, in [0, 1], default 0.5.
+        share: share of the visual tokens that is left from layer K on if no budget is given, in [0, 1], default 0.5.
     """
 
     name: ClassVar[str] = "fastv"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVID: of every frame what is salient, of every scene the rest, merged around density peaks in a few frames."""
+"""FastVID: keep the salient tokens of each frame; merge the rest of each scene into a few anchors."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 class FastVID(BeforeLLM):
     """Cuts a video into scenes; keeps salient tokens and merges the others into anchors (arXiv 2503.11187).
 
-    Stage: before the LLM. Every frame keeps the tokens that the encoder attends to most. The rest of a scene joins
-    anchors, which are density peaks in the scene's last frame and in every few frames before it. Where several frames
-    of a scene hold anchors, a token goes into one of each, as in the reference; the report names the most similar.
-    Published setting: keep ratio 0.1, on LLaVA-OneVision.
-    Deviations: scenes are told by the mean of a frame's projected features, and tokens rated by the attention of the
-    CLS token in the layer that the projector reads, or where there is none by the attention received there (the
-    reference takes both from the pooling head of SigLIP, which models do not run); nothing is random; of equal scores
-    the first wins; budgets are met exactly (the reference rounds down every frame and every scene); one frame between
-    anchors (anchor_period=1) works. An image keeps its crops apart, each a scene of its own.
+    Stage: before the LLM. Every frame keeps the tokens that the encoder attends to most. The other tokens of a scene
+    join anchors. Anchors are density peaks in the scene's last frame and in every few frames before it. Where several
+    frames of a scene have anchors, a token joins one anchor in each of them, as in the reference; the report names the
+    most similar anchor. Published setting: keep_ratio=0.1, on LLaVA-OneVision.
+    Deviations: scenes are found by the mean of a frame's projected features, and tokens are scored by the attention of
+    the CLS token in the layer that the projector reads, or, without a CLS token, by the attention that they receive in
+    that layer (the reference takes both from the pooling head of SigLIP, which models do not run); nothing is random;
+    of equal scores the first is taken; budgets are met exactly (the reference rounds down in every frame and every
+    scene); anchors in every frame (anchor_period=1) work. Each crop of an image is a separate scene.
 
     Fields
-        min_scenes: scenes that a video has at least, if it has as many frames, >= 1, default 8.
-        threshold: cosine of a frame and the next below which a scene ends, in [-1, 1], default 0.9.
-        context_share: share of a frame's tokens kept that are anchors, in [0, 1], default 0.4.
-        anchor_period: frames from one with anchors to the next, >= 1, default 4.
-        neighbours: nearest tokens that make up density, itself included, >= 1, default 4.
-        anchor_weight: least weight of an anchor against the mean of what joined it, in [0, 1], default 0.6; None: the
-            mean alone.
-        scope: "image" (default: a video has one budget for all frames), or "crop", which leaves every frame its own
-            and makes it a scene of its own.
+        min_scenes: smallest number of scenes of a video that has as many frames, >= 1, default 8.
+        threshold: cosine of a frame with the next frame below which a scene ends, in [-1, 1], default 0.9.
+        context_share: share of anchors among the kept tokens of a frame, in [0, 1], default 0.4.
+        anchor_period: distance in frames between two frames with anchors, >= 1, default 4.
+        neighbours: number of nearest tokens that density is computed from, the token itself included, >= 1, default 4.
+        anchor_weight: smallest weight of an anchor against the mean of the tokens that joined it, in [0, 1], default
+            0.6; None: the mean alone.
+        scope: "image" (default): a video has one budget for all frames. "crop": every frame has its own budget and is a
+            separate scene.
     """
 
     name: ClassVar[str] = "fastvid"
@@ -66,7 +66,7 @@ class FastVID(BeforeLLM):
             if not length:
                 continue
             values = tokens.features[group, :length]
-            # A crop may have lost all its tokens to another method.
+            # Another method may have dropped all tokens of a crop.
             frames = tokens.crops[group, :length].unique(return_inverse=True)[1]
             merged = merge_into_anchors(
                 values,
@@ -83,7 +83,7 @@ class FastVID(BeforeLLM):
         return merging.selection
 
     def _scenes(self, values: Tensor, frames: Tensor, kind: str) -> Tensor:
-        """(frames,) the scene of each."""
+        """(frames,) long: the scene of each frame."""
         means = frame_means(values, frames)
         if kind == "video":
             return scenes(means, self.min_scenes, self.threshold)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLSim: patches that resemble the picture as a whole."""
+"""GLSim: keep the patches most similar to the image as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vtprune.tokens import ModelShape, VisualTokens
 class ClsSimilarity(EncoderSignal):
     """(groups, tokens): similarity of each visual token to the CLS token in the encoder layer that the projector reads.
 
-    Where several patches become one visual token: their mean similarity.
+    If several patches become one visual token, it is their mean similarity.
     """
 
     metric: Literal["cosine", "l1", "l2"] = "cosine"
@@ -39,13 +39,13 @@ class ClsSimilarity(EncoderSignal):
 class GLSim(Scorer, BeforeLLM):
     """Keeps the tokens most similar to the encoder's CLS token (arXiv 2407.12891); no attention is looked at.
 
-    Stage: before the LLM. Needs an encoder with a CLS token. The score was made to find the crop that a fine-tuned
-    recogniser looks at again (8 patches); encoders trained on captions may hold the picture as a whole in background
-    patches. Deviation: both features are the output of the layer that the projector reads, as it reads it, without the
+    Stage: before the LLM. The encoder needs a CLS token. The score was made to find the crop that a fine-tuned
+    classifier looks at a second time (8 patches). Encoders trained on captions may store global information in
+    background patches. Deviation: both features are the output of the layer that the projector reads, without the
     encoder's last normalisation.
 
     Fields
-        metric: "cosine" (default), or "l1" or "l2" for small mean absolute or squared differences.
+        metric: "cosine" (default); or "l1" or "l2", by which small mean absolute or squared differences are similar.
     """
 
     name: ClassVar[str] = "glsim"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods that pool grids share: the crops of a group, and a selection made of what was pooled in each."""
+"""Pooling of grids, for the methods that pool: the crops of a group are pooled, and give one selection."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from vtprune.ops.pooling import pool_grid
 from vtprune.tokens import Grid, Merging, Selection, VisualTokens
 
 Pooling = Callable[[Tensor, Grid, int], tuple[Tensor, Tensor, Tensor]]
-"""Features (rows * columns, dim), their grid and how many to leave -> keep, features and sources, as a `Selection`."""
+"""Features (rows * columns, dim), their grid, number of tokens to leave -> keep, features, sources of a `Selection`."""
 
 
 def pool_crops(
     name: str, tokens: VisualTokens, counts: Callable[[int, Tensor], Tensor], pooling: Pooling, frames: int = 1
 ) -> Selection:
-    """Pool every crop of every group by itself, or the mean of consecutive frames of a video.
+    """Pool every crop of every group separately, or the mean of consecutive frames of a video.
 
-    Tokens before a grid (a CLS token) are kept first, and count. A mean over frames stands in the middle one.
+    Tokens before a grid (a CLS token) are kept first, and count. A mean over frames takes the place of the middle
+    frame.
 
     Args:
-        name: of the method, for the error.
-        counts: number of a group, (clips,) long sizes of what is pooled -> (clips,) long, how many to leave of each.
-        frames: consecutive frames of a video that are averaged, position by position, before they are pooled as one.
+        name: name of the method, for the error.
+        tokens: the groups.
+        counts: a function of the group's number and the (parts,) long sizes of what is pooled. It gives (parts,) long,
+            how many tokens to leave of each part.
+        pooling: the pooling of one grid.
+        frames: number of consecutive frames of a video that are averaged, position by position, and pooled as one grid.
 
     Raises:
         UnsupportedStageError: tokens of a crop are missing, or it has no grid.
@@ -39,8 +43,8 @@ def pool_crops(
         crops = [(tokens.crops[group, :length] == crop).nonzero()[:, 0] for crop in range(len(grids))]
         step = frames if tokens.kinds[group] == "video" else 1
         starts = range(0, len(crops), step)
-        left = counts(group, torch.tensor([len(crops[start]) for start in starts], dtype=torch.long)).tolist()
-        for start, count in zip(starts, left, strict=True):
+        budgets = counts(group, torch.tensor([len(crops[start]) for start in starts], dtype=torch.long)).tolist()
+        for start, count in zip(starts, budgets, strict=True):
             places, grid = torch.stack(crops[start : start + step]), grids[start]
             means = tokens.features[group, places].float().mean(0).to(tokens.features.dtype)
             kept, pooled, into = _behind_prefix(means, grid, count, pooling)
@@ -51,7 +55,7 @@ def pool_crops(
 
 
 def _behind_prefix(features: Tensor, grid: Grid, k: int, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:
-    """Pool a grid behind tokens without a place: features (tokens, dim) -> keep, features, sources."""
+    """Pool a grid that has tokens without a position before it: features (tokens, dim) -> keep, features, sources."""
     prefix = min(grid.prefix, k)
     kept, pooled, into = pooling(features[grid.prefix :], grid, k - prefix)
     first = torch.arange(grid.prefix, device=into.device)
@@ -63,5 +67,5 @@ def _behind_prefix(features: Tensor, grid: Grid, k: int, pooling: Pooling) -> tu
 
 
 def even_cells(features: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `Pooling` into exactly `k` rectangles, see `pool_grid`."""
+    """The `Pooling` into exactly `k` rectangles by `pool_grid`."""
     return pool_grid(features, (grid.rows, grid.cols), k)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoliTom: still parts of a video once a segment, moving parts by saliency, then one merge inside the LLM."""
+"""HoliTom: merge still positions of a video over time, keep salient moving tokens, then merge once inside the LLM."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from vtprune import budget
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Share
-from vtprune.ops.absorption import absorb_dropped
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.inner_llm_merging import absorb_dropped
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.video_merging import merge_video
 from vtprune.signals import AttentionReceived, LastQueryAttention
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
@@ -26,31 +26,32 @@ PUBLISHED_LAYER, PUBLISHED_DEPTH = 18, 28
 class HoliTom(Composite):
     """Merges a video over time and space before the LLM, and once more inside it (arXiv 2505.21334).
 
-    Stages: before the LLM a video is cut into segments of frames in which many positions stand still; those are
-    averaged over the segment and clustered, and of the moving tokens of each frame the most salient are kept, saliency
-    being the attention that a token receives in the encoder. On the input of one decoder layer, the visual tokens that
-    the prompt's last token attends to least are absorbed by those that resemble them most.
-    Deviations: budgets are met exactly (the reference rounds each part by itself); nothing is random; merged tokens
-    stand where their centre stood, in the order of the frames, as in the reference's grid mode; tokens are absorbed
-    within a stretch of visual tokens, and the layer that measures attention stays causal (the reference runs it without
-    a causal mask); images lose their least salient tokens, crop by crop (the reference leaves images alone). Positions
-    are renumbered before the LLM, as in the reference, and kept inside it.
+    Stages: before the LLM, a video is cut into segments of frames in which many positions are still. These positions
+    are averaged over the segment and clustered. Of the moving tokens of each frame the most salient are kept; saliency
+    is the attention that a token receives in the encoder. Inside the LLM, on the input of one decoder layer, the visual
+    tokens that the prompt's last token attends to least are merged into the most similar other tokens.
+    Deviations: budgets are met exactly (the reference rounds each part separately); nothing is random; a merged token
+    takes the place of its centre, in the order of the frames, as in the reference's grid mode; inside the LLM tokens
+    are merged only within a run of visual tokens, and the layer that measures attention stays causal (the reference
+    runs it without a causal mask); images lose their least salient tokens, crop by crop (the reference does not change
+    images). Positions are renumbered before the LLM, as in the reference, and kept inside it.
 
     Fields
-        keep_ratio, keep_tokens: averaged over the LLM's layers, both stages together: the merge before the LLM is sized
-            to meet them. keep_tokens counts per image or video.
+        keep_ratio, keep_tokens: averaged over the LLM's layers, for both stages together. The merge before the LLM is
+            sized to meet them. keep_tokens counts per image or video.
         threshold: cosine above which a position is still from one frame to the next, in [-1, 1], default 0.8.
-        max_window: frames in a segment, >= 1, default 1024.
-        context_share: share of a frame's kept moving tokens that are centres of clusters of the others, in [0, 1],
-            default 0.
-        neighbours: nearest neighbours in clustering, >= 1, default 7.
+        max_window: largest number of frames in a segment, >= 1, default 1024.
+        context_share: share of a frame's kept moving tokens that are cluster centres of the less salient ones, in
+            [0, 1], default 0.
+        neighbours: number of nearest neighbours in clustering, >= 1, default 7.
         centre_weight: weight of a cluster's centre against the mean of its members, in [0, 1], default 0.6; None: the
-            mean of all of them.
-        layer: decoder layer on whose input the second merge acts, in 1..depth-1; default None: 18 of 28, rescaled.
+            mean of all members.
+        layer: decoder layer on whose input the second merge acts, in 1..depth-1; default None: 18 of 28, rescaled to
+            the model's depth.
         inner_share: share of the tokens that the second merge leaves, in [0, 1], default 0.5; 1 turns it off.
-        reference_quirks: before the LLM, round as the reference does, the moving tokens of each frame up and the still
-            ones of each segment to the nearest number, which misses the budget, and give one or two clusters no more
-            neighbours than clusters; default False.
+        reference_quirks: before the LLM, round as the reference does: up for the moving tokens of each frame, and to
+            the nearest number for the still ones of each segment, which misses the budget. And with one or two
+            clusters, use at most as many neighbours as clusters. Default False.
     """
 
     name: ClassVar[str] = "holitom"
@@ -75,7 +76,7 @@ class HoliTom(Composite):
         return self.layer
 
     def shares(self, shape: ModelShape) -> tuple[float, float]:
-        """Share entering the LLM, and share of it that the second merge leaves, for a `keep_ratio`."""
+        """For a `keep_ratio`: the share of tokens that enters the LLM, and the share of these left inside it."""
         cut, depth = self.inner_layer(shape), shape.decoder_layers
         entering = self.keep_ratio / self.average(shape)
         if entering <= 1:
@@ -83,7 +84,7 @@ class HoliTom(Composite):
         return 1.0, (self.keep_ratio * depth - cut) / (depth - cut)
 
     def average(self, shape: ModelShape) -> float:
-        """Tokens held, averaged over the layers, over those entering."""
+        """Number of tokens, averaged over the layers, divided by the number of tokens that enter the LLM."""
         cut, depth = self.inner_layer(shape), shape.decoder_layers
         return (cut + (depth - cut) * self.inner_share) / depth
 
@@ -92,23 +93,23 @@ class HoliTom(Composite):
         self.inner_layer(shape)
 
     def parts(self, shape: ModelShape) -> tuple[Method, ...]:
-        layer, left = self.inner_layer(shape), self.inner_share
+        layer, inner = self.inner_layer(shape), self.inner_share
         if self.keep_ratio is not None:
-            ratio, left = self.shares(shape)
+            ratio, inner = self.shares(shape)
             entering = {"keep_ratio": ratio}
         else:
             entering = {"keep_tokens": round(self.keep_tokens / self.average(shape))}
         names = ("threshold", "max_window", "context_share", "neighbours", "centre_weight", "positions")
         names += ("reference_quirks",)
         outer = _MergeVideo(**entering, **{name: getattr(self, name) for name in names})
-        if self.keep_ratio == 1.0 or left == 1.0:
+        if self.keep_ratio == 1.0 or inner == 1.0:
             return (outer,)
-        return outer, _Absorb(layer=layer, share=left, positions="original")
+        return outer, _MergeInside(layer=layer, share=inner, positions="original")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MergeVideo(BeforeLLM):
-    """The part before the LLM; fields as above."""
+    """The part before the LLM; the fields are those of `HoliTom`."""
 
     name: ClassVar[str] = "holitom"
     signal: ClassVar[str] = "similarity over time, attention in the encoder"
@@ -127,7 +128,7 @@ class _MergeVideo(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         merging = Merging(tokens)
         saliency = tokens[AttentionReceived(tokens.shape.feature_layer)]
-        # Parts that are rounded by themselves are shares of the ratio, not of the rounded count.
+        # The reference applies the ratio to each part, not to the rounded count.
         ratio = self.keep_ratio if self.reference_quirks else None
         for group, length, k in tokens.each():
             for places, frames, count in self._clips(tokens, group, length, k):
@@ -146,7 +147,7 @@ class _MergeVideo(BeforeLLM):
         return merging.selection
 
     def _clips(self, tokens: VisualTokens, group: int, length: int, k: int) -> list[tuple[Tensor, int, int]]:
-        """What is merged together: places in the group, frames, tokens to keep."""
+        """The parts that are merged separately: places in the group, number of frames, tokens to keep."""
         places = torch.arange(length, device=tokens.valid.device)
         layouts = tokens.layouts[group]
         if tokens.kinds[group] == "video":
@@ -160,12 +161,12 @@ class _MergeVideo(BeforeLLM):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Absorb(InLLM):
+class _MergeInside(InLLM):
     """The part inside the LLM.
 
     Fields
         layer: decoder layer on whose input it acts.
-        share: share of the tokens left.
+        share: share of the tokens that is left.
     """
 
     name: ClassVar[str] = "holitom"
@@ -188,6 +189,6 @@ class _Absorb(InLLM):
         merging = Merging(tokens)
         weights = tokens[LastQueryAttention(self.layer - 1)].mean(1)
         for group, length, k in tokens.each():
-            own, runs = tokens.features[group, :length], tokens.runs[group, :length]
-            merging.put(group, length, *absorb_dropped(own, weights[group, :length], k, runs=runs))
+            states, runs = tokens.features[group, :length], tokens.runs[group, :length]
+            merging.put(group, length, *absorb_dropped(states, weights[group, :length], k, runs=runs))
         return merging.selection

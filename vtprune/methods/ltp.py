@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LTP: a token goes once the layer before pays it too little attention."""
+"""LTP: drop a token when it receives too little attention in the layer before."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vtprune.tokens import ModelShape, Selection, VisualTokens
 @dataclass(frozen=True)
 class AttentionShare(LayerSignal):
     """(groups, tokens): attention that each visual token receives in the decoder layer before the cut, from all tokens
-    of the prompt and over all heads, as a multiple of what a token receives on average."""
+    of the prompt and over all heads, as a multiple of the average over tokens."""
 
     of_padded: bool = False
-    """Instead, the sum over what is left of the prompt divided by the columns that came in, padding included."""
+    """Instead, divide the sum over the remaining tokens of the prompt by its original length, padding included."""
 
     def attends(self, cut: int) -> tuple[int, ...]:
         return (cut - 1,)
@@ -42,24 +42,23 @@ class AttentionShare(LayerSignal):
 
 @dataclass(frozen=True, kw_only=True)
 class LTP(InLLM):
-    """Drops visual tokens on the input of every layer by the attention they receive in the one before.
+    """Drops visual tokens on the input of every layer by the attention that they receive in the layer before.
 
-    Learned Token Pruning (arXiv 2107.00910) with fixed thresholds, as its training starts from; nothing is learned.
-    Stage: inside the LLM, on the input of every layer but the first. The score of a token is the attention it receives
-    from all tokens of the prompt, over all heads. Positions are kept.
-    Deviations: made for text encoders, applied to the visual tokens of a causal decoder, where early tokens are seen by
-    more and so receive more; tokens are removed, not masked; thresholds count in multiples of the average score, which
-    is one over the number of tokens, so that they mean the same at any length (the reference's divides by the padded
-    length and its thresholds are absolute).
+    Learned Token Pruning (arXiv 2107.00910) with the fixed thresholds from which its training starts; nothing is
+    learned here. Stage: inside the LLM, on the input of every layer but the first. The score of a token is the
+    attention that it receives from all tokens of the prompt, over all heads. Positions are kept.
+    Deviations: the method was made for text encoders; here it prunes the visual tokens of a causal decoder, where early
+    tokens are seen by more tokens and so receive more attention; tokens are removed, not masked; thresholds are
+    multiples of the average score, which is one over the number of tokens, so they mean the same at any length (the
+    reference divides by the padded length, and its thresholds are absolute).
 
     Fields
-        keep_ratio, keep_tokens: optional; with either, as many tokens as meet it go in equal steps, those that receive
-            least first, and thresholds play no part.
-        threshold: what the threshold rises to behind the last layer, in even steps from 0 at the first, as a multiple
-            of the average score, >= 0, default 1.28: the published 0.01 at 128 tokens.
-        reference_quirks: as in the reference, the threshold is absolute, whatever the length (and 1.28 then out of
-            reach; 0.01 was published), and scores are means over the padded prompt, so that padding dilutes them;
-            default False.
+        keep_ratio, keep_tokens: optional. With one of them, tokens are dropped in equal steps until it is met, those
+            that receive least attention first, and thresholds are not used.
+        threshold: value of the threshold behind the last layer, as a multiple of the average score, >= 0, default 1.28
+            (the published 0.01 at 128 tokens). It rises in even steps from 0 at the first layer.
+        reference_quirks: as in the reference, the threshold is absolute at any length (no score reaches 1.28 then; 0.01
+            was published), and scores are means over the padded prompt, so padding lowers them. Default False.
     """
 
     name: ClassVar[str] = "ltp"
@@ -91,7 +90,7 @@ class LTP(InLLM):
         received = tokens[AttentionShare(of_padded=self.reference_quirks)]
         if self.keep_ratio is not None or self.keep_tokens is not None:
             return Selection(top_k_mask(received, tokens.valid, tokens.budget))
-        # The operation counts in multiples of the average over the tokens that it is given.
+        # The operation takes the average over the tokens that it is given.
         scores = received if self.reference_quirks else received / tokens.lengths.clamp(min=1)[:, None]
         threshold = rising_threshold(self.threshold, tokens.layer - 1, tokens.shape.decoder_layers)
         return Selection(above_threshold(scores, tokens.valid, threshold, reference_quirks=self.reference_quirks))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMTok: the subset of visual tokens that covers the question and the image best."""
+"""MMTok: keep the subset of the tokens that best covers the question and the image."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vtprune.tokens import ModelShape, Selection, VisualTokens
 class MMTok(BeforeLLM):
     """Greedy maximum coverage of text tokens and of all visual tokens (arXiv 2508.18264).
 
-    Stage: before the LLM. Text-to-visual similarity is taken in the LLM's space, visual-to-visual in the encoder's.
-    Deviations from the reference: the question is read from the prompt's own tokens unless the session is given
-    `text` (a string then goes through the paper's stop-word filter); visual features are those the projector reads,
-    whichever encoder layer that is; the selection is lazy, with the same result.
+    Stage: before the LLM. Text-to-visual similarity is computed in the LLM's space, visual-to-visual similarity in the
+    encoder's space. Deviations from the reference: the question is read from the tokens of the prompt, unless the
+    session has a `text` (a string then goes through the paper's stop-word filter); visual features are those that the
+    projector reads, from any encoder layer; the selection is lazy, with the same result.
 
     Fields
         alpha: weight of visual coverage against text coverage, >= 0, default 0.5.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MustDrop: merges what is alike in the encoder, drops what the question ignores in the LLM, then empties the cache."""
+"""MustDrop: merge similar patches in the encoder, drop what the text ignores in the LLM, evict it from the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUBLISHED_LAYERS = (3, 7, 11, 15)
 @dataclass(frozen=True)
 class TextAttention(LayerSignal):
     """(groups, tokens, 2): attention of the text after the last visual token over the visual tokens, averaged over
-    heads, in the decoder layer before the cut: summed over that text, and that of the text token that looks most."""
+    heads, in the decoder layer before the cut. First its sum over the text tokens, then its maximum."""
 
     def attends(self, cut: int) -> tuple[int, ...]:
         return (cut - 1,)
@@ -39,13 +39,13 @@ class TextAttention(LayerSignal):
 
 @dataclass(frozen=True)
 class KeyTokens(LayerSignal):
-    """(groups, tokens) bool: visual tokens that were, as they entered the LLM, among those of their crop that the
-    encoder's CLS query attends to most (`vtprune.ops.dual_attention.key_tokens`)."""
+    """(groups, tokens) bool: the visual tokens of each crop that the encoder's CLS query attends to most, chosen among
+    the tokens that enter the LLM (`vtprune.ops.dual_attention.key_tokens`)."""
 
     layer: int
-    """0-based encoder layer; the method announces its ClsAttention, too."""
+    """0-based encoder layer; the method lists its ClsAttention in `signals`, too."""
     share: float
-    """Of the tokens of each crop, rounded up."""
+    """Share of the tokens of each crop; their number is rounded up."""
 
     def mark(self, view: LayerView) -> Tensor:
         groups, rows = view.encoded(ClsAttention((self.layer,)))
@@ -58,7 +58,7 @@ class KeyTokens(LayerSignal):
 
 @dataclass(frozen=True)
 class AliveInLastLayer(CacheSignal):
-    """(groups, tokens) bool: which visual tokens of a cache layer got as far as the last decoder layer."""
+    """(groups, tokens) bool: which visual tokens of a cache layer reached the last decoder layer."""
 
     def read_cache(self, view: CacheView) -> Tensor:
         return view.alive(-1)
@@ -68,37 +68,39 @@ class AliveInLastLayer(CacheSignal):
 class MustDrop(Composite):
     """Drops tokens while the image is encoded, while the prompt is read and before the answer (arXiv 2411.10803).
 
-    Stages: in the vision encoder, behind its first layer, windows of the grid whose patches are alike are averaged to
-    one patch each, so that all later layers run on fewer. Inside the LLM, on the input of four decoder layers, tokens
-    go that neither the text after the image as a whole nor any single token of it attends to in the layer before; the
-    tokens that the encoder's CLS token attends to most in its last layer stay. When the prompt is read, what did not
-    get as far as the last layer also leaves the KV cache of the layers from the one before the first cut on.
-    Deviations: merged tokens stand where the middle of their window stood (the reference puts them first, the most
-    alike leading); every crop merges its own windows (in the reference, all crops of a call as many as the one that
-    has fewest); windows need not fill the grid; while answering, positions count on from where the prompt left off
-    (the reference counts the cache of each layer, so that an answer stands closer than it is to what the first layers
-    hold). Nothing is merged where several patches become one visual token. Budgets are an addition: the reference has
-    thresholds alone, set anew for each data set.
+    Stages: in the vision encoder, after its first layer, each window of the grid whose patches are similar is averaged
+    to one patch, so all later layers run on fewer patches. Inside the LLM, on the input of four decoder layers, tokens
+    are dropped that neither the whole text after the image nor a single token of it attends to in the layer before. Key
+    tokens, which the encoder's CLS token attends to most in its last layer, stay. After the prefill, tokens that did
+    not reach the last layer are also evicted from the KV cache of all layers from the one before the first cut on.
+    Deviations: merged tokens take the place of the middle of their window (the reference puts them first, the most
+    similar ones leading); every crop merges its own windows (in the reference, all crops of a call merge as many as the
+    crop with the fewest); windows need not fill the grid; while decoding, positions continue after the prompt (the
+    reference counts the cache of each layer, so an answer is too close to the tokens in the first layers). Nothing is
+    merged where several patches become one visual token. Budgets are an addition: the reference has only thresholds,
+    which are tuned for each data set.
 
     Fields
-        keep_ratio, keep_tokens: optional, averaged over the LLM's layers and met exactly: windows are merged as long
-            as their crop has more tokens than the average, and the cuts inside the LLM take the rest in equal steps,
-            lowest attention against the thresholds first, key tokens last. What the cache loses afterwards comes on
-            top. Without a budget the thresholds decide.
-        window: rows and columns of a window in the encoder, two patches or more, default (3, 3).
-        similarity: mean cosine of the pairs of patches from which on a window is merged, in [-1, 1], default 0.8; None
-            merges nothing.
+        keep_ratio, keep_tokens: optional, averaged over the LLM's layers and met exactly. Windows are merged as long
+            as their crop has more tokens than the average. The cuts inside the LLM drop the other tokens in equal
+            steps, those with the lowest attention against the thresholds first, key tokens last. The eviction from the
+            cache comes in addition. Without a budget the thresholds decide.
+        window: rows and columns of a window in the encoder, at least two patches, default (3, 3).
+        similarity: smallest mean cosine of the pairs of patches with which a window is merged, in [-1, 1], default 0.8;
+            None merges nothing.
         merge_layer: encoder layer on whose output windows are merged, >= 0, default 0.
-        key_share: share of each crop's tokens, rounded up, that CLS attention marks as key tokens, in [0, 1], default
-            0.08; 0 marks none, and then the encoder needs no CLS token.
-        layers: 0-based decoder layers on whose input tokens are dropped; default None: (3, 7, 11, 15) of 32, rescaled.
-        global_threshold: share of the whole text's attention below which a token may go, >= 0, default 0.001. Above 0
-            with a budget, like the next.
-        individual_threshold: attention of the keenest text token below which one may go, >= 0, default 0.001.
-        evict: whether the cache is emptied when the prompt is read, default True; generating with use_cache=False
-            takes False.
-        reference_quirks: let every crop of a call merge as many windows as the one with fewest that pass, default
-            False.
+        key_share: share of each crop's tokens that are key tokens by CLS attention, in [0, 1], rounded up, default
+            0.08; with 0 there are none, and the encoder needs no CLS token.
+        layers: 0-based decoder layers on whose input tokens are dropped; default None: (3, 7, 11, 15) of 32, rescaled
+            to the model's depth.
+        global_threshold: share of the whole text's attention below which a token may be dropped, >= 0, default 0.001.
+            With a budget both thresholds must be above 0.
+        individual_threshold: largest attention of a single text token below which a token may be dropped, >= 0, default
+            0.001.
+        evict: whether tokens are evicted from the cache after the prefill, default True. Generation with
+            use_cache=False needs False.
+        reference_quirks: let every crop of a call merge as many windows as the crop with the fewest windows that pass.
+            Default False.
     """
 
     name: ClassVar[str] = "mustdrop"
@@ -120,10 +122,10 @@ class MustDrop(Composite):
     def __post_init__(self):
         super().__post_init__()
         if self.window[0] * self.window[1] < 2:
-            raise ConfigError(f"mustdrop: a window={self.window} holds nothing to merge")
+            raise ConfigError(f"mustdrop: window={self.window} has nothing to merge: it needs two patches at least")
         has_budget = self.keep_ratio is not None or self.keep_tokens is not None
         if has_budget and min(self.global_threshold, self.individual_threshold) == 0:
-            raise ConfigError("mustdrop: with a budget both thresholds, which weigh attention, have to be above 0")
+            raise ConfigError("mustdrop: with a budget both thresholds must be above 0, because they weigh attention")
 
     def check_budget(self, shape: ModelShape) -> None:
         if self.merge_layer >= shape.encoder_layers - 1:
@@ -150,7 +152,7 @@ class MustDrop(Composite):
 
 @dataclass(frozen=True, kw_only=True)
 class _MergeWindows(InEncoder):
-    """The part in the vision encoder; fields as above."""
+    """The part in the vision encoder; the fields are those of `MustDrop`."""
 
     name: ClassVar[str] = "mustdrop"
     signal: ClassVar[str] = "similarity in the encoder"
@@ -184,7 +186,7 @@ class _MergeWindows(InEncoder):
 
 @dataclass(frozen=True, kw_only=True)
 class _Filter(Progressive):
-    """The part inside the LLM; fields as above."""
+    """The part inside the LLM; the fields are those of `MustDrop`."""
 
     name: ClassVar[str] = "mustdrop"
     signal: ClassVar[str] = "attention of the text in the LLM"
@@ -234,11 +236,11 @@ class _Evict(AfterPrefill):
     """The part after the prefill.
 
     Fields
-        looked_through: decoder layers that lose what did not get as far as the last one.
+        looked_through: decoder layers whose cache loses the tokens that did not reach the last layer.
     """
 
     name: ClassVar[str] = "mustdrop"
-    signal: ClassVar[str] = "what the LLM's last layer holds"
+    signal: ClassVar[str] = "tokens in the LLM's last layer"
     needs_budget: ClassVar[bool] = False
 
     looked_through: tuple[int, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidDrop: halves the visual tokens at the end of every stage of the LLM, by the last token's attention."""
+"""PyramidDrop: halve the visual tokens at the end of every stage of the LLM, by the last token's attention."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class PyramidDrop(Scorer, Staged):
 
     Stage: inside the LLM. The score of a token is the attention that the last token pays to it in the layer that runs
     next, averaged over heads. Positions are renumbered after every stage, as in the reference.
-    Deviations: attention is in float32; grouped-query attention, padding on either side, and several images, which
-    compete with one another, work; of equally good tokens the earlier stays. The reference's training, which drops
-    tokens as well, is not here.
+    Deviations: attention is computed in float32; grouped-query attention, padding on both sides and several images
+    work, and images compete with one another; of equal scores the earlier token stays. The reference also drops tokens
+    in training; this is left out.
 
     Fields
         layers: cuts on the input of these decoder layers, 0-based, ascending; default None: (8, 16, 24) of 32 layers,
             rescaled to the model's depth.
-        schedule: share of the entering visual tokens alive after each cut, in [0, 1], not increasing; default (0.5,
-            0.25, 0.125). With a budget it is scaled to meet it.
+        schedule: share of the entering visual tokens that is left after each cut, in [0, 1], not increasing; default
+            (0.5, 0.25, 0.125). With a budget the schedule is scaled to meet it.
     """
 
     name: ClassVar[str] = "pdrop"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: average pooling of the patch grid, and of a video's frames."""
+"""Baseline: average cells of the patch grid, and frames of a video."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
 from vtprune.methods.grids import even_cells, pool_crops
-from vtprune.ops.apportionment import share_out
+from vtprune.ops.largest_remainder import share_out
 from vtprune.tokens import Selection, VisualTokens
 
 
@@ -20,12 +20,13 @@ from vtprune.tokens import Selection, VisualTokens
 class Pool(BeforeLLM):
     """Averages rectangular cells of each image's grid down to exactly k tokens (`vtprune.ops.pooling`).
 
-    Stage: before the LLM, on whole images only. A mean stands where the token nearest its cell's centre stood. A CLS
-    token before the grid is kept and counts. Over time, frames are averaged first, position by position; a mean then
-    stands in the middle one of its frames. What is left of the video then bounds the budget.
+    Stage: before the LLM, on whole images only. A mean takes the place of the token nearest to the centre of its cell.
+    A CLS token before the grid is kept and counts. With frames > 1, consecutive frames are averaged first, position by
+    position, and a mean takes the place of the middle frame. The budget is then at most the number of tokens left.
 
     Fields
-        frames: consecutive frames of a video averaged before their grid is, >= 1, default 1; more need scope="image".
+        frames: number of consecutive frames of a video that are averaged before pooling, >= 1, default 1. More than one
+            needs scope="image".
     """
 
     name: ClassVar[str] = "pool"

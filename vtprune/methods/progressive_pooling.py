@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive pooling: the first of every few frames on a fine grid, the others on a coarse one."""
+"""Progressive pooling (Visual Context Window Extension): average to fine grids in some frames, coarse in others."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
 from vtprune.methods.grids import even_cells, pool_crops
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.pooling import progressive_counts
 from vtprune.tokens import Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressivePooling(BeforeLLM):
-    """Averages cells of each frame's grid, finer in the first frame of every group of consecutive ones.
+    """Averages cells of each frame's grid, with smaller cells in the first frame of every group of frames.
 
-    Inspired by the progressive pooling of Visual Context Window Extension (arXiv 2409.20018), whose authors have not
-    published code, nor the grids and group sizes they ran; the extension of the context window is not part of it.
-    Stage: before the LLM, on whole images only. Images, tiled ones too, are pooled evenly. Deviation: budgets are met
-    exactly, so cells of a frame may differ by a row or a column. A mean stands where the token nearest its cell's
-    centre stood; a CLS token before a grid is kept and counts.
+    Inspired by the progressive pooling of Visual Context Window Extension (arXiv 2409.20018). Its authors have
+    published neither code nor the grids and group sizes that they used. The extension of the context window is left
+    out. Stage: before the LLM, on whole images only. Images, also tiled ones, are pooled evenly. Deviation: budgets are
+    met exactly, so the cells of a frame may differ by a row or a column. A mean takes the place of the token nearest to
+    the centre of its cell. A CLS token before a grid is kept and counts.
 
     Fields
-        frames: consecutive frames in a group, >= 1, default 2 (the figure of the paper alternates).
-        ratio: how many times as many tokens the first frame of a group gets, >= 1, default 4 (twice as many rows and
-            columns).
+        frames: number of consecutive frames in a group, >= 1, default 2 (in the paper's figure fine and coarse frames
+            alternate).
+        ratio: the first frame of a group gets this many times the tokens of another frame, >= 1, default 4 (twice as
+            many rows and columns).
         scope: "image" (default); with "crop" every frame has the same budget.
     """
 

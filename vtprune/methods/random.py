@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: visual tokens drawn at random."""
+"""Baseline: keep a random subset of the tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
-from vtprune.ops.noise import seeded_uniform
+from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.signals import SampleKeys
 from vtprune.tokens import ModelShape, VisualTokens
 
@@ -19,11 +19,11 @@ from vtprune.tokens import ModelShape, VisualTokens
 class Random(Scorer, BeforeLLM):
     """Keeps a uniformly random subset of each image's tokens.
 
-    Stage: before the LLM. The draw depends on the seed, the image's pixels and the prompt's text, never on the rest of
-    the batch or the global generators.
+    Stage: before the LLM. The draw depends on the seed, the image's pixels and the prompt's text, but not on other
+    samples of the batch or on the global generators.
 
     Fields
-        seed: >= 0, default 0.
+        seed: seed of the draw, >= 0, default 0.
     """
 
     name: ClassVar[str] = "random"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recoverable Compression: tokens for the picture, tokens recovered for the question, the rest around a few of them."""
+"""Recoverable Compression: keep tokens by visual score, recover tokens by the question, merge the rest."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
-from vtprune.ops.apportionment import apportion
-from vtprune.ops.recovery import dynamic_counts, main_tokens, recover, text_scores
+from vtprune.ops.largest_remainder import apportion
+from vtprune.ops.recoverable_compression import dynamic_counts, main_tokens, recover, text_scores
 from vtprune.signals import EncoderKeys, EncoderOutput, EncoderSaliency, JointSpace, TextEmbeddings
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recoverable(BeforeLLM):
-    """Keeps tokens by visual score, recovers others by their likeness to the question (arXiv 2409.01179).
+    """Keeps tokens by visual score, and recovers others by their similarity to the question (arXiv 2409.01179).
 
-    Stage: before the LLM. How many of each is the share of scores that are outliers by their local outlier factor; of
-    the rest, the best gather those like them, and one more token holds what is left. The visual score is the attention
-    of the encoder's CLS token in its last layer, or where there is none the attention that a token receives there.
-    The text score compares the projected features with the mean of the question's embeddings in the LLM's space, or,
-    given a text tower, features of the encoder's last layer with the question in CLIP's own space.
-    Deviations: attention is averaged over heads (the reference takes all heads as one); the reference has no score
-    without a text tower, runs a whole CLIP beside the model, and gives it the first line of the prompt, which is the
-    system's and not the question's, and what the tower says at the end of the padding, not of the text; features are
-    gathered after the projector, not before it; two defects are mended (see reference_quirks); tokens keep their
-    places, which the reference gives up; with a budget, for which the reference has no means, the three numbers are
-    scaled to meet it.
+    Stage: before the LLM. The share of scores that are outliers, by their local outlier factor, gives the number of
+    kept tokens and of recovered tokens. Of the rest, the best tokens are centres, which gather similar tokens, and one
+    more token is the sum of the others. The visual score is the attention of the encoder's CLS token in its last layer,
+    or, without a CLS token, the attention that a token receives there. The text score compares the projected features
+    with the mean of the question's embeddings in the LLM's space. With a text tower, it compares features of the
+    encoder's last layer with the question in CLIP's own space.
+    Deviations: attention is averaged over heads (the reference handles all heads as one); there is a text score without
+    a text tower (the reference always runs a whole CLIP beside the model); the text tower reads the question, at the
+    end of the text (the reference gives it the first line of the prompt, which is the system's, and reads its output at
+    the end of the padding); features are gathered after the projector, not before it; two defects are corrected (see
+    reference_quirks); tokens keep their places (in the reference they do not); with a budget, which the reference does
+    not have, the three numbers are scaled to meet it.
 
     Fields
-        keep_ratio, keep_tokens: optional; without either, as many tokens stay as there are outliers.
-        layer: encoder layer of attention and keys, 0-based; default None: the last.
-        members: tokens that each centre gathers, >= 0, default 32.
-        text_weight: weight of the text score against likeness to the centre, >= 0, default 50.
+        keep_ratio, keep_tokens: optional; without them, the outliers decide how many tokens stay.
+        layer: encoder layer of attention and keys, 0-based; default None: the last layer.
+        members: number of tokens that each centre gathers, >= 0, default 32.
+        text_weight: weight of the text score against the similarity to the centre, >= 0, default 50.
         outlier_factor: local outlier factor above which a score is an outlier, > 0, default 1.5.
         gather: whether the rest is gathered, default True; False drops it.
-        text_tower: the CLIP that the model's vision encoder was taken from, whose text tower then reads the question:
-            folder or hub id of a transformers CLIP, or "open_clip:NAME@WEIGHTS" with a model's name and a file or tag
-            (`pip install "vtprune[clip]"`). The question is the session's `text`, or the prompt's after the image, if
-            a tokenizer stands in the model's checkpoint. Default None: the LLM's space.
-        reference_quirks: both defects as in the reference: the number of centres is a share of the encoder's width, and
-            the keys that are compared are those of the image's first tokens; default False.
+        text_tower: the CLIP that the model's vision encoder comes from; its text tower then reads the question. Folder
+            or hub id of a transformers CLIP, or "open_clip:NAME@WEIGHTS" with a model name and a file or tag
+            (`pip install "vtprune[clip]"`). The question is the session's `text`, or the text after the image if the
+            model's checkpoint has a tokenizer. Default None: similarity in the LLM's space.
+        reference_quirks: repeat both defects of the reference: the number of centres is a share of the encoder's width,
+            and the compared keys are those of the image's first tokens. Default False.
     """
 
     name: ClassVar[str] = "recoverable"
@@ -64,7 +65,7 @@ class Recoverable(BeforeLLM):
     reference_quirks: bool = False
 
     def requests(self, shape: ModelShape) -> tuple[Hashable, ...]:
-        """For the visual score and the keys; the rest is for the text score."""
+        """The signals: first for the visual score, then the keys, then for the text score."""
         layer = shape.encoder_layers - 1 if self.layer is None else self.layer
         if layer >= shape.encoder_layers:
             raise ConfigError(f"recoverable: layer={layer} must be within 0..{shape.encoder_layers - 1}")
@@ -103,16 +104,16 @@ class Recoverable(BeforeLLM):
         return merging.selection if self.gather else Selection(keep)
 
     def _text_scores(self, group: int, values: Tensor, *textual) -> Tensor:
-        """(tokens,) likeness to the question of a group with features (tokens, dim)."""
+        """(tokens,) similarity to the question, for a group with features (tokens, dim)."""
         if self.text_tower is None:
-            # A sum has the direction of the mean, and there may be no text at all.
+            # A sum has the direction of the mean, and also works without any text.
             return text_scores(textual[0][group].float().sum(0), values)
         outputs, (questions, projection) = textual
         patches = outputs[group, : len(values)].to(projection) @ projection.T
         return text_scores(questions[group].float(), patches.float())
 
     def _main(self, visual: Tensor, text: Tensor, dim: int, k: int | None) -> Tensor:
-        """(tokens,) bool, what stays when the rest is dropped."""
+        """(tokens,) bool: the tokens that stay if the rest is dropped."""
         counts = torch.tensor(dynamic_counts(visual, text, dim, outlier_factor=self.outlier_factor)[:2])
         if k is not None:
             counts = apportion(k, counts, torch.full_like(counts, len(visual)))

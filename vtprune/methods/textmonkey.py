@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TextMonkey: a token goes if a later one resembles it."""
+"""TextMonkey: drop a token if a later token is similar to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM, Scorer
-from vtprune.ops.repetition import similarity_to_later
+from vtprune.ops.redundancy import similarity_to_later
 from vtprune.tokens import VisualTokens
 
 PUBLISHED_TOKENS = 512
@@ -17,15 +17,15 @@ PUBLISHED_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class TextMonkey(Scorer, BeforeLLM):
-    """Keeps the tokens least similar, in cosine, to any that come after them (arXiv 2403.04473).
+    """Keeps the tokens that are least similar (cosine) to any later token (arXiv 2403.04473).
 
-    Stage: before the LLM. Of a group of repetitions the last one stays. This is the token filter alone: the resampler
-    that TextMonkey trained to gather what it drops is not part of it. Deviations: the overview of a tiled image is
-    filtered along with its tiles, where the reference keeps all of it; the similarity of a zero vector is 0.
+    Stage: before the LLM. Of several similar tokens the last one stays. This is only the token filter; the resampler
+    that TextMonkey trains to gather the dropped tokens is left out. Deviations: the overview of a tiled image is
+    filtered together with its tiles (the reference keeps all of it); the similarity of a zero vector is 0.
 
     Fields
-        keep_ratio, keep_tokens: optional; without either the published 512 tokens of an image or video stay, or all of
-            one that has no more.
+        keep_ratio, keep_tokens: optional; without them the published 512 tokens of an image or video stay, or all
+            tokens if there are fewer.
         scope: "image" (default, as in the reference: the tiles of an image are compared with one another), or "crop".
     """
 

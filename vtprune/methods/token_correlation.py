@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token correlation: tokens that stand out in a deep layer, and from an early one as many as the crop has to say."""
+"""Token correlation: keep global tokens of a deep encoder layer, and local tokens of an early one."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM, require_cls
-from vtprune.ops.noise import seeded_uniform
-from vtprune.ops.repetition import global_and_local, information_density
+from vtprune.ops.redundancy import global_and_local, information_density
+from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.signals import ClsAttention, EncoderKeys, SampleKeys
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCorrelation(BeforeLLM):
-    """Keeps what CLS attends to unusually much in a deep layer, and most in an early one, by the density of the crop.
+    """Keeps global tokens, to which CLS attends unusually much, and local tokens, by the density of the crop.
 
-    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439), whose authors have published neither
-    code nor these numbers: every default below is a choice made here. Stage: before the LLM, from the encoder; it was
-    made for documents cut into crops. A token with many others whose keys are much like its own is redundant; the share
-    that is not, the crop's density, says how many local tokens it gets. Global ones are outliers of CLS attention.
-    With a budget, global tokens come first, local ones fill it. Needs an encoder with a CLS token.
+    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439). Its authors have published neither code
+    nor these numbers: every default below is a choice made here. Stage: before the LLM, from the encoder. The method
+    was made for documents that are cut into crops. Global tokens are those whose CLS attention in a deep layer is an
+    outlier. Local tokens are those with the most CLS attention in an early layer. Their number depends on the density
+    of the crop: a token is redundant if many other tokens have similar keys, and the density is the share of tokens
+    that are not redundant. With a budget, global tokens come first, and local tokens fill it. The encoder needs a CLS
+    token.
 
     Fields
-        keep_ratio, keep_tokens: optional; without either, as many tokens stay as come out.
-        local_layer: early encoder layer, 0-based; default None: a quarter of the depth up.
-        global_layer: deep encoder layer, 0-based; default None: the one whose output the projector reads.
-        similarity: cosine of keys above which two tokens are alike, in [-1, 1], default 0.9.
-        count: others alike that make a token redundant, >= 1, default 8.
+        keep_ratio, keep_tokens: optional; without them, all global and local tokens stay.
+        local_layer: early encoder layer, 0-based; default None: at a quarter of the depth.
+        global_layer: deep encoder layer, 0-based; default None: the layer whose output the projector reads.
+        similarity: cosine of keys above which two tokens are similar, in [-1, 1], default 0.9.
+        count: number of similar tokens that makes a token redundant, >= 1, default 8.
         whiskers: interquartile ranges above the third quartile from which attention is an outlier, >= 0, default 1.5.
-        seed: draws local tokens with probabilities in proportion to their attention, >= 0; default None: no draw, the
-            most attended to.
+        seed: seed for drawing local tokens with probabilities in proportion to their attention, >= 0; default None: no
+            draw, the tokens with most attention.
     """
 
     name: ClassVar[str] = "token_correlation"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TransPrune: how much each layer changes a visual token, and how much the question looks at it."""
+"""TransPrune: keep the tokens that layers change most, and that the question attends to most."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.methods.base import Scorer, Share, Staged
-from vtprune.ops.transition import token_transition
+from vtprune.ops.token_transition import token_transition
 from vtprune.signals import InstructionAttention, LayerSignal, LayerView
 from vtprune.tokens import ModelShape, VisualTokens
 
 
 @dataclass(frozen=True)
 class Transition(LayerSignal):
-    """(groups, tokens): token transition variation, attention and MLP block, summed over decoder layers.
+    """(groups, tokens): token transition variation of attention and MLP blocks, summed over decoder layers.
 
-    A later cut sees the sum since the first of these layers.
+    At each cut, the sum runs from the first of these layers.
     """
 
     layers: tuple[int, ...]
@@ -39,19 +39,19 @@ class Transition(LayerSignal):
 class TransPrune(Scorer, Staged):
     """Drops visual tokens in stages by token transition variation and instruction-guided attention (arXiv 2507.20630).
 
-    Stage: inside the LLM. The score of a token is the sum of two shares: of the transition variation accumulated over
-    the layers before the cut, and of the attention that the text after the image pays to it in the layer that runs
-    next. Positions are renumbered after every stage, as in the reference. Deviations: the transition's softmax runs
-    over each sample's own tokens (the reference's over the whole batch, padding included; equal for one sample);
-    everything is computed in float32; grouped-query attention, batches and several images work.
+    Stage: inside the LLM. The score of a token is the sum of two shares: its share of the transition variation, summed
+    over the layers before the cut, and its share of the attention that the text after the image pays in the layer that
+    runs next. Positions are renumbered after every stage, as in the reference. Deviations: the softmax of the
+    transition runs over the tokens of each sample (in the reference over the whole batch, padding included, which is
+    equal for one sample); everything is computed in float32; grouped-query attention, batches and several images work.
 
     Fields
         layers: cuts on the input of these decoder layers, 0-based, ascending; default None: (7, 9, 12) of 32 layers,
             rescaled to the model's depth.
-        schedule: share of the entering visual tokens alive after each cut, in [0, 1], not increasing; default
-            (0.875, 0.625, 0.125). With a budget it is scaled to meet it.
-        measure: decoder layers whose transitions are accumulated; default None: from the one before the first cut to
-            the one before the last (6 to 11 of 32).
+        schedule: share of the entering visual tokens that is left after each cut, in [0, 1], not increasing; default
+            (0.875, 0.625, 0.125). With a budget the schedule is scaled to meet it.
+        measure: decoder layers whose transitions are summed; default None: from the layer before the first cut to the
+            layer before the last cut (6 to 11 of 32).
         score: "both" (default), "ttv" (transition variation alone) or "iga" (attention alone).
     """
 
@@ -66,7 +66,7 @@ class TransPrune(Scorer, Staged):
     positions: Literal["original", "compact"] = "compact"
 
     def measured(self, shape: ModelShape) -> tuple[int, ...]:
-        """Decoder layers whose transitions are accumulated."""
+        """Decoder layers whose transitions are summed."""
         cuts = self.cuts(shape)
         layers = tuple(range(cuts[0] - 1, cuts[-1])) if self.measure is None else self.measure
         if not layers or layers[0] >= cuts[0] or min(layers) < 0:
@@ -84,5 +84,5 @@ class TransPrune(Scorer, Staged):
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Each row over its sum; 1e-8 as in the reference, against a row of zeros."""
+    """Each row divided by its sum. 1e-8, as in the reference, avoids a division by zero."""
     return values / (values.sum(1, keepdim=True) + 1e-8)

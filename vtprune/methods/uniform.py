@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: every n-th visual token."""
+"""Baseline: keep every n-th token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtprune.tokens import Selection, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(BeforeLLM):
-    """Keeps tokens at an even stride in raster order: the middle of each of k equal stretches.
+    """Keeps tokens at an even stride in raster order: the middle of each of k equal intervals.
 
     Stage: before the LLM.
     """
@@ -28,5 +28,5 @@ class Uniform(BeforeLLM):
 
 
 def even_stride(length: int, k: int) -> Tensor:
-    """(k,) long: the middle of each of k equal stretches of `length` places."""
+    """(k,) long: the middle of each of k equal intervals of `length` places."""
     return (2 * torch.arange(k) + 1) * length // max(2 * k, 1)

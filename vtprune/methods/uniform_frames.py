@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: fewer frames of a video, evenly spaced, instead of fewer tokens of each."""
+"""Baseline: keep fewer frames of a video, evenly spaced, instead of fewer tokens of each frame."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vtprune.tokens import Selection, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class UniformFrames(BeforeLLM):
-    """Keeps frames at an even stride, as few as hold the budget: whole ones, but for the last, which gets what is left.
+    """Keeps as few frames as the budget needs, at an even stride. All are whole frames, except the last one.
 
-    Stage: before the LLM. What sampling fewer frames would have given, with the frames that were encoded. The last
-    frame keeps an even stride of its tokens. An image of several crops is treated like a video, one of a single crop
-    as by `uniform`.
+    Stage: before the LLM. The result is like sampling fewer frames, but from the frames that were encoded. The last
+    frame gets the rest of the budget, and keeps its tokens at an even stride. An image with several crops is treated
+    like a video. An image with a single crop is treated as by `uniform`.
 
     Fields
-        scope: "image" (default), or "crop", which leaves every frame its own budget, as `uniform` does.
+        scope: "image" (default), or "crop": every frame has its own budget, as with `uniform`.
     """
 
     name: ClassVar[str] = "uniform_frames"
@@ -37,16 +37,16 @@ class UniformFrames(BeforeLLM):
 
 
 def _choose(crops: Tensor, k: int) -> Tensor:
-    """Indices of k tokens; crops (tokens,) long, the crop of each."""
+    """Indices of k tokens. crops: (tokens,) long, the crop of each token."""
     numbers, sizes = crops.unique(return_counts=True)
     for count in range(1, len(numbers) + 1):
         frames = even_stride(len(numbers), count).tolist()
         if int(sizes[frames].sum()) >= k:
             break
-    chosen, left = [], k
+    chosen, remaining = [], k
     for frame in frames:
         places = (crops == numbers[frame]).nonzero()[:, 0]
-        taken = min(left, len(places))
+        taken = min(remaining, len(places))
         chosen.append(places[even_stride(len(places), taken).to(places.device)])
-        left -= taken
+        remaining -= taken
     return torch.cat(chosen)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VidCom2: more of the frames that differ, and in each frame what differs from frame and video."""
+"""VidCom2: keep more tokens of unique frames, and in each frame the tokens that differ from frame and video."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import ClassVar, Literal
 import torch
 
 from vtprune.methods.base import BeforeLLM
-from vtprune.ops.apportionment import apportion
 from vtprune.ops.frame_uniqueness import commonness, frame_shares
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.selection import best_per_part
 from vtprune.tokens import Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class VidCom2(BeforeLLM):
-    """Keeps the tokens least like the mean of their frame and of the video (arXiv 2505.14454).
+    """Keeps the tokens least similar to the mean of their frame and of the video (arXiv 2505.14454).
 
-    Stage: before the LLM, from the projected features alone, over the half of their channels that varies least. A frame
-    whose tokens are less like the video's mean keeps more of them. Published setting: keep ratio 0.25.
-    Deviations: budgets are met exactly, what a full frame cannot take going to the others (the reference rounds each
-    frame by itself, keeps a token of every frame, and caps a frame at all of its tokens); newline tokens stand where
-    they stood, each kept as long as its row has a token. An image is treated like a video whose frames are its crops.
+    Stage: before the LLM, from the projected features only, over the half of their channels that varies least. A frame
+    whose tokens are less similar to the video's mean keeps more of them. Published setting: keep_ratio=0.25.
+    Deviations: budgets are met exactly, and what a full frame cannot take goes to the others (the reference rounds each
+    frame separately, keeps at least one token of every frame, and at most all of its tokens); newline tokens keep their
+    places, and stay as long as their row has a token. An image is treated like a video whose frames are its crops.
 
     Fields
-        scope: "image" (default: a video has one budget for all frames), or "crop", which leaves every frame its own,
-            the video's mean then being the frame's.
+        scope: "image" (default): a video has one budget for all frames. "crop": every frame has its own budget, and the
+            mean of the video is that of the frame.
     """
 
     name: ClassVar[str] = "vidcom2"
@@ -41,7 +41,7 @@ class VidCom2(BeforeLLM):
         for group, length, k in tokens.each():
             if not length:
                 continue
-            # A crop may have lost all its tokens to another method.
+            # Another method may have dropped all tokens of a crop.
             frames = tokens.crops[group, :length].unique(return_inverse=True)[1]
             to_video, to_frame = commonness(tokens.features[group, :length], frames)
             sizes = frames.bincount().cpu()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisionZip: the tokens that the encoder attends to, and a few that sum up the rest."""
+"""VisionZip: keep the tokens that the encoder attends to most, and merge the others into a few contextual tokens."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from vtprune.tokens import ModelShape, Selection, VisualTokens
 class VisionZip(BeforeLLM):
     """Keeps dominant tokens, by attention in the encoder, and merges the others (arXiv 2412.04467).
 
-    Stage: before the LLM, from attention and keys of the encoder layer whose output the projector reads; text plays no
-    part. Attention is that of the CLS token; where the encoder has none, what a token receives, as in the authors' own
-    variants for such encoders; the mean over heads. Contextual tokens stand at an even stride among those that are not
-    dominant, and each other token joins the one with the most similar key. Keys are averaged over heads, and taken
-    before any rotation.
+    Stage: before the LLM, from attention and keys of the encoder layer whose output the projector reads. Text is not
+    used. Attention is that of the CLS token, averaged over heads. Where the encoder has no CLS token, it is the
+    attention that a token receives, as in the authors' variants for such encoders. Contextual tokens are at an even
+    stride among the tokens that are not dominant. Each other token joins the contextual token with the most similar
+    key; keys are averaged over heads, and taken before any rotation.
     Deviations: a contextual token is the mean of its group, as the paper says (see reference_quirks); tokens are merged
-    after the projector instead of before it; the CLS token, which the reference counts in its budget, does not enter
-    the LLM; contextual tokens stand where the centres of their groups stood, not after all dominant ones, and tiles
-    keep their rows and newlines; budgets with no contextual token, or with fewer tokens to merge than contextual ones,
-    on which the reference fails, work.
+    after the projector and not before it; the CLS token, which the reference counts in its budget, does not enter the
+    LLM; a contextual token takes the place of its group's centre (in the reference it stands after all dominant
+    tokens), and tiles keep their rows and newline tokens; budgets without a contextual token, or with more contextual
+    tokens than tokens to merge, work (the reference fails).
 
     Fields
-        contextual_share: share of the kept tokens that are contextual, in [0, 1], default 10/64, as published (10 of
-            64, 20 of 128, 30 of 192); 0 drops what is not dominant.
-        reference_quirks: a contextual token is its centre plus the mean of those that joined it, about twice as long
-            as any other; default False.
+        contextual_share: share of contextual tokens among the kept tokens, in [0, 1], default 10/64, as published (10
+            of 64, 20 of 128, 30 of 192); 0 drops all tokens that are not dominant.
+        reference_quirks: a contextual token is its centre plus the mean of the tokens that joined it, about twice as
+            long as other tokens; default False.
     """
 
     name: ClassVar[str] = "visionzip"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisPruner: what the vision encoder attends to, and of the rest what duplicates least."""
+"""VisPruner: keep the tokens with most attention in the encoder, and the least duplicated ones of the others."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtprune.methods.base import BeforeLLM, Share
-from vtprune.ops.thinning import important_and_distinct
+from vtprune.ops.duplicate_removal import important_and_distinct
 from vtprune.signals import EncoderFeatures, EncoderSaliency
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisPruner(BeforeLLM):
-    """Keeps the tokens with most attention in the encoder, then the least duplicated ones of the rest
-    (arXiv 2412.01818).
+    """Keeps the tokens with most attention in the encoder, then the least duplicated of the others (arXiv 2412.01818).
 
-    Stage: before the LLM; text plays no part. Attention is that of the CLS token in the layer whose output the
-    projector reads, or where there is no CLS token what a token receives in the last layer; the mean over heads.
-    Similarity is the cosine of what the projector reads. Deviations: tokens are dropped after the projector instead of
-    before it, which changes nothing but the projector's (small) cost; the reference cannot split a list of odd length
-    in two, nor take more from a list than half, here both go as far as they can; newline tokens, which the reference
-    always keeps, go with the last token of their line. Published settings: 128 tokens of 576 with a ratio of 0.5, 64
+    Stage: before the LLM. Text is not used. Attention is that of the CLS token in the layer whose output the projector
+    reads, or, without a CLS token, the attention that a token receives in the last layer; heads are averaged.
+    Similarity is the cosine of the features that the projector reads. Deviations: tokens are dropped after the
+    projector and not before it, which changes only the projector's (small) cost; lists of odd length, and lists of
+    which more than half should be removed at once, work (the reference fails); newline tokens are dropped with the last
+    token of their line (the reference always keeps them). Published settings: 128 tokens of 576 with a ratio of 0.5, 64
     with 0.75, 32 of each tile with 0.5.
 
     Fields
-        important_ratio: share of the budget that is kept for its attention, rounded down, in [0, 1], default 0.5.
+        important_ratio: share of the budget that is kept by attention, rounded down, in [0, 1], default 0.5.
     """
 
     name: ClassVar[str] = "vispruner"
@@ -36,7 +35,7 @@ class VisPruner(BeforeLLM):
     important_ratio: Share = 0.5
 
     def attention(self, shape: ModelShape) -> EncoderSaliency:
-        """The signal that tokens are ranked by."""
+        """The signal with the attention by which tokens are ranked."""
         return EncoderSaliency(shape.feature_layer if shape.has_cls else shape.encoder_layers - 1)
 
     def signals(self, shape: ModelShape):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VTC-CLS: what the vision encoder's CLS token attends to, summed over its last layers."""
+"""VTC-CLS: keep the tokens that the vision encoder's CLS token attends to most, summed over its last layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PUBLISHED_START, PUBLISHED_DEPTH = 16, 24
 class VTCCls(Scorer, BeforeLLM):
     """Keeps the tokens with the largest CLS attention, head-averaged and summed over encoder layers (arXiv 2412.05819).
 
-    Stage: before the LLM, from attention in the encoder; text plays no part. The layers run from `start_layer` to the
-    one whose output the projector reads (for LLaVA-1.5 the last but one, as in the reference). Needs an encoder with a
-    CLS token. Deviation: tokens are dropped after the projector instead of before it, which changes nothing but the
-    projector's (small) cost.
+    Stage: before the LLM, from attention in the encoder. Text is not used. The layers run from `start_layer` to the
+    layer whose output the projector reads (for LLaVA-1.5 the last but one, as in the reference). The encoder needs a
+    CLS token. Deviation: tokens are dropped after the projector and not before it, which changes only the projector's
+    (small) cost.
 
     Fields
-        start_layer: first encoder layer counted, 0-based, negative from the end; default None: 16 of 24 layers,
+        start_layer: first encoder layer of the sum, 0-based, negative from the end; default None: 16 of 24 layers,
             rescaled to the encoder's depth.
     """
 
@@ -38,7 +38,7 @@ class VTCCls(Scorer, BeforeLLM):
     start_layer: int | None = None
 
     def layers(self, shape: ModelShape) -> tuple[int, ...]:
-        """Encoder layers summed over."""
+        """Encoder layers whose attention is summed."""
         start = self.start_layer
         if start is None:
             start = min(round(PUBLISHED_START * shape.encoder_layers / PUBLISHED_DEPTH), shape.feature_layer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baseline: no visual tokens at all."""
+"""Baseline: drop all visual tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vtprune.tokens import Selection, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Zero(BeforeLLM):
-    """Drops every visual token: what the language model answers from the text alone.
+    """Drops every visual token. It shows what the language model answers from the text alone.
 
-    Stage: before the LLM. Takes no budget (one that is given is not used).
+    Stage: before the LLM. It needs no budget, and ignores a given one.
     """
 
     name: ClassVar[str] = "zero"

@@ -1,44 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressing the scenes of a video: salient tokens of every frame, and the rest merged into anchors in a few."""
+"""FastVID's compression of a scene: keep the salient tokens of each frame, merge the rest into a few anchors."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
-from vtprune.ops.apportionment import apportion, share_out
 from vtprune.ops.density_peaks import merge_clusters, scaled_distances, spread_and_separation
+from vtprune.ops.largest_remainder import apportion, share_out
 from vtprune.ops.selection import best_per_part
 
 
 def salient_and_anchors(
     sizes: Tensor, scene_of: Tensor, k: int, *, context_share: float = 0.4, period: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """How many tokens of each frame are salient, and how many are anchors (FastVID, arXiv 2503.11187).
+    """How many salient tokens and how many anchors each frame keeps (FastVID, arXiv 2503.11187).
 
-    Anchors are in the last frame of a scene and in every ``period``-th before it. A scene has them in proportion to its
-    tokens, each of those frames as many; what they cannot hold goes to the other frames with anchors, and then to all.
+    The last frame of a scene has anchors, and so has every ``period``-th frame before it. Scenes get anchors in
+    proportion to their tokens, and the frames with anchors of one scene get equally many. Anchors that do not fit into
+    these frames go to other frames with anchors first, and then to all frames.
 
     Args:
-        sizes: ``(frames,)`` long, tokens of each, on the CPU.
+        sizes: ``(frames,)`` long, number of tokens of each frame, on the CPU.
         scene_of: ``(frames,)`` long, the scene of each frame, in the order of time, on the CPU.
-        k: both together, at most the sum of the sizes.
-        context_share: share of the anchors, rounded down in each frame's own part of ``k``, in [0, 1].
-        period: at least 1.
+        k: number of salient tokens and anchors together, at most the sum of the sizes.
+        context_share: share of the anchors in ``k``, in [0, 1]; rounded down in each frame's part of ``k``.
+        period: distance in frames between two frames with anchors, at least 1.
 
     Returns:
-        ``(frames,)`` long each.
+        Two ``(frames,)`` long tensors: salient tokens and anchors of each frame.
     """
     shares = share_out(sizes, k)
     salient = shares - (shares.double() * context_share).floor().long()
     scenes, lengths = scene_of.unique_consecutive(return_counts=True)
     last = (lengths.cumsum(0) - 1).repeat_interleave(lengths)
-    holds = (last - torch.arange(len(sizes))) % period == 0
+    has_anchors = (last - torch.arange(len(sizes))) % period == 0
     number = torch.arange(len(scenes)).repeat_interleave(lengths)
-    tokens, holders = (
-        torch.zeros(len(scenes), dtype=torch.long).index_add_(0, number, counts) for counts in (sizes, holds.long())
+    tokens, anchor_frames = (
+        torch.zeros(len(scenes), dtype=torch.long).index_add_(0, number, counts)
+        for counts in (sizes, has_anchors.long())
     )
-    weights = torch.where(holds, tokens.double()[number] / holders[number], 0.0)
+    weights = torch.where(has_anchors, tokens.double()[number] / anchor_frames[number], 0.0)
     return salient, apportion(k - int(salient.sum()), weights, sizes - salient)
 
 
@@ -54,53 +56,52 @@ def merge_into_anchors(
     neighbours: int = 4,
     anchor_weight: float | None = 0.6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the salient tokens of every frame, and merge those of a scene that are not into anchors (FastVID).
+    """Keep the salient tokens of each frame, and merge the other tokens of a scene into anchors (FastVID).
 
-    Anchors are density peaks of their frame: the tokens with the largest product of density and distance to a denser
-    one, salient tokens aside, as in :mod:`vtprune.ops.density_peaks`. Each frame's anchors sum up the whole scene:
-    every token of it that is not salient joins the one of them that is most like it in cosine, the first of equals, and
-    an anchor itself. Where several frames of a scene hold anchors, a token so goes into one of each.
+    Anchors are density peaks of their frame (:mod:`vtprune.ops.density_peaks`): among the tokens that are not salient,
+    those with the largest product of density and distance to a denser token. The anchors of one frame sum up the whole
+    scene: every token of the scene that is not salient joins the anchor with the largest cosine, the first of equals;
+    an anchor joins itself. Where several frames of a scene have anchors, a token joins one anchor in each of them.
 
     Args:
         features: ``(tokens, dim)`` of one video.
-        saliency: ``(tokens,)``, higher is kept.
-        frames: ``(tokens,)`` long, the frame of each, numbered from 0 without gaps.
+        saliency: ``(tokens,)``; tokens with higher values are kept.
+        frames: ``(tokens,)`` long, the frame of each token, numbered from 0 without gaps.
         scene_of: ``(frames,)`` long, the scene of each frame, in the order of time.
-        k: tokens to keep, at most all.
-        context_share: of :func:`salient_and_anchors`.
-        period: of :func:`salient_and_anchors`.
-        neighbours: nearest tokens that make up density, at least 1, itself included.
-        anchor_weight: an anchor becomes ``w * anchor + (1 - w) * mean`` of all ``n`` that joined it, itself one of
-            them, where ``w`` is the larger of this and ``1 / (n + 1)``. None: the mean alone.
+        k: number of tokens to keep, at most all.
+        context_share: as in :func:`salient_and_anchors`.
+        period: as in :func:`salient_and_anchors`.
+        neighbours: number of nearest tokens that density is computed from, the token itself included, at least 1.
+        anchor_weight: an anchor becomes ``w * anchor + (1 - w) * mean``. The mean is over the ``n`` tokens that joined
+            it, itself included, and ``w`` is the larger of ``anchor_weight`` and ``1 / (n + 1)``. None: the mean.
 
     Returns:
-        keep: ``(tokens,)`` bool, ``k`` of them.
-        features: ``(tokens, dim)`` with those of anchors replaced.
-        sources: ``(tokens,)`` long, the kept token that each went into, of several the one it is most like; -1 in a
-            scene without anchors.
+        keep: ``(tokens,)`` bool, True for ``k`` tokens.
+        features: ``(tokens, dim)``; the features of anchors are replaced.
+        sources: ``(tokens,)`` long, the kept token that each token went into; of several anchors, the most similar
+            one. -1 for tokens that are not salient in a scene without anchors.
 
     Raises:
         VTPruneError: a feature or a saliency is NaN or infinite.
     """
     if not saliency.isfinite().all():
-        raise VTPruneError("saliency holds NaN or infinite values: no token can be called the most salient")
+        raise VTPruneError("saliency holds NaN or infinite values: tokens cannot be ranked by it")
     device = features.device
     sizes, scene_of = frames.bincount().cpu(), scene_of.cpu()
     counts = salient_and_anchors(sizes, scene_of, k, context_share=context_share, period=period)
     salient = best_per_part(saliency, frames, counts[0].to(device))
     rest = (~salient).nonzero()[:, 0]
-    rest = rest[frames[rest].argsort(stable=True)]  # tiles of an image take turns
+    rest = rest[frames[rest].argsort(stable=True)]  # tokens of the tiles of an image alternate
     anchors = torch.zeros_like(salient)
     for places, count in zip(rest.split((sizes - counts[0]).tolist()), counts[1].tolist(), strict=True):
         if count:
             spread, separation = spread_and_separation(scaled_distances(features[places]), min(neighbours, len(places)))
-            # The logarithm of density times separation: far apart points would all have density zero.
+            # The logarithm of density times separation. Density itself would be zero for points far apart.
             order = (separation.log() - spread).argsort(descending=True, stable=True)
             anchors[places[order[:count]]] = True
 
     keep, merged = salient | anchors, features.clone()
-    own = torch.arange(len(keep), device=device)
-    sources = own.masked_fill(~keep, -1)
+    sources = torch.arange(len(keep), device=device).masked_fill(~keep, -1)
     scene_of_token = scene_of.to(device)[frames]
     for scene in scene_of.unique().tolist():
         members = rest[scene_of_token[rest] == scene]
@@ -111,22 +112,22 @@ def merge_into_anchors(
         directions = normalize(points.float(), dim=-1)
         likeness = directions @ directions[centres].T
         sources[members] = members[centres][_nearest(likeness, centres)]
-        held = [count for count in counts[1][scene_of == scene].tolist() if count]
-        for some, alike in zip(centres.split(held), likeness.split(held, dim=1), strict=True):
-            merged[members[some]] = _merge(points, some, _nearest(alike, some), anchor_weight)
+        per_frame = [count for count in counts[1][scene_of == scene].tolist() if count]
+        for of_frame, similarity in zip(centres.split(per_frame), likeness.split(per_frame, dim=1), strict=True):
+            merged[members[of_frame]] = _merge(points, of_frame, _nearest(similarity, of_frame), anchor_weight)
     return keep, merged, sources
 
 
 def _nearest(likeness: Tensor, centres: Tensor) -> Tensor:
-    """(points, centres) -> (points,) which centre each point is most like; a centre belongs to itself."""
+    """(points, centres) -> (points,) the most similar centre of each point; a centre belongs to itself."""
     nearest = likeness.argmax(-1)
-    # One that coincides with another centre still is a centre of its own.
+    # A centre that coincides with another centre stays a separate centre.
     nearest[centres] = torch.arange(len(centres), device=nearest.device)
     return nearest
 
 
 def _merge(points: Tensor, centres: Tensor, joined: Tensor, anchor_weight: float | None) -> Tensor:
-    """(centres, dim), as in `merge_into_anchors`."""
+    """(centres, dim) merged anchors, with the `anchor_weight` of `merge_into_anchors`."""
     means = merge_clusters(points, centres, joined, None)
     if anchor_weight is None:
         return means

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention rows: the part of an attention matrix that a method asks for, and no more of it."""
+"""Attention rows: the rows of an attention matrix that a method asks for, without the rest of the matrix."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def attention_rows(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Post-softmax attention of some query rows over all keys, in float32.
+    """Post-softmax attention of the given query rows over all keys, in float32.
 
     Costs ``rows * keys``, not ``keys ** 2``; grouped key heads (GQA, MQA) are read in place, not repeated.
 
@@ -25,18 +25,18 @@ def attention_rows(
         keys: ``(batch, kv_heads, keys, head_dim)``; ``heads`` is a multiple of ``kv_heads`` and query head ``h``
             reads key head ``h // (heads // kv_heads)``.
         scale: factor on the dot products, usually ``head_dim ** -0.5``.
-        softcap: bound ``c`` of the scores, which become ``c * tanh(score / c)`` (Gemma 2); None for none.
-        sinks: ``(heads,)`` logits of which each takes part in the softmax of all rows of its head, as if of one more
-            key that has no column (gpt-oss); None for none.
+        softcap: bound ``c`` of the scores, which become ``c * tanh(score / c)`` (Gemma 2). None: no bound.
+        sinks: ``(heads,)`` one logit a head (gpt-oss). It takes part in the softmax of all rows of its head like the
+            logit of one more key, which has no column in the result. None: no sinks.
         mask: bool, broadcastable to ``(batch, 1 | heads, rows, keys)``, True where a row may attend.
 
     Returns:
-        ``(batch, heads, rows, keys)`` float32. Rows sum to one, or with sinks to less; a row that may attend to nothing
-        is all zeros.
+        ``(batch, heads, rows, keys)`` float32. Rows sum to one, with sinks to less than one. A row that may attend to
+        nothing is all zeros.
     """
     batch, heads, rows, head_dim = queries.shape
     kv_heads = keys.shape[1]
-    # The query heads of one key head become further rows of it.
+    # The query heads that share a key head become rows of one matrix product.
     grouped = (queries.float() * scale).reshape(batch, kv_heads, -1, head_dim)
     scores = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, rows, -1)
     if softcap is not None:
@@ -67,14 +67,14 @@ def attention_received(
         queries: ``(batch, heads, rows, head_dim)``.
         keys: ``(batch, kv_heads, tokens, head_dim)``.
         scale: factor on the dot products.
-        mask: a function that gives what rows ``first`` to ``last - 1`` may attend to, as in :func:`attention_rows`; by
-            default all see all.
+        mask: a function of ``first`` and ``last`` that gives the mask of rows ``first`` to ``last - 1``, as in
+            :func:`attention_rows`; by default all rows attend to all keys.
         valid: ``(batch, rows)`` bool, the query rows that count; by default all.
         softcap, sinks: as in :func:`attention_rows`.
-        rows_at_once: query rows held in memory at a time; the attention matrix never is.
+        rows_at_once: number of query rows in memory at a time; the whole attention matrix never exists.
 
     Returns:
-        ``(batch, tokens)`` float32; each row sums to one, or with sinks to less.
+        ``(batch, tokens)`` float32; each row sums to one, with sinks to less than one.
     """
     total = keys.new_zeros(len(keys), keys.shape[2], dtype=torch.float32)
     count = queries.shape[2]

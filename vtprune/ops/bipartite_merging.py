@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Iterative bipartite merging: every other token may go into the most similar one of the rest."""
+"""Iterative bipartite merging (AIM, B-VLLM): each even token may go into the most similar odd token."""
 
 from collections.abc import Iterator
 
@@ -10,28 +10,28 @@ from torch.nn.functional import embedding_bag
 from vtprune.errors import VTPruneError
 from vtprune.ops.merging import Merged
 
-# Similarities held at a time, so that memory grows with the tokens and not with their square.
+# Number of similarities in memory at a time, so that memory grows with the tokens and not with their square.
 _BLOCK_ELEMENTS = 1 << 22
 
 
 def bipartite_match(metric: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The most similar odd token (by cosine) of every even one.
+    """Find the most similar odd token (by cosine) of every even token.
 
     Args:
         metric: ``(groups, tokens, dim)``, at least two tokens.
         valid: ``(groups, tokens)`` bool, False for padding; by default all tokens are real.
 
     Returns:
-        ``(groups, ceil(tokens / 2))`` long, the partner of tokens 0, 2, 4, ... counted in odd tokens (0 means token 1,
-        1 means token 3), the first of equal ones; and float32 of the same shape, their cosine, -inf for padding and
-        where there is no partner.
+        ``(groups, ceil(tokens / 2))`` long, the partner of tokens 0, 2, 4, ... as a number of an odd token (0 means
+        token 1, 1 means token 3); of equal cosines the first partner. And float32 of the same shape, the cosine of the
+        pair, -inf for padding and for tokens without a partner.
     """
     metric = metric.float()
     lengths = torch.linalg.vector_norm(metric, dim=-1).clamp_min(1e-8)
     evens, odds = metric[:, ::2], metric[:, 1::2]
     partners, similarities = [], []
     for rows in evens.split(max(_BLOCK_ELEMENTS // odds[..., 0].numel(), 1), dim=1):
-        # Products are divided, not tokens: there are fewer of them. What a row has in common can wait.
+        # Dividing the products is cheaper than dividing the tokens. The length of the even token divides at the end.
         similarity = (rows @ odds.transpose(1, 2)).div_(lengths[:, None, 1::2])
         if valid is not None:
             similarity.masked_fill_(~valid[:, None, 1::2], -torch.inf)
@@ -53,23 +53,26 @@ def bipartite_merging(
 ) -> Merged:
     """Merge the tokens of each group down to exactly ``k`` (AIM, arXiv 2412.03248).
 
-    In rounds: the even tokens with the most similar partners (:func:`bipartite_match`) go into these, half of all
-    tokens or, in the last round, as many as are still too many. The partner keeps its place and becomes the plain mean
-    of itself and what went into it, however many tokens each of them stood for already.
+    Merging runs in rounds. In a round, the even tokens that are most similar to their partners go into these partners
+    (:func:`bipartite_match`): half of all tokens, or in the last round as many as are still too many. A partner keeps
+    its place and becomes the plain mean of itself and the tokens that went into it. All of them have equal weight, no
+    matter how many tokens each stood for already.
 
-    Deviations: tokens keep their order, where the reference puts those that found no partner in order of similarity;
-    where nothing is to be merged the tokens come back as they are, not as None; zero vectors have similarity 0.
+    Deviations: tokens keep their order, while the reference sorts unmerged even tokens by similarity. Where nothing is
+    to be merged, the tokens come back as they are, not as None. Zero vectors have similarity 0.
 
     Args:
         features: ``(groups, tokens, dim)``.
-        k: tokens to leave, at least 0, one number or ``(groups,)`` long; a group that has no more stays as it is.
-        metric: ``(groups, tokens, metric_dim)`` to compare tokens by, merged along; default: the features.
+        k: number of tokens to leave, at least 0; one number or ``(groups,)`` long. A group with ``k`` tokens or fewer
+            stays as it is.
+        metric: ``(groups, tokens, metric_dim)`` vectors to compare tokens by; they are merged like the features.
+            Default: the features.
         valid: ``(groups, tokens)`` bool, padding at the end of rows; by default all tokens are real.
-        reference_quirks: the reference's order: after each round unmerged even tokens by falling similarity, then the
-            odd ones. Who is even in the next round, and so the result, depends on it.
+        reference_quirks: use the reference's order: after each round the unmerged even tokens by falling similarity,
+            then the odd tokens. The order decides which tokens are even in the next round, and so changes the result.
 
     Returns:
-        The tokens left, features in their dtype (means are taken in float32).
+        The tokens that are left. Features keep their dtype (means are taken in float32).
 
     Raises:
         VTPruneError: a feature is NaN or infinite.
@@ -77,24 +80,24 @@ def bipartite_merging(
     groups, tokens, dim = features.shape
     device = features.device
     alive = torch.ones(groups, tokens, dtype=torch.bool, device=device) if valid is None else valid
-    # The metric undergoes what the features undergo.
+    # The metric is merged together with the features.
     state = features.float() if metric is None else torch.cat((features.float(), metric.float()), dim=-1)
-    # A sum is finite if all it is of are.
+    # A sum is finite if all its terms are.
     if not (state.sum(dim=-1).isfinite() | ~alive).all():
         raise VTPruneError("features hold NaN or infinite values: similarities are not defined on them")
     targets = torch.as_tensor(k).expand(groups)
     places = torch.arange(tokens, device=device).expand(groups, tokens)
-    # Which of the tokens left each original one is in by now.
+    # The token of the present round that each original token has gone into.
     into = places
     for counts, lengths in _rounds(alive.sum(1).tolist(), targets.tolist()):
-        left = max(lengths)
+        remaining = max(lengths)
         matches = bipartite_match(state if metric is None else state[..., dim:], alive)
-        order, joins = _assign(*matches, alive, torch.tensor(counts, device=device), left, reference_quirks)
-        state = _means(state, joins, alive, left)
+        order, joins = _assign(*matches, alive, torch.tensor(counts, device=device), remaining, reference_quirks)
+        state = _means(state, joins, alive, remaining)
         into, places = joins.gather(1, into), places.gather(1, order)
-        alive = torch.arange(left, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        alive = torch.arange(remaining, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
 
-    # Merging leaves one token at least.
+    # Merging leaves at least one token, so k = 0 is handled here.
     emptied = (targets == 0).to(device).unsqueeze(1)
     sources = places.gather(1, into).masked_fill(emptied if valid is None else emptied | ~valid, -1)
     alive = alive & ~emptied
@@ -103,7 +106,7 @@ def bipartite_merging(
 
 
 def _rounds(lengths: list[int], targets: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """For each round, how many tokens every group merges, and how many it has then."""
+    """Yield for each round how many tokens every group merges, and how many it has afterwards."""
     while True:
         counts = [max(min(n // 2, n - k), 0) for n, k in zip(lengths, targets, strict=True)]
         if not any(counts):
@@ -113,18 +116,20 @@ def _rounds(lengths: list[int], targets: list[int]) -> Iterator[tuple[list[int],
 
 
 def _assign(
-    partner: Tensor, similarity: Tensor, alive: Tensor, counts: Tensor, left: int, reference_quirks: bool
+    partner: Tensor, similarity: Tensor, alive: Tensor, counts: Tensor, remaining: int, reference_quirks: bool
 ) -> tuple[Tensor, Tensor]:
-    """Who stays after a round, and which of these each token is in then.
+    """Find which tokens stay after a round, and which of them each token goes into.
 
     Args:
         partner, similarity: ``(groups, ceil(tokens / 2))`` as :func:`bipartite_match` returns them.
         alive: ``(groups, tokens)`` bool.
         counts: ``(groups,)`` long, how many tokens to merge.
+        remaining: the largest number of tokens that a group has after the round.
+        reference_quirks: as in :func:`bipartite_merging`.
 
     Returns:
-        ``(groups, left)`` long, the tokens that stay, in their new order; ``(groups, tokens)`` long in ``[0, left)``,
-        index into that order.
+        ``(groups, remaining)`` long, the tokens that stay, in their new order. ``(groups, tokens)`` long, for each
+        token the index in that order of the token that it goes into.
     """
     tokens = torch.arange(alive.shape[1], device=alive.device)
     counts = counts.unsqueeze(1)
@@ -137,20 +142,20 @@ def _assign(
         key[:, ::2] = rank
         key = torch.where(counts > 0, key, tokens)
     order = key.masked_fill(~alive | (goes != tokens), 2 * len(tokens)).argsort(dim=1, stable=True)
-    # Those that do not stay stand behind `left`; padding may point there.
-    joins = order.argsort(dim=1).gather(1, goes).clamp_max(left - 1)
-    return order[:, :left], joins
+    # Merged tokens and padding come behind the first `remaining` places. Only padding points there; it is clamped.
+    joins = order.argsort(dim=1).gather(1, goes).clamp_max(remaining - 1)
+    return order[:, :remaining], joins
 
 
-def _means(state: Tensor, joins: Tensor, alive: Tensor, left: int) -> Tensor:
-    """Average the tokens of ``state`` (groups, tokens, dim) that join into the same of ``left`` ones a group.
+def _means(state: Tensor, joins: Tensor, alive: Tensor, remaining: int) -> Tensor:
+    """Average the tokens of ``state`` (groups, tokens, dim) that have the same target in a group.
 
-    Sums run in the order of tokens on every device, which scattering does not promise.
+    Sums run in the order of tokens on every device; a scattered sum does not promise an order.
     """
     groups, _, dim = state.shape
     rows = alive.flatten().nonzero()[:, 0]
-    target = (joins + left * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
-    sizes = target.bincount(minlength=groups * left)
+    target = (joins + remaining * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
+    sizes = target.bincount(minlength=groups * remaining)
     members = rows[target.argsort(stable=True)]
     sums = embedding_bag(members, state.flatten(0, 1), sizes.cumsum(0) - sizes, mode="sum")
-    return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, left, dim)
+    return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, remaining, dim)

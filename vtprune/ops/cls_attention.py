@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CLS token of a vision encoder looks at, summed over layers."""
+"""Attention of the vision encoder's CLS token, summed over layers (VTC-CLS and other methods)."""
 
 from torch import Tensor
 
 
 def cls_score(rows: Tensor) -> Tensor:
-    """Sum over layers of the head-averaged attention that CLS pays to each patch (VTC-CLS, arXiv 2412.05819).
+    """Attention that CLS pays to each patch, averaged over heads and summed over layers (VTC-CLS, arXiv 2412.05819).
 
     Args:
-        rows: ``(..., layers, heads, patches)`` post-softmax attention of the CLS query over the patches, not
-            renormalised: what CLS pays to itself is simply missing.
+        rows: ``(..., layers, heads, patches)`` post-softmax attention of the CLS query over the patches. It is not
+            renormalised, so rows sum to less than one by the attention that CLS pays to itself.
 
     Returns:
         ``(..., patches)`` float32.

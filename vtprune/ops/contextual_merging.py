@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of an image beside its salient tokens, summed up by tokens at an even stride."""
+"""VisionZip's merge: the tokens that are not salient go into contextual tokens at an even stride."""
 
 import torch
 from torch import Tensor
@@ -17,35 +17,36 @@ def merge_contextual(
     *,
     reference_quirks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the tokens that are not salient into some of them (VisionZip, arXiv 2412.04467).
+    """Merge the tokens that are not salient into a few of them, the centres (VisionZip, arXiv 2412.04467).
 
-    Of the ``n`` tokens that are not salient, every ``n // count``-th is a centre, from the first on, until there are
-    ``count``; each other one joins the centre whose key is most like its own in cosine, the first of equals. A centre
-    becomes the mean of all that joined it and itself. A zero key is like nothing and joins the first centre.
+    Of the ``n`` tokens that are not salient, every ``n // count``-th is a centre, starting with the first, until there
+    are ``count`` centres. Each other token joins the centre with the most similar key (cosine), the first of equals. A
+    centre becomes the mean of itself and the tokens that joined it. A zero key has similarity 0 to all keys and joins
+    the first centre.
 
     Args:
         features: ``(groups, tokens, dim)``.
         keys: ``(groups, tokens, key_dim)``.
         salient: ``(groups, tokens)`` bool, tokens that stay as they are.
         valid: ``(groups, tokens)`` bool.
-        counts: ``(groups,)`` long, centres of each group, at least 0; no more than there are tokens are made. Without
-            any, what is not salient is dropped.
-        reference_quirks: a centre is itself plus the mean of those that joined it, and so about twice as long.
+        counts: ``(groups,)`` long, number of centres of each group, at least 0. A group never has more centres than
+            tokens that are not salient. In a group without centres these tokens are dropped.
+        reference_quirks: a centre becomes itself plus the mean of the tokens that joined it, which is about twice as
+            long.
 
     Returns:
         keep: ``(groups, tokens)`` bool, salient tokens and centres.
-        features: the same with those of the centres replaced.
-        sources: ``(groups, tokens)`` long, the kept token that each went into; -1 for dropped ones and padding.
+        features: ``(groups, tokens, dim)``; the features of centres are replaced.
+        sources: ``(groups, tokens)`` long, the kept token that each token went into; -1 for dropped tokens and padding.
     """
     rest = valid & ~salient
-    left = rest.sum(1)
-    counts = torch.minimum(counts.to(left), left)
-    step = (left // counts.clamp_min(1)).clamp_min(1)[:, None]
+    others = rest.sum(1)
+    counts = torch.minimum(counts.to(others), others)
+    step = (others // counts.clamp_min(1)).clamp_min(1)[:, None]
     rank = rest.cumsum(1) - 1
     centre = rest & (rank % step == 0) & (rank // step < counts[:, None])
     keep = (valid & salient) | centre
-    own = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    sources = own.masked_fill(~keep, -1)
+    sources = torch.arange(keep.shape[1], device=keep.device).expand_as(keep).masked_fill(~keep, -1)
     most = int(counts.max()) if len(counts) else 0
     if most == 0:
         return keep, features, sources
@@ -55,7 +56,7 @@ def merge_contextual(
     directions = normalize(keys.float(), dim=-1)
     of_centres = directions.gather(1, places[..., None].expand(-1, -1, directions.shape[-1]))
     likeness = (directions @ of_centres.mT).masked_fill(~present[:, None], -torch.inf)
-    # A centre that coincides with another one still is a centre of its own.
+    # A centre that coincides with another centre stays a separate centre.
     joined = torch.where(centre, centre.cumsum(1) - 1, likeness.argmax(-1))
     joined = joined.masked_fill(~rest | (counts == 0)[:, None], -1)
     merged = merge_clusters(features, places, joined, 0.5 if reference_quirks else None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum coverage: the subset of visual tokens that speaks best for the question and for all other tokens."""
+"""Greedy maximum coverage (MMTok): the subset of visual tokens that covers the question and all visual tokens best."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,14 @@ from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
 
-# Elements of one batch of candidates: below the size from which torch splits an operation over threads. Waking them
-# costs more than the work; on a busy machine, many times more.
+# Elements of one batch of candidates. Torch splits larger operations over threads, and waking the threads costs more
+# than the work itself; on a busy machine, many times more.
 _BATCH_ELEMENTS = 16_000
-# Gains closer than this (relative to the best one) are computed again, in the order of summation of a dense greedy: far
-# above the rounding error (cascaded float32 sums of positive terms), far below the usual distance of two gains.
+# Gains closer than this (relative to the best one) are computed again, in the order of summation of a dense greedy
+# search. It is far above the rounding error (cascaded float32 sums of positive terms), and far below the usual
+# distance of two gains.
 _TIE = 1e-6
-# Columns that torch sums side by side; it sums those left over at the end of a row in another order.
+# Torch sums this many columns side by side. It sums the remaining columns at the end of a row in another order.
 _COLUMN_BLOCK = 64
 _REFERENCE_TARGET = 64
 
@@ -57,13 +58,13 @@ def coverage_order(
 ) -> tuple[Tensor, Tensor]:
     """The greedy solution of :func:`max_coverage` in the order in which it was found.
 
-    Arguments as there.
+    The arguments are those of :func:`max_coverage`.
 
     Returns:
         ``(chosen,)`` long indices and ``(chosen,)`` float32 marginal gains, both in order of choice.
     """
     by_text, by_visual = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
-    # The search goes step by step and looks at little in each: on an accelerator it would do nothing but wait.
+    # The search has many small steps. On an accelerator it would only wait for each of them.
     covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1).cpu()
     allowed = torch.arange(len(covers))
     if exclude is not None and len(exclude):
@@ -91,25 +92,25 @@ def max_coverage(
 
     With ``C`` the coverage of the text tokens and ``alpha`` times that of the visual tokens
     (:func:`coverage_matrices`) stacked to ``(m + n, n)``, the set ``S`` greedily maximises
-    ``sum over rows of max over j in S of C[row, j]``. Each step takes the candidate of the largest gain, the lowest
-    index of equal ones. The result is that of evaluating every candidate at every step; that most evaluations
-    can be left out follows from submodularity (a candidate's gain never grows; Minoux 1978).
+    ``sum over rows of max over j in S of C[row, j]``. Each step takes the candidate with the largest gain, of equal
+    gains the lowest index. The result is the same as if every candidate was evaluated at every step. Most evaluations
+    are left out, because a candidate's gain never grows (submodularity; Minoux 1978).
 
     Args:
         features: ``(n, d)`` visual tokens as the LLM sees them (projector output).
         encoder_features: ``(n, d_v)`` the same tokens as the vision encoder saw them.
-        text: ``(m, d)`` embeddings of the question's tokens; with ``m = 0`` the visual tokens alone are covered.
+        text: ``(m, d)`` embeddings of the question's tokens; with ``m = 0`` only the visual tokens are covered.
         k: tokens to choose, at least 0.
         alpha: weight of covering the visual tokens against covering the text, at least 0.
         tau_text: temperature of the text-visual softmax, > 0.
         tau_visual: temperature of the visual-visual softmax, > 0.
-        exclude: ``(e,)`` indices that may not be chosen (padding). They still have to be covered.
-        reference_quirks: behave as the reference implementation at its edges: return everything, excluded tokens
-            too, if there are no more than 64 tokens (its Qwen2.5-VL entry point compares their number with a default
-            instead of with ``k``), and fill up with index 0, repeated, if more is asked for than there are candidates.
+        exclude: ``(e,)`` indices that must not be chosen (padding). They still have to be covered.
+        reference_quirks: behave as the reference implementation in two edge cases. With at most 64 tokens it returns
+            all of them, excluded ones too (its Qwen2.5-VL entry point compares their number with a default and not
+            with ``k``). If ``k`` is above the number of candidates, it fills up with index 0, repeated.
 
     Returns:
-        ``(min(k, n - e),)`` ascending long indices without repetition.
+        ``(min(k, n - e),)`` long, ascending indices without repetition.
 
     Raises:
         VTPruneError: a feature is NaN or infinite.
@@ -128,10 +129,10 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
     """Lazy greedy maximum coverage: ``min(k, n)`` candidates in order of choice, and their gains.
 
     Args:
-        covers: ``(n, rows)`` float32, what each candidate gives to each row, at least 0.
-        k: candidates to choose.
+        covers: ``(n, rows)`` float32, how well each candidate covers each row, at least 0.
+        k: number of candidates to choose.
     """
-    # The last gain computed for each candidate, which bounds its present one from above.
+    # The last gain computed for each candidate. It is an upper bound of the present gain.
     bounds = covers.sum(dim=1)
     if not bounds.isfinite().all():
         raise VTPruneError("features hold NaN or infinite values: coverage is not defined on them")
@@ -140,7 +141,7 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
     while len(order) < min(k, len(covers)):
         near, gain = _best_candidates(covers, covered, bounds)
         if gain == 0:
-            # Nothing is left to gain, now or later: all candidates tie, and the lowest indices win.
+            # No candidate can gain anything, now or later. All are equal, and the lowest indices are taken.
             rest = sorted(set(range(len(covers))) - set(order))[: k - len(order)]
             return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
@@ -154,14 +155,14 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
 
 
 def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[list[int], float]:
-    """The candidates whose gain is the largest or near it (``_TIE``), and the largest gain.
+    """Find the candidates whose gain is the largest or near it (``_TIE``), and the largest gain.
 
-    Computes gains from the highest bound downwards until none of the bounds left over comes near the best gain, and
-    tightens ``bounds`` by what was computed. A candidate already chosen has no gain left.
+    Gains are computed from the highest bound downwards, until no remaining bound is near the best gain. Each computed
+    gain replaces its entry in ``bounds``. A candidate that was chosen already has a gain of zero.
     """
     batch = _batch_rows(covers)
     while True:
-        # One more than is computed: the highest bound left over.
+        # One bound more than is computed: the highest of the remaining bounds.
         highest, index = bounds.topk(min(batch + 1, len(bounds)))
         index = index[:batch]
         gains = _gains(covers, covered, index)
@@ -174,7 +175,7 @@ def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[l
 
 
 def _gains(covers: Tensor, covered: Tensor, index: Tensor) -> Tensor:
-    """What each of the candidates ``index`` would add to ``covered``: ``(candidates,)``."""
+    """``(candidates,)`` how much each candidate in ``index`` would add to ``covered``."""
     parts = [
         covers.index_select(0, part).sub_(covered).clamp_min_(0).sum(dim=1) for part in index.split(_batch_rows(covers))
     ]
@@ -182,9 +183,10 @@ def _gains(covers: Tensor, covered: Tensor, index: Tensor) -> Tensor:
 
 
 def _gains_by_column(covers: Tensor, covered: Tensor, near: list[int]) -> Tensor:
-    """The same, summed in the order in which torch sums the columns of a wide matrix.
+    """The same as `_gains`, summed in the order in which torch sums the columns of a wide matrix.
 
-    Candidates closer than float32 rounding are then ranked as by a dense greedy on the ``(rows, n)`` matrix.
+    Candidates that differ by less than float32 rounding then rank as in a dense greedy search on the ``(rows, n)``
+    matrix.
     """
     filled = near + near[:1] * (-len(near) % _COLUMN_BLOCK)
     columns = covers.index_select(0, torch.tensor(filled)).T.contiguous()

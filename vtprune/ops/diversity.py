@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Max-min diversity: the subset whose closest pair is far apart."""
+"""Greedy max-min diversity (DivPrune): a subset whose two closest tokens are far apart."""
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ def diversity_order(features: Tensor, k: int) -> Tensor:
     if not distances.isfinite().all():
         raise VTPruneError("features hold NaN or infinite values: distances are not defined on them")
     distances.fill_diagonal_(torch.inf)
-    # Distance to the nearest chosen token; before the first choice, to the nearest other one.
+    # Distance to the nearest chosen token. Before the first choice: distance to the nearest other token.
     nearest = distances.amin(dim=0)
     for step in range(len(order)):
         chosen = nearest.argmax()
         order[step] = chosen
-        # ``minimum`` keeps a chosen token's -inf for good, so it cannot come back however close all others are.
+        # A chosen token has -inf, which ``minimum`` keeps. So it is never chosen again, even among duplicates.
         nearest = distances[chosen].clone() if step == 0 else torch.minimum(nearest, distances[chosen])
         nearest[chosen] = -torch.inf
     return order
@@ -36,15 +36,15 @@ def diversity_order(features: Tensor, k: int) -> Tensor:
 def max_min_diversity(features: Tensor, k: int) -> Tensor:
     """Choose ``k`` tokens by greedy max-min diversity (DivPrune, arXiv 2503.02175).
 
-    Distance is one minus the cosine. The first token is the one whose nearest other is farthest away; each further
-    one is the farthest from its nearest chosen token (the lowest index of equal ones).
+    Distance is one minus the cosine. The first token is the one whose nearest other token is farthest away. Each
+    further token is the one that is farthest from its nearest chosen token; of equal distances the lowest index.
 
     Args:
         features: ``(tokens, dim)``.
-        k: tokens to choose, at least 0.
+        k: number of tokens to choose, at least 0.
 
     Returns:
-        ``(min(k, tokens),)`` ascending long indices without repetition, also where tokens coincide.
+        ``(min(k, tokens),)`` long, ascending indices without repetition, even if tokens coincide.
 
     Raises:
         VTPruneError: a feature is NaN or infinite.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual-attention filter: what neither the question as a whole nor any single word of it looks at can go."""
+"""MustDrop's dual-attention filter: drop tokens that neither the whole text nor one of its tokens attends to."""
 
 import math
 
@@ -11,12 +11,12 @@ from vtprune.ops.selection import top_k_mask
 
 
 def key_tokens(rows: Tensor, valid: Tensor | None = None, share: float = 0.08) -> Tensor:
-    """The tokens that the encoder's CLS token looks at most, which the filter spares (MustDrop, arXiv 2411.10803).
+    """Mark the tokens that the encoder's CLS token attends to most; the filter keeps them (MustDrop, arXiv 2411.10803).
 
     Args:
         rows: ``(images, heads, tokens)`` attention of the CLS query over the patches, in the encoder's last layer.
         valid: ``(images, tokens)`` bool, False for padding; by default all tokens are real.
-        share: of each image's tokens to mark, rounded up.
+        share: share of each image's tokens to mark, in [0, 1]; the number is rounded up.
 
     Returns:
         ``(images, tokens)`` bool.
@@ -29,14 +29,14 @@ def key_tokens(rows: Tensor, valid: Tensor | None = None, share: float = 0.08) -
 
 
 def dual_attention(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What the text looks at: all its tokens together, and the one that looks most.
+    """Attention of the text over each visual token: of all text tokens together, and the maximum of a single one.
 
     Args:
         rows: ``(batch, heads, text, tokens)`` post-softmax attention of the text after the image over the visual
             tokens; rows of padding are zero.
 
     Returns:
-        ``(batch, tokens)`` float32, twice: sum and maximum over the text of the mean over heads.
+        Two ``(batch, tokens)`` float32 tensors: sum and maximum over the text tokens. Heads are averaged first.
     """
     attention = rows.float().mean(dim=1)
     total = attention.sum(dim=1)
@@ -55,21 +55,22 @@ def dual_attention_filter(
 ) -> Tensor:
     """Drop the visual tokens that fall short of both thresholds (MustDrop, arXiv 2411.10803).
 
-    With ``g`` the attention of the whole text and ``m`` that of its keenest token, one goes if
-    ``g < global_threshold * sum of g`` and ``m < individual_threshold``.
+    ``g`` is the attention of the whole text over a visual token, ``m`` is the largest attention of a single text token.
+    A visual token is dropped if ``g < global_threshold * sum of g`` and ``m < individual_threshold``.
 
-    With a budget both thresholds are scaled together until as many tokens pass as are to be kept: those of the largest
-    ``max(g / (global_threshold * sum of g), m / individual_threshold)``, spared ones before others. The paper has no
-    such mode: its thresholds were tuned on each data set to meet a number of tokens on average.
+    With a budget both thresholds are scaled together until exactly as many tokens pass as the budget says. These are
+    the tokens with the largest ``max(g / (global_threshold * sum of g), m / individual_threshold)``, spared tokens
+    before others. The paper has no such mode: its thresholds were tuned on each data set to keep a number of tokens on
+    average.
 
     Args:
         total: ``(batch, tokens)``, ``g``.
         peak: ``(batch, tokens)``, ``m``.
         global_threshold: at least 0; above 0 with a budget.
         individual_threshold: at least 0; above 0 with a budget.
-        spared: ``(batch, tokens)`` bool, tokens to keep in any case (:func:`key_tokens`); by default none.
+        spared: ``(batch, tokens)`` bool, tokens that are always kept (:func:`key_tokens`); by default none.
         valid: ``(batch, tokens)`` bool, False for padding; by default all tokens are real.
-        budget: ``(batch,)`` long, tokens to keep, spared ones included; by default the thresholds decide.
+        budget: ``(batch,)`` long, number of tokens to keep, spared ones included; by default the thresholds decide.
 
     Returns:
         ``(batch, tokens)`` bool, the tokens kept.
@@ -81,9 +82,9 @@ def dual_attention_filter(
     if budget is None:
         return valid & ((total >= least) | (peak >= individual_threshold) | spared)
     if min(global_threshold, individual_threshold) <= 0:
-        raise ValueError("with a budget the thresholds weigh the two kinds of attention: both have to be above 0")
+        raise ValueError("with a budget both thresholds must be above 0, because they weigh the two kinds of attention")
     budget = budget.to(total.device)
-    # Where the text looks at no visual token at all, nothing can be told apart.
+    # If the text attends to no visual token at all, the sum is zero.
     strength = torch.maximum(total / least.clamp_min(torch.finfo(least.dtype).tiny), peak / individual_threshold)
     first = top_k_mask(strength, spared, budget)
     return first | top_k_mask(strength, valid & ~spared, budget - first.sum(1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging frames of a video that show much the same."""
+"""B-VLLM's merge of similar frames of a video."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from vtprune.ops.merging import Merged
 
 
 def frame_similarity(metric: Tensor) -> Tensor:
-    """Cosine similarity of every frame to each earlier one, moved to [0, 1].
+    """Cosine similarity of every frame to each earlier frame, scaled to [0, 1].
 
     Args:
         metric: ``(frames, dim)``.
@@ -24,42 +24,43 @@ def frame_similarity(metric: Tensor) -> Tensor:
 def merge_similar_frames(
     features: Tensor, metric: Tensor, threshold: float = 0.75, *, reference_quirks: bool = False
 ) -> Merged:
-    """Merge each frame into the earlier one it resembles most, if that is enough (B-VLLM, arXiv 2412.09919).
+    """Merge each frame into the most similar earlier frame, if it is similar enough (B-VLLM, arXiv 2412.09919).
 
-    The first frame always stays. A frame left is the plain mean of itself and those that went into it, token by token,
-    in its own place in time. ``threshold`` compares ``(cos + 1) / 2``: 0.75 stands for a cosine of 0.5, published for
-    distributions over frames that a trained selector gives; for frame features it is to be tuned.
+    The first frame always stays. A frame that stays keeps its place in time and becomes the plain mean of itself and
+    the frames that went into it, token by token. ``threshold`` is compared with ``(cos + 1) / 2``, so 0.75 means a
+    cosine of 0.5. It was published for distributions over frames, which a trained selector gives. For frame features it
+    has to be tuned.
 
-    Its merge within a frame is :func:`~vtprune.ops.bipartite_merging.bipartite_merging`; the two differ only where an
-    odd number of tokens is to become half of it, rounded down, which the reference does in one round.
+    B-VLLM's merge within a frame is :func:`~vtprune.ops.bipartite_merging.bipartite_merging`. The two differ in one
+    case: the reference merges an odd number of tokens to half of it, rounded down, in one round.
 
-    Deviation: a frame may only go into one that stays. In the reference it goes into the most similar earlier frame
-    whether or not that stays, and is lost where that one is merged itself. Where nothing is lost, the two agree.
+    Deviation: a frame may only go into a frame that stays. In the reference it goes into the most similar earlier frame
+    in any case, and is lost if that frame is merged itself. Where no frame is lost, both give the same result.
 
     Args:
         features: ``(frames, tokens, dim)``, at least one frame.
-        metric: ``(frames, metric_dim)`` to compare frames by, for example the mean of their features.
-        threshold: frames merge above it.
-        reference_quirks: merge as the reference does, children of merged frames being lost.
+        metric: ``(frames, metric_dim)`` vectors to compare frames by, for example the mean of their features.
+        threshold: frames with a similarity above it merge, in [0, 1].
+        reference_quirks: merge as the reference does. It loses frames that go into merged frames.
 
     Returns:
-        One group whose tokens are frames: features ``(1, left, tokens, dim)`` in their dtype, ``places`` and
-        ``sources`` are frame numbers; source -1 for a lost frame.
+        One group whose tokens are frames. Its features are ``(1, frames left, tokens, dim)`` in their dtype, ``places``
+        and ``sources`` are frame numbers; the source of a lost frame is -1.
     """
     frames = torch.arange(len(metric), device=metric.device)
     similarity = frame_similarity(metric).masked_fill_(frames >= frames.unsqueeze(1), -torch.inf)
     if not reference_quirks:
-        # One pass over time: who stays decides who may take later frames in.
+        # One pass over time: only a frame that stays may receive later frames.
         for frame in range(1, len(frames)):
             similarity[:, frame].masked_fill_(similarity[frame].amax() > threshold, -torch.inf)
     best = similarity.max(dim=1)
     merges = best.values > threshold
     sources = torch.where(merges, best.indices, frames)
-    # A frame that went into one which is gone.
+    # Frames that went into a frame which is merged itself are lost.
     sources = sources.masked_fill(merges[sources], -1)
     places = (~merges).nonzero()[:, 0]
     counted = sources >= 0
     sums = torch.zeros_like(features, dtype=torch.float32).index_add_(0, sources[counted], features[counted].float())
     sizes = sources[counted].bincount(minlength=len(frames))[places]
-    left = (sums[places] / sizes.view(-1, 1, 1)).to(features.dtype)
-    return Merged(left[None], places[None], sources[None])
+    means = (sums[places] / sizes.view(-1, 1, 1)).to(features.dtype)
+    return Merged(means[None], places[None], sources[None])

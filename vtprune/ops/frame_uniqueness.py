@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular about a token of a video: among all its tokens, and among those of its frame."""
+"""VidCom2's uniqueness: how different a token is from its whole video, and from its frame."""
 
 import torch
 from torch import Tensor
@@ -9,57 +9,58 @@ from vtprune.errors import VTPruneError
 from vtprune.ops.frame_pooling import frame_means
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
-"""Of the Gaussians whose sum tells how near two directions are."""
+"""Widths of the Gaussians whose sum measures how near two directions are."""
 
 TEMPERATURE = 0.01
+"""Divisor of the frame means in the softmax of `frame_shares`."""
 
 
 def steady_channels(features: Tensor) -> Tensor:
-    """The half of the channels that varies least over all tokens, the lower index first of equals, at least one.
+    """The half of the channels that varies least over all tokens, at least one channel.
 
-    ``(tokens, dim)`` -> ``(max(dim // 2, 1),)`` long, ascending.
+    ``(tokens, dim)`` -> ``(max(dim // 2, 1),)`` long, ascending. Of equal variances the lower index is taken.
     """
     variance = features.float().var(0, correction=0)
     return variance.argsort(stable=True)[: max(len(variance) // 2, 1)].sort().values
 
 
 def nearness(features: Tensor, centres: Tensor) -> Tensor:
-    """Sum of Gaussians of the distance, ``(..., dim)`` twice -> ``(...)``: ``len(WIDTHS)`` for what coincides."""
+    """Sum of Gaussians of the distance, two ``(..., dim)`` -> ``(...)``; ``len(WIDTHS)`` for equal vectors."""
     squares = (features - centres).square().sum(-1)
     return torch.stack([(-squares / (2 * width)).exp() for width in WIDTHS]).sum(0)
 
 
 def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """How near each token is to the mean of the video, and to that of its frame (VidCom2, arXiv 2505.14454).
+    """How near each token is to the mean of the video, and to the mean of its frame (VidCom2, arXiv 2505.14454).
 
-    Both are taken between directions, over the channels that vary least.
+    Features are normalised first, over the channels that vary least.
 
     Args:
         features: ``(tokens, dim)``, at least one token.
-        frames: ``(tokens,)`` long, the frame of each, numbered from 0 without gaps.
+        frames: ``(tokens,)`` long, the frame of each token, numbered from 0 without gaps.
 
     Returns:
-        ``(tokens,)`` float32 each.
+        Two ``(tokens,)`` float32 tensors.
 
     Raises:
         VTPruneError: a feature is NaN or infinite.
     """
     if not features.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: no token can be called common")
+        raise VTPruneError("features hold NaN or infinite values: nearness is not defined on them")
     directions = normalize(features.float()[:, steady_channels(features)], dim=-1)
     return nearness(directions, directions.mean(0)), nearness(directions, frame_means(directions, frames)[frames])
 
 
 def frame_shares(common: Tensor, frames: Tensor) -> Tensor:
-    """Share of its tokens that each frame keeps, more if it is less like the rest of the video (VidCom2).
+    """Share of its tokens that each frame keeps: more if the frame differs more from the video (VidCom2).
 
     Args:
         common: ``(tokens,)``, nearness to the mean of the video.
         frames: ``(tokens,)`` long, as in :func:`commonness`.
 
     Returns:
-        ``(frames,)``, as multiples of the share that is kept of the video, whose average they have: one plus what a
-        sharp softmax gives a frame above its average.
+        ``(frames,)``, as multiples of the share that is kept of the whole video. Their average is one: each is one plus
+        the difference between the frame's weight in a sharp softmax and the average weight.
     """
-    lead = (-frame_means(common[:, None], frames)[:, 0] / TEMPERATURE).softmax(0)
-    return 1 + lead - lead.mean()
+    weights = (-frame_means(common[:, None], frames)[:, 0] / TEMPERATURE).softmax(0)
+    return 1 + weights - weights.mean()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a prompt to the words that say what to look for (MMTok, arXiv 2508.18264)."""
+"""MMTok's stop-word filter: the words of a question that say what to look for (arXiv 2508.18264)."""
 
 import re
 
@@ -21,7 +21,7 @@ def keywords(text: str) -> str:
     """The words of ``text`` without stop words and without the answer-format instructions of VQA benchmarks.
 
     Returns:
-        Words joined by single spaces; the text without the instructions if every word is a stop word.
+        Words joined by single spaces. If every word is a stop word: the text without the instructions.
     """
     for instruction in _BENCHMARK_INSTRUCTIONS:
         text = text.replace(instruction, "")

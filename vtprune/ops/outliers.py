@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that stand apart from the others, in both senses: far from their neighbours, or far above the quartiles."""
+"""Outliers: numbers far from the others (Recoverable Compression), or far above the quartiles (Token correlation)."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,22 @@ from torch.nn.functional import pad
 
 
 def local_outlier_factor(values: Tensor, neighbours: int) -> Tensor:
-    """How much sparser a number's surroundings are than those of its nearest neighbours (LOF, Breunig et al. 2000).
+    """Local outlier factor of each number: the density around its neighbours over its own (LOF, Breunig et al. 2000).
 
-    With ``d_k(o)`` the distance of ``o`` to the k-th nearest of the others, and reachability ``max(d_k(o), |p - o|)``
-    from ``p`` to ``o``, the density of ``p`` is one over its mean reachability to its ``k`` nearest, and its factor is
-    their mean density over its own: about 1 among its like, larger far from all others, above or below.
+    ``d_k(o)`` is the distance of ``o`` to its k-th nearest other number. The reachability from ``p`` to ``o`` is
+    ``max(d_k(o), |p - o|)``. The density of ``p`` is one over its mean reachability to its ``k`` nearest numbers. The
+    factor of ``p`` is the mean density of these numbers over its own density. It is about 1 among similar numbers, and
+    larger for a number far from all others, above or below them.
 
-    Numbers need no distance matrix: sorted, the nearest ones of each lie within ``k`` places, so memory is
+    No distance matrix is needed: in sorted order, the nearest numbers of each lie within ``k`` places. So memory is
     ``values * neighbours``. Of equally near neighbours the smaller numbers are taken.
 
     Args:
         values: ``(..., values)``, finite.
-        neighbours: ``k``, at least 1; with ``k`` values or fewer all the others.
+        neighbours: ``k``, at least 1; with at most ``k`` values all other values are neighbours.
 
     Returns:
-        ``(..., values)`` float64, positive; 1 for a value without others.
+        ``(..., values)`` float64, positive; 1 if there is only one value.
     """
     count = values.shape[-1]
     if count < 2:
@@ -33,30 +34,32 @@ def local_outlier_factor(values: Tensor, neighbours: int) -> Tensor:
     distances, offsets = (part[..., :k] for part in distances.sort(dim=2, stable=True))
     nearest = (torch.arange(count, device=values.device).unsqueeze(1) + offsets - k).flatten(1)
     reach = torch.maximum(distances[..., -1].gather(1, nearest).view_as(distances), distances)
-    # Coinciding values have no distance; the constant is scikit-learn's.
+    # The constant avoids a division by zero where values coincide. It is the one that scikit-learn uses.
     density = 1 / (reach.mean(2) + 1e-10)
     factors = density.gather(1, nearest).view_as(distances).mean(2) / density
     return torch.empty_like(factors).scatter_(1, order, factors).view(values.shape)
 
 
 def outlier_share(values: Tensor, neighbours: int, factor: float = 1.5) -> float:
-    """Share of numbers whose :func:`local_outlier_factor` exceeds ``factor``; 0 of none.
+    """Share of the numbers whose :func:`local_outlier_factor` is above ``factor``; 0 if there are no numbers.
 
-    The dynamic ratio of Recoverable Compression (arXiv 2409.01179).
+    This is the dynamic ratio of Recoverable Compression (arXiv 2409.01179).
 
     Args:
-        values: ``(values,)``.
+        values: ``(values,)``, finite.
+        neighbours: as in :func:`local_outlier_factor`.
+        factor: local outlier factor above which a number is an outlier.
     """
     outliers = int((local_outlier_factor(values, neighbours) > factor).sum())
     return outliers / max(len(values), 1)
 
 
 def above_quartiles(values: Tensor, valid: Tensor | None = None, whiskers: float = 1.5) -> Tensor:
-    """Which numbers lie more than ``whiskers`` interquartile ranges above the third quartile (Tukey's fences).
+    """Mark the numbers more than ``whiskers`` interquartile ranges above the third quartile (Tukey's fences).
 
     Args:
         values: ``(groups, values)``.
-        valid: ``(groups, values)`` bool; quartiles are of these alone. By default all count.
+        valid: ``(groups, values)`` bool; quartiles are computed from valid values only. By default all are valid.
 
     Returns:
         ``(groups, values)`` bool, False where not valid.
@@ -68,5 +71,5 @@ def above_quartiles(values: Tensor, valid: Tensor | None = None, whiskers: float
         counted = counted.masked_fill(~valid, torch.nan)
     quartiles = torch.nanquantile(counted, torch.tensor([0.25, 0.75], device=values.device), dim=1, keepdim=True)
     first, third = quartiles
-    # NaN compares false, so padding never stands out.
+    # Comparisons with NaN are false, so padding is never marked.
     return counted > third + whiskers * (third - first)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PageRank over attention: a token is important if important tokens attend to it."""
+"""PageRank over attention (AIM): a token is important if important tokens attend to it."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtprune.ops.attention import attention_rows
 
-# Transitions held at a time, so that memory grows with the tokens and not with their square.
+# Number of transitions in memory at a time, so that memory grows with the tokens and not with their square.
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -17,10 +17,12 @@ def page_rank(transitions: Tensor, valid: Tensor | None = None, *, iterations: i
     """A few steps of the power iteration from equal ranks: ``p <- (1 - damping) * p P + damping / n``.
 
     Args:
-        transitions: ``(batch, heads, n, n)``, ``P``: row ``i`` says where token ``i``'s rank goes; rows sum to one.
-        valid: ``(batch, n)`` bool, the tokens that have a rank to begin with, ``n`` of them; by default all.
+        transitions: ``(batch, heads, n, n)``, ``P``: row ``i`` says where the rank of token ``i`` goes. Rows sum to
+            one.
+        valid: ``(batch, n)`` bool, the tokens that start with a rank; their number is ``n`` in the formula. By default
+            all tokens.
         iterations: number of steps, at least 0.
-        damping: share of the rank that is dealt out anew to all in each step, in [0, 1].
+        damping: share of the rank that each step spreads evenly over all tokens, in [0, 1].
 
     Returns:
         ``(batch, heads, n)`` float32, summing to one.
@@ -31,7 +33,7 @@ def page_rank(transitions: Tensor, valid: Tensor | None = None, *, iterations: i
 
 
 def _equal_ranks(n: int, valid: Tensor | None) -> Tensor:
-    """(batch | 1, 1, n) float32."""
+    """(batch | 1, 1, n) float32: the same rank for every valid token, summing to one."""
     if valid is None:
         return torch.full((1, 1, n), 1 / max(n, 1))
     return (valid / valid.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1).float()
@@ -58,28 +60,29 @@ def attention_page_rank(
     iterations: int = 5,
     damping: float = 0.0,
 ) -> Tensor:
-    """Importance of every token of a decoder layer by its attention scores (AIM, arXiv 2412.03248).
+    """Importance of every token by the attention of a decoder layer (AIM, arXiv 2412.03248).
 
-    The ranks of :func:`page_rank` on the layer's attention, sharpened by a temperature, as root mean square over heads.
-    All tokens of the prompt take part, text as well as visual ones. Heads come one after the other, and the transitions
-    of many tokens in blocks of rows, computed anew in every iteration.
+    It is the root mean square over heads of the ranks of :func:`page_rank`. The transitions are the layer's attention,
+    sharpened by a temperature. All tokens of the prompt take part, text and visual tokens. Heads are processed one
+    after the other. With many tokens, the transitions are computed in blocks of rows, again in every iteration.
 
-    Deviation: in a padded batch the padding has no rank, where it is NaN in the reference.
+    Deviation: in a padded batch the padding has no rank; in the reference it is NaN.
 
     Args:
         queries: ``(batch, heads, n, head_dim)``, positions already applied.
-        keys: ``(batch, kv_heads, past + n, head_dim)``, likewise. What goes to past tokens is lost: they have no rank.
+        keys: ``(batch, kv_heads, past + n, head_dim)``, positions already applied. Past tokens have no rank: the rank
+            that goes to them is lost.
         scale: factor on the dot products, usually ``head_dim ** -0.5``.
-        mask: bool, broadcastable to ``(batch, 1, n, past + n)``, True where a row may attend; or a function that gives
-            its rows ``first`` to ``last - 1``. A token whose column is masked throughout (pruned, but not removed) has
-            no importance, and its row still passes on the rank that it begins with.
+        mask: bool, broadcastable to ``(batch, 1, n, past + n)``, True where a row may attend; or a function of
+            ``first`` and ``last`` that gives rows ``first`` to ``last - 1`` of it. A token that is hidden from all rows
+            (pruned, but not removed) has no importance, but its row still passes on the rank that it starts with.
         valid: ``(batch, n)`` bool, False for padding; by default all tokens are real.
-        softcap, sinks: as in :func:`vtprune.ops.attention.attention_rows`. What goes to sinks is lost.
+        softcap, sinks: as in :func:`vtprune.ops.attention.attention_rows`. The rank that goes to sinks is lost.
         temperature: divisor of the scores, > 0.
         iterations, damping: as in :func:`page_rank`.
 
     Returns:
-        ``(batch, n)`` float32 in [0, 1]. With a causal mask and no damping the ranks of late tokens vanish.
+        ``(batch, n)`` float32 in [0, 1]. With a causal mask and no damping the ranks of late tokens go to zero.
     """
     batch, heads, n, _ = queries.shape
     kv_heads = keys.shape[1]
@@ -113,5 +116,5 @@ def _rows(mask: Tensor, first: int, last: int) -> Tensor:
 
 
 def _step(transitions: Callable[[int, int], Tensor], blocks: list[tuple[int, int]], ranks: Tensor) -> Tensor:
-    """Where ranks (batch, 1, n) go, from the transitions of one block of rows after the other."""
+    """(batch, 1, n) the ranks after one step, computed from one block of rows after the other."""
     return sum((ranks[..., None, a:b] @ transitions(a, b)).squeeze(-2) for a, b in blocks)

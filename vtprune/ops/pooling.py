@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Average pooling of a grid of tokens: to a given number of tokens, to a given grid, to grids that differ by frame."""
+"""Average pooling of a grid of tokens (Pool, Adaptive pooling, Progressive pooling)."""
 
 from itertools import pairwise
 
@@ -8,28 +8,28 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtprune.errors import BudgetError
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
 
 
 def pool_grid(features: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Divide a grid of tokens into exactly ``k`` rectangular cells and average each.
 
-    The rows are cut into horizontal bands, as many as give cells of the grid's own aspect ratio, and the ``k`` cells
-    are dealt out to the bands as evenly as they go; each band cuts the columns into its number of cells. Where ``k``
-    is the product of two suitable numbers (64 = 8 x 8 for 24 x 24) this is an ordinary regular pooling; otherwise
-    bands differ by one cell, and cells by one row or column.
+    The rows are cut into horizontal bands. Their number is chosen so that cells are almost square. The ``k`` cells are
+    spread over the bands as evenly as possible, and each band cuts the columns into its number of cells. If ``k`` is a
+    product of two suitable numbers (64 = 8 x 8 for 24 x 24), this is regular pooling. Otherwise bands differ by one
+    cell, and cells by one row or column.
 
     Args:
         features: ``(tokens, dim)`` in raster order, ``tokens = rows * columns``.
         grid: ``(rows, columns)``.
-        k: cells, in [0, tokens].
+        k: number of cells, in [0, tokens].
 
     Returns:
-        keep: ``(tokens,)`` bool, the representative of each cell: the token nearest its centre (of equally near
-            ones the upper left).
-        pooled: ``(tokens, dim)``, the features with each representative's replaced by the mean of its cell.
-        sources: ``(tokens,)`` long, for each token its cell's representative; -1 with ``k = 0``.
+        keep: ``(tokens,)`` bool, the representative of each cell: the token nearest to its centre; of equally near
+            tokens the upper left one.
+        pooled: ``(tokens, dim)``, the features; that of each representative is replaced by the mean of its cell.
+        sources: ``(tokens,)`` long, for each token the representative of its cell; -1 with ``k = 0``.
 
     Raises:
         BudgetError: ``k`` is out of range.
@@ -55,17 +55,17 @@ def pool_grid(features: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, 
 def adaptive_pool(features: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Merged:
     """Pool grids of tokens to smaller ones by adaptive averaging.
 
-    This is the training-free half of TokenFLEX (arXiv 2504.03154), which pools to 8, 12 or 16 rows and columns. Where
-    the sides do not divide, the windows averaged overlap by a row or column, as in ``torch``'s adaptive pooling; each
-    token's source is the one cell of them that it lies in by proportion.
+    This is the part of TokenFLEX (arXiv 2504.03154) that needs no training. TokenFLEX pools to 8, 12 or 16 rows and
+    columns. If a side cannot be divided evenly, the averaged windows overlap by a row or column, as in the adaptive
+    pooling of ``torch``. The source of a token is then the one cell that it lies in by proportion.
 
     Args:
         features: ``(images, rows * columns, dim)`` in raster order.
         grid: ``(rows, columns)``.
-        cells: rows and columns to pool to, at least 1; a side never grows.
+        cells: number of rows and columns to pool to, at least 1; a side never grows.
 
     Returns:
-        A group an image; a cell stands in the place of the token nearest its centre (the upper left one of several).
+        One group an image. A cell takes the place of the token nearest to its centre; of several, the upper left one.
     """
     rows, columns = grid
     images, tokens, dim = features.shape
@@ -81,16 +81,17 @@ def adaptive_pool(features: Tensor, grid: tuple[int, int], cells: tuple[int, int
 
 
 def progressive_counts(frames: int, tokens: int, k: int, *, group: int, ratio: float) -> Tensor:
-    """Divide a budget among frames, of which the first of every ``group`` gets more, for :func:`pool_grid` to meet it.
+    """Divide a budget among frames; the first frame of every ``group`` gets more. :func:`pool_grid` meets the counts.
 
-    Inspired by the progressive pooling of Visual Context Window Extension (arXiv 2409.20018), whose authors do not
-    publish the grids and group sizes they ran.
+    Inspired by the progressive pooling of Visual Context Window Extension (arXiv 2409.20018). Its authors do not
+    publish the grids and group sizes that they used.
 
     Args:
-        frames: of the video.
-        tokens: of a frame, the most it can keep.
-        k: tokens to keep of the whole video.
-        group: the first of so many consecutive frames gets ``ratio`` times as many tokens as the others.
+        frames: number of frames of the video.
+        tokens: number of tokens of a frame, which is the most that it can keep.
+        k: number of tokens to keep of the whole video.
+        group: number of consecutive frames in a group.
+        ratio: the first frame of a group gets ``ratio`` times as many tokens as each of the others.
 
     Returns:
         ``(frames,)`` long; the sum is ``min(k, frames * tokens)``.
@@ -100,16 +101,16 @@ def progressive_counts(frames: int, tokens: int, k: int, *, group: int, ratio: f
 
 
 def _proportional(length: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Part of each of ``length`` places, ``(length,)``, and the middle place of each part, ``(parts,)``; long."""
+    """``(length,)`` long, the part that each of ``length`` places is in; ``(parts,)`` long, the middle of each part."""
     cells = torch.arange(length, device=device) * parts // length
     begins = -(torch.arange(parts + 1, device=device) * -length // parts)  # rounded up
     return cells, (begins[:-1] + begins[1:] - 1) // 2
 
 
 def _cells(rows: int, columns: int, k: int) -> tuple[Tensor, Tensor]:
-    """Cell of every token, ``(rows * columns,)``, and the token nearest the centre of every cell, ``(k,)``."""
+    """``(rows * columns,)`` the cell of every token; ``(k,)`` the token nearest to the centre of every cell."""
     bands = round((k * rows / columns) ** 0.5)
-    # No band can hold more cells than there are columns, and none may stay without a row or without a cell.
+    # A band has at most as many cells as there are columns, and at least one row and one cell.
     bands = min(max(bands, -(-k // columns)), rows, k)
     cells, centres = torch.empty(rows, columns, dtype=torch.long), []
     for (top, bottom), (first, last) in zip(_cuts(rows, bands), _cuts(k, bands), strict=True):
@@ -120,5 +121,5 @@ def _cells(rows: int, columns: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _cuts(length: int, parts: int) -> list[tuple[int, int]]:
-    """Begin and end of ``parts`` stretches that make up ``length`` and differ in size by at most one."""
+    """Begin and end of ``parts`` intervals that divide ``length``; their sizes differ by at most one."""
     return list(pairwise(part * length // parts for part in range(parts + 1)))

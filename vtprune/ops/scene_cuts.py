@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a video into scenes where one frame differs from the next."""
+"""FastVID's scenes: a video is cut where a frame differs from the next one."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from vtprune.errors import VTPruneError
 def scenes(frames: Tensor, least: int = 8, threshold: float = 0.9) -> Tensor:
     """Number the scenes of a video (FastVID, arXiv 2503.11187).
 
-    A scene ends where the cosine of a frame and the next is below ``threshold``, and wherever it is among the
-    ``least - 1`` smallest, the earlier one of equals.
+    A scene ends where the cosine of a frame with the next frame is below ``threshold``, and where it is among the
+    ``least - 1`` smallest cosines; of equal cosines the earlier one counts.
 
     Args:
-        frames: ``(frames, dim)``, one feature a frame, at least one frame; a zero vector resembles nothing.
-        least: scenes that there are at least, if there are as many frames.
-        threshold: of the cosine.
+        frames: ``(frames, dim)``, one feature a frame, at least one frame. A zero vector has similarity 0 to all.
+        least: smallest number of scenes, if there are as many frames.
+        threshold: cosine below which a scene ends, in [-1, 1].
 
     Returns:
         ``(frames,)`` long, the scene of each frame, numbered from 0 in the order of time.
@@ -28,7 +28,7 @@ def scenes(frames: Tensor, least: int = 8, threshold: float = 0.9) -> Tensor:
     directions = normalize(frames.float(), dim=-1)
     likeness = (directions[:-1] * directions[1:]).sum(-1)
     if not likeness.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: where the scene changes is not defined")
+        raise VTPruneError("features hold NaN or infinite values: scenes are not defined on them")
     ends = likeness < threshold
     ends[likeness.argsort(stable=True)[: least - 1]] = True
     return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))

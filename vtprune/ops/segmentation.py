@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a video into segments in which as many positions as possible stand still."""
+"""HoliTom's segmentation: a video is cut into segments in which as many positions as possible are still."""
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
 
-# Elements of the frames that are compared at a time: temporaries stay small beside any video.
+# Elements of the frames that are compared at a time, so that temporary tensors stay small for any video.
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def temporal_similarity(features: Tensor) -> Tensor:
-    """Cosine of each position's features in one frame and in the next.
+    """Cosine of the features of each position in one frame and in the next frame.
 
     Args:
         features: ``(frames, positions, dim)``, at least one frame.
 
     Returns:
-        ``(frames - 1, positions)`` float32; a zero vector resembles nothing.
+        ``(frames - 1, positions)`` float32; 0 with a zero vector.
 
     Raises:
         VTPruneError: a feature is NaN or infinite.
@@ -26,40 +26,41 @@ def temporal_similarity(features: Tensor) -> Tensor:
     step = max(_BLOCK_ELEMENTS // max(positions * dim, 1), 1)
     lengths, products = [], []
     for first in range(0, frames, step):
-        # One frame more than the block: the last one's successor.
+        # One frame more than the block, because the last frame is compared with the one after it.
         block = features[first : first + step + 1].float()
         lengths.append(torch.linalg.vector_norm(block[:step], dim=-1))
         products.append(torch.linalg.vecdot(block[:-1], block[1:]))
     length = torch.cat(lengths).clamp_min_(1e-12)
     if not length.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: how far they change is not defined")
+        raise VTPruneError("features hold NaN or infinite values: similarity over time is not defined on them")
     return torch.cat(products).div_(length[:-1]).div_(length[1:])
 
 
 def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:
-    """Cut a video so that representing still positions once a segment saves the most tokens (HoliTom, 2505.21334).
+    """Cut a video so that one token per still position and segment saves most tokens (HoliTom, arXiv 2505.21334).
 
-    A position is still in a segment if it is still from each of its frames to the next. A segment of ``w`` frames
-    with ``c`` still positions saves ``(w - 1) * c`` tokens; dynamic programming over the segments' ends finds the
-    best sum. Of equal solutions a frame stays alone rather than joining a segment, and the shortest segment wins.
+    A position is still in a segment if it is still from each frame of the segment to the next. A segment of ``w``
+    frames with ``c`` still positions saves ``(w - 1) * c`` tokens. Dynamic programming over the ends of segments finds
+    the largest sum. Of equal solutions, a frame alone is preferred to a longer segment, and then the shortest segment.
 
-    How many positions have been still for how long says all there is to know of the segments that end at a frame,
-    so a frame costs ``O(positions + max_window)`` time, and no table of first and last frames exists.
+    All segments that end at a frame follow from one count: how many positions have been still for how many frames. So a
+    frame costs ``O(positions + max_window)`` time, and there is no table of first and last frames.
 
     Args:
-        still: ``(frames - 1, positions)`` bool, whether a position stays as it is from a frame to the next.
-        max_window: frames in a segment, at least 1.
+        still: ``(frames - 1, positions)`` bool, whether a position is still from a frame to the next.
+        max_window: largest number of frames in a segment, at least 1.
 
     Returns:
         segments: ``(segments, 2)`` long on the CPU, first and last frame of each, in the order of time.
-        saved: tokens saved.
+        saved: number of tokens saved.
     """
     if max_window < 1:
-        raise ValueError(f"a segment holds at least one frame, not {max_window}")
-    # The search goes frame by frame and does little in each: on an accelerator it would do nothing but wait.
+        raise ValueError(f"a segment has at least one frame, not {max_window}")
+    # The search has a small step for each frame. On an accelerator it would only wait for each of them.
     still = still.cpu().long()
     frames = len(still) + 1
-    # What the first i frames save at best, and how many steps back the segment goes that ends them.
+    # best[i]: the most that the first i frames can save. back[i]: how many steps the segment that ends at frame i
+    # goes back in that solution.
     best = torch.zeros(frames + 1, dtype=torch.long)
     back = [0] * frames
     steps = torch.arange(frames)
@@ -71,7 +72,7 @@ def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:
         longest = len(still_for) - 1
         best[frame + 1] = best[frame]
         if longest:
-            # A segment that goes further back saves nothing itself, so it cannot be better than the frame alone.
+            # A segment that goes back further has no still position, so it is not better than the frame alone.
             saved = best[frame - longest : frame].flip(0) + still_for[1:] * steps[1 : longest + 1]
             most, index = saved.max(0)
             if most > best[frame]:
@@ -86,17 +87,17 @@ def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:
 
 
 def still_positions(still: Tensor, segments: Tensor) -> Tensor:
-    """Which positions are still throughout each segment.
+    """Mark the positions that are still throughout each segment.
 
     Args:
         still: ``(frames - 1, positions)`` bool.
         segments: ``(segments, 2)`` long, first and last frame of each.
 
     Returns:
-        ``(segments, positions)`` bool; all False for a segment of one frame, in which nothing can be saved.
+        ``(segments, positions)`` bool; all False for a segment of one frame, which cannot save tokens.
     """
     segments = segments.to(still.device)
     first, last = segments[:, 0], segments[:, 1]
-    # Changes up to each frame: none in a segment if its first and last frame have seen equally many.
+    # Number of changes up to each frame. If it is equal at both ends of a segment, nothing changes inside.
     changes = torch.nn.functional.pad((~still).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
     return (changes[first] == changes[last]) & (first < last)[:, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the best tokens of each group by their score."""
+"""The best tokens of each group by their score (all methods that give scores)."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,11 @@ def top_k_mask(scores: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
 
     Args:
         scores: ``(groups, tokens)`` float, higher is better.
-        valid: ``(groups, tokens)`` bool; a token outside is never kept, whatever its score.
+        valid: ``(groups, tokens)`` bool; a token that is not valid is never kept, whatever its score.
         budget: ``(groups,)`` long, at least 0; a budget above the number of valid tokens keeps them all.
 
     Returns:
-        ``(groups, tokens)`` bool. Of equal scores the lower index is kept, so the result does not depend on
-        how a device sorts.
+        ``(groups, tokens)`` bool. Of equal scores the lower index is kept, so the result is the same on every device.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     valid_by_rank = valid.gather(1, order)
@@ -24,12 +23,12 @@ def top_k_mask(scores: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
 
 
 def best_per_part(scores: Tensor, parts: Tensor, counts: Tensor) -> Tensor:
-    """Mark the best tokens of every part of one group, of a frame of a video for example.
+    """Mark the best tokens of every part of one group; a part is for example a frame of a video.
 
     Args:
         scores: ``(tokens,)`` float, higher is better; of equal scores the lower index is kept.
-        parts: ``(tokens,)`` long, the part of each, numbered from 0; those of a part need not stand together.
-        counts: ``(parts,)`` long, how many of each, at least 0; more than there are keeps them all.
+        parts: ``(tokens,)`` long, the part of each token, numbered from 0; tokens of a part need not be adjacent.
+        counts: ``(parts,)`` long, how many tokens each part keeps, at least 0; a count above its size keeps them all.
 
     Returns:
         ``(tokens,)`` bool.
@@ -38,8 +37,8 @@ def best_per_part(scores: Tensor, parts: Tensor, counts: Tensor) -> Tensor:
     order = order[parts[order].argsort(stable=True)]
     sizes = parts.bincount(minlength=len(counts))
     first = sizes.cumsum(0) - sizes
-    of = parts[order]
-    rank = torch.arange(len(order), device=order.device) - first[of]
+    part = parts[order]
+    rank = torch.arange(len(order), device=order.device) - first[part]
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order] = rank < counts.to(rank)[of]
+    keep[order] = rank < counts.to(rank)[part]
     return keep

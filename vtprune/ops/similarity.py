@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How alike each token is to one given vector: the CLS token, or a feature of the text."""
+"""Similarity of each token to one vector: the CLS token (GLSim), or a feature of the text (Recoverable Compression)."""
 
 from typing import Literal
 
@@ -8,16 +8,16 @@ from torch.nn.functional import cosine_similarity
 
 
 def similarity_to(query: Tensor, features: Tensor, metric: Literal["cosine", "l1", "l2"] = "cosine") -> Tensor:
-    """Similarity of every token to one vector, without any attention.
+    """Similarity of every token to one vector; attention is not used.
 
-    Between the CLS token and the patches of an encoder's normalised output it is the score of GLSim (arXiv
-    2407.12891), which takes the patches most alike.
+    The score of GLSim (arXiv 2407.12891) is the similarity of the CLS token to the patches in the encoder's normalised
+    output. GLSim takes the most similar patches.
 
     Args:
         query: ``(..., dim)``.
         features: ``(..., tokens, dim)``.
-        metric: the cosine, or minus the mean absolute (``"l1"``) or squared (``"l2"``) difference, so that larger is
-            always more alike.
+        metric: the cosine, or the negative mean absolute (``"l1"``) or squared (``"l2"``) difference. A larger value
+            always means more similar.
 
     Returns:
         ``(..., tokens)`` float32; the cosine with a zero vector is 0.

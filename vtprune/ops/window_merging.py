@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditional window merging: windows of the grid whose tokens are alike become one token each."""
+"""MustDrop's window merging: each window of the grid whose tokens are similar becomes one token."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ from vtprune.ops.selection import top_k_mask
 
 
 def window_similarity(features: Tensor, windows: Tensor) -> Tensor:
-    """Mean cosine of all pairs of different tokens of each window.
+    """Mean cosine over all pairs of different tokens of each window.
 
     Args:
         features: ``(images, tokens, dim)``.
-        windows: ``(windows, members)`` long, the tokens of each window, at least two.
+        windows: ``(windows, members)`` long, the tokens of each window, at least two a window.
 
     Returns:
         ``(images, windows)`` float32.
     """
     members = normalize(features.float(), dim=-1, eps=1e-8)[:, windows]
-    # The square of a sum holds every pair twice, and every token with itself.
+    # The square of a sum contains every pair twice, and every token with itself once.
     pairs = members.sum(dim=2).square().sum(dim=-1) - members.square().sum(dim=(-1, -2))
     return pairs / (windows.shape[1] * (windows.shape[1] - 1))
 
@@ -38,28 +38,29 @@ def window_merging(
 ) -> Merged:
     """Merge the windows of a grid of tokens whose mean similarity reaches a threshold (MustDrop, arXiv 2411.10803).
 
-    A merged window becomes the mean of its tokens and stands in the place of the one nearest its centre (of equally
-    near ones the upper left). Windows do not overlap.
+    A merged window becomes the mean of its tokens. It takes the place of the token nearest to its centre; of equally
+    near tokens the upper left one. Windows do not overlap.
 
-    Deviations: every image merges the windows that pass, where the reference lets all images of a batch (the crops of
-    one image) merge as many as the one with the fewest; tokens stay in raster order, where the reference leaves the
-    merged ones in front; rows and columns that fill no window stay unmerged, where the reference needs a square grid
-    that windows tile.
+    Deviations: every image merges all its windows that pass; in the reference all images of a batch (the crops of one
+    image) merge as many windows as the image with the fewest. Tokens stay in raster order; in the reference merged
+    tokens come first. Rows and columns that do not fill a window stay unmerged; the reference needs a square grid that
+    windows fill completely.
 
     Args:
         features: ``(images, prefix + rows * columns, dim)``, the grid in raster order.
         grid: ``(rows, columns)``.
-        window: the same of a window, at least two tokens.
-        threshold: least mean cosine of the pairs of different tokens of a window; -1 lets all pass.
-        at_least: tokens to leave, prefix included, one number or ``(images,)`` long: of the windows that pass only as
-            many are merged as this allows, the most similar ones first. With ``threshold=-1`` less than a window's
-            tokens above it are left, as long as there are windows.
-        prefix: tokens before the grid (a CLS token), never merged.
-        reference_quirks: the reference's count and order: after the prefix the merged windows by falling similarity,
-            then the other tokens.
+        window: ``(rows, columns)`` of a window, at least two tokens.
+        threshold: smallest mean cosine of the pairs of different tokens with which a window is merged; with -1 all
+            windows pass.
+        at_least: number of tokens to leave, prefix included; one number or ``(images,)`` long. Of the windows that pass
+            only as many are merged as this allows, the most similar ones first. With ``threshold=-1`` the number of
+            tokens left is above it by less than a window's tokens, as long as there are enough windows.
+        prefix: number of tokens before the grid (a CLS token); they are never merged.
+        reference_quirks: use the reference's count and order: after the prefix the merged windows by falling
+            similarity, then the other tokens.
 
     Returns:
-        The tokens left, features in their dtype (means are taken in float32).
+        The tokens that are left. Features keep their dtype (means are taken in float32).
     """
     images, tokens, dim = features.shape
     windows, centre = _windows(grid, window, features.device)
@@ -89,18 +90,18 @@ def window_merging(
         rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         key[:, centres] = torch.where(merged, prefix + rank, key[:, centres])
     gone = sources != places
-    left = int((~gone).sum(1).amax())
-    order = key.masked_fill(gone, tokens + count).argsort(dim=1, stable=True)[:, :left]
+    remaining = int((~gone).sum(1).amax())
+    order = key.masked_fill(gone, tokens + count).argsort(dim=1, stable=True)[:, :remaining]
     padding = gone.gather(1, order)
     features = features.gather(1, order.unsqueeze(-1).expand(-1, -1, dim)).masked_fill(padding.unsqueeze(-1), 0)
     return Merged(features, order.masked_fill(padding, -1), sources)
 
 
 def _windows(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:
-    """Raster indices of the tokens of each window, ``(windows, members)``, and which member is at the centre."""
+    """``(windows, members)`` raster indices of the tokens of each window, and which member is at the centre."""
     (rows, columns), (height, width) = grid, window
     if height * width < 2:
-        raise ValueError(f"a window of {height} x {width} holds nothing to merge")
+        raise ValueError(f"a window of {height} x {width} has nothing to merge: it needs two tokens at least")
     down, across = rows // height, columns // width
     index = torch.arange(rows * columns, device=device).view(rows, columns)[: down * height, : across * width]
     index = index.reshape(down, height, across, width).transpose(1, 2).reshape(down * across, height * width)

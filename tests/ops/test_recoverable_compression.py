@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.recovery import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.ops.recoverable_compression import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
 
 
 def image(tokens, seed=0, dim=6, key_dim=5):
@@ -116,7 +116,7 @@ def test_the_order_of_the_tokens_does_not_matter():
 
 
 def test_shares_become_counts_without_losing_one_to_rounding():
-    # One outlier of 49: 1 / 49 * 49 is a little under 1.
+    # One outlier of 49: 1 / 49 * 49 is slightly below 1.
     visual = torch.cat((torch.linspace(0, 1, 48), torch.tensor([50.0])))
     assert dynamic_counts(visual, torch.zeros(49), 4)[0] == 1
     assert dynamic_counts(visual, torch.zeros(49), 4, reference_quirks=True)[0] == 0

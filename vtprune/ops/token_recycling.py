@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recycling: the best of what is dropped is clustered, and each cluster merged into one token (SparseVLM)."""
+"""SparseVLM's token recycling: the best dropped tokens are clustered, and each cluster becomes one token."""
 
 import torch
 from torch import Tensor
@@ -12,17 +12,18 @@ POOLED_PER_CLUSTER = 10
 def recycling_counts(n: int, k: int, share: float) -> tuple[int, int, int]:
     """How many of ``n`` tokens are kept, pooled and merged so that ``k`` are left (SparseVLM, arXiv 2410.04417).
 
-    Of ``d`` dropped tokens ``floor(share * d) + 1`` are pooled, and one in ten of those, rounded down, plus one is the
-    number of clusters; kept tokens and clusters together are ``k``, with as many kept as can be. Where that leaves
-    less than half of ``k`` for the kept ones, they are half of it, rounded up, and there are fewer clusters.
+    Of ``d`` dropped tokens, ``floor(share * d) + 1`` are pooled. The number of clusters is a tenth of the pooled ones,
+    rounded down, plus one. Kept tokens and clusters together are ``k``, with as many kept tokens as possible. If fewer
+    than half of ``k`` would be kept tokens, then half of ``k``, rounded up, are kept tokens, and there are fewer
+    clusters.
 
     Args:
-        n: tokens, at least 0.
-        k: tokens to be left, at least 0.
-        share: of the dropped tokens, in [0, 1]; 0 merges none.
+        n: number of tokens, at least 0.
+        k: number of tokens to be left, at least 0.
+        share: share of the dropped tokens that are pooled, in [0, 1]; 0 merges none.
 
     Returns:
-        Kept tokens, pooled tokens, clusters.
+        Number of kept tokens, of pooled tokens, and of clusters.
     """
     if k >= n or share == 0:
         return min(k, n), 0, 0
@@ -40,23 +41,23 @@ def recycle_dropped(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the best tokens, and merge the best of the others by density peaks (SparseVLM, arXiv 2410.04417).
 
-    Numbers are those of :func:`recycling_counts`. A merged token is the mean of its cluster and takes the place of the
-    cluster's centre. As many neighbours as there are clusters make up density. Of equal scores the lower index, of
-    equally dense points that of the better score comes first, where the reference adds noise.
+    The numbers come from :func:`recycling_counts`. A merged token is the mean of its cluster and takes the place of the
+    cluster's centre. Density is computed from as many neighbours as there are clusters. Of equal scores the lower index
+    comes first, of equally dense points the one with the better score; the reference adds noise instead.
 
     Args:
         points: ``(tokens, dim)``.
         scores: ``(tokens,)``, higher is better.
-        k: tokens to be left, at least 0.
-        share: of the dropped tokens that are pooled, in [0, 1].
-        runs: ``(tokens,)`` long, which run of visual tokens each is of. Tokens join a centre of their own run,
-            because text that stands between two must not see the later one; without one they are lost. None: all are
-            of one.
+        k: number of tokens to be left, at least 0.
+        share: share of the dropped tokens that are pooled, in [0, 1].
+        runs: ``(tokens,)`` long, the run of visual tokens that each token belongs to. Tokens join only a centre of
+            their own run, because text between two runs must not see the later one. In a run without a centre they are
+            lost. None: all tokens belong to one run.
 
     Returns:
         keep: ``(tokens,)`` bool, the centres of the clusters included.
-        merged: ``(tokens, dim)``, the points with those of the centres replaced.
-        sources: ``(tokens,)`` long, index of the kept token that each went into, -1 for tokens that are lost.
+        merged: ``(tokens, dim)``, the points; those of the centres are replaced.
+        sources: ``(tokens,)`` long, index of the kept token that each token went into, -1 for lost tokens.
     """
     kept, pooled, clusters = recycling_counts(len(points), k, share)
     order = scores.argsort(descending=True, stable=True).to(points.device)
@@ -73,7 +74,7 @@ def recycle_dropped(
         to_centres = to_centres.masked_fill(runs[pool][:, None] != runs[pool[centres]], torch.inf)
     nearest, assigned = to_centres.min(1)
     assigned = assigned.masked_fill(nearest == torch.inf, -1)
-    # A centre that coincides with another one still is a centre of its own.
+    # A centre that coincides with another centre stays a separate centre.
     assigned[centres] = torch.arange(clusters, device=assigned.device)
     merged = points.clone()
     merged[pool[centres]] = merge_clusters(points[pool], centres, assigned, centre_weight=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropping what repeats a few pivots: each of them chooses the tokens that are least like it."""
+"""DART's pivot tokens: each of a few pivots chooses the tokens that are least similar to it."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ from vtprune.ops.selection import top_k_mask
 
 
 def leading(norms: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The tokens with the largest norm of each group, the pivots of :func:`unlike_pivots`.
+    """The tokens of each group with the largest norm: the pivots of :func:`unlike_pivots`.
 
     Args:
         norms: ``(groups, tokens)`` float.
         valid: ``(groups, tokens)`` bool.
-        count: of tokens, at least 0; fewer where a group has fewer.
+        count: number of pivots, at least 0; a group with fewer valid tokens has fewer.
 
     Returns:
-        index: ``(groups, min(count, tokens))`` long, largest norm first, of equal ones the lower index.
-        real: bool, same shape, False where a group has no further valid token.
+        index: ``(groups, min(count, tokens))`` long, the largest norm first; of equal norms the lower index first.
+        real: bool, the same shape, False for padding of a group with fewer valid tokens.
     """
     index = norms.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
     return index, torch.arange(index.shape[1], device=index.device) < valid.sum(1, keepdim=True)
@@ -29,16 +29,17 @@ def unlike_pivots(
 ) -> Tensor:
     """Let pivots choose, one after another, the tokens with the lowest cosine to them (DART, arXiv 2502.11494).
 
-    What the budget leaves beside the tokens chosen already is divided evenly, the first pivots choosing one more where
-    it does not come out even. Of equally similar tokens the lower index is chosen.
+    The budget minus the tokens that are kept anyway is divided evenly among the pivots. If it cannot be divided evenly,
+    the first pivots choose one token more. Of equally similar tokens the lower index is chosen.
 
     Args:
         points: ``(groups, tokens, dim)``.
         pivots: ``(groups, pivots, dim)``, in the order in which they choose.
-        real: ``(groups, pivots)`` bool, False for padding; at least one of each group that has something to choose.
+        real: ``(groups, pivots)`` bool, False for padding; a group with tokens to choose has at least one pivot.
         chosen: ``(groups, tokens)`` bool, tokens that are kept anyway.
         valid: ``(groups, tokens)`` bool.
-        budget: ``(groups,)`` long, with the chosen ones; above the number of valid tokens it keeps them all.
+        budget: ``(groups,)`` long, number of tokens to keep, the chosen ones included. A budget above the number of
+            valid tokens keeps them all.
 
     Returns:
         ``(groups, tokens)`` bool.

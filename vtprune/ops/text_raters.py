@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens of the text look at the image more than others: the raters of SparseVLM."""
+"""SparseVLM's text raters: the text tokens that resemble the image most."""
 
 import torch
 from torch import Tensor
 
 
 def text_raters(visual: Tensor, text: Tensor, visual_valid: Tensor, text_valid: Tensor) -> Tensor:
-    """Mark the text tokens that visual tokens resemble more than on average (SparseVLM, arXiv 2410.04417).
+    """Mark the text tokens that resemble the visual tokens more than average (SparseVLM, arXiv 2410.04417).
 
-    Every visual token deals out one vote by a softmax over its dot products with the text; raters get more votes than
-    the mean. Where none does, as with a single token, all are raters.
+    Every visual token has one vote. A softmax over its dot products with the text tokens divides the vote among them.
+    Raters are the text tokens with more votes than the mean. If there are none, for example with a single text token,
+    all text tokens are raters.
 
     Args:
         visual: ``(groups, tokens, dim)`` input embeddings.
-        text: ``(groups, text tokens, dim)``.
+        text: ``(groups, text tokens, dim)`` input embeddings.
         visual_valid: ``(groups, tokens)`` bool.
         text_valid: ``(groups, text tokens)`` bool.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Randomness that depends on a seed and on a key a row, on nothing else."""
+"""Random numbers that depend only on a seed and on one key a row (Random, Token correlation)."""
 
 from collections.abc import Iterable
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def seeded_uniform(keys: Iterable[int], seed: int, width: int) -> Tensor:
-    """Uniform draws in [0, 1), without a look at the global generators.
+    """Uniform draws in [0, 1); the global generators are neither read nor changed.
 
     Args:
         keys: one integer a row.
         seed: at least 0, the same for all rows.
-        width: draws of a row; the first ones do not depend on how many there are.
+        width: number of draws in a row. A larger width does not change the first draws.
 
     Returns:
         ``(rows, width)`` float32 on the CPU.

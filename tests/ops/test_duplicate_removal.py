@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.thinning import important_and_distinct
+from vtprune.ops.duplicate_removal import important_and_distinct
 
 
 def draw(groups, n, dim, seed):

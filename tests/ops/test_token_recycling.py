@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.recycling import recycle_dropped, recycling_counts
+from vtprune.ops.token_recycling import recycle_dropped, recycling_counts
 
 shares = st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0])
 
@@ -21,7 +21,7 @@ def test_what_is_kept_and_merged_is_what_is_asked_for(n, k, share):
 
 
 def test_the_published_counts():
-    """Kept and merged tokens of 576 after each stage of the reference's budgets."""
+    """Kept and merged tokens of 576 after each stage, with the budgets of the reference."""
     for kept, left in ((300, 309), (303, 312), (238, 249), (66, 82)):
         assert recycling_counts(576, left, 0.3)[0] == kept
     assert recycling_counts(309, 204, 0.3) == (200, 33, 4)

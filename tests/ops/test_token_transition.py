@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from vtprune.ops.transition import token_transition
+from vtprune.ops.token_transition import token_transition
 
 
 def pair(batch=3, tokens=9, dim=16, seed=0):

@@ -3,13 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.raters import text_raters
+from vtprune.ops.text_raters import text_raters
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 6))
 @settings(max_examples=80, deadline=None)
 def test_raters_get_more_votes_than_the_mean(seed, tokens, words):
-    """With padding of both kinds, against each group alone without it."""
+    """A batch with padding of visual and text tokens gives the same as each group alone."""
     generator = torch.Generator().manual_seed(seed)
     visual, text = torch.randn(3, tokens, 4, generator=generator), torch.randn(3, words, 4, generator=generator)
     visual_valid = torch.rand(3, tokens, generator=generator) < 0.7

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token transition variation: how much a sub-block of a layer changes each token."""
+"""TransPrune's token transition variation: how much a part of a decoder layer changes each token."""
 
 import torch
 from torch import Tensor
@@ -10,18 +10,18 @@ _NORM_FLOOR = 1e-8
 def token_transition(
     inputs: Tensor, outputs: Tensor, valid: Tensor | None = None, *, reference_quirks: bool = False
 ) -> Tensor:
-    """Transition score of one sub-block (attention or MLP) of a decoder layer.
+    """Transition score of one sub-block (attention or MLP) of a decoder layer (TransPrune, arXiv 2507.20630).
 
-    With ``x`` the sub-block's input (after its RMSNorm) and ``y`` its output (before the residual addition), a
-    token scores ``||y|| / ||x||`` (change of length) times the softmax over the sample's tokens of
-    ``1 - cos(x, y)`` (change of direction). TransPrune, arXiv 2507.20630.
+    ``x`` is the input of the sub-block, after its RMSNorm, and ``y`` its output, before the residual addition. The
+    score of a token is ``||y|| / ||x||`` (change of length) times the softmax of ``1 - cos(x, y)`` (change of
+    direction), taken over the tokens of the sample.
 
     Args:
         inputs: ``(batch, tokens, dim)``.
         outputs: ``(batch, tokens, dim)``.
         valid: ``(batch, tokens)`` bool, False for padding; by default all tokens count.
         reference_quirks: take the softmax over all samples together, as the reference implementation does. Scores
-            then depend on what else is in the batch.
+            then depend on the other samples of the batch.
 
     Returns:
         ``(batch, tokens)`` float32, zero where not valid.

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops import repetition
+from vtprune.ops import redundancy
 from vtprune.ops.outliers import above_quartiles
-from vtprune.ops.repetition import global_and_local, information_density, repeated, similarity_to_later
+from vtprune.ops.redundancy import global_and_local, information_density, repeated, similarity_to_later
 from vtprune.ops.selection import top_k_mask
 
 
@@ -31,7 +31,7 @@ def padded(draw_):
 def test_equal_the_full_matrix_of_each_group_whatever_the_blocks(problem, block):
     features, valid = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repetition, "_BLOCK_ELEMENTS", block)
+        patch.setattr(redundancy, "_BLOCK_ELEMENTS", block)
         scores = similarity_to_later(features, valid)
         copies = repeated(features, valid, similarity=0.3, count=2)
     for row, length in enumerate(valid.sum(1).tolist()):
@@ -65,7 +65,7 @@ def test_density_is_low_for_paper_and_high_for_print():
     assert information_density(paper) == 0
     assert information_density(print_, similarity=0.99) == 1
     assert information_density(half, similarity=0.99) == 0.5
-    # Fewer copies than it takes to be a repetition.
+    # Fewer copies than make a token redundant.
     assert information_density(paper[:, :8], count=8) == 1
 
 

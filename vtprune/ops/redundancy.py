@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that repeat others: how alike the next repetition is, how many there are, and a choice that goes by it."""
+"""Redundant tokens: similarity to later tokens (TextMonkey), and information density (Token correlation)."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from torch.nn.functional import normalize
 from vtprune.ops.outliers import above_quartiles
 from vtprune.ops.selection import top_k_mask
 
-# Similarities held at a time, so that memory grows with the tokens and not with their square.
+# Number of similarities in memory at a time, so that memory grows with the tokens and not with their square.
 _BLOCK_ELEMENTS = 1 << 22
 
 
 def _cosines(features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the numbers of some tokens, ``(rows, 1)``, and their cosines to all, ``(groups, rows, tokens)``."""
+    """Yield blocks: numbers of tokens, ``(rows, 1)``, and their cosines with all, ``(groups, rows, tokens)``."""
     directions = normalize(features.float(), dim=-1, eps=1e-8)
     groups, tokens, _ = features.shape
     at_once = max(_BLOCK_ELEMENTS // max(groups * tokens, 1), 1)
@@ -26,18 +26,18 @@ def _cosines(features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def similarity_to_later(features: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The cosine of each token to the most similar of those after it (the filter of TextMonkey, arXiv 2403.04473).
+    """Cosine of each token with the most similar later token (the filter of TextMonkey, arXiv 2403.04473).
 
-    Keeping the tokens with the lowest values leaves the last of every group of repetitions.
+    If the tokens with the lowest values are kept, the last of several similar tokens stays.
 
     Deviation: the similarity of a zero vector is 0, not NaN.
 
     Args:
         features: ``(groups, tokens, dim)``.
-        valid: ``(groups, tokens)`` bool, False for padding, which ends a row; by default all tokens count.
+        valid: ``(groups, tokens)`` bool, False for padding at the end of a row; by default all tokens count.
 
     Returns:
-        ``(groups, tokens)`` float32; -1, as unlike as can be, for the last token of a group and for padding.
+        ``(groups, tokens)`` float32; -1, the lowest cosine, for the last token of a group and for padding.
     """
     groups, tokens, _ = features.shape
     numbers = torch.arange(tokens, device=features.device)
@@ -51,11 +51,13 @@ def similarity_to_later(features: Tensor, valid: Tensor | None = None) -> Tensor
 
 
 def repeated(features: Tensor, valid: Tensor | None = None, *, similarity: float, count: int) -> Tensor:
-    """Which tokens have at least ``count`` others, before or after, of a cosine above ``similarity``.
+    """Mark the tokens with at least ``count`` others, before or after them, whose cosine is above ``similarity``.
 
     Args:
         features: ``(groups, tokens, dim)``.
         valid: ``(groups, tokens)`` bool, False for padding; by default all tokens count.
+        similarity: cosine above which two tokens are similar, in [-1, 1].
+        count: number of similar tokens that makes a token redundant, at least 1.
 
     Returns:
         ``(groups, tokens)`` bool, False for padding.
@@ -77,11 +79,13 @@ def information_density(
 ) -> Tensor:
     """Share of a group's tokens that are not :func:`repeated`: low for empty paper, high for dense print.
 
-    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439), which does not publish the two numbers.
+    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439). The paper does not publish the values of
+    ``similarity`` and ``count``.
 
     Args:
-        keys: ``(groups, tokens, dim)``, of an early encoder layer.
+        keys: ``(groups, tokens, dim)``, keys of an early encoder layer.
         valid: ``(groups, tokens)`` bool, False for padding; by default all tokens count.
+        similarity, count: as in :func:`repeated`.
 
     Returns:
         ``(groups,)`` float32 in [0, 1]; 0 for a group without tokens.
@@ -102,28 +106,30 @@ def global_and_local(
     whiskers: float = 1.5,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Tokens that stand out in a deep layer, and from an early one as many more as a group holds information.
+    """Mark global tokens by attention of a deep layer, and local tokens by attention of an early layer.
 
-    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439); what its authors have not published is
-    chosen here: global tokens are those whose attention is an outlier (:func:`~vtprune.ops.outliers.above_quartiles`),
-    local ones the ``density * tokens``, rounded, that CLS attends to most in the early layer; both are kept. With a
-    budget: global ones by attention first, then local ones by theirs.
+    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439). The authors do not publish all details;
+    these are chosen here. Global tokens are those whose attention is an outlier
+    (:func:`~vtprune.ops.outliers.above_quartiles`). Local tokens are those that CLS attends to most in the early layer;
+    their number is ``density * tokens``, rounded. Both are kept. With a budget, global tokens come first, by their
+    attention, then local tokens, by theirs.
 
     Args:
         global_attention: ``(groups, tokens)``, CLS attention of a deep layer.
-        local_attention: ``(groups, tokens)``, non-negative, CLS attention of an early layer.
-        density: ``(groups,)`` in [0, 1], of :func:`information_density`; unused with a budget.
+        local_attention: ``(groups, tokens)``, at least 0, CLS attention of an early layer.
+        density: ``(groups,)`` in [0, 1], the result of :func:`information_density`; unused with a budget.
         valid: ``(groups, tokens)`` bool.
-        budget: ``(groups,)`` long, exactly how many to keep; default: as many as come out.
-        noise: ``(groups, tokens)`` uniform in (0, 1). Local tokens are then drawn without replacement, with
-            probabilities in proportion to their attention. Default: no draw, the largest.
+        budget: ``(groups,)`` long, exact number of tokens to keep; default: all global and local tokens.
+        whiskers: as in :func:`~vtprune.ops.outliers.above_quartiles`.
+        noise: ``(groups, tokens)`` uniform in (0, 1). With it, local tokens are drawn without replacement, with
+            probabilities in proportion to their attention. Default: no draw; those with the largest attention.
 
     Returns:
         ``(groups, tokens)`` bool.
     """
     local_order = local_attention.float()
     if noise is not None:
-        # The largest Gumbel-perturbed log-probabilities are a draw without replacement.
+        # The largest log-probabilities plus Gumbel noise are a draw without replacement.
         local_order = local_order.log() - noise.float().log().neg().log()
     outliers = above_quartiles(global_attention, valid, whiskers)
     if budget is None:
@@ -134,6 +140,6 @@ def global_and_local(
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """``(groups, tokens)`` long: 0 for the smallest value of a group; of equal ones the first ranks higher."""
+    """``(groups, tokens)`` long: 0 for the smallest value of a group; of equal values the first ranks higher."""
     falling = values.argsort(dim=1, descending=True, stable=True)
     return values.shape[1] - 1 - falling.argsort(dim=1)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens kept for the picture, tokens recovered for the text, and the rest gathered around a few of its own."""
+"""Recoverable Compression: keep tokens by visual score, recover tokens by text score, merge the rest."""
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
 from vtprune.ops.outliers import outlier_share
 from vtprune.ops.similarity import similarity_to
@@ -15,11 +15,11 @@ _NEIGHBOURS = (20, 20, 10)
 
 
 def text_scores(text: Tensor, features: Tensor) -> Tensor:
-    """Cosine of each token to the text, divided by the root of the dimension.
+    """Cosine of each token with the text, divided by the square root of the dimension.
 
     Args:
         text: ``(..., dim)``.
-        features: ``(..., tokens, dim)`` in the text's space.
+        features: ``(..., tokens, dim)``, in the same space as the text.
 
     Returns:
         ``(..., tokens)`` float32.
@@ -28,12 +28,12 @@ def text_scores(text: Tensor, features: Tensor) -> Tensor:
 
 
 def lowered(text: Tensor, chosen: Tensor) -> Tensor:
-    """Text scores, ``(tokens,)``, with those of the tokens chosen already, ``(tokens,)`` bool, set to the lowest."""
+    """``(tokens,)`` text scores. Those of tokens already chosen, ``(tokens,)`` bool, are set to the lowest score."""
     return text.masked_fill(chosen, text.amin()) if len(text) else text
 
 
 def main_tokens(visual: Tensor, text: Tensor, by_vision: int, by_text: int) -> Tensor:
-    """The ``by_vision`` best by visual score, and of the others the ``by_text`` best by text score.
+    """Mark the ``by_vision`` best tokens by visual score, and of the others the ``by_text`` best by text score.
 
     Args:
         visual, text: ``(tokens,)``; of equal scores the lower index is taken.
@@ -50,17 +50,20 @@ def main_tokens(visual: Tensor, text: Tensor, by_vision: int, by_text: int) -> T
 def dynamic_counts(
     visual: Tensor, text: Tensor, dim: int, *, outlier_factor: float = 1.5, reference_quirks: bool = False
 ) -> tuple[int, int, int]:
-    """How many tokens to keep, to recover and to gather the rest around, from the shares of outlying scores.
+    """How many tokens to keep by visual score, to recover by text score, and to use as centres for the rest.
+
+    Each count is the share of scores that are outliers, times the number of tokens that are not yet chosen, rounded
+    down.
 
     Args:
         visual, text: ``(tokens,)`` scores.
-        dim: of the encoder; used with ``reference_quirks`` only.
-        outlier_factor: LOF above which a score is an outlier.
-        reference_quirks: as the reference does, take the third count as a share of ``dim``, not of the tokens left,
-            and round floating-point products down as they come out.
+        dim: width of the encoder; used only with ``reference_quirks``.
+        outlier_factor: local outlier factor above which a score is an outlier.
+        reference_quirks: as the reference does, take the third count as a share of ``dim`` and not of the remaining
+            tokens, and round the floating-point products down without a correction.
     """
     for_vision, for_text, for_rest = _NEIGHBOURS
-    # The share of a number times that number can come out a hair below a whole one.
+    # A share of a number, times that number, can be slightly below a whole number.
     slack = 0.0 if reference_quirks else 1e-9
     tokens = len(visual)
     by_vision = int(tokens * outlier_share(visual, for_vision, outlier_factor) + slack)
@@ -84,27 +87,30 @@ def gather_rest(
     text_weight: float = 50.0,
     reference_quirks: bool = False,
 ) -> Merged:
-    """Gather the tokens that are not kept around the best of them, and what is left in one more token.
+    """Merge the tokens that are not kept, the rest, into the best of them, the centres, and one more token.
 
     Each centre takes in the ``members`` other tokens of the rest with the highest cosine of keys plus
-    ``text_weight * text``: their features are added to its own, weighted with their visual scores. A token may be taken
-    in by several. The remainder is the sum of all tokens of the rest that are no centres, weighted likewise. The
-    weights are scores as they are, not normalised.
+    ``text_weight * text``: their features are weighted with their visual scores and added to its own. Several centres
+    may take in the same token. The one more token, the remainder, is the sum of all tokens of the rest that are not
+    centres, with the same weights. The weights are the scores themselves, which are not normalised.
 
     Args:
         features: ``(tokens, dim)``.
         keys: ``(tokens, key_dim)``.
         visual, text: ``(tokens,)`` scores.
         keep: ``(tokens,)`` bool.
-        centres: how many, the best of the rest by visual score; more than there are means all.
-        remainder: whether to add that token; there is none if all the rest are centres. It stands in the place of the
-            best token it holds.
+        centres: number of centres: the best tokens of the rest by visual score. A larger number than the rest means
+            all of them.
+        remainder: whether to add the remainder; there is none if all tokens of the rest are centres. It takes the place
+            of its best token.
+        members: number of tokens that a centre takes in, at least 0.
+        text_weight: weight of the text score against the cosine of keys.
         reference_quirks: as the reference does, compare the keys of the first tokens of the image instead of the keys
             of the rest.
 
     Returns:
-        One group: kept tokens in order, centres by falling score, the remainder. The source of a token taken in is the
-        best centre that took it, else the remainder, else -1.
+        One group: kept tokens in order, centres by falling score, the remainder. The source of a token of the rest is
+        the best centre that took it in, otherwise the remainder, otherwise -1.
     """
     rest = (~keep).nonzero()[:, 0]
     visual, text = visual.float(), text.float()
@@ -120,7 +126,7 @@ def gather_rest(
     shares = torch.zeros_like(affinity).scatter_(1, taken, weights[taken])
     gathered = values[centre] + shares @ values
 
-    # The best centre that took a token in; one number above all centres stands for none.
+    # The number of the best centre that took each token in; the number after the last centre means none.
     ranks = torch.arange(len(centre) + 1, device=keep.device)
     first = torch.full_like(rest, len(centre))
     first.scatter_reduce_(0, taken.flatten(), ranks[:-1].repeat_interleave(taken.shape[1]), "amin")
@@ -153,20 +159,21 @@ def recover(
 ) -> Merged:
     """Recoverable Compression of one image (arXiv 2409.01179).
 
-    :func:`dynamic_counts` says how many tokens stay for their visual score, how many are recovered by the text and how
-    many centres :func:`gather_rest` makes of the others; with centres there is a remainder.
+    :func:`dynamic_counts` gives the number of tokens that stay by visual score, the number that are recovered by text
+    score, and the number of centres in :func:`gather_rest`. There is a remainder if there are centres.
 
-    Deviations: with a budget (the reference has none) the counts are scaled in proportion. With less than ``members``
-    tokens left a centre takes what there is, where the reference fails.
+    Deviations: with a budget (the reference has none) the counts are scaled in proportion. If fewer than ``members``
+    tokens are left, a centre takes in all of them; the reference fails.
 
     Args:
         features: ``(tokens, dim)``.
-        keys: ``(tokens, key_dim)``, of the encoder's last layer, heads side by side.
+        keys: ``(tokens, key_dim)``, keys of the encoder's last layer, heads side by side.
         visual: ``(tokens,)``, attention of CLS to the tokens in that layer.
-        text: ``(tokens,)``, of :func:`text_scores`.
-        k: exactly how many tokens to leave, of which there may be fewer; default: what the scores say, which may be 0.
-        members, text_weight, outlier_factor: see the functions named above.
-        reference_quirks: both defects of the reference, named in these functions.
+        text: ``(tokens,)``, the result of :func:`text_scores`.
+        k: exact number of tokens to leave, or all tokens if there are fewer. Default: the scores decide, and may leave
+            no token.
+        members, text_weight, outlier_factor: as in the functions named above.
+        reference_quirks: repeat both defects of the reference, which these functions describe.
 
     Returns:
         One group, in the order of the reference: tokens kept, centres, remainder.
@@ -202,5 +209,5 @@ def recover(
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
-    """``(min(k, tokens),)`` long, indices of the highest scores, falling."""
+    """``(min(k, tokens),)`` long, indices of the highest scores, in falling order."""
     return scores.argsort(descending=True, stable=True)[:k]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.apportionment import apportion
+from vtprune.ops.largest_remainder import apportion
 
 groups = st.lists(st.tuples(st.floats(0, 1e4, allow_subnormal=False), st.integers(0, 40)), min_size=0, max_size=12)
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.absorption import absorb_dropped
+from vtprune.ops.inner_llm_merging import absorb_dropped
 
 
 def draw(n, dim=8, seed=0):
@@ -13,7 +13,7 @@ def draw(n, dim=8, seed=0):
 
 
 def one_by_one(hidden, weights, k, runs):
-    """The definition: kept tokens take in the others one after another."""
+    """The definition: kept tokens absorb the others one after another."""
     best = sorted(range(len(hidden)), key=lambda i: (-weights[i].item(), i))[:k]
     directions = torch.nn.functional.normalize(hidden, dim=-1)
     merged, sources = hidden.clone(), [i if i in best else -1 for i in range(len(hidden))]
@@ -28,9 +28,9 @@ def one_by_one(hidden, weights, k, runs):
 
 @given(st.integers(0, 40), st.integers(0, 45), st.integers(1, 4), st.integers(0, 10_000))
 @settings(max_examples=100, deadline=None)
-def test_equals_the_definition(n, k, stretches, seed):
+def test_equals_the_definition(n, k, run_count, seed):
     hidden, weights = draw(n, seed=seed)
-    runs = torch.arange(n) * stretches // max(n, 1)
+    runs = torch.arange(n) * run_count // max(n, 1)
     before = hidden.clone()
     keep, merged, sources = absorb_dropped(hidden, weights, k, runs=runs)
     best, expected, into = one_by_one(hidden, weights, k, runs.tolist())
@@ -70,7 +70,7 @@ def test_nothing_of_a_later_image_reaches_an_earlier_one():
 def test_blocks_change_nothing(elements, monkeypatch):
     hidden, weights = draw(50)
     whole = absorb_dropped(hidden, weights, 20)
-    monkeypatch.setattr("vtprune.ops.absorption._BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("vtprune.ops.inner_llm_merging._BLOCK_ELEMENTS", elements)
     for ours, theirs in zip(absorb_dropped(hidden, weights, 20), whole, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from vtprune.ops.pivots import leading, unlike_pivots
+from vtprune.ops.pivot_tokens import leading, unlike_pivots
 
 
 def by_hand(points, pivots, chosen, candidates, k):
-    """One group with lists: every pivot in turn moves those with the lowest cosine from the candidates."""
+    """One group, on lists: each pivot takes the candidates with the lowest cosine to it, one pivot after another."""
     keep, rest = set(chosen), max(min(k, len(candidates)) - len(chosen), 0)
     for number, pivot in enumerate(pivots):
         share = rest // len(pivots) + (number < rest % len(pivots))

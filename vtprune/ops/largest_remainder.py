@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dividing a number of tokens among groups, in whole tokens."""
+"""Dividing a number of tokens among groups in whole tokens, by the largest remainder or by rounding running totals."""
 
 import torch
 from torch import Tensor
 
 
 def apportion(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
-    """Give out ``total`` tokens in proportion to weights, none more than it can hold.
+    """Divide ``total`` tokens among groups in proportion to weights, no group above its capacity.
 
-    What full groups cannot take goes to the others in proportion; fractions are settled by largest remainder, the lower
-    index first. Groups of weight zero are served when all others are full; if all weigh nothing, all weigh the same.
+    What full groups cannot take goes to the others, again in proportion. Fractions are rounded by the largest
+    remainder, the lower index first. Groups of weight zero get tokens only when all others are full; if all weights are
+    zero, all groups weigh the same.
 
     Args:
-        total: at least 0; more than fits fills everything.
+        total: at least 0; above the sum of the capacities all groups are full.
         weights: ``(groups,)``, finite, at least 0.
         capacities: ``(groups,)`` long, at least 0.
 
@@ -21,18 +22,19 @@ def apportion(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
     """
     total = min(total, int(capacities.sum()))
     shares = weights.double()
-    # Next to nothing instead of nothing, so that such a group has its turn after all others.
+    # A tiny weight instead of zero, so that such a group gets tokens after all others.
     shares = shares.clamp_min(float(shares.max()) * 1e-12 if len(shares) else 0.0)
     if not shares.any():
         shares = torch.ones_like(shares)
-    # At the level at which a group is just full, those that fill earlier are full and all others hold level * share.
+    # A level is a number of tokens per unit of weight. Groups fill in this order as the level rises. `given` is the
+    # total given out at the level where a group becomes full: earlier groups are full, later ones have level * share.
     order = (capacities / shares).argsort(stable=True)
     room, share = capacities[order].double(), shares[order]
     full_before = room.cumsum(0) - room
     open_share = share.flip(0).cumsum(0).flip(0)
-    held = full_before + room / share * open_share
-    last_full = int((held < total).sum())
-    if last_full == len(held):
+    given = full_before + room / share * open_share
+    last_full = int((given < total).sum())
+    if last_full == len(given):
         return capacities.clone()
     level = (total - full_before[last_full]) / open_share[last_full]
     exact = torch.minimum(level * shares, capacities.double())
@@ -43,16 +45,16 @@ def apportion(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
 
 
 def share_out(sizes: Tensor, k: int) -> Tensor:
-    """Divide ``k`` among parts that follow one another in time, in proportion to their sizes.
+    """Divide ``k`` tokens among parts that follow one another in time, in proportion to their sizes.
 
-    Running totals are rounded, so the sum is exact and what fractions leave over is spread over the whole time.
+    Running totals are rounded, so the sum is exact, and what rounding adds and removes is spread evenly over time.
 
     Args:
         sizes: ``(parts,)`` long.
         k: at most the sum of the sizes.
 
     Returns:
-        ``(parts,)`` long, each less than one away from its proportion, and never above its size.
+        ``(parts,)`` long; each differs from its exact proportion by less than one, and is never above its size.
     """
     totals = sizes.cumsum(0)
     whole = max(int(sizes.sum()), 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropping tokens without losing all that they carry: each is absorbed by the kept token that it resembles most."""
+"""HoliTom's merge inside the LLM: each dropped token goes into the kept token that is most similar to it."""
 
 import torch
 from torch import Tensor
@@ -14,23 +14,23 @@ def absorb_dropped(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the ``k`` tokens of the largest weight and let them absorb the others (HoliTom, arXiv 2505.21334).
 
-    A dropped token goes into the kept one of the largest cosine, of equal ones that of the larger weight. A kept token
-    takes what it absorbs in one after another, in the order of the sequence, each time becoming the mean of itself
-    and the next: later ones count more.
+    A dropped token goes into the kept token with the largest cosine; of equal cosines, into the one with the larger
+    weight. A kept token absorbs its tokens one after another, in the order of the sequence. Each time it becomes the
+    mean of itself and the next token, so later tokens count more.
 
     Args:
         hidden: ``(tokens, dim)`` hidden states of visual tokens that enter a decoder layer.
-        weights: ``(tokens,)`` how much attention each has just received; HoliTom: in the layer before, from the last
-            token of the prompt, averaged over heads. Of equal weights the lower index is kept.
+        weights: ``(tokens,)`` attention that each token has just received. In HoliTom it comes from the last token of
+            the prompt, in the layer before, averaged over heads. Of equal weights the lower index is kept.
         k: tokens to keep, at least 0.
-        runs: ``(tokens,)`` long, which run of visual tokens each is of. Tokens are absorbed within their run,
-            because text that stands between two must not see the later one; without a kept token in it they are
-            lost. None: all are of one.
+        runs: ``(tokens,)`` long, the run of visual tokens that each token belongs to. Tokens are absorbed only within
+            their run, because text between two runs must not see the later one. In a run without a kept token they
+            are lost. None: all tokens belong to one run.
 
     Returns:
         keep: ``(tokens,)`` bool.
-        merged: ``(tokens, dim)``, the hidden states with those of kept tokens replaced.
-        sources: ``(tokens,)`` long, index of the kept token that each went into, -1 for tokens that are lost.
+        merged: ``(tokens, dim)``, the hidden states; those of kept tokens are replaced.
+        sources: ``(tokens,)`` long, index of the kept token that each token went into, -1 for lost tokens.
     """
     best = weights.argsort(descending=True, stable=True)[:k]
     keep = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -47,7 +47,7 @@ def absorb_dropped(
         highest, target = similarity.max(dim=1)
         sources[block] = torch.where(highest > -torch.inf, best[target], -1)
 
-    # The n-th tokens that different targets absorb do not meet, so each round takes one of every target.
+    # Targets do not depend on one another, so round n lets every target absorb its n-th token.
     absorbed = dropped[sources[dropped] >= 0]
     absorbed = absorbed[sources[absorbed].argsort(stable=True)]
     counts = sources[absorbed].bincount(minlength=len(hidden))

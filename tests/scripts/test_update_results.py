@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured results are written between the markers of their page, each run in its own place."""
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from vtprune.eval.results import to_line
+
+SCRIPT = "update_results"
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART, VIDEO = (f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("quickstart", "video"))
+
+
+def finished_run(folder: Path, score: float) -> Path:
+    folder.mkdir(parents=True)
+    line = {"label": "uniform", "keep_ratio": 0.25, "status": "ok", "n": 1200, "score": score, "ci": [0.1, 0.9]}
+    (folder / "results.jsonl").write_bytes(to_line(line))
+    for name in ("pareto.png", "families.png", "summary.md"):
+        (folder / name).write_text(f"{name} of {folder.name}")
+    return folder
+
+
+@pytest.fixture
+def pages(tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    results.parent.mkdir()
+    readme.write_text(QUICKSTART)
+    results.write_text(VIDEO)
+    return readme, results
+
+
+def test_each_run_has_its_place(script, pages, tmp_path):
+    for name, score in (("quickstart", 0.5), ("video", 0.75)):
+        script.main(finished_run(tmp_path / "results" / name, score), tmp_path)
+        assert (tmp_path / "docs" / name / "summary.md").read_text() == f"summary.md of {name}"
+        assert {path.name for path in (tmp_path / "docs" / name).iterdir()} == {
+            "pareto.png",
+            "families.png",
+            "summary.md",
+        }
+    first, second = (page.read_text() for page in pages)
+    assert "| uniform | 50.0 [10.0, 90.0] |" in first and "on 1,200 questions of DigitScenes," in first
+    assert "| uniform | 75.0 [10.0, 90.0] |" in second and "on 1,200 questions of DigitScenes-Video," in second
+    assert "(docs/quickstart/pareto.png)" in first and "(video/pareto.png)" in second
+    assert first.startswith("before\n<!-- quickstart:begin -->\n") and "old" not in first + second
+
+    script.main(tmp_path / "results" / "video", tmp_path)  # again changes nothing
+    assert pages[1].read_text() == second
+
+
+def test_a_run_without_a_place_is_refused(script, pages, tmp_path):
+    with pytest.raises(typer.BadParameter, match="expected a folder called quickstart or video"):
+        script.main(finished_run(tmp_path / "results" / "other", 0.5), tmp_path)
+    pages[1].write_text("no markers")
+    with pytest.raises(typer.BadParameter, match="has no markers for video"):
+        script.main(finished_run(tmp_path / "results" / "video", 0.5), tmp_path)
+    assert pages[1].read_text() == "no markers" and not (tmp_path / "docs" / "video").exists()
+
+
+def test_the_pages_have_the_markers(script):
+    for name, (file, _) in script.PAGES.items():
+        page = (ROOT / file).read_text(encoding="utf-8")
+        assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
