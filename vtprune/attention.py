@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.layout import take_columns
 from vtprune.ops.attention import attention_rows
+from vtprune.stages.layout import take_columns
 from vtprune.transformers_private import Scored, output_width, scored
 
 ROWS_AT_A_TIME = 256

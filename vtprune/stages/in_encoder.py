@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import take_columns
 from vtprune.methods.base import InEncoder
 from vtprune.stages.hooks import hidden_of, with_hidden
+from vtprune.stages.layout import take_columns
 from vtprune.tokens import Grid, Selection, VisualTokens
 from vtprune.transformers_private import encoder_mask
 
@@ -114,7 +114,7 @@ class EncoderCut:
     """Hooks on the layers of the vision encoder that merge on the output of chosen ones."""
 
     def __init__(self, adapter: Adapter, methods: Sequence[InEncoder], encoding: Callable[[], Any]):
-        """encoding: gives the `Encoding` that is being computed, None outside of the session's encode methods."""
+        """encoding: gives the `EncoderCall` that is being computed, None outside of the session's encode methods."""
         self.adapter = adapter
         self.encoding = encoding
         self.cuts: dict[int, list[InEncoder]] = {}

@@ -18,14 +18,14 @@ from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware
 from vtprune.certificate import check_attention
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
 from vtprune.signals import LayerSignal
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
+from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import Stored
 from vtprune.tokens import ModelShape, Selection
@@ -52,10 +52,12 @@ class _Following:
 class InLLMStage(ThreadAware[_Following]):
     """Hooks on the decoder layers: cuts at chosen ones, gives every layer its view, and taps what methods ask for."""
 
-    def __init__(self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, tap: EncoderTap):
+    def __init__(
+        self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, recorder: EncoderRecorder
+    ):
         super().__init__(_Following)
         self.adapter = adapter
-        self.tap = tap
+        self.recorder = recorder
         self.shape = shape
         self.choose = choose
         self.cuts: dict[int, list[tuple[InLLM, int]]] = {}
@@ -259,4 +261,4 @@ class InLLMStage(ThreadAware[_Following]):
 
     def _view(self, i: int, hidden: Tensor) -> CutView:
         now = self.now
-        return CutView(self.adapter, self.tap, now.call, now.recorded, i, hidden)
+        return CutView(self.adapter, self.recorder, now.call, now.recorded, i, hidden)

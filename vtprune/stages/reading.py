@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method, Reviving
 from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
+from vtprune.stages.layout import Groups
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 Chooser = Callable[[Method, VisualTokens], Selection]
