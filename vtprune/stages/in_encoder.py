@@ -22,6 +22,7 @@ from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import InEncoder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layout import take_columns
+from vtprune.stages.reading import signal_reader
 from vtprune.tokens import Grid, Selection, VisualTokens
 from vtprune.transformers_private import encoder_mask
 
@@ -108,6 +109,11 @@ def copied_tokens(adapter: Adapter, kind: str, inputs: Mapping[str, Any], crops:
     values = adapter.patch_values(kind, inputs, torch.cat([numbers, numbers.square()], -1)[:, int(has_cls) :])
     first, second = values.unbind(-1)
     return torch.where(first.square() == second, first.long() - 1, -1)
+
+
+def _nothing_to_read(signal: Any) -> Any:
+    """No signal can be read inside the encoder: `check_signals` refuses methods that list one."""
+    raise UnsupportedStageError(f"{type(signal).__name__} cannot be read inside the vision encoder")
 
 
 class EncoderCut:
@@ -198,6 +204,7 @@ class EncoderCut:
                 budget=budget.to(hidden.device),
                 layouts=((Grid(side, side) if whole else None,),) * crops,
                 kinds=(encoding.kind,) * crops,
+                signals=signal_reader(method, self.adapter.shape, _nothing_to_read, hidden.device),
                 shape=self.adapter.shape,
                 layer=layer,
             )
