@@ -20,7 +20,7 @@ from vtprune.stages.layout import take_columns
 from vtprune.transformers_private import Scored, output_width, scored
 
 ROWS_AT_A_TIME = 256
-"""Rows whose attention is held in memory at a time."""
+"""Rows whose attention is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ class LayerAttention:
 
         All rows of a long text at once would be large.
         """
-        for some, real in zip(rows.split(ROWS_AT_A_TIME, 1), valid.split(ROWS_AT_A_TIME, 1), strict=True):
-            weights = self.rows(some)
-            yield some, real.to(weights.device), weights
+        for part, real in zip(rows.split(ROWS_AT_A_TIME, 1), valid.split(ROWS_AT_A_TIME, 1), strict=True):
+            weights = self.rows(part)
+            yield part, real.to(weights.device), weights
 
     def keys(self) -> Tensor:
         """(batch, kv heads, n, head dim): keys of all columns, positions applied."""

@@ -28,7 +28,7 @@ from vtprune.transformers_private import check_release
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one; both
-are held weakly, for a session holds its model."""
+references are weak, because a session refers to its model."""
 
 
 def prune(

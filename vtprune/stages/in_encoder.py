@@ -174,8 +174,8 @@ class EncoderCut:
                 crops, tokens = hidden.shape[:2]
                 copies = copied_tokens(self.adapter, encoding.kind, encoding.inputs, crops, tokens)
                 # Where every visual token is made of several patches, merging a few of them frees none.
-                some = bool((copies >= 0).any())
-                encoding.merge = EncoderMerge.nothing(copies, crops, tokens, hidden.device) if some else None
+                has_copies = bool((copies >= 0).any())
+                encoding.merge = EncoderMerge.nothing(copies, crops, tokens, hidden.device) if has_copies else None
             if encoding.merge is None:
                 return None
             for method in self.cuts.get(index, ()):

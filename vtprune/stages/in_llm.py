@@ -50,7 +50,7 @@ class _Following:
 
 
 class InLLMStage(ThreadAware[_Following]):
-    """Hooks on the decoder layers: cuts at chosen ones, gives every layer its view, and taps what methods ask for."""
+    """Hooks on the decoder layers: cut at chosen ones, give every layer its view, record what methods ask for."""
 
     def __init__(
         self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, recorder: EncoderRecorder
@@ -63,7 +63,7 @@ class InLLMStage(ThreadAware[_Following]):
         self.cuts: dict[int, list[tuple[InLLM, int]]] = {}
         """Decoder layer -> the methods that cut on its input, each with the number of this cut in its schedule."""
         self.signals: dict[LayerSignal, None] = {}
-        """All that is announced, in order."""
+        """All that methods list in `signals`, in order."""
         self._last_use: dict[int, int] = {}
         """Decoder layer whose queries and keys are kept -> the last cut that reads them."""
         ahead: set[int] = set()
@@ -74,7 +74,7 @@ class InLLMStage(ThreadAware[_Following]):
                 self.cuts.setdefault(cut, []).append((method, number))
                 if any(signal.ahead for signal in signals):
                     ahead.add(cut)
-                # A method of several cuts announces at each one what it reads at any.
+                # A method of several cuts lists at each one what it reads at any.
                 for layer in {layer for signal in signals for layer in signal.attends(cut) if layer < cut}:
                     self._last_use[layer] = max(cut, self._last_use.get(layer, 0))
         self._measuring = {layer for signal in self.signals for layer in signal.measures()}

@@ -2,7 +2,7 @@
 """While tokens are generated: brings visual tokens back.
 
 Every call after the prefill chooses anew at each cut, among all visual tokens that got there. A layer may lack the keys
-of a chosen token; it is then computed there beside the new tokens, from the hidden state that was put aside when it was
+of a chosen token; it is then computed there beside the new tokens, from the hidden state that was stored when it was
 cut. So each token is computed at most once in each layer.
 """
 
