@@ -235,7 +235,7 @@ def test_attention_rows_on_a_kept_cache_share_their_mass_with_it():
     joined = torch.cat([first.ids[0], second.ids[0]])[None]
     with vtprune.prune(model, InsideProbe(requests=(LastQueryAttention(1),), layers=(2,))):
         cache = model(**first.inputs() | {"use_cache": True})[CACHE]
-        held = cache.layers[1].keys.shape[2]
+        cached = cache.layers[1].keys.shape[2]
         model(
             input_ids=second.ids[0][None],
             pixel_values=second.images[0],
@@ -245,7 +245,7 @@ def test_attention_rows_on_a_kept_cache_share_their_mass_with_it():
     _, signals = SEEN[-1]
     pixels = torch.cat([first.images[0], second.images[0]])
     attentions = eager(input_ids=joined, pixel_values=pixels, output_attentions=True).attentions
-    columns = (second.ids[0] == IMAGE_TOKEN).nonzero()[:, 0] + held
+    columns = (second.ids[0] == IMAGE_TOKEN).nonzero()[:, 0] + cached
     expected = attentions[1][0, :, -1, columns]
     torch.testing.assert_close(signals[LastQueryAttention(1)][0], expected, atol=1e-5, rtol=0)
 

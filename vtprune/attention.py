@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.layout import take_columns
 from vtprune.ops.attention import attention_rows
+from vtprune.stages.layout import take_columns
 from vtprune.transformers_private import Scored, output_width, scored
 
 ROWS_AT_A_TIME = 256
-"""Rows whose attention is held in memory at a time."""
+"""Rows whose attention is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ class LayerAttention:
 
         All rows of a long text at once would be large.
         """
-        for some, real in zip(rows.split(ROWS_AT_A_TIME, 1), valid.split(ROWS_AT_A_TIME, 1), strict=True):
-            weights = self.rows(some)
-            yield some, real.to(weights.device), weights
+        for part, real in zip(rows.split(ROWS_AT_A_TIME, 1), valid.split(ROWS_AT_A_TIME, 1), strict=True):
+            weights = self.rows(part)
+            yield part, real.to(weights.device), weights
 
     def keys(self) -> Tensor:
         """(batch, kv heads, n, head dim): keys of all columns, positions applied."""

@@ -99,7 +99,7 @@ def schedule_counts(
         scale = (1 - keep_ratio) / (1 - published)
         scaled = [1 - scale * (1 - share) for share in shares]
     counts = [round(entering * share) for share in scaled[:-1]]
-    spans = zip([0, *cuts[:-1]], cuts, [entering, *counts], strict=True)
-    left = keep_ratio * entering * depth - sum((end - start) * count for start, end, count in spans)
+    ranges = zip([0, *cuts[:-1]], cuts, [entering, *counts], strict=True)
+    remaining = keep_ratio * entering * depth - sum((end - start) * count for start, end, count in ranges)
     alive = counts[-1] if counts else entering
-    return [*counts, min(max(round(left / (depth - cuts[-1])), 0), alive)]
+    return [*counts, min(max(round(remaining / (depth - cuts[-1])), 0), alive)]

@@ -16,7 +16,7 @@ from torch import nn
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, RowContext, decoder_attention_rows
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import last_axis
+from vtprune.stages.layout import last_axis
 from vtprune.transformers_private import attention_input, eager_weights, is_own, is_tested_release
 
 TESTED_TEXT_MODELS = frozenset(

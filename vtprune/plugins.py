@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods and adapters of other packages, which announce them by entry points."""
+"""Methods and adapters of other packages, which register them by entry points."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ class LayerRange:
     merged_into: tuple[Tensor, ...]
     """A sample each: (visual tokens,) long, the column every visual token went into, -1 if dropped."""
     masked: tuple[Tensor, ...] = ()
-    """A sample each: (m,) long, columns of visual tokens that are hidden from these layers, but computed and held all
-    the same. Empty without any."""
+    """A sample each: (m,) long, columns of visual tokens that are hidden from these layers, but computed and
+    cached all the same. Empty without any."""
 
     @property
     def present(self) -> tuple[Tensor, ...]:

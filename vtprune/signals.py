@@ -20,7 +20,7 @@ from vtprune.tokens import ModelShape
 
 if TYPE_CHECKING:
     from vtprune.attention import LayerAttention
-    from vtprune.layout import Groups
+    from vtprune.stages.layout import Groups
 
 
 # -- before the LLM ---------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class VisualTokens:
     """Decoder layer that will run next, or, inside the vision encoder, the layer that has run; None between them."""
 
     def __getitem__(self, request: Hashable) -> Any:
-        """The signal asked for, e.g. `tokens[EncoderFeatures()]`; only what the method announced in `signals()`."""
+        """The signal asked for, e.g. `tokens[EncoderFeatures()]`; only what the method lists in `signals()`."""
         return self.signals(request) if callable(self.signals) else self.signals[request]
 
     @property

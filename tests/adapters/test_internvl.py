@@ -8,7 +8,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 import vtprune
 from vtprune.errors import UnsupportedModelError
 from vtprune.signals import ClsAttention
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderRecorder
 from vtprune.testing import families
 from vtprune.tokens import Grid, ModelShape
 
@@ -81,13 +81,13 @@ def test_cls_rows_are_those_of_the_encoder(normalised):
             parameter += torch.rand_like(parameter)
     adapter, tiles, layers = vtprune.adapter_for(model), pixels(2), (0, 2)
     assert adapter.shape == ModelShape(4, 4, 3, has_cls=True) and adapter.cuts_cls("image")
-    tap = EncoderTap(adapter, [ClsAttention(layers)], profile=False)
-    handles = list(tap.install())
+    recorder = EncoderRecorder(adapter, [ClsAttention(layers)], profile=False)
+    handles = list(recorder.install())
     output = model.model.get_image_features(tiles, return_dict=True)
     for handle in handles:
         handle.remove()
-    encoding = tap.encoding("image", output)
-    view = SimpleNamespace(per_token=lambda values: tap.per_token([encoding], values)[None])
+    encoding = recorder.encoding("image", output)
+    view = SimpleNamespace(per_token=lambda values: recorder.per_token([encoding], values)[None])
     rows = ClsAttention(layers).read_encoded(view)[0]
     attentions = model.model.vision_tower(tiles, output_attentions=True).attentions
     for place, layer in enumerate(layers):

@@ -251,18 +251,44 @@ def test_what_cannot_be_read_is_an_error_when_the_session_opens(method, error, w
         vtprune.prune(families.shared("llava"), method)
 
 
+def test_a_measure_that_is_missing_is_an_error_when_the_session_opens():
+    @dataclass(frozen=True)
+    class Unmeasured(LayerSignal):
+        def measures(self):
+            return (0,)
+
+        def read_layer(self, view):
+            return view.groups.gather(view.measured(self))
+
+    with pytest.raises(ConfigError, match="Unmeasured lists layers in `measures`, and does not override `measure`"):
+        vtprune.prune(families.shared("llava"), Inside(asks=(Unmeasured(),), layer=3))
+
+
 def test_cls_attention_needs_a_cls_token():
     name = next(name for name in families.NAMES if not vtprune.adapter_for(families.shared(name)).shape.has_cls)
     with pytest.raises(UnsupportedStageError, match="before: ClsAttention needs a CLS token"):
         vtprune.prune(families.shared(name), Before(keep_ratio=0.5, asks=(ClsAttention((1,)),)))
 
 
-def test_what_was_not_announced_is_an_error_by_name():
+def test_what_is_not_listed_is_an_error_by_name():
     model = families.shared("llava")
     inputs = families.batch("llava", model).inputs
     with (
         vtprune.prune(model, Before(keep_ratio=0.5, asks=())),
-        pytest.raises(ConfigError, match=r"before reads OutputNorm\(\), which its `signals` did not announce"),
+        pytest.raises(ConfigError, match=r"before reads OutputNorm\(\), which its `signals` does not list"),
+    ):
+        model(**inputs)
+
+    class Curious(InTheEncoder):
+        def signals(self, shape):
+            return ()
+
+        def select(self, tokens):
+            return Selection(tokens[OutputNorm()] > 0)
+
+    with (
+        vtprune.prune(model, Curious()),
+        pytest.raises(ConfigError, match=r"in_the_encoder reads OutputNorm\(\), which its `signals` does not list"),
     ):
         model(**inputs)
 

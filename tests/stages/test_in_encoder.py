@@ -96,7 +96,7 @@ def thinned_tower(tower, pixels):
     return states, rows, dropped
 
 
-def dealt(values, members, total):
+def spread(values, members, total):
     out = torch.zeros(total, *values.shape[1:])
     for value, group in zip(values, members, strict=True):
         out[group] = value
@@ -127,7 +127,7 @@ def test_merging_in_one_layer_and_dropping_in_the_next(attention):
     for number, (pixels, got) in enumerate(zip(images, projected[0], strict=True)):
         states, _, dropped = thinned_tower(tower, pixels)
         # the projector reads the input of the last layer
-        torch.testing.assert_close(got, dealt(*states[-2], whole + 1)[1:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, spread(*states[-2], whole + 1)[1:], atol=1e-5, rtol=1e-5)
         assert 0 < len(dropped) < whole
         groups = states[-2][1][1:]
         kept += [columns[number * whole + group[0] - 1] for group in groups]
@@ -174,9 +174,9 @@ def test_what_is_seen_of_layers_that_run_on_fewer_tokens():
             q, k = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (queries, keys))
             attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
             expected = {
-                ClsAttention((0, 1, 2, 3)): dealt(attention[:, 0].T, members, 37)[left].T,
-                AttentionReceived(layer): dealt(attention.mean((0, 1)), members, 37)[left],
-                EncoderKeys(layer): dealt(keys, members, 37)[left],
+                ClsAttention((0, 1, 2, 3)): spread(attention[:, 0].T, members, 37)[left].T,
+                AttentionReceived(layer): spread(attention.mean((0, 1)), members, 37)[left],
+                EncoderKeys(layer): spread(keys, members, 37)[left],
             }
             for request, values in expected.items():
                 got = seen[request][number]

@@ -11,10 +11,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.attention import LayerAttention
-from vtprune.layout import take_columns
 from vtprune.methods.base import CutOnce, Share
 from vtprune.ops.pivot_tokens import leading, unlike_pivots
 from vtprune.signals import LayerSignal, LayerView
+from vtprune.stages.layout import take_columns
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 

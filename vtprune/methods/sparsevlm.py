@@ -10,12 +10,12 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from vtprune.layout import take_columns
 from vtprune.methods.base import Share, Staged
 from vtprune.ops.selection import top_k_mask
 from vtprune.ops.text_raters import text_raters
 from vtprune.ops.token_recycling import recycle_dropped
 from vtprune.signals import LayerSignal, LayerView
+from vtprune.stages.layout import take_columns
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
 

@@ -2,7 +2,7 @@
 """Operations: pure tensor functions, which know nothing of models. One operation a module.
 
 Scores
-    cls_attention: attention of the CLS token, summed over layers. VTC-CLS, FasterVLM, VisionZip, VisPruner, FastVID.
+    cls_attention: attention of the CLS token, summed over layers. VTC-CLS, MustDrop.
     attention: attention rows, and the attention that each token receives. Signals of the encoder and of the LLM; LTP.
     page_rank: PageRank over attention. AIM.
     similarity: similarity of each token to one vector. GLSim, Recoverable Compression.

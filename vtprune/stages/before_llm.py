@@ -6,26 +6,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.layout import Groups
 from vtprune.methods.base import BeforeLLM
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderRecorder
+from vtprune.stages.layout import Groups
 from vtprune.stages.question import Text
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.tokens import Grid, Selection
 
 
 def prune_before_llm(
-    call: Call, hidden: Tensor, methods: list[BeforeLLM], tap: EncoderTap, text: Text | None, choose: Chooser
+    call: Call, hidden: Tensor, methods: list[BeforeLLM], recorder: EncoderRecorder, text: Text | None, choose: Chooser
 ) -> Tensor:
     """Apply the methods in order to the embeddings (batch, length, dim) of a prefill; returns the shorter ones.
 
     text: the question that the session was given.
     """
-    if tap.cut.cuts:
-        hidden = _drop_merged(call, hidden, tap)
+    if recorder.cut.cuts:
+        hidden = _drop_merged(call, hidden, recorder)
     for method in methods:
         by_crop = call.crop_groups()
         groups = by_crop if method.scope == "crop" else call.image_groups()
@@ -39,7 +39,7 @@ def prune_before_llm(
             call.adapter.shape,
             groups,
             groups.gather(hidden),
-            EncodedMedia(call, groups, tap, text).read,
+            EncodedMedia(call, groups, recorder, text).read,
             budget=budget,
             crops=crops,
             layouts=layouts,
@@ -52,14 +52,14 @@ def prune_before_llm(
     return hidden
 
 
-def _drop_merged(call: Call, hidden: Tensor, tap: EncoderTap) -> Tensor:
+def _drop_merged(call: Call, hidden: Tensor, recorder: EncoderRecorder) -> Tensor:
     """Of visual tokens that are copies of one token of the encoder, leave the one it stood for, or else the first."""
     check_encoded(call)
     if all(encoding.merge is None for encoding in call.media.encodings):
         return hidden
     groups = call.crop_groups()
     into, original = (
-        per_group(values, call, groups).to(hidden.device) for values in tap.copied_into(call.media.encodings)
+        per_group(values, call, groups).to(hidden.device) for values in recorder.copied_into(call.media.encodings)
     )
     valid = groups.valid.to(hidden.device)
     count, width = valid.shape
@@ -74,7 +74,7 @@ def _drop_merged(call: Call, hidden: Tensor, tap: EncoderTap) -> Tensor:
     sources = torch.full_like(slots, -1)
     sources[valid] = torch.where(into[valid] == -2, -1, first[clusters])
     keep = valid & (sources == slots)
-    cut = cut_sequence(call, hidden, groups, Selection(keep, None, sources), layer=0, compact=tap.cut.compact)
+    cut = cut_sequence(call, hidden, groups, Selection(keep, None, sources), layer=0, compact=recorder.cut.compact)
     return hidden if cut is None else cut[0]
 
 

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places
-from vtprune.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
+from vtprune.stages.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
 from vtprune.transformers_private import Cache, layer_mask, layer_type
 

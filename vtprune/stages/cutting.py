@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.layout import Groups, SequenceLayout, take_columns
 from vtprune.stages.call import Call
+from vtprune.stages.layout import Groups, SequenceLayout, take_columns
 from vtprune.tokens import Selection
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import Groups
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.call import Call
-from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
+from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderRecorder
+from vtprune.stages.layout import Groups
 from vtprune.stages.question import Text, joint_space, text_embeddings
 from vtprune.tokens import ModelShape
 
@@ -20,9 +20,9 @@ from vtprune.tokens import ModelShape
 class EncodedMedia:
     """See `vtprune.signals.EncoderView`."""
 
-    def __init__(self, call: Call, groups: Groups, tap: EncoderTap, text: Text | None):
+    def __init__(self, call: Call, groups: Groups, recorder: EncoderRecorder, text: Text | None):
         """text: the question that the session was given."""
-        self.call, self.groups, self.tap, self.text = call, groups, tap, text
+        self.call, self.groups, self.recorder, self.text = call, groups, recorder, text
 
     def read(self, signal: EncoderSignal) -> Any:
         return signal.read_encoded(self)
@@ -33,11 +33,11 @@ class EncodedMedia:
 
     def per_token(self, values: Callable[[EncoderRecord], Tensor]) -> Tensor:
         check_encoded(self.call)
-        return per_group(self.tap.per_token(self.call.media.encodings, values), self.call, self.groups)
+        return per_group(self.recorder.per_token(self.call.media.encodings, values), self.call, self.groups)
 
     def projector_inputs(self) -> Tensor:
         check_encoded(self.call)
-        return per_group(self.tap.projector_inputs(self.call.media.encodings), self.call, self.groups)
+        return per_group(self.recorder.projector_inputs(self.call.media.encodings), self.call, self.groups)
 
     def normalised(self, output: Tensor) -> Tensor:
         return self.call.adapter.vision_tower().post_layernorm(output)
@@ -50,7 +50,7 @@ class EncodedMedia:
 
     def sample_keys(self) -> list[int]:
         media, groups = self.call.media, self.groups
-        by_medium = [key for encoding in media.encodings for key in self.tap.image_keys(encoding)]
+        by_medium = [key for encoding in media.encodings for key in self.recorder.image_keys(encoding)]
         if len(groups.rows) == len(media.crop_rows):
             crops = zip(media.crop_media.tolist(), media.crop_ranks.tolist(), strict=True)
             # Crops of one image draw apart; the factor is an arbitrary prime.

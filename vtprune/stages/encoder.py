@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.methods.base import InEncoder
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.signals import EncoderRecord, EncoderSignal
-from vtprune.stages.in_encoder import EncoderCut, EncoderMerge
+from vtprune.stages.encoder_call import EncoderCall
+from vtprune.stages.in_encoder import EncoderCut
 from vtprune.tokens import Medium
 from vtprune.transformers_private import encoder_scores, query_key_projections
 
@@ -35,51 +36,12 @@ COMPUTED_ELSEWHERE = "the image features of this call were computed elsewhere; p
 
 
 @dataclass
-class Encoding:
-    """What one call of the base model's `get_image_features` or `get_video_features` took and gave."""
-
-    kind: str
-    inputs: Mapping[str, Any] | None
-    """The call's arguments by name; None if it was not seen."""
-    output: Any = None
-    """The object it returned."""
-    pooled: Tensor | Sequence[Tensor] = ()
-    """The projected features in it, as they were then: `generate()` repeats them in place for beams."""
-    media: list[Medium] = field(default_factory=list)
-    """The layout of each image or video, in order."""
-    projector_input: Tensor | None = None
-    """The projector's input; only if asked for."""
-    rows: dict[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> (crops, heads, tokens), the CLS query's attention; only for the layers asked for."""
-    received: dict[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> (crops, tokens, heads, head dim), not rotated; only for the layers asked for."""
-    merge: EncoderMerge | None = None
-    """What was merged inside the encoder; None if nothing was to be."""
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> (crops, tokens, dim), what it put out; only for the layers asked for."""
-    seconds: float = 0.0
-
-    @property
-    def features(self) -> Tensor:
-        """(tokens of all media, dim): what goes to the language model."""
-        pooled = self.pooled
-        return pooled.flatten(0, -2) if torch.is_tensor(pooled) else torch.cat([f.flatten(0, -2) for f in pooled])
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of all media."""
-        return sum(map(len, self.media))
-
-
-@dataclass
 class _Seen:
     """What one thread encoded."""
 
-    last: dict[str, Encoding] = field(default_factory=dict)
+    last: dict[str, EncoderCall] = field(default_factory=dict)
     """Kind -> the encoding computed last in this session."""
-    open: Encoding | None = None
+    open: EncoderCall | None = None
     """The one that is being computed."""
     projected: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Encoder layer -> projection -> its output, until the layer's attention has run."""
@@ -94,12 +56,12 @@ def _shares_rows(features: Tensor, known: Tensor) -> bool:
     return features.shape[1:] == known.shape[1:] and bool((known.to(features) == features[0]).all(-1).any())
 
 
-class EncoderTap:
-    """Keeps the encodings that each thread computed last, one a kind, and what their projector and CLS tokens saw.
+class EncoderRecorder:
+    """Records the last call of the vision encoder for images and for videos, in each thread.
 
-    `generate()` encodes long before the language model runs, and only once for all beams, so the tap remembers until
-    the next call of the same kind. The encode methods are no modules: while the tap is installed, a wrapper of the
-    bound method stands in the base model's own `__dict__` and hides the class's.
+    `generate()` encodes long before the language model runs, and only once for all beams. So the recorder keeps a call
+    until the next one of the same kind. `get_image_features` is a method, not a module, and cannot be hooked: while the
+    recorder is installed, an instance attribute of the base model shadows the method.
     """
 
     def __init__(
@@ -141,8 +103,8 @@ class EncoderTap:
         if self.keep_features:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
-        taps = self.watched or self.output_layers or self.cut.cuts
-        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if taps else {}
+        hooked = self.watched or self.output_layers or self.cut.cuts
+        towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if hooked else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
             yield from self.cut.install(layers)
@@ -175,7 +137,7 @@ class EncoderTap:
                 started = clock(self.adapter.model) if self.profile else 0.0
                 # A call that fails leaves nothing behind.
                 seen.last.pop(kind, None)
-                seen.open = encoding = Encoding(kind, signature.bind(*args, **kwargs).arguments)
+                seen.open = encoding = EncoderCall(kind, signature.bind(*args, **kwargs).arguments)
                 try:
                     encoding.output = method(*args, **kwargs)
                 finally:
@@ -250,14 +212,14 @@ class EncoderTap:
 
     # -- what was encoded ---------------------------------------------------------------------------------------
 
-    def encoding(self, kind: str, output: Any | None) -> Encoding:
+    def encoding(self, kind: str, output: Any | None) -> EncoderCall:
         """The encoding that a call's features come from; `output` is what was handed in, None if computed within.
 
         Raises UnsupportedStageError if the layout of its tokens cannot be told.
         """
         encoding = self._seen().last.get(kind)
         if output is not None and (encoding is None or encoding.output is not output):
-            given = Encoding(kind, None, output, _pooled(output))
+            given = EncoderCall(kind, None, output, _pooled(output))
             if encoding is None or not _shares_rows(given.features, encoding.features):
                 return self._place_unseen(given)
             # `generate()` cuts features for chunked prefill, and then hands on nothing else of the encoder's output.
@@ -268,14 +230,14 @@ class EncoderTap:
             encoding.media = self.adapter.media(kind, encoding.inputs, encoding.pooled)
         return encoding
 
-    def _place_unseen(self, encoding: Encoding) -> Encoding:
+    def _place_unseen(self, encoding: EncoderCall) -> EncoderCall:
         grid = self.adapter.image_grid if encoding.kind == "image" else None
         if grid is None or any(len(image) != len(grid) for image in encoding.pooled):
             raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")
         encoding.media = [Medium.of_grids(grid) for _ in encoding.pooled]
         return encoding
 
-    def projector_inputs(self, encodings: Iterable[Encoding]) -> Tensor:
+    def projector_inputs(self, encodings: Iterable[EncoderCall]) -> Tensor:
         """(tokens of all encodings, dim): the encoder's feature of each visual token."""
         values = []
         for e in encodings:
@@ -283,7 +245,7 @@ class EncoderTap:
             values.append(_fitting(self.adapter, "projector_inputs", rows, e.tokens))
         return torch.cat(values)
 
-    def sequences(self, encoding: Encoding) -> list[int | tuple[int, ...]]:
+    def sequences(self, encoding: EncoderCall) -> list[int | tuple[int, ...]]:
         """Patches of every sequence that the encoder ran for an encoding; one number a layer if any were merged."""
         whole = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
         if encoding.merge is None or not encoding.merge.lengths:
@@ -297,7 +259,7 @@ class EncoderTap:
             rows.append(tuple(row))
         return rows
 
-    def copied_into(self, encodings: Iterable[Encoding]) -> tuple[Tensor, Tensor]:
+    def copied_into(self, encodings: Iterable[EncoderCall]) -> tuple[Tensor, Tensor]:
         """`EncoderMerge.copied_into` for the tokens of all encodings, the encoder's tokens numbered through."""
         values, same, start = [], [], 0
         for e in encodings:
@@ -311,17 +273,17 @@ class EncoderTap:
             start += 0 if e.merge is None else e.merge.slots.numel()
         return torch.cat(values), torch.cat(same)
 
-    def per_token(self, encodings: Iterable[Encoding], values: Callable[[EncoderRecord], Tensor]) -> Tensor:
+    def per_token(self, encodings: Iterable[EncoderCall], values: Callable[[EncoderRecord], Tensor]) -> Tensor:
         """(tokens of all encodings, dim): `values` of the encoder's tokens, (crops, tokens, dim) of each encoding."""
         return torch.cat([self._per_token(encoding, values(encoding)) for encoding in encodings])
 
-    def _per_token(self, encoding: Encoding, values: Tensor) -> Tensor:
+    def _per_token(self, encoding: EncoderCall, values: Tensor) -> Tensor:
         """Values of the encoder's tokens (crops, tokens, dim), CLS included, as one row a visual token."""
         has_cls = self.adapter.shape.has_cls and self.adapter.cuts_cls(encoding.kind)
         rows = self.adapter.patch_values(encoding.kind, encoding.inputs, values[:, int(has_cls) :])
         return _fitting(self.adapter, "patch_values", rows, encoding.tokens)
 
-    def image_keys(self, encoding: Encoding) -> list[int]:
+    def image_keys(self, encoding: EncoderCall) -> list[int]:
         """One number a medium that depends on its pixels alone; zeros if they were not seen."""
         if encoding.inputs is None:
             return [0] * len(encoding.media)

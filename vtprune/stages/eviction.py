@@ -12,12 +12,12 @@ from einops import rearrange
 from torch import Tensor
 
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups, SequenceLayout, compact_columns, spread_columns, take_columns
 from vtprune.methods.base import AfterPrefill, Method
 from vtprune.signals import CacheSignal
 from vtprune.stages.cache import PrunedLayer, check_changeable
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import idle_separators
+from vtprune.stages.layout import Groups, SequenceLayout, compact_columns, spread_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import CacheContents
 from vtprune.tokens import ModelShape

@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import take_columns
 from vtprune.methods.base import InEncoder
 from vtprune.stages.hooks import hidden_of, with_hidden
+from vtprune.stages.layout import take_columns
+from vtprune.stages.reading import signal_reader
 from vtprune.tokens import Grid, Selection, VisualTokens
 from vtprune.transformers_private import encoder_mask
 
@@ -110,11 +111,16 @@ def copied_tokens(adapter: Adapter, kind: str, inputs: Mapping[str, Any], crops:
     return torch.where(first.square() == second, first.long() - 1, -1)
 
 
+def _nothing_to_read(signal: Any) -> Any:
+    """No signal can be read inside the encoder: `check_signals` refuses methods that list one."""
+    raise UnsupportedStageError(f"{type(signal).__name__} cannot be read inside the vision encoder")
+
+
 class EncoderCut:
     """Hooks on the layers of the vision encoder that merge on the output of chosen ones."""
 
     def __init__(self, adapter: Adapter, methods: Sequence[InEncoder], encoding: Callable[[], Any]):
-        """encoding: gives the `Encoding` that is being computed, None outside of the session's encode methods."""
+        """encoding: gives the `EncoderCall` that is being computed, None outside of the session's encode methods."""
         self.adapter = adapter
         self.encoding = encoding
         self.cuts: dict[int, list[InEncoder]] = {}
@@ -168,8 +174,8 @@ class EncoderCut:
                 crops, tokens = hidden.shape[:2]
                 copies = copied_tokens(self.adapter, encoding.kind, encoding.inputs, crops, tokens)
                 # Where every visual token is made of several patches, merging a few of them frees none.
-                some = bool((copies >= 0).any())
-                encoding.merge = EncoderMerge.nothing(copies, crops, tokens, hidden.device) if some else None
+                has_copies = bool((copies >= 0).any())
+                encoding.merge = EncoderMerge.nothing(copies, crops, tokens, hidden.device) if has_copies else None
             if encoding.merge is None:
                 return None
             for method in self.cuts.get(index, ()):
@@ -198,6 +204,7 @@ class EncoderCut:
                 budget=budget.to(hidden.device),
                 layouts=((Grid(side, side) if whole else None,),) * crops,
                 kinds=(encoding.kind,) * crops,
+                signals=signal_reader(method, self.adapter.shape, _nothing_to_read, hidden.device),
                 shape=self.adapter.shape,
                 layer=layer,
             )

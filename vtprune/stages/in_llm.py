@@ -18,14 +18,14 @@ from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware
 from vtprune.certificate import check_attention
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import Groups, compact_columns, take_columns
 from vtprune.methods.base import InLLM, Reviving
 from vtprune.signals import LayerSignal
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import CutView, Recorded
+from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import Stored
 from vtprune.tokens import ModelShape, Selection
@@ -50,18 +50,20 @@ class _Following:
 
 
 class InLLMStage(ThreadAware[_Following]):
-    """Hooks on the decoder layers: cuts at chosen ones, gives every layer its view, and taps what methods ask for."""
+    """Hooks on the decoder layers: cut at chosen ones, give every layer its view, record what methods ask for."""
 
-    def __init__(self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, tap: EncoderTap):
+    def __init__(
+        self, adapter: Adapter, methods: Sequence[InLLM], shape: ModelShape, choose: Chooser, recorder: EncoderRecorder
+    ):
         super().__init__(_Following)
         self.adapter = adapter
-        self.tap = tap
+        self.recorder = recorder
         self.shape = shape
         self.choose = choose
         self.cuts: dict[int, list[tuple[InLLM, int]]] = {}
         """Decoder layer -> the methods that cut on its input, each with the number of this cut in its schedule."""
         self.signals: dict[LayerSignal, None] = {}
-        """All that is announced, in order."""
+        """All that methods list in `signals`, in order."""
         self._last_use: dict[int, int] = {}
         """Decoder layer whose queries and keys are kept -> the last cut that reads them."""
         ahead: set[int] = set()
@@ -72,7 +74,7 @@ class InLLMStage(ThreadAware[_Following]):
                 self.cuts.setdefault(cut, []).append((method, number))
                 if any(signal.ahead for signal in signals):
                     ahead.add(cut)
-                # A method of several cuts announces at each one what it reads at any.
+                # A method of several cuts lists at each one what it reads at any.
                 for layer in {layer for signal in signals for layer in signal.attends(cut) if layer < cut}:
                     self._last_use[layer] = max(cut, self._last_use.get(layer, 0))
         self._measuring = {layer for signal in self.signals for layer in signal.measures()}
@@ -259,4 +261,4 @@ class InLLMStage(ThreadAware[_Following]):
 
     def _view(self, i: int, hidden: Tensor) -> CutView:
         now = self.now
-        return CutView(self.adapter, self.tap, now.call, now.recorded, i, hidden)
+        return CutView(self.adapter, self.recorder, now.call, now.recorded, i, hidden)

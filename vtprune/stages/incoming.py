@@ -13,7 +13,7 @@ from vtprune.adapters.base import PIXELS, Adapter
 from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.stages.cache import Owner
 from vtprune.stages.call import Call
-from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderTap
+from vtprune.stages.encoder import COMPUTED_ELSEWHERE, EncoderRecorder
 from vtprune.stages.media import Media
 from vtprune.transformers_private import (
     Cache,
@@ -202,7 +202,13 @@ class Columns:
 
 
 def open_call(
-    adapter: Adapter, owner: Owner, tap: EncoderTap, hidden: Tensor, kwargs: dict, mask: Any, incoming: Incoming | None
+    adapter: Adapter,
+    owner: Owner,
+    recorder: EncoderRecorder,
+    hidden: Tensor,
+    kwargs: dict,
+    mask: Any,
+    incoming: Incoming | None,
 ) -> Call:
     """The state of a call that carries images (`incoming`), or continues a pruned cache (None).
 
@@ -227,7 +233,7 @@ def open_call(
         cache=cache_of(kwargs),
         real=columns.real,
         positions=columns.positions,
-        media=None if incoming is None else _place(adapter, tap, incoming, hidden, columns.real),
+        media=None if incoming is None else _place(adapter, recorder, incoming, hidden, columns.real),
         blocks=None if incoming is None else incoming.blocks,
         masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
         deepstack=(),
@@ -238,12 +244,12 @@ def open_call(
     )
 
 
-def _place(adapter: Adapter, tap: EncoderTap, incoming: Incoming, hidden: Tensor, real: Tensor) -> Media:
+def _place(adapter: Adapter, recorder: EncoderRecorder, incoming: Incoming, hidden: Tensor, real: Tensor) -> Media:
     """Where the media of a call stand in it. Raises UnsupportedStageError if that cannot be told."""
     # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
     kinds = [kind for kind in adapter.visual_token_ids if kind in incoming.kinds]
     visual = [_columns_of(adapter, incoming, kind, hidden) & real for kind in kinds]
-    encodings = [tap.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
+    encodings = [recorder.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
     media = Media.find(visual, encodings, adapter.tiles_adjoin)
     if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
         raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")

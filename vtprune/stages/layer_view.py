@@ -13,12 +13,12 @@ from torch import Tensor
 from vtprune.adapters.base import Adapter
 from vtprune.attention import LayerAttention, Places, RowContext
 from vtprune.errors import UnsupportedStageError
-from vtprune.layout import Groups, take_columns
 from vtprune.signals import EncoderSignal, LayerSignal
 from vtprune.stages.cache import PrunedLayer
 from vtprune.stages.call import Call
 from vtprune.stages.encoded import EncodedMedia
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderRecorder
+from vtprune.stages.layout import Groups, take_columns
 from vtprune.transformers_private import layer_type
 
 
@@ -51,8 +51,10 @@ class Recorded:
 class CutView:
     """See `vtprune.signals.LayerView`."""
 
-    def __init__(self, adapter: Adapter, tap: EncoderTap, call: Call, recorded: Recorded, layer: int, hidden: Tensor):
-        self.adapter, self.tap, self.call, self.recorded = adapter, tap, call, recorded
+    def __init__(
+        self, adapter: Adapter, recorder: EncoderRecorder, call: Call, recorded: Recorded, layer: int, hidden: Tensor
+    ):
+        self.adapter, self.recorder, self.call, self.recorded = adapter, recorder, call, recorded
         self.layer, self.hidden = layer, hidden
         self._sequence = call.sequence
 
@@ -191,7 +193,7 @@ class CutView:
 
     def encoded(self, signal: EncoderSignal) -> tuple[Groups, Any]:
         groups = self.call.crop_groups()
-        return groups, signal.read_encoded(EncodedMedia(self.call, groups, self.tap, None))
+        return groups, signal.read_encoded(EncodedMedia(self.call, groups, self.recorder, None))
 
     def prompt_keys(self) -> list[int]:
         return [self.call.prompt_key(row) for row in range(self.call.batch)]

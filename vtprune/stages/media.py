@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import UnsupportedStageError
-from vtprune.stages.encoder import Encoding
+from vtprune.stages.encoder_call import EncoderCall
 from vtprune.tokens import Grid
 
 
@@ -47,7 +47,7 @@ class Media:
     """(images,) long: the sample of each image."""
     image_media: Tensor
     """(images,) long: the (first) encoded medium of each image."""
-    encodings: tuple[Encoding, ...]
+    encodings: tuple[EncoderCall, ...]
     copies: int
     """How many consecutive samples share their images (beams, several returned sequences)."""
 
@@ -62,7 +62,7 @@ class Media:
         return torch.bincount(self.crop_rows, minlength=len(self.labels))
 
     @classmethod
-    def find(cls, visual: Sequence[Tensor], encodings: Sequence[Encoding], tiles_adjoin: bool) -> Media:
+    def find(cls, visual: Sequence[Tensor], encodings: Sequence[EncoderCall], tiles_adjoin: bool) -> Media:
         """Place encodings at the visual columns, (batch, length) bool each, of their kinds.
 
         tiles_adjoin: media side by side in a prompt are tiles of one image.
@@ -130,7 +130,7 @@ class _Tables:
         self.kinds: list[str] = []
         self._columns: list[list[Tensor]] = [[] for _ in range(6)]
 
-    def add(self, encoding: Encoding, counts: Tensor) -> None:
+    def add(self, encoding: EncoderCall, counts: Tensor) -> None:
         """counts (samples,) long: the encoding's tokens in each sample's prompt."""
         lengths = torch.tensor([len(medium) for medium in encoding.media], dtype=torch.long)
         ends = counts.cumsum(0)
@@ -168,7 +168,7 @@ class _Tables:
         return [torch.cat(column) if column else torch.empty(0, dtype=torch.long) for column in self._columns]
 
 
-def _copies(columns: Tensor, encoding: Encoding) -> int | None:
+def _copies(columns: Tensor, encoding: EncoderCall) -> int | None:
     """How many consecutive samples hold the same media; None if there are no tokens to tell by."""
     total, encoded = int(columns.sum()), encoding.tokens
     if not total and not encoded:

@@ -14,10 +14,10 @@ from vtprune.methods.base import Method
 from vtprune.report import LayerRange, Report, Timings
 from vtprune.signals import EncoderSignal
 from vtprune.stages.call import Call
-from vtprune.stages.encoder import EncoderTap
+from vtprune.stages.encoder import EncoderRecorder
 
 
-def prefill_report(call: Call, tap: EncoderTap, methods: Sequence[Method], timings: Timings | None) -> Report:
+def prefill_report(call: Call, recorder: EncoderRecorder, methods: Sequence[Method], timings: Timings | None) -> Report:
     """What a call that carried visual tokens kept, and where."""
     rows = range(0, call.batch, call.media.copies)
     whole = call.media.visual
@@ -40,7 +40,7 @@ def prefill_report(call: Call, tap: EncoderTap, methods: Sequence[Method], timin
         patches
         for encoding in call.media.encodings
         if encoding.inputs is not None
-        for patches in tap.sequences(encoding)
+        for patches in recorder.sequences(encoding)
     )
     return _report(
         call.adapter,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.errors import ConfigError
-from vtprune.layout import Groups
 from vtprune.ops.keywords import keywords
 from vtprune.stages.call import Call
+from vtprune.stages.layout import Groups
 from vtprune.stages.text_tower import text_tower
 
 Text = str | list[str] | Tensor | list[Tensor]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods are shown: visual tokens, and the signals that they announced, on one device."""
+"""What methods are shown: visual tokens, and the signals that they list, on one device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method, Reviving
 from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
+from vtprune.stages.layout import Groups
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 Chooser = Callable[[Method, VisualTokens], Selection]
@@ -20,7 +20,7 @@ Chooser = Callable[[Method, VisualTokens], Selection]
 
 
 def check_signals(method: Method, shape: ModelShape) -> None:
-    """Raise unless every signal that a method of one stage announces can be read there; nothing is computed."""
+    """Raise unless every signal in `signals` of a method of one stage can be read there; nothing is computed."""
     signals = method.signals(shape)
     kind = next((kind for stage, kind in _KINDS.items() if isinstance(method, stage)), None)
     for signal in signals:
@@ -30,7 +30,7 @@ def check_signals(method: Method, shape: ModelShape) -> None:
         if isinstance(signal, EncoderSignal) and not shape.has_cls and signal.taps(shape).cls_rows:
             raise UnsupportedStageError(f"{name} needs a CLS token, and this vision encoder has none")
         if kind is None or not isinstance(signal, kind):
-            # What a signal inside the LLM reads of the encoder is announced, so that it is recorded.
+            # What a signal inside the LLM reads of the encoder is listed, so that it is recorded.
             if isinstance(method, InLLM) and isinstance(signal, EncoderSignal):
                 continue
             raise UnsupportedStageError(f"{name} cannot be read {_WHERE[kind]}")
@@ -38,6 +38,8 @@ def check_signals(method: Method, shape: ModelShape) -> None:
             raise UnsupportedStageError(f"{name} cannot be read while tokens are generated; LastQueryAttention can")
         if isinstance(method, InLLM):
             _check_layers(name, method, signal, shape)
+            if signal.measures() and type(signal).measure is LayerSignal.measure:
+                raise ConfigError(f"{name} lists layers in `measures`, and does not override `measure`")
 
 
 def _check_layers(name: str, method: InLLM, signal: LayerSignal, shape: ModelShape) -> None:
@@ -68,20 +70,21 @@ def visual_tokens(
     return VisualTokens(
         features=features,
         valid=groups.valid.to(device),
-        signals=_reader(method, shape, read, device),
+        signals=signal_reader(method, shape, read, device),
         shape=shape,
         **{name: _on(device, fact) if torch.is_tensor(fact) else fact for name, fact in facts.items()},
     )
 
 
-def _reader(
+def signal_reader(
     method: Method, shape: ModelShape, read: Callable[[Any], Any], device: torch.device
 ) -> Callable[[Hashable], Any]:
-    announced = frozenset(method.signals(shape))
+    """What `VisualTokens.signals` looks up for a method: `read` of a signal that the method lists, on a device."""
+    listed = frozenset(method.signals(shape))
 
     def look_up(signal: Hashable) -> Any:
-        if signal not in announced:
-            raise ConfigError(f"{method.name} reads {signal}, which its `signals` did not announce")
+        if signal not in listed:
+            raise ConfigError(f"{method.name} reads {signal}, which its `signals` does not list")
         return _on(device, read(signal))
 
     return look_up

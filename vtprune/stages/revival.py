@@ -2,7 +2,7 @@
 """While tokens are generated: brings visual tokens back.
 
 Every call after the prefill chooses anew at each cut, among all visual tokens that got there. A layer may lack the keys
-of a chosen token; it is then computed there beside the new tokens, from the hidden state that was put aside when it was
+of a chosen token; it is then computed there beside the new tokens, from the hidden state that was stored when it was
 cut. So each token is computed at most once in each layer.
 """
 
@@ -21,7 +21,6 @@ from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, cached_attention_row
 from vtprune.callers import ThreadAware
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.layout import Groups, compact_columns, last_axis, spread_columns, take_columns
 from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
 from vtprune.signals import LastQueryAttention
 from vtprune.stages.cache import PrunedLayer, check_changeable, pruned_layers
@@ -29,6 +28,7 @@ from vtprune.stages.call import Call
 from vtprune.stages.eviction import NEEDS_CACHE
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.incoming import Columns
+from vtprune.stages.layout import Groups, compact_columns, last_axis, spread_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import CacheContents, PromptTable, Slots, Stored
 from vtprune.tokens import ModelShape

@@ -51,7 +51,7 @@ class CacheContents:
     """Columns (batch, m) of what may come back, and the bytes of one of them."""
 
     def of(self, visual: Sequence[Tensor]) -> tuple[tuple[tuple[Tensor, ...], ...] | None, int]:
-        """For the report: the columns of visual tokens held, by layer and sample, and the bytes of what was put aside.
+        """For the report: the columns of visual tokens in the cache, by layer and sample, and the stored bytes.
 
         visual: a sample each, the columns of its visual tokens.
         """

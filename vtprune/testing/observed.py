@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, Method
 from vtprune.report import Report
 from vtprune.session import Session
+from vtprune.stages.model_calls import ModelCalls
 from vtprune.testing.recompute import Merges
 from vtprune.tokens import Selection, VisualTokens
 
@@ -29,27 +31,21 @@ class Sample:
     """None if features only went or stayed."""
 
 
-class ObservedSession(Session):
-    """A session of one method that remembers the features which it returned in the last prefill."""
+class _ObservedCalls(ModelCalls):
+    """Remembers the features that a method returned in the last prefill."""
 
-    def __init__(self, model, method: Method):
-        super().__init__(model, [method], strict=True, text=None, prompt_length=None, profile=False)
-        parts = method.parts(self.adapter.shape)
-        # What only empties the cache drops nothing from the sequence, which a strict session takes for a mistake.
-        self.strict = not all(isinstance(part, AfterPrefill) for part in parts)
-        self._merges_in_encoder = any(isinstance(part, InEncoder) for part in parts)
-        self._merged: list[tuple[int, int, Tensor, Tensor]] = []
-        """Decoder layer, row of the batch, columns (tokens,) of the padded prompt, features (tokens, dim)."""
+    merged: Sequence[tuple[int, int, Tensor, Tensor]] = ()
+    """Decoder layer, row of the batch, columns (tokens,) of the padded prompt, features (tokens, dim)."""
 
-    def _start_prefill(self, call, incoming):
-        super()._start_prefill(call, incoming)
-        self._merged = []
-        if self._merges_in_encoder:
+    def start_prefill(self, call, incoming):
+        super().start_prefill(call, incoming)
+        self.merged = []
+        if any(isinstance(part, InEncoder) for method in self.methods for part in method.parts(self.adapter.shape)):
             for row, visual in enumerate(call.media.visual):
-                self._merged.append((0, row, visual.nonzero().flatten(), call.embeddings[row, visual].detach().clone()))
+                self.merged.append((0, row, visual.nonzero().flatten(), call.embeddings[row, visual].detach().clone()))
 
-    def _choose(self, method: Method, tokens: VisualTokens) -> Selection:
-        selection = super()._choose(method, tokens)
+    def choose(self, method: Method, tokens: VisualTokens) -> Selection:
+        selection = super().choose(method, tokens)
         call = self.now.call
         if isinstance(method, BeforeLLM):
             layer, groups = 0, call.crop_groups() if method.scope == "crop" else call.image_groups()
@@ -61,14 +57,26 @@ class ObservedSession(Session):
                 columns = call.sequence.columns[row, groups.columns[group, keep[group]]]
                 features = selection.features[group, keep[group].to(selection.features.device)]
                 order = columns.argsort()
-                self._merged.append((layer, row, columns[order], features.to(columns.device)[order].detach().clone()))
+                self.merged.append((layer, row, columns[order], features.to(columns.device)[order].detach().clone()))
         return selection
+
+
+class ObservedSession(Session):
+    """A session of one method that remembers the features which it returned in the last prefill."""
+
+    _calls_class = _ObservedCalls
+
+    def __init__(self, model, method: Method):
+        super().__init__(model, [method], strict=True, text=None, prompt_length=None, profile=False)
+        parts = method.parts(self.adapter.shape)
+        # What only empties the cache drops nothing from the sequence, which a strict session takes for a mistake.
+        self.strict = not all(isinstance(part, AfterPrefill) for part in parts)
 
     def sample(self, row: int, first: int, logits: Tensor, report: Report | None = None) -> Sample:
         """What a row of the last prefill got. first: column of its first real token. report: of that prefill."""
         report = report or self.report
         layers = range(report.depth)
-        values = [(layer, columns - first, x) for layer, own, columns, x in self._merged if own == row]
+        values = [(layer, columns - first, x) for layer, own, columns, x in self._calls.merged if own == row]
         return Sample(
             logits=logits,
             kept=[report.kept(row, layer) - first for layer in layers],

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtprune.layout import Groups, SequenceLayout, compact_columns, take_columns
+from vtprune.stages.layout import Groups, SequenceLayout, compact_columns, take_columns
 from vtprune.tokens import Selection
 
 BOOLS = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=3)

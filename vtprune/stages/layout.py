@@ -102,7 +102,7 @@ class SequenceLayout:
     dropped: int = 0
     """Call length minus n."""
     masked: Tensor | None = None
-    """(batch, n) bool: visual tokens that were dropped by masking alone: they are still computed and held, but no one
+    """(batch, n) bool: visual tokens that were dropped by masking alone: they are still computed and cached, but no one
     attends to them. None for none."""
 
     @classmethod

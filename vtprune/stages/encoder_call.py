@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is recorded of one run of the vision encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.stages.in_encoder import EncoderMerge
+from vtprune.tokens import Medium
+
+
+@dataclass
+class EncoderCall:
+    """What one call of the base model's `get_image_features` or `get_video_features` took and gave."""
+
+    kind: str
+    inputs: Mapping[str, Any] | None
+    """The call's arguments by name; None if it was not seen."""
+    output: Any = None
+    """The object it returned."""
+    pooled: Tensor | Sequence[Tensor] = ()
+    """The projected features in it, as they were then: `generate()` repeats them in place for beams."""
+    media: list[Medium] = field(default_factory=list)
+    """The layout of each image or video, in order."""
+    projector_input: Tensor | None = None
+    """The projector's input; only if asked for."""
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, heads, tokens), the CLS query's attention; only for the layers asked for."""
+    received: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, tokens), the mean attention each token receives; only for the layers asked for."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, tokens, heads, head dim), not rotated; only for the layers asked for."""
+    merge: EncoderMerge | None = None
+    """What was merged inside the encoder; None if nothing was to be."""
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> (crops, tokens, dim), what it put out; only for the layers asked for."""
+    seconds: float = 0.0
+
+    @property
+    def features(self) -> Tensor:
+        """(tokens of all media, dim): what goes to the language model."""
+        pooled = self.pooled
+        return pooled.flatten(0, -2) if torch.is_tensor(pooled) else torch.cat([f.flatten(0, -2) for f in pooled])
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of all media."""
+        return sum(map(len, self.media))

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on a model that follow each of its calls through the stages, from the pixels to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.base import Adapter
+from vtprune.callers import ThreadAware, Underway
+from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
+from vtprune.guidance import Guidance
+from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
+from vtprune.report import Report, Timings
+from vtprune.stages.before_llm import prune_before_llm
+from vtprune.stages.cache import Owner, PrunedLayer, check_cache, pruned_layers
+from vtprune.stages.call import Call
+from vtprune.stages.encoder import EncoderRecorder, clock
+from vtprune.stages.eviction import EvictionStage
+from vtprune.stages.in_llm import InLLMStage
+from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
+from vtprune.stages.prefill_report import prefill_report, text_report
+from vtprune.stages.reading import check_signals
+from vtprune.stages.replays import Replays
+from vtprune.stages.revival import RevivalStage
+from vtprune.stages.slots import CacheContents
+from vtprune.tokens import Selection, VisualTokens
+from vtprune.transformers_private import (
+    cache_of,
+    check_decoder,
+    is_paged,
+    longest_prunable,
+    state_kinds,
+    unmasked_steps,
+)
+
+
+@dataclass
+class _Following:
+    """The calls that one thread makes."""
+
+    behind: Behind | None = None
+    """What the outer model was told, until its base model is called."""
+    incoming: Incoming | None = None
+    """What the base model was called with, until its language model is called."""
+    call: Call | None = None
+    """The call of the language model that runs now."""
+    replays: Replays = field(default_factory=Replays)
+    selector_seconds: float = 0.0
+    started: float = 0.0
+    """Clock at the beginning of the prefill."""
+
+    def end_call(self) -> None:
+        self.call = self.incoming = None
+
+
+class Uncopied:
+    """Base of what hooks are bound to, so that whatever copies a model with hooks on it reaches this."""
+
+    def __deepcopy__(self, memo):
+        raise VTPruneError(
+            "a model cannot be copied or pickled while a vtprune session is on it; end the session first"
+        )
+
+    def __reduce__(self):
+        return self.__deepcopy__({})
+
+
+class ModelCalls(Uncopied, ThreadAware[_Following]):
+    """Follows the calls of one model while its hooks are on, each thread's by themselves."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        methods: Sequence[Method],
+        guidance: Guidance,
+        finished: Callable[[Report, CacheContents, bool], None],
+        *,
+        profile: bool,
+    ):
+        """finished: is given the report of each prefill, what the KV cache contains from then on, and whether the
+        methods were asked to drop anything of it."""
+        super().__init__(_Following)
+        self.adapter, self.methods, self.guidance = adapter, methods, guidance
+        self.finished = finished
+        self.owner = Owner()
+        self.reached = False
+        """Whether any call reached the language model since the hooks are on."""
+        self._underway = Underway()
+        self._profile = profile
+
+        shape = adapter.shape
+        for method in methods:
+            method.check_budget(shape)
+        parts = [part for method in methods for part in method.parts(shape)]
+        for part in parts:
+            check_signals(part, shape)
+        signals = [signal for part in parts for signal in part.signals(shape)]
+        active = [part for part in parts if part.keep_ratio != 1.0]
+        self.prunes = bool(active)
+        """Whether any method asks for less than everything."""
+        self._check_states(active)
+        self._longest = longest_prunable(adapter.language_model.config, shape.decoder_layers)
+        self._before = [part for part in active if isinstance(part, BeforeLLM)]
+        in_encoder = [part for part in active if isinstance(part, InEncoder)]
+        self._recorder = EncoderRecorder(adapter, signals, in_encoder, profile=profile)
+        inside = [part for part in active if isinstance(part, InLLM)]
+        self._in_llm = InLLMStage(adapter, inside, shape, self.choose, self._recorder)
+        self._eviction = EvictionStage(active, shape, self._select)
+        self._revival = RevivalStage(adapter, active, shape, self._select)
+
+    def _check_states(self, active: list[Method]) -> None:
+        """Raise if tokens are to be dropped where the language model cannot do without them."""
+        decoder, depth = self.adapter.language_model, len(self.adapter.decoder_layers)
+        check_decoder(decoder)
+        states = state_kinds(decoder.config, depth)
+        inside = [part.name for part in active if isinstance(part, InLLM | AfterPrefill)]
+        if states and inside:
+            raise UnsupportedStageError(
+                f"{', '.join(inside)}: tokens cannot be dropped inside this language model, which has layers that "
+                f"carry a state from token to token ({', '.join(states)}); methods before the LLM work: mmtok, divprune"
+            )
+
+    def install(self) -> Iterator[RemovableHandle]:
+        """Yields what takes each hook off again, as soon as it is on."""
+        self.owner.active, self.reached = True, False
+        return chain(self._recorder.install(), self._install_here(), self._in_llm.install(), self._revival.install())
+
+    def _install_here(self) -> Iterator[RemovableHandle]:
+        decoder = self.adapter.language_model
+        if self.adapter.model is not self.adapter.base:
+            yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
+        yield self.adapter.base.register_forward_hook(self._after_base)
+        yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
+        yield decoder.register_forward_hook(self._leave_decoder, always_call=True)
+
+    def stop(self) -> None:
+        """Let later calls run as they are. Waits for a call of the language model that another thread is in."""
+        self.owner.active = False
+        self._underway.wait_for_others()
+
+    def forget(self) -> None:
+        """Forget all calls, once the hooks are off."""
+        self._recorder.forget()
+        self._in_llm.forget()
+        self._revival.forget()
+        super().forget()
+
+    def _end_call(self) -> None:
+        self.now.end_call()
+        self._in_llm.end()
+        self._revival.end()
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def _before_model(self, module, args, kwargs):
+        self.now.behind = Behind.of(kwargs, self.guidance.prompt_length)
+
+    def _before_base(self, module, args, kwargs):
+        check_traced()
+        now = self.now
+        behind, now.behind = now.behind, None
+        now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.guidance.prompt_length))
+
+    def _after_base(self, module, args, output):
+        if self.now.incoming is not None and self.prunes:
+            raise UnsupportedModelError(
+                "the language model ran without the hooks of this vtprune session, so nothing was pruned: it is in a "
+                "graph that was compiled before; call torch.compiler.reset(), or prune the uncompiled model"
+            )
+
+    def _leave_decoder(self, module, args, output):
+        self._underway.end()
+
+    def _before_decoder(self, module, args, kwargs):
+        now = self.now
+        incoming = now.incoming
+        self._end_call()
+        self._underway.begin()
+        if not self.owner.active:  # another thread removes the session at this moment
+            self._underway.end()
+            if incoming is not None and incoming.kinds and self._recorder.has_merged:
+                raise VTPruneError("this vtprune session was removed while the images of this call were encoded")
+            return None
+        self.reached = True
+        hidden = kwargs.get("inputs_embeds")
+        if hidden is None:
+            return None
+        cache = cache_of(kwargs)
+        if incoming is not None and self.prunes:
+            incoming.check_cache(cache)
+        pruned = pruned_layers(cache)
+        mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
+        has_images = incoming is not None and bool(incoming.kinds)
+        if pruned or (has_images and self.prunes):
+            if cache is not None:
+                check_cache(cache, self.owner)
+            if incoming is not None:
+                incoming.check_packed()
+            self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
+        if not has_images:
+            if not pruned:
+                if incoming is not None and self.prunes and hidden.shape[1] > 1:
+                    incoming.check_text_only(self.adapter)
+                self._report_text_only(hidden, mask, cache)
+                return None
+            if pruned[0].slots is not None:
+                self._revival.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
+                return args, {**kwargs, "attention_mask": None}
+            if self._needs_no_mask(hidden.shape[1], mask, pruned):
+                return args, {**kwargs, "attention_mask": None}
+        kwargs = dict(kwargs)
+        try:
+            noted = incoming if has_images else None
+            call = now.call = open_call(self.adapter, self.owner, self._recorder, hidden, kwargs, mask, noted)
+        except UnsupportedStageError:
+            if self.prunes or pruned:
+                raise
+            return None  # nothing will be pruned, so there is nothing to refuse; only the report goes without
+        if has_images:
+            self.start_prefill(call, incoming)
+            hidden = prune_before_llm(call, hidden, self._before, self._recorder, self.guidance.text, self.choose)
+            self._take_deepstack(call, kwargs)
+        self._in_llm.begin(call)
+        if not call.pruned and not call.wrapped:
+            return (args, kwargs) if call.cache is not cache or call.deepstack else None
+        kwargs["inputs_embeds"] = hidden
+        kwargs["position_ids"] = call.positions_at(0)
+        kwargs["attention_mask"] = call.model_mask(hidden)
+        return args, kwargs
+
+    def _check_length(self, length: int) -> None:
+        if self._longest is not None and length > self._longest:
+            raise UnsupportedStageError(
+                f"{length} tokens are too many to prune: this language model attends in chunks, or scales its queries "
+                f"by the tokens before them, and stays right up to {self._longest} tokens only"
+            )
+
+    def _take_deepstack(self, call: Call, kwargs: dict) -> None:
+        """Take over the DeepStack features if tokens go missing in the layers to whose outputs the model adds them.
+
+        The language model would add them where the visual tokens stood before any was dropped.
+        """
+        deepstack = kwargs.get("deepstack_visual_embeds")
+        if deepstack and (call.pruned or self._in_llm.cuts_before(len(deepstack))):
+            call.deepstack = kwargs.pop("deepstack_visual_embeds")
+            kwargs.pop("visual_pos_masks", None)
+
+    def _needs_no_mask(self, length: int, mask: Tensor | None, pruned: list[PrunedLayer]) -> bool:
+        """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.
+
+        They are if every column is real, positions run on, and one mask (or none at all) fits every layer.
+        """
+        if any(layer.layout.real is not None or layer.layout.shift is not None for layer in pruned):
+            return False
+        # A window that is full is masked, although nothing in it is.
+        windows = any(layer.is_sliding for layer in pruned)
+        unmasked = length == 1 and not windows and unmasked_steps(self.adapter.text_config)
+        if not unmasked and len({layer.layout.dropped for layer in pruned}) > 1:
+            return False
+        return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
+
+    def start_prefill(self, call: Call, incoming: Incoming) -> None:
+        """Check what is about to be pruned, and find out whether its choices were made before."""
+        now = self.now
+        # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
+        replayable = not incoming.pixels and call.cache is None and call.ids is not None
+        now.replays.begin(tuple(incoming.encoded.values()), call.ids if replayable else None)
+        now.selector_seconds, now.started = 0.0, self._clock()
+        self._eviction.check(now.replays.replaying)
+        self._revival.check(call, now.replays.replaying)
+        features = call.embeddings[call.sequence.visual.to(call.embeddings.device)]
+        if self.prunes and not bool(features.isfinite().all()):
+            raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
+
+    def _after_decoder(self, module, args, kwargs, output):
+        if self._revival.now.step is not None:
+            return self._revival.finish(output)
+        now = self.now
+        call = now.call
+        if call is None:
+            return None
+        if call.media is not None and not now.replays.replaying:
+            contents = CacheContents()
+            self._eviction.after_prefill(call, contents)
+            self._revival.after_prefill(call, self._in_llm.now.stored, contents)
+            self._finish_prefill(call, contents)
+        self._end_call()
+        return call.restore(output) if call.pruned else None
+
+    # -- selection ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def choose(self, method: Method, tokens: VisualTokens) -> Selection:
+        replays = self.now.replays
+        return replays.next() if replays.replaying else replays.note(self._select(method, tokens))
+
+    @torch.no_grad()
+    def _select(self, method: Method, tokens: VisualTokens) -> Selection:
+        started = self._clock()
+        selection = method.choose(tokens)
+        self.now.selector_seconds += self._clock() - started
+        return selection
+
+    def _clock(self) -> float:
+        return clock(self.adapter.model) if self._profile else 0.0
+
+    # -- report -------------------------------------------------------------------------------------------------
+
+    def _report_text_only(self, hidden: Tensor, mask: Any, cache) -> None:
+        """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
+        if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
+            return
+        self.finished(text_report(self.adapter, self.methods, hidden, mask), CacheContents(), False)
+
+    def _finish_prefill(self, call: Call, contents: CacheContents) -> None:
+        timings = None
+        if self._profile:
+            now, encoding = self.now, sum(encoding.seconds for encoding in call.media.encodings)
+            timings = Timings(encoding, now.selector_seconds, self._clock() - now.started)
+        report = prefill_report(call, self._recorder, self.methods, timings)
+        wants_less = not all(_asks_for_everything(method, call) for method in self.methods)
+        self.finished(report, contents, wants_less)
+
+
+def _asks_for_everything(method: Method, call: Call) -> bool:
+    """Whether a method is asked to drop nothing of a call, also by a count that no image exceeds."""
+    crops = call.media.crops_per_sample.clamp(min=1)
+    content = (call.media.labels >= 0).sum(1)
+    return method.keep_ratio == 1.0 or (
+        method.keep_tokens is not None and bool((method.keep_tokens * crops >= content).all())
+    )
