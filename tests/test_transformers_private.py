@@ -11,10 +11,9 @@ from conformance import models
 from transformers import DynamicCache
 
 import vtprune
-from vtprune import transformers_private
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.testing import families
-from vtprune.transformers_private import CACHE, VERSION
+from vtprune.transformers_private import CACHE, VERSION, release
 
 pytestmark = pytest.mark.release
 NAMES_RELEASES = rf"installed is transformers {VERSION}, and vtprune is tested with 5\.18 to 5\.24"
@@ -95,20 +94,20 @@ def test_a_kind_of_layer_that_is_not_known_is_an_error():
 
 
 def test_a_release_that_is_too_old_is_refused(monkeypatch):
-    monkeypatch.setattr(transformers_private, "VERSION", "5.17.1")
+    monkeypatch.setattr(release, "VERSION", "5.17.1")
     with pytest.raises(UnsupportedModelError, match=r"too old: installed is transformers 5\.17\.1"):
         vtprune.prune(models.shared("gqa"), "divprune", keep_ratio=0.5)
 
 
 def test_a_newer_release_is_said_once(monkeypatch):
-    monkeypatch.setattr(transformers_private, "VERSION", "5.99.0")
-    transformers_private._warn_untested.cache_clear()
+    monkeypatch.setattr(release, "VERSION", "5.99.0")
+    release._warn_untested.cache_clear()
     with pytest.warns(UserWarning, match=r"installed is transformers 5\.99\.0, .*run `vtprune doctor`"):
         vtprune.prune(models.shared("gqa"), "divprune", keep_ratio=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vtprune.prune(models.shared("gqa"), "divprune", keep_ratio=0.5)
-    transformers_private._warn_untested.cache_clear()
+    release._warn_untested.cache_clear()
 
 
 @pytest.mark.parametrize("name", families.NAMES)

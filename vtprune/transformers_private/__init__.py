@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private side of transformers, and what differs between its releases. All else of this library asks here.
+
+What transformers documents (models, configs, `generate()`, `DynamicCache`) is used where it is needed. What it does not
+promise is here:
+
+* `release`: which release is installed, and whether the tests know it.
+* `arguments`: names of the arguments of decoders.
+* `layers`: kinds of decoder layers, and the layers of their caches.
+* `masks`: mask factories and attention back ends.
+* `positions`: rotary embeddings.
+* `capture`: copies of attention modules that hand out what their attention function is called with.
+* `decoder_attention`, `encoder_attention`: scores of one layer, by the layer's own code.
+* `models`: single functions of single models, and what loading needs.
+
+Names that take seconds to import, because they pull in the compiler, are imported where they are used: any loaded
+model has done it already.
+"""
+
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+
+from vtprune.transformers_private.arguments import CACHE, cache_of, check_arguments, with_cache
+from vtprune.transformers_private.capture import Scored
+from vtprune.transformers_private.decoder_attention import (
+    attention_input,
+    eager_weights,
+    output_width,
+    reads_positions,
+    scored,
+)
+from vtprune.transformers_private.encoder_attention import (
+    eager_encoder_attention,
+    encoder_scores,
+    query_key_projections,
+)
+from vtprune.transformers_private.layers import (
+    check_decoder,
+    check_replay,
+    create_missing_layers,
+    has_keys,
+    is_checkpointed,
+    is_paged,
+    is_plain_layer,
+    is_prunable,
+    layer_type,
+    longest_prunable,
+    state_kinds,
+)
+from vtprune.transformers_private.masks import attention_back_end, encoder_mask, layer_mask, unmasked_steps
+from vtprune.transformers_private.models import (
+    commit_of,
+    gemma3_blocks,
+    llava_next_crops,
+    qwen2_5_vl_window_order,
+    uninitialised,
+)
+from vtprune.transformers_private.positions import rotary_embedding, uses_mrope
+from vtprune.transformers_private.release import VERSION, check_release, is_own, is_tested_release, releases
+
+__all__ = [
+    "CACHE",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "LinearAttentionCacheLayerMixin",
+    "Scored",
+    "VERSION",
+    "attention_back_end",
+    "attention_input",
+    "cache_of",
+    "check_arguments",
+    "check_decoder",
+    "check_release",
+    "check_replay",
+    "commit_of",
+    "create_missing_layers",
+    "eager_encoder_attention",
+    "eager_weights",
+    "encoder_mask",
+    "encoder_scores",
+    "gemma3_blocks",
+    "has_keys",
+    "is_checkpointed",
+    "is_own",
+    "is_paged",
+    "is_plain_layer",
+    "is_prunable",
+    "is_tested_release",
+    "layer_mask",
+    "layer_type",
+    "llava_next_crops",
+    "longest_prunable",
+    "output_width",
+    "query_key_projections",
+    "qwen2_5_vl_window_order",
+    "reads_positions",
+    "releases",
+    "rotary_embedding",
+    "scored",
+    "state_kinds",
+    "uninitialised",
+    "unmasked_steps",
+    "uses_mrope",
+    "with_cache",
+]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of decoders: their names, and those that are not known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.transformers_private.release import releases, version
+
+_CACHE_NAMES = ("cache", "past_key_values")
+CACHE = _CACHE_NAMES[0] if version() >= (5, 24) else _CACHE_NAMES[1]
+"""What the installed release calls a KV cache, as an argument and in what models return."""
+
+_KNOWN_ARGUMENTS = {
+    *_CACHE_NAMES,
+    "attention_mask",
+    "deepstack_visual_embeds",
+    "hidden_states",
+    "input_ids",
+    "inputs_embeds",
+    "mamba_attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "visual_pos_masks",
+}
+"""Arguments of decoders and their layers that may hold one entry a token, and that are cut along."""
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The KV cache among the arguments of a model, whatever the release calls it.
+
+    Raises VTPruneError if one arrives under a name that is not known.
+    """
+    for name in _CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise VTPruneError(f"the KV cache arrives as {name!r}, a name that is not known: {releases()}")
+    return None
+
+
+def with_cache(decoder: nn.Module, kwargs: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """The arguments of a decoder with another KV cache, under the name that the decoder takes."""
+    given = next((name for name in _CACHE_NAMES if name in kwargs), None)
+    if given is None and (parameter := cache_parameter(decoder)) is not None:
+        given = parameter.name
+    if given is None:
+        raise VTPruneError(f"{type(decoder).__name__} takes no KV cache under a name that is known: {releases()}")
+    return {**kwargs, given: cache}
+
+
+def cache_parameter(decoder: nn.Module) -> inspect.Parameter | None:
+    """The parameter of a decoder's forward that takes the KV cache."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((parameters[name] for name in _CACHE_NAMES if name in parameters), None)
+
+
+def check_arguments(where: str, kwargs: Mapping[str, Any], batch: int, length: int) -> None:
+    """Raise UnsupportedStageError if an argument that is not known holds one entry a token: it would not be cut
+    along."""
+    for name, value in kwargs.items():
+        if name in _KNOWN_ARGUMENTS:
+            continue
+        for tensor in _tensors(value):
+            if tensor.shape[:2] in ((batch, length), (1, length)) or tensor.shape == (length,):
+                raise UnsupportedStageError(
+                    f"{where} is called with {name!r}, which holds one entry a token and is not known here, so that it "
+                    f"cannot be cut along with the tokens: {releases()}"
+                )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one encoder layer: scores by the layer's own code, whatever it packs, masks or rotates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.errors import UnsupportedStageError
+from vtprune.transformers_private.capture import CALLS, CAPTURE, EncoderScores, Given, capturing, replica
+
+_PROJECTIONS = (("q_proj", "k_proj"), ("qkv",))
+"""Names under which towers of transformers project to queries and keys."""
+
+
+def query_key_projections(attention: nn.Module) -> tuple[str, ...]:
+    """Names of the children of an encoder's attention module that project to queries and keys.
+
+    Raises UnsupportedStageError if it has none that are known.
+    """
+    for names in _PROJECTIONS:
+        if all(name in attention._modules for name in names):
+            return names
+    raise UnsupportedStageError(
+        f"the attention of this vision encoder cannot be recomputed: {type(attention).__name__} has none of the "
+        f"projections {', '.join(' and '.join(names) for names in _PROJECTIONS)}"
+    )
+
+
+def encoder_scores(
+    attention: nn.Module,
+    projected: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    rotated: bool = True,
+) -> list[EncoderScores]:
+    """Put an encoder layer's queries and keys through the layer's own norms and rotation, as `scored` does.
+
+    One for each call of its attention function: modules that pack images, or attend within windows, make one for each
+    image or window, in the order of the tokens.
+
+    Args:
+        attention: the layer's attention module.
+        projected: name of a projection (see `query_key_projections`) -> its output.
+        args, kwargs: what the module was called with.
+        rotated: whether queries and keys are rotated, where the layer does so.
+    """
+    children: dict[str, nn.Module] = {name: Given(output) for name, output in projected.items()}
+    if "v_proj" in attention._modules:  # values are as wide as keys, and nothing is read of them
+        keys = projected["k_proj"]
+        children["v_proj"] = Given(keys.new_zeros(()).expand(keys.shape))
+    # What comes behind the attention function costs time and says nothing.
+    children |= {
+        name: nn.Identity()
+        for name, child in attention._modules.items()
+        if name not in children and isinstance(child, nn.Linear)
+    }
+    twin = replica(attention, CAPTURE, **children)
+    calls = twin.__dict__[CALLS] = []
+    if not rotated and kwargs.get("position_embeddings") is not None:
+        cos, sin = kwargs["position_embeddings"]
+        kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    with torch.no_grad(), capturing():
+        type(attention).forward(twin, *args, **kwargs)
+    if not calls:
+        raise UnsupportedStageError(f"{type(attention).__name__} calls no attention function of transformers")
+    return calls
+
+
+@contextmanager
+def eager_encoder_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """While it lasts, weights and mask of each call of the eager attention function by an encoder's attention module.
+
+    The module has to run with the eager back end. Not for several threads at a time.
+    Raises UnsupportedStageError if the module's file has no such function.
+    """
+    home = sys.modules[type(attention).__module__]
+    eager = getattr(home, "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedStageError(f"{home.__name__} has no eager attention function")
+    calls: list[tuple[Tensor, Tensor | None]] = []
+
+    def note(module, query, key, value, attention_mask=None, **kwargs):
+        output = eager(module, query, key, value, attention_mask, **kwargs)
+        if module is attention:
+            calls.append((output[1], attention_mask))
+        return output
+
+    home.eager_attention_forward = note
+    try:
+        yield calls
+    finally:
+        home.eager_attention_forward = eager

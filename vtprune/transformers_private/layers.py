@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of decoder layers, and their caches."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from vtprune.errors import UnsupportedModelError, UnsupportedStageError
+from vtprune.transformers_private.arguments import cache_parameter
+from vtprune.transformers_private.release import releases
+
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of decoder layers that hold nothing but keys and values, one of each a token."""
+
+_STATE_KINDS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
+"""Kinds of decoder layers with a state that each token changes; "hybrid" ones hold keys and values, too."""
+
+
+def layer_type(config: Any, layer: int) -> str:
+    """Kind of a decoder layer, as transformers names it: "full_attention", "linear_attention", ..."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[layer]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def state_kinds(config: Any, layers: int) -> list[str]:
+    """Kinds of decoder layers that carry a state from token to token (convolutions, linear attention, Mamba), sorted.
+
+    Raises UnsupportedModelError if a layer is of a kind that is not known.
+    """
+    kinds = {layer_type(config, layer) for layer in range(layers)} - ATTENTION_KINDS
+    if strange := sorted(kinds - _STATE_KINDS):
+        raise UnsupportedModelError(
+            f"the language model {config.model_type!r} has layers of a kind that is not known: {', '.join(strange)}; "
+            f"{releases()}"
+        )
+    return sorted(kinds)
+
+
+def longest_prunable(config: Any, layers: int) -> int | None:
+    """Length of the longest sequence in which tokens can go missing; None for any.
+
+    Layers with chunks, or with queries scaled by how many tokens came before, would see other chunks and scales in a
+    sequence that has been cut.
+    """
+    limits = []
+    if any(layer_type(config, layer) == "chunked_attention" for layer in range(layers)):
+        limits.append(config.attention_chunk_size)
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(int(config.floor_scale) - 1)
+    return min(limits, default=None)
+
+
+def check_decoder(decoder: nn.Module) -> None:
+    """Raise UnsupportedModelError if a language model has a class of its own for its KV cache."""
+    parameter = cache_parameter(decoder)
+    for cls in typing.get_args(parameter and parameter.annotation):
+        if isinstance(cls, type) and issubclass(cls, Cache) and cls not in (Cache, DynamicCache):
+            raise UnsupportedModelError(
+                f"a {type(decoder).__name__} keeps its KV cache in a {cls.__name__}, in which tokens cannot go missing"
+            )
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a KV cache is one of pages that many requests share (continuous batching), without layers of its own."""
+    return not isinstance(cache, Cache)
+
+
+@functools.cache
+def _replays_hooks() -> bool:
+    """Whether gradient checkpointing runs a layer's hooks once more in the backward pass, as older releases do."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a decoder layer is under gradient checkpointing now, and leaves the KV cache that it is given alone."""
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return on and (torch.is_grad_enabled() or _replays_hooks())
+
+
+def check_replay(layer: nn.Module) -> None:
+    """Raise UnsupportedStageError if hooks of a decoder layer would run once more when their call is over."""
+    if is_checkpointed(layer) and torch.is_grad_enabled() and _replays_hooks():
+        raise UnsupportedStageError(
+            "this release of transformers runs the hooks of decoder layers once more under gradient checkpointing, "
+            "when what was pruned between them is gone; turn it off, use a method before the LLM, or a newer "
+            f"release: {releases()}"
+        )
+
+
+def has_keys(layer: Any) -> bool:
+    """Whether a cache layer holds keys and values; those of convolutions and linear attention hold a state instead."""
+    return isinstance(layer, CacheLayerMixin)
+
+
+def is_prunable(layer: Any) -> bool:
+    """Whether tokens can go missing in a cache layer: one that grows, or that holds no tokens at all."""
+    if has_keys(layer):
+        return not layer.is_compileable
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def create_missing_layers(cache: Cache, count: int) -> None:
+    """Create the layers of a cache that transformers would create lazily."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < count:
+            cache.layers.append(cache.layer_class_to_replicate())
+        cache.layer_class_to_replicate = None
+
+
+def is_plain_layer(layer: Any) -> bool:
+    """Whether a cache layer keeps its keys and values as two tensors, all of them, unquantised."""
+    return type(layer) is DynamicLayer

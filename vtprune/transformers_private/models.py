@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single functions of single models, and what loading needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+
+def gemma3_blocks(token_types: Tensor) -> Tensor:
+    """(batch, n) token types of Gemma 3 -> (batch, n) long: the image of each token, -1 for none."""
+    from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
+    return get_block_sequence_ids_for_mask(token_types)
+
+
+def llava_next_crops(size: Sequence[int], pinpoints: Any, tile: int) -> int:
+    """How many crops LLaVA-NeXT makes of an image of a (height, width), the overview included."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    return image_size_to_num_patches(size, pinpoints, tile)
+
+
+def qwen2_5_vl_window_order(grids: Tensor, vision_config: Any) -> Tensor:
+    """(merged tokens,) long: the order in which Qwen2.5-VL's encoder sorts the merged tokens of (media, 3) grids."""
+    from transformers.vision_utils import get_vision_window_index
+
+    order, _ = get_vision_window_index(
+        grids, vision_config.spatial_merge_size, vision_config.window_size, vision_config.patch_size
+    )
+    return order
+
+
+def uninitialised() -> AbstractContextManager:
+    """While it lasts, models are made without filling their weights."""
+    from transformers.initialization import no_init_weights
+
+    return no_init_weights()
+
+
+def commit_of(config: Any) -> str | None:
+    """The commit of the hub's snapshot that a config was read from; None for a folder."""
+    return config._commit_hash
