@@ -17,20 +17,9 @@ from vtprune.errors import (
 )
 from vtprune.methods import build_method, list_methods, register_method
 from vtprune.methods import catalogue as _catalogue
-from vtprune.methods.base import (
-    AfterPrefill,
-    BeforeLLM,
-    Composite,
-    CutOnce,
-    InEncoder,
-    InLLM,
-    Method,
-    Progressive,
-    Reviving,
-    Scorer,
-    Staged,
-)
+from vtprune.methods.base import AfterPrefill, BeforeLLM, Composite, InEncoder, InLLM, Method, Scorer
 from vtprune.methods.catalogue import *  # noqa: F403 (the methods; `__all__` below has them, too)
+from vtprune.methods.schedules import CutOnce, Progressive, Reviving, Staged
 from vtprune.report import Report, Totals
 from vtprune.session import Session, patch, prune
 from vtprune.tokens import Grid, Medium, Merging, ModelShape, Selection, VisualTokens

@@ -170,7 +170,7 @@ def doctor(
 def methods() -> None:
     """List the methods: where they act, what they look at, their source."""
     from vtprune.methods import list_methods
-    from vtprune.methods.base import Progressive
+    from vtprune.methods.schedules import Progressive
 
     table = Table("method", "stage", "signal", "default budget", "paper")
     for name, method in sorted(list_methods().items()):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vtprune import budget
 from vtprune.errors import ConfigError
-from vtprune.methods.base import BeforeLLM, Composite, Method, Progressive, Scorer, Share
+from vtprune.methods.base import BeforeLLM, Composite, Method, Scorer, Share
+from vtprune.methods.schedules import Progressive
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.page_rank import attention_page_rank
 from vtprune.signals import LayerSignal, LayerView

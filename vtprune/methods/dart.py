@@ -11,7 +11,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.attention import LayerAttention
-from vtprune.methods.base import CutOnce, Share
+from vtprune.methods.base import Share
+from vtprune.methods.schedules import CutOnce
 from vtprune.ops.pivot_tokens import leading, unlike_pivots
 from vtprune.signals import LayerSignal, LayerView
 from vtprune.stages.layout import take_columns

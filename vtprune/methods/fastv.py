@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtprune.methods.base import CutOnce, Scorer, Share
+from vtprune.methods.base import Scorer, Share
+from vtprune.methods.schedules import CutOnce
 from vtprune.signals import LastQueryAttention
 from vtprune.tokens import ModelShape, VisualTokens
 

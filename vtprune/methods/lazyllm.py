@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.methods.base import Reviving, Scorer, Share, Staged
+from vtprune.methods.base import Scorer, Share
+from vtprune.methods.schedules import Reviving, Staged
 from vtprune.signals import LastQueryAttention
 from vtprune.tokens import ModelShape, VisualTokens
 

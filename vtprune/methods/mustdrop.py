@@ -11,7 +11,8 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune.errors import ConfigError
-from vtprune.methods.base import AfterPrefill, Composite, InEncoder, Method, Progressive, Share, require_cls
+from vtprune.methods.base import AfterPrefill, Composite, InEncoder, Method, Share, require_cls
+from vtprune.methods.schedules import Progressive
 from vtprune.ops.dual_attention import dual_attention, dual_attention_filter, key_tokens
 from vtprune.ops.window_merging import window_merging
 from vtprune.signals import CacheSignal, CacheView, ClsAttention, LayerSignal, LayerView
@@ -197,7 +198,7 @@ class _Filter(Progressive):
     individual_threshold: float
 
     def cuts(self, shape: ModelShape) -> tuple[int, ...]:
-        return self.place(self.layers, PUBLISHED_LAYERS, shape)
+        return self.resolve_layers(self.layers, PUBLISHED_LAYERS, shape)
 
     def shares(self) -> tuple[float, ...]:
         steps = len(self.layers or PUBLISHED_LAYERS) + 1

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtprune.methods.base import Scorer, Share, Staged
+from vtprune.methods.base import Scorer, Share
+from vtprune.methods.schedules import Staged
 from vtprune.signals import InstructionAttention
 from vtprune.tokens import ModelShape, VisualTokens
 

@@ -10,7 +10,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from vtprune.methods.base import Share, Staged
+from vtprune.methods.base import Share
+from vtprune.methods.schedules import Staged
 from vtprune.ops.selection import top_k_mask
 from vtprune.ops.text_raters import text_raters
 from vtprune.ops.token_recycling import recycle_dropped

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.errors import ConfigError
-from vtprune.methods.base import Scorer, Share, Staged
+from vtprune.methods.base import Scorer, Share
+from vtprune.methods.schedules import Staged
 from vtprune.ops.token_transition import token_transition
 from vtprune.signals import InstructionAttention, LayerSignal, LayerView
 from vtprune.tokens import ModelShape, VisualTokens

@@ -18,7 +18,8 @@ from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware
 from vtprune.certificate import check_attention
 from vtprune.errors import UnsupportedStageError
-from vtprune.methods.base import InLLM, Reviving
+from vtprune.methods.base import InLLM
+from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence

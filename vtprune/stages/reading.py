@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method, Reviving
+from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
+from vtprune.methods.schedules import Reviving
 from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
 from vtprune.stages.layout import Groups
 from vtprune.tokens import ModelShape, Selection, VisualTokens

@@ -21,7 +21,8 @@ from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, cached_attention_row
 from vtprune.callers import ThreadAware
 from vtprune.errors import ConfigError, UnsupportedStageError
-from vtprune.methods.base import AfterPrefill, InLLM, Method, Reviving
+from vtprune.methods.base import AfterPrefill, InLLM, Method
+from vtprune.methods.schedules import Reviving
 from vtprune.signals import LastQueryAttention
 from vtprune.stages.cache import PrunedLayer, check_changeable, pruned_layers
 from vtprune.stages.call import Call

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import vtprune
-from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method, Reviving
+from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
+from vtprune.methods.schedules import Reviving
 from vtprune.testing.families import Batch
 from vtprune.testing.observed import ObservedSession, Sample
 from vtprune.testing.recompute import keep_all, recompute

@@ -23,7 +23,8 @@ from transformers import StaticCache
 
 import vtprune
 from vtprune.methods import build_method
-from vtprune.methods.base import Method, Reviving
+from vtprune.methods.base import Method
+from vtprune.methods.schedules import Reviving
 from vtprune.testing.attention import attention_rows
 from vtprune.testing.cases import (
     NEW,
