@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from vtprune.eval.results import read_results
-from vtprune.eval.summary import accuracy, budget_table
+from vtprune.eval.results.records import read_results
+from vtprune.eval.results.summary import accuracy, budget_table
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {

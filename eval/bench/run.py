@@ -27,8 +27,8 @@ from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
 from vtprune.eval.bench.shapes import build_model, random_inputs, shape_of
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
-from vtprune.eval.cells import versions
-from vtprune.eval.results import Record, to_line, write_atomically
+from vtprune.eval.results.records import Record, to_line, write_atomically
+from vtprune.eval.running.cells import versions
 from vtprune.methods import list_methods
 from vtprune.report import Report
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from vtprune.eval.results import Record
+from vtprune.eval.results.records import Record
 
 Column = tuple[str, Callable[[Record], str]]
 

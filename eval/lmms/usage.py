@@ -12,7 +12,7 @@ from lmms_eval.api.instance import TokenCounts
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from vtprune.errors import NothingPrunedError
-from vtprune.eval.measure import measure
+from vtprune.eval.running.measure import measure
 from vtprune.methods.base import Method
 from vtprune.report import Report
 
@@ -22,7 +22,7 @@ class Usage(TokenCounts):
     """Tokens of one request. lmms-eval writes `to_dict` to the sample, under `token_counts`."""
 
     measured: dict[str, Any] = field(default_factory=dict)
-    """`visual_tokens` of the prompt, the record of `vtprune.eval.measure`, and the costs had nothing been pruned"""
+    """`visual_tokens` of the prompt, the record of `vtprune.eval.running.measure`, and the costs without pruning"""
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | self.measured

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of `vtprune.eval.plots` as SVG inside a page, in the page's font and in colours that follow its theme.
+"""The plots of `vtprune.eval.pages.plots` as SVG inside a page, in its font and in colours that follow its theme.
 
 Importing this module imports matplotlib. Nothing that a data set or a model said is drawn: names stand in the page.
 """
@@ -15,8 +15,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from vtprune.eval.plots import COLOURS, LINES, PLAIN, Style, panel
-from vtprune.eval.summary import Entry, Record
+from vtprune.eval.pages.plots import COLOURS, LINES, PLAIN, Style, panel
+from vtprune.eval.results.summary import Entry, Record
 
 VARIABLES = {colour: f"--c{index}" for index, colour in enumerate([*COLOURS, *PLAIN.values()])}
 """Colour of a row -> the CSS variable that stands for it in the page."""

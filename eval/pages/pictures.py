@@ -13,9 +13,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from vtprune.errors import VTPruneError
-from vtprune.eval.finished import Comparison
+from vtprune.eval.pages.views import View, level, strip
+from vtprune.eval.results.finished import Comparison
 from vtprune.eval.tasks import TASKS, Example, Kind
-from vtprune.eval.views import View, level, strip
 
 _THUMBNAIL = {"image": 160, "video": 80}
 """Pixels of height of a small picture, or of each of the frames that stand for a video."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from vtprune.eval.finished import Comparison
-from vtprune.eval.plots import LINES
-from vtprune.eval.statistics import Difference, corrected, difference
-from vtprune.eval.summary import Entry, Record, accuracy, flops, percent, rows
+from vtprune.eval.pages.plots import LINES
+from vtprune.eval.results.finished import Comparison
+from vtprune.eval.results.statistics import Difference, corrected, difference
+from vtprune.eval.results.summary import Entry, Record, accuracy, flops, percent, rows
 
 Budget = float | None
 

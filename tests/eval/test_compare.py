@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vtprune.cli import app
 from vtprune.errors import ConfigError
-from vtprune.eval.compare import compare
+from vtprune.eval.results.compare import compare
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import tiny_eval
 import yaml
 
-from vtprune.eval.results import cell_records, read_results
+from vtprune.eval.results.records import cell_records, read_results
 
 CELLS = 60
 EXAMPLES = 4

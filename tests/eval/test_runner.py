@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from vtprune.cli import app
 from vtprune.errors import ConfigError
-from vtprune.eval import estimate
 from vtprune.eval.config import load_config
-from vtprune.eval.measure import SHOWN
-from vtprune.eval.results import cell_records, read_results
-from vtprune.eval.runner import run
-from vtprune.eval.summary import flops
+from vtprune.eval.results.records import cell_records, read_results
+from vtprune.eval.results.summary import flops
+from vtprune.eval.running import estimate
+from vtprune.eval.running.measure import SHOWN
+from vtprune.eval.running.runner import run
 
 CONFIG = {
     "task": "tiny",

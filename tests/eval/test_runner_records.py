@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vtprune.eval.downsample import Downsampler, grid_for
 from vtprune.eval.inputs import load_model, processed_view
-from vtprune.eval.results import CellFile, CellPart, cell_path, part_path
-from vtprune.eval.statistics import mean_interval, retention_interval
+from vtprune.eval.inputs.downsample import Downsampler, grid_for
+from vtprune.eval.results.records import CellFile, CellPart, cell_path, part_path
+from vtprune.eval.results.statistics import mean_interval, retention_interval
 
 BATCHES = [range(0, 3), range(3, 6), range(6, 7)]
 RECORDS = [{"index": index, "prediction": "é\n" * index, "score": index / 7} for index in range(7)]

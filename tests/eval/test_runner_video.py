@@ -15,14 +15,15 @@ from transformers import BatchFeature
 import vtprune
 import vtprune.eval
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
-from vtprune.eval import digitscenes, runner
-from vtprune.eval.cells import expand
+from vtprune.eval import digitscenes
 from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes import mp4
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
-from vtprune.eval.downsample import FewerFrames
 from vtprune.eval.inputs import InputCache, chat_inputs, load_model
-from vtprune.eval.results import cell_records
+from vtprune.eval.inputs.downsample import FewerFrames
+from vtprune.eval.results.records import cell_records
+from vtprune.eval.running import runner
+from vtprune.eval.running.cells import expand
 
 WHOLE = {"scope": "image"}
 METHODS = [

@@ -16,8 +16,8 @@ from filelock import FileLock
 
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
-from vtprune.eval.processes import Processes
-from vtprune.eval.runner import run
+from vtprune.eval.running.processes import Processes
+from vtprune.eval.running.runner import run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONFIG = {

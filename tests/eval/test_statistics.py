@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from vtprune.eval.statistics import RESAMPLES_OF_DIFFERENCES, difference, holm
+from vtprune.eval.results.statistics import RESAMPLES_OF_DIFFERENCES, difference, holm
 
 
 def right_or_wrong(seed, share, n=600):

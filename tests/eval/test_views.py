@@ -20,7 +20,7 @@ import vtprune
 from vtprune.adapters.llava import Llava
 from vtprune.eval.inputs import chat_inputs, load_model
 from vtprune.eval.pages.pictures import Picture, dimmed, seams
-from vtprune.eval.views import View, read_views, write_views
+from vtprune.eval.pages.views import View, read_views, write_views
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conformance import processors
@@ -306,8 +306,8 @@ def test_views_of_other_versions_are_left_out(image_model, tmp_path):
 
 def test_a_run_writes_views_of_its_task_and_model(image_model, tmp_path):
     from vtprune.eval.config import EvalConfig
-    from vtprune.eval.runner import run
-    from vtprune.eval.views import views_folder
+    from vtprune.eval.pages.views import views_folder
+    from vtprune.eval.running.runner import run
 
     config = EvalConfig(
         model=image_model[0].name_or_path,

@@ -15,10 +15,10 @@ import vtprune
 from vtprune.adapters.base import Adapter
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
-from vtprune.eval.cells import Cell, expand
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import chat_inputs, resolve_model
-from vtprune.eval.summary import flops
+from vtprune.eval.results.summary import flops
+from vtprune.eval.running.cells import Cell, expand
 from vtprune.eval.tasks import TASKS, Task
 from vtprune.methods import build_method
 from vtprune.methods.base import BeforeLLM, InEncoder, InLLM

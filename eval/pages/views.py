@@ -32,7 +32,7 @@ import vtprune
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.llava_onevision import UNLIMITED
 from vtprune.eval.inputs import chat_inputs
-from vtprune.eval.results import write_atomically
+from vtprune.eval.results.records import write_atomically
 from vtprune.eval.tasks import Example, Kind
 from vtprune.tokens import Grid, Medium
 

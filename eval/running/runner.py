@@ -17,13 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vtprune
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
-from vtprune.eval.cells import Cell, Identity, expand
 from vtprune.eval.config import EvalConfig
-from vtprune.eval.downsample import Downsampler, FewerFrames
 from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model, resolve_model
-from vtprune.eval.measure import SHOWN, measure, result_lines
-from vtprune.eval.processes import Processes
-from vtprune.eval.results import (
+from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
+from vtprune.eval.pages.views import views_folder, write_views
+from vtprune.eval.results.records import (
     CellFile,
     CellPart,
     Record,
@@ -33,8 +31,10 @@ from vtprune.eval.results import (
     write_atomically,
     writing,
 )
+from vtprune.eval.running.cells import Cell, Identity, expand
+from vtprune.eval.running.measure import SHOWN, measure, result_lines
+from vtprune.eval.running.processes import Processes
 from vtprune.eval.tasks import TASKS, Example, Task
-from vtprune.eval.views import views_folder, write_views
 
 UNDER_FLOOR = "under its floor"
 UNSUPPORTED = "unsupported"
@@ -166,8 +166,8 @@ def _run_model(
 
 
 def _summarise(results: Sequence[Record], output: Path) -> None:
-    from vtprune.eval.plots import families, pareto
-    from vtprune.eval.summary import studies, summary_markdown
+    from vtprune.eval.pages.plots import families, pareto
+    from vtprune.eval.results.summary import studies, summary_markdown
 
     write_atomically(output / "summary.md", summary_markdown(results).encode())
     with writing(output):

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vtprune.eval.summary import Entry, Record, rows
+from vtprune.eval.results.summary import Entry, Record, rows
 
 COLOURS = [
     "#0072b2",

@@ -23,7 +23,7 @@ from PIL import Image
 
 import vtprune
 from vtprune.errors import BudgetError, UnsupportedStageError
-from vtprune.eval.inputs import chat_inputs, processed_view
+from vtprune.eval.inputs.prompts import chat_inputs, processed_view
 
 
 def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from vtprune.errors import ConfigError
-from vtprune.eval.results import Record, cell_records, read_results
-from vtprune.eval.summary import Entry
+from vtprune.eval.results.records import Record, cell_records, read_results
+from vtprune.eval.results.summary import Entry
 
 OK = "ok"
 

@@ -8,11 +8,11 @@ from statistics import mean
 
 import torch
 
-from vtprune.eval.cells import Cell, Identity
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
-from vtprune.eval.results import CellFile, Record
-from vtprune.eval.statistics import mean_interval, retention_interval
+from vtprune.eval.results.records import CellFile, Record
+from vtprune.eval.results.statistics import mean_interval, retention_interval
+from vtprune.eval.running.cells import Cell, Identity
 from vtprune.report import Report
 
 SHOWN = 8
