@@ -61,7 +61,8 @@ def evaluate(
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
     from vtprune.eval.config import load_config, parse_changes
-    from vtprune.eval.results.summary import studies, terminal_table
+    from vtprune.eval.results.entries import studies
+    from vtprune.eval.results.summary import terminal_table
     from vtprune.eval.running.estimate import estimate_tables
     from vtprune.eval.running.runner import run
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 import vtprune
@@ -27,14 +26,12 @@ from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
 from vtprune.eval.bench.shapes import build_model, random_inputs, shape_of
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
+from vtprune.eval.progress import progress_bar
 from vtprune.eval.results.records import Record, to_line, write_atomically
+from vtprune.eval.results.status import OK, UNDER_FLOOR, Refusal
 from vtprune.eval.running.cells import versions
 from vtprune.methods import list_methods
 from vtprune.report import Report
-
-OK = "ok"
-UNDER_FLOOR = "under its floor"
-UNSUPPORTED = "unsupported"
 
 QUESTION = "What is shown in this image? Answer in one sentence."
 
@@ -62,11 +59,9 @@ class Row:
         return vtprune.prune(model, self.method, profile=True, **budget)
 
     def refused(self, error: BudgetError | UnsupportedStageError) -> None:
-        """Note why there are no numbers. Raises what is a mistake in the configuration instead."""
-        floor = getattr(error, "floor", None)
-        if isinstance(error, BudgetError) and floor is None:
-            raise error
-        self.status, self.reason, self.floor = UNSUPPORTED if floor is None else UNDER_FLOOR, str(error), floor
+        """Notes why the row has no numbers. Raises `error` if it is a mistake in the configuration."""
+        refusal = Refusal.of(error)
+        self.status, self.reason, self.floor = refusal.status, refusal.reason, refusal.floor
 
 
 def table_rows(config: BenchConfig, model: Any) -> list[Row]:
@@ -203,24 +198,17 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Record]:
     """
     if config.on_gpu and not torch.cuda.is_available():
         raise ConfigError(f"device {config.device!r} is not available")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console or Console(quiet=True)) as bar:
-        task = bar.add_task("building the model", total=None)
+    with progress_bar(console, "building the model") as bar:
         model, make_inputs = _subject(config)
         weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         if config.computes_linear == "onednn":
             use_onednn(model)
         rows = table_rows(config, model)
-        total = sum(row.status == OK for row in rows) * (config.rounds + 1) * len(config.batches)
-        bar.update(task, total=total)
-
-        def done(label: str) -> None:
-            bar.update(task, description=label, advance=1)
-
+        bar.expect(sum(row.status == OK for row in rows) * (config.rounds + 1) * len(config.batches))
         lines = [
             line | {"weight_bytes": weight_bytes}
             for batch in config.batches
-            for line in _batch(model, make_inputs(batch), rows, config, batch, done)
+            for line in _batch(model, make_inputs(batch), rows, config, batch, bar.advance)
         ]
     if config.output is not None:
         from vtprune.eval.bench.table import markdown

@@ -11,10 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vtprune.config import ConfigModel
 from vtprune.errors import ConfigError
+from vtprune.eval.running.measure import NOTHING_PRUNED
 from vtprune.methods import Method, build_methods
-
-NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
-"""What the full model runs with, for its measurements."""
 
 
 def _json(value: Any) -> Any:

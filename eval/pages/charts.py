@@ -16,7 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from vtprune.eval.pages.plots import COLOURS, LINES, PLAIN, Style, panel
-from vtprune.eval.results.summary import Entry, Record
+from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.records import Record
 
 VARIABLES = {colour: f"--c{index}" for index, colour in enumerate([*COLOURS, *PLAIN.values()])}
 """Colour of a row -> the CSS variable that stands for it in the page."""

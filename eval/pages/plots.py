@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vtprune.eval.results.summary import Entry, Record, rows
+from vtprune.eval.results.entries import Entry, rows
+from vtprune.eval.results.records import Record
 
 COLOURS = [
     "#0072b2",

@@ -20,9 +20,9 @@ from vtprune.eval.pages.charts import chart, legend
 from vtprune.eval.pages.pictures import Album, Picture, Thumbnails, dimmed, seams
 from vtprune.eval.pages.plots import LINES, average_tokens, prefill_flops, styles
 from vtprune.eval.pages.views import read_views, views_folder
+from vtprune.eval.results.entries import rows
 from vtprune.eval.results.finished import Asked, Comparison, comparisons
 from vtprune.eval.results.records import write_atomically
-from vtprune.eval.results.summary import rows
 
 SHOWN = 4
 """Examples of which the page shows what was kept."""

@@ -11,13 +11,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from vtprune.eval.pages.plots import LINES
+from vtprune.eval.results.entries import Entry, rows
 from vtprune.eval.results.finished import Comparison
+from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
+from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import Difference, corrected, difference
-from vtprune.eval.results.summary import Entry, Record, accuracy, flops, percent, rows
 
 Budget = float | None
-
-MISSING = "–"
 
 
 @dataclass(frozen=True)

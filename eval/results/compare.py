@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtprune.errors import ConfigError
+from vtprune.eval.results.entries import Entry, rows
 from vtprune.eval.results.finished import Comparison, comparisons
+from vtprune.eval.results.formatting import percent
 from vtprune.eval.results.statistics import Difference, corrected, difference
-from vtprune.eval.results.summary import Entry, percent, rows
 
 _COLOURS = {"better": "green", "worse": "red", "same": "dim"}
 

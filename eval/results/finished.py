@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from vtprune.errors import ConfigError
+from vtprune.eval.results.entries import Entry
 from vtprune.eval.results.records import Record, cell_records, read_results
-from vtprune.eval.results.summary import Entry
-
-OK = "ok"
+from vtprune.eval.results.status import OK
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune.errors import VTPruneError
+from vtprune.eval.results.status import Refusal
 
 Record = dict[str, Any]
 
@@ -187,9 +188,10 @@ class CellPart:
         append(self._path, _packed(records))
         self.batches.append(records)
 
-    def end(self, status: str, **details: Any) -> None:
-        """Closes the cell without scores, e.g. because its budget lies under the method's floor."""
-        self.ending = {"status": status, **details}
+    def end(self, refusal: Refusal) -> None:
+        """Closes the cell without scores, e.g. because its budget is under the method's floor."""
+        floor = {} if refusal.floor is None else {"floor": refusal.floor}
+        self.ending = {"status": refusal.status, "reason": refusal.reason, **floor}
 
 
 def part_path(path: Path, process: int) -> Path:

@@ -4,110 +4,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
 
 from rich.markup import escape
 from rich.table import Table
 
-Record = dict[str, Any]
-
-_MISSING = "–"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method at one budget: the cells of all its seeds."""
-
-    cells: tuple[Record, ...]
-
-    @property
-    def status(self) -> str:
-        """ "ok", or why there are no numbers."""
-        first = self.cells[0]
-        floor = first.get("floor")
-        return first["status"] if floor is None else f"{first['status']} ({floor:.1%})"
-
-    @property
-    def ok(self) -> bool:
-        return self.cells[0]["status"] == "ok"
-
-    def mean(self, key: str) -> float | None:
-        """Mean over the seeds; None where a cell has no such number."""
-        values = [cell[key] for cell in self.cells]
-        return None if None in values else mean(values)
-
-    def family(self, name: str) -> float:
-        """Mean score over the seeds in one kind of question."""
-        return mean(cell["family_scores"][name] for cell in self.cells)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation of the score over the seeds, None for a single one."""
-        return stdev(cell["score"] for cell in self.cells) if len(self.cells) > 1 else None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the score; over several seeds the mean of their bounds."""
-        return mean(c["ci"][0] for c in self.cells), mean(c["ci"][1] for c in self.cells)
-
-
-def rows(results: Sequence[Record]) -> dict[str, dict[float, Entry]]:
-    """Label of a method -> asked keep ratio -> its cells, in the order of the results."""
-    grouped: dict[str, dict[float, list[Record]]] = {}
-    for record in results:
-        grouped.setdefault(record["label"], {}).setdefault(record["keep_ratio"], []).append(record)
-    return {
-        label: {ratio: Entry(tuple(cells)) for ratio, cells in by_ratio.items()} for label, by_ratio in grouped.items()
-    }
-
-
-def ratios(results: Sequence[Record]) -> list[float]:
-    """The ratios of the grid, largest first."""
-    given = {record["keep_ratio"] for record in results} - {None}
-    return sorted((ratio for ratio in given if 0 < ratio < 1), reverse=True)
-
-
-def studies(results: Sequence[Record]) -> dict[str, list[Record]]:
-    """The results of each model on each task, by what their plots' names end in: nothing where there is one alone."""
-    grouped: dict[tuple[str, str], list[Record]] = {}
-    for record in results:
-        grouped.setdefault((record["task"], record["model"]), []).append(record)
-    if len(grouped) == 1:
-        return {"": list(results)}
-    named: dict[str, list[Record]] = {}
-    for number, ((task, model), own) in enumerate(grouped.items(), start=1):
-        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}"] = own
-    return named
-
-
-def percent(value: float | None) -> str:
-    return _MISSING if value is None else f"{100 * value:.1f}"
-
-
-def flops(value: float) -> str:
-    """With a unit: 1.23 GFLOPs."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}FLOPs"
-    return f"{value:.3g} FLOPs"
-
-
-def accuracy(entry: Entry) -> str:
-    """Score in per cent with its 95 % interval, and the spread over seeds where there are several."""
-    low, high = entry.interval
-    spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
-    return f"{percent(entry.mean('score'))}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
+from vtprune.eval.results.entries import Entry, ratios, rows, studies
+from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
+from vtprune.eval.results.records import Record
 
 
 def retention(entry: Entry) -> str:
     """Score over the full model's in per cent, with the paired interval of a single cell."""
     if entry.mean("retention") is None:
-        return _MISSING
+        return MISSING
     low = mean(cell["retention_ci"][0] for cell in entry.cells)
     high = mean(cell["retention_ci"][1] for cell in entry.cells)
     return f"{percent(entry.mean('retention'))} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -147,7 +58,7 @@ def terminal_table(results: Sequence[Record]) -> Table:
 
 def _place(entry: Entry | None) -> str:
     if entry is None:
-        return _MISSING
+        return MISSING
     if not entry.ok:
         return f"[dim]{escape(entry.status)}[/dim]"
     spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
@@ -173,7 +84,7 @@ def budget_table(results: Sequence[Record], show: Callable[[Entry], str]) -> str
             cells = [by_ratio.get(ratio) for ratio in columns]
         else:
             cells = [next(iter(by_ratio.values()))] + [None] * (len(columns) - 1)
-        body.append([label, *(_MISSING if c is None else show(c) if c.ok else f"*{c.status}*" for c in cells)])
+        body.append([label, *(MISSING if c is None else show(c) if c.ok else f"*{c.status}*" for c in cells)])
     return _markdown_table(["method", *(f"{100 * ratio:g} %" for ratio in columns)], body)
 
 
@@ -226,7 +137,7 @@ def _published(results: Sequence[Record]) -> str:
         if not (given := entry.cells[0].get("published")):
             continue
         ours = entry.mean("retention" if given["metric"] == "retention" else "score") if entry.ok else None
-        apart = _MISSING if ours is None else f"{100 * (ours - given['value']):+.1f}"
+        apart = MISSING if ours is None else f"{100 * (ours - given['value']):+.1f}"
         where = f"{given['source']}, {given['table']}"
         body.append([label, given["metric"], percent(ours), percent(given["value"]), apart, given["benchmarks"], where])
     return _markdown_table(["setting", "in %", "ours", "theirs", "difference", "theirs is of", "source"], body)

@@ -17,7 +17,8 @@ from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import chat_inputs, resolve_model
-from vtprune.eval.results.summary import flops
+from vtprune.eval.results.formatting import flops
+from vtprune.eval.results.status import UNDER_FLOOR, status_text
 from vtprune.eval.running.cells import Cell, expand
 from vtprune.eval.tasks import TASKS, Task
 from vtprune.methods import build_method
@@ -74,7 +75,7 @@ def _columns(adapter: Adapter, prompts: Sequence[Prompt], counts: Sequence[list[
 
 def _why_not(error: Exception) -> str:
     if isinstance(error, BudgetError) and error.floor is not None:
-        return f"under its floor ({error.floor:.1%})"
+        return status_text(UNDER_FLOOR, error.floor)
     return str(error)
 
 

@@ -12,11 +12,15 @@ from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
 from vtprune.eval.results.records import CellFile, Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval
+from vtprune.eval.results.status import OK
 from vtprune.eval.running.cells import Cell, Identity
 from vtprune.report import Report
 
 SHOWN = 8
-"""Of so many examples, the first ones, a cell's records say which visual tokens were kept: enough to look at."""
+"""Records say which visual tokens were kept for the first `SHOWN` examples only."""
+
+NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
+"""The method of a session that only measures: it keeps every token."""
 
 
 def measure(report: Report, indices: Sequence[int]) -> list[Record]:
@@ -59,7 +63,7 @@ def result_lines(
             "seed": cell.seed,
             "task": task,
             "cell": file.name,
-            "status": "ok",
+            "status": OK,
             "n": len(file.records),
         }
         if cell.preset is not None:

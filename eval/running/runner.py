@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import vtprune
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
@@ -21,6 +20,7 @@ from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model, resolve_model
 from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
 from vtprune.eval.pages.views import views_folder, write_views
+from vtprune.eval.progress import progress_bar
 from vtprune.eval.results.records import (
     CellFile,
     CellPart,
@@ -31,14 +31,11 @@ from vtprune.eval.results.records import (
     write_atomically,
     writing,
 )
+from vtprune.eval.results.status import Refusal
 from vtprune.eval.running.cells import Cell, Identity, expand
-from vtprune.eval.running.measure import SHOWN, measure, result_lines
+from vtprune.eval.running.measure import NOTHING_PRUNED, SHOWN, measure, result_lines
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.tasks import TASKS, Example, Task
-
-UNDER_FLOOR = "under its floor"
-UNSUPPORTED = "unsupported"
-_NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
@@ -68,7 +65,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
         if processes.first:
             _claim(config.output, stack)
         studies = [Study.of(config, model, name, task) for model in config.model for name, task in tasks.items()]
-        results = _run(config, studies, processes, console or Console(quiet=True))
+        results = _run(config, studies, processes, console)
     processes.end()
     return results
 
@@ -135,16 +132,16 @@ class Study:
         return result_lines(config, self.model, self.task_name, self.identity, cells)
 
 
-def _run(config: EvalConfig, studies: Sequence[Study], processes: Processes, console: Console) -> list[Record]:
+def _run(config: EvalConfig, studies: Sequence[Study], processes: Processes, console: Console | None) -> list[Record]:
     for study in studies:
         study.open(processes)
     total = sum(len(study.examples) * len(study.cells) for study in studies)
-    left = sum(len(batch) for study in studies for batches in study.remaining for batch in batches)
-    with _progress(console if processes.first else Console(quiet=True), total, left) as progress:
+    remaining = sum(len(batch) for study in studies for batches in study.remaining for batch in batches)
+    with progress_bar(console if processes.first else None, "loading the model", total, total - remaining) as bar:
         for model in config.model:
-            own = [study for study in studies if study.model == model and any(study.remaining)]
-            if own:
-                _run_model(config, own, processes, progress)
+            unfinished = [study for study in studies if study.model == model and any(study.remaining)]
+            if unfinished:
+                _run_model(config, unfinished, processes, bar.advance)
     if not processes.first:
         return []
     results = [line for study in studies for line in study.results(config)]
@@ -167,22 +164,14 @@ def _run_model(
 
 def _summarise(results: Sequence[Record], output: Path) -> None:
     from vtprune.eval.pages.plots import families, pareto
-    from vtprune.eval.results.summary import studies, summary_markdown
+    from vtprune.eval.results.entries import studies
+    from vtprune.eval.results.summary import summary_markdown
 
     write_atomically(output / "summary.md", summary_markdown(results).encode())
     with writing(output):
-        for suffix, own in studies(results).items():
-            pareto(own, output / f"pareto{suffix}.png")
-            families(own, output / f"families{suffix}.png")
-
-
-@contextmanager
-def _progress(console: Console, total: int, left: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar over all examples of all cells; yields a function that takes (what runs, examples done since)."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        row = bar.add_task("loading the model", total=total, completed=total - left)
-        yield lambda label, count: bar.update(row, description=label, advance=count)
+        for suffix, study in studies(results).items():
+            pareto(study, output / f"pareto{suffix}.png")
+            families(study, output / f"families{suffix}.png")
 
 
 class Evaluator:
@@ -224,10 +213,7 @@ class Evaluator:
                     self._log_time(part, batch, time.perf_counter() - started)
                     progress(cell.title, len(batch))
         except (BudgetError, UnsupportedStageError) as error:
-            if isinstance(error, BudgetError) and error.floor is None:
-                raise
-            details = {"floor": error.floor} if isinstance(error, BudgetError) else {}
-            part.end(UNDER_FLOOR if details else UNSUPPORTED, reason=str(error), **details)
+            part.end(Refusal.of(error))
 
     def _open(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[range], Mapping[str, Any]], Any]:
         """What makes the cell's inputs of a batch, and the session it runs in; closed with `stack`.
@@ -242,7 +228,7 @@ class Evaluator:
                 return smaller.inputs(*self._asked(batch))
 
         if cell.method in ("full", "downsample"):
-            session = vtprune.prune(self.model, _NOTHING_PRUNED)
+            session = vtprune.prune(self.model, NOTHING_PRUNED)
         elif cell.method == "zero":
             session = vtprune.prune(self.model, "zero")
         else:

@@ -17,9 +17,9 @@ from vtprune.errors import ConfigError
 from vtprune.eval.pages.report import said, write_report
 from vtprune.eval.pages.tables import ranking, verdict
 from vtprune.eval.results.finished import comparisons
+from vtprune.eval.results.formatting import percent
 from vtprune.eval.results.records import to_line
 from vtprune.eval.results.statistics import Difference, corrected, difference
-from vtprune.eval.results.summary import percent
 from vtprune.eval.tasks import TASKS, Task
 
 SHOUT = '<b onclick="x()">shout</b>'

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
+from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.records import cell_records, read_results
-from vtprune.eval.results.summary import flops
 from vtprune.eval.running import estimate
 from vtprune.eval.running.measure import SHOWN
 from vtprune.eval.running.runner import run

@@ -10,10 +10,11 @@ from vtprune.eval.inputs import load_model, processed_view
 from vtprune.eval.inputs.downsample import Downsampler, grid_for
 from vtprune.eval.results.records import CellFile, CellPart, cell_path, part_path
 from vtprune.eval.results.statistics import mean_interval, retention_interval
+from vtprune.eval.results.status import Refusal
 
 BATCHES = [range(0, 3), range(3, 6), range(6, 7)]
 RECORDS = [{"index": index, "prediction": "é\n" * index, "score": index / 7} for index in range(7)]
-ENDING = {"status": "under its floor", "floor": 0.2}
+ENDING = {"status": "under its floor", "reason": "too small", "floor": 0.2}
 
 
 def fill(path, process=0):
@@ -93,7 +94,7 @@ def test_an_ended_cell_stays_ended(path):
     file = CellFile(path, BATCHES)
     half_done(path, BATCHES[:1])
     parts = [CellPart(path, 0), CellPart(path, 1)]
-    parts[1].end(**ENDING)
+    parts[1].end(Refusal(**ENDING))
     file.finish(parts)
     again = CellFile(path, BATCHES)
     assert (again.complete, again.remaining, again.ending, again.records) == (True, [], ENDING, [])
