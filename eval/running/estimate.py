@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +14,25 @@ import vtprune
 from vtprune.adapters.base import Adapter
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
-from vtprune.eval.config import EvalConfig
+from vtprune.eval.config import BASELINES, EvalConfig
 from vtprune.eval.inputs import chat_inputs, resolve_model
 from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.status import UNDER_FLOOR, status_text
 from vtprune.eval.running.cells import Cell, expand
 from vtprune.eval.tasks import TASKS, Task
 from vtprune.methods import build_method
-from vtprune.methods.base import BeforeLLM, InEncoder, InLLM
+from vtprune.plan import Prompt, plan
 from vtprune.tokens import ModelShape
 
 _EXAMPLES = 8
-"""So many of the first examples are looked at for the length of a prompt."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Lengths of one prompt."""
-
-    visual: int
-    crops: int
-    text: int
+"""Number of examples, the first ones, whose prompts are measured."""
 
 
 def estimate_tables(config: EvalConfig) -> Iterator[Table]:
-    """Of each model on each task, a line a cell: visual tokens averaged over the layers, FLOPs of the LLM's prefill.
+    """One table for each model on each task, with a line for each cell.
 
-    Both are means over the task's first examples. Raises ConfigError if a model's config or processor cannot be loaded.
+    A line has the visual tokens averaged over the layers, and the FLOPs of the LLM's prefill. Both are means over the
+    task's first examples. Raises ConfigError if a model's config or processor cannot be loaded.
     """
     for model in config.model:
         adapter, processor = _on_paper(model)
@@ -111,49 +102,11 @@ def _flops(adapter: Adapter, prompts: Sequence[Prompt], counts: Sequence[list[fl
 
 
 def layer_counts(cell: Cell, shape: ModelShape, prompt: Prompt) -> list[float] | None:
-    """Visual tokens that would enter each decoder layer; None where only the data say.
-
-    Crops are taken to be of one size, and separators to be tokens like others.
+    """Visual tokens that would enter each decoder layer; None if only the data decide.
 
     Raises:
         VTPruneError: what `vtprune.prune` would refuse of the cell.
     """
-    depth, visual = shape.decoder_layers, prompt.visual
-    if cell.method in ("full", "zero", "downsample"):
-        return [visual * cell.keep_ratio] * depth
-    method = build_method(cell.spec)
-    method.check_budget(shape)
-    for part in (parts := method.parts(shape)):
-        part.signals(shape)
-    if any(isinstance(part, InEncoder) for part in parts):
-        return None if cell.keep_ratio is None else [visual * cell.keep_ratio] * depth
-    entering, counts = visual, None
-    for part in parts:
-        if isinstance(part, BeforeLLM):
-            kept = part.budgets(*_groups(entering, 1 if part.scope == "image" else prompt.crops))
-            if (kept < 0).any():
-                return None
-            entering = int(kept.sum())
-        elif isinstance(part, InLLM):
-            numbers = torch.tensor([[entering], [prompt.crops], [visual]])
-            budgets = part.prompt_budgets(shape, *numbers)[:, 0].tolist()
-            if min(budgets) < 0:
-                return None
-            counts = _by_layer(part.cuts(shape), budgets, entering, depth)
-            if part.masks:
-                counts = [entering] * depth
-    return counts or [entering] * depth
-
-
-def _groups(tokens: int, crops: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(crops,) tokens of each, and (crops,) the image it is of."""
-    lengths = torch.full((crops,), tokens // crops)
-    lengths[: tokens % crops] += 1
-    return lengths, torch.zeros(crops, dtype=torch.long)
-
-
-def _by_layer(cuts: Sequence[int], left: Sequence[int], entering: int, depth: int) -> list[float]:
-    counts = [entering] * depth
-    for cut, count in zip(cuts, left, strict=True):
-        counts[cut:] = [count] * (depth - cut)
-    return counts
+    if cell.method in BASELINES:
+        return [prompt.visual * cell.keep_ratio] * shape.decoder_layers
+    return plan([build_method(cell.spec)], shape, prompt)

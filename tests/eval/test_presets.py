@@ -12,8 +12,9 @@ from vtprune.eval.bench.shapes import SHAPES
 from vtprune.eval.config import EvalConfig, load_config
 from vtprune.eval.presets import presets
 from vtprune.eval.running.cells import expand
-from vtprune.eval.running.estimate import Prompt, layer_counts
+from vtprune.eval.running.estimate import layer_counts
 from vtprune.eval.running.runner import run
+from vtprune.plan import Prompt
 from vtprune.tokens import ModelShape
 
 BY_HAND = {
