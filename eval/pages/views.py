@@ -30,7 +30,6 @@ from torch.nn.functional import interpolate
 
 import vtprune
 from vtprune.adapters.base import Adapter
-from vtprune.adapters.llava_onevision import UNLIMITED
 from vtprune.eval.inputs import chat_inputs
 from vtprune.eval.results.records import write_atomically
 from vtprune.eval.tasks import Example, Kind
@@ -149,8 +148,8 @@ def _one_mosaic(medium: Medium) -> Medium:
 
 def _mosaic(adapter: Adapter, given: Mapping[str, Any], crops: Tensor) -> Tensor:
     """What the tiles' tokens show, (3, height, width): the overview (first of crops) and padding are left out."""
-    # Resized features stretch as far as the others, and pixels would not survive it.
-    given = {**given, "vision_aspect_ratio": UNLIMITED}
+    # Resized features cover the same area as the others, but pixels cannot be resized like features.
+    given = adapter.without_resizing(given)
     (medium,) = adapter.media("image", given, [])
     side = _patch(adapter)
     sizes = dict(p=side, q=side)
