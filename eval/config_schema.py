@@ -22,12 +22,12 @@ def json_schema() -> dict[str, Any]:
     """Of the file as it is written: names alone where a list is meant, methods as flat mappings."""
     schema = EvalConfig.model_json_schema()
     properties = schema["properties"]
-    own = MethodEntry.model_json_schema()["properties"]
+    fields_of_entry = MethodEntry.model_json_schema()["properties"]
     methods = {name: method for name, method in list_methods().items() if name not in BASELINES}
     properties["model"] = _one_or_more({"type": "string"}) | {"description": "Folders or hub ids of models."}
     properties["task"] = _one_or_more({"enum": list(TASKS)}) | {"default": "digitscenes"}
-    rows = [_row(name, method, own) for name, method in methods.items()]
-    preset = {"preset": {"enum": list(presets())}, "seeds": own["seeds"]}
+    rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
+    preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
     properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows]}
     schema["required"] = [key for key in schema["required"] if key != "output"]  # it has a default of the file's name
     schema.pop("$defs", None)
@@ -42,14 +42,14 @@ def _mapping(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def _row(name: str, method: type[Method], own: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, method: type[Method], fields_of_entry: dict[str, Any]) -> dict[str, Any]:
     """One method with its parameters."""
     hints = typing.get_type_hints(method, include_extras=True)
     fields = [field.name for field in dataclasses.fields(method) if field.name not in BUDGETS]
     parameters = {field: TypeAdapter(hints[field]).json_schema() for field in fields}
     lists = {field: {"type": "array", "items": parameter, "minItems": 1} for field, parameter in parameters.items()}
-    shared = {key: own[key] for key in _SHARED if key != "seeds" or "seed" in fields}
-    lists |= {field: own[key] for field, key in LISTS.items() if key in shared}
+    shared = {key: fields_of_entry[key] for key in _SHARED if key != "seeds" or "seed" in fields}
+    lists |= {field: fields_of_entry[key] for field, key in LISTS.items() if key in shared}
     grid = {"grid": {"type": "object", "properties": lists, "additionalProperties": False}}
     summary = inspect.getdoc(method).splitlines()[0]
     return _mapping({"name": {"const": name}, **parameters, **shared, **grid}, ["name"]) | {"description": summary}

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `downsample` baseline: a smaller image, or fewer frames, instead of fewer tokens of what was encoded whole.
+"""The `downsample` baseline: a smaller image, or fewer frames, instead of fewer tokens of the whole image.
 
-An image is prepared as always (resized, cropped), then shrunk until its patches fill the grid that the budget
-allows. Encoder, projector and LLM run on these patches alone; the encoder's position embeddings are interpolated to the
-smaller grid by transformers' own `interpolate_pos_encoding`. Nothing is enlarged again, so the token counts are equal
-to those of a pruning method, and the encoder gets cheaper as well, which no pruning method before the LLM achieves.
+An image is prepared as always (resized, cropped), then made so small that its patches fill the grid that the budget
+allows. Encoder, projector and LLM run on these patches only. The encoder's position embeddings are interpolated to the
+smaller grid by the `interpolate_pos_encoding` of transformers. Nothing is enlarged again, so the token counts are equal
+to those of a pruning method. The encoder gets cheaper as well, which no pruning method before the LLM achieves.
 (VTC-Bench, arXiv 2510.07143, found this baseline above many methods.)
 
-Of a video the processor samples fewer frames. Frames are not made smaller: LLaVA-OneVision, for one, lays every frame
-out in the grid that its configuration states.
+For a video the processor samples fewer frames. The frames are not made smaller, because LLaVA-OneVision, for example,
+lays out every frame in the grid that its configuration states.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vtprune.eval.inputs.prompts import chat_inputs, processed_view
 def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:
     """The grid whose number of cells is nearest to `keep_ratio * rows * cols`.
 
-    Sides are whole patches and shrink alike, each to a floor or a ceiling of its exact length; the shape nearest to the
-    image's wins a tie.
+    Sides are whole patches and shrink alike: each is the floor or the ceiling of its exact length. If two grids
+    are equally near, the one with the image's shape is taken, as nearly as possible.
 
     Returns:
         (rows, cols), each at least 1.
@@ -45,12 +45,12 @@ def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:
 
 
 class Downsampler:
-    """Makes inputs of a LLaVA model with a CLIP or SigLIP encoder as small as a budget says.
+    """Makes smaller images for a LLaVA model with a CLIP or SigLIP encoder, as a budget says.
 
     Args:
         model: a model with an adapter, whose vision tower takes `interpolate_pos_encoding`.
         processor: its processor.
-        keep_ratio: share of the visual tokens, in (0, 1); met as nearly as a grid of whole patches can.
+        keep_ratio: share of the visual tokens, in (0, 1). A grid of whole patches meets it as nearly as possible.
 
     Raises:
         UnsupportedStageError: the encoder cannot take images of another size.
@@ -70,7 +70,7 @@ class Downsampler:
         self.grid = grid_for(full.rows, full.cols, keep_ratio)
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-        """As `chat_inputs`; pixels (batch, channels, rows * patch, cols * patch), one image token a patch."""
+        """Like `chat_inputs`; pixels (batch, channels, rows * patch, cols * patch), one image token for each patch."""
         rows, cols = self.grid
         size = (cols * self.patch, rows * self.patch)
         small = [processed_view(self.processor, image).resize(size, Image.Resampling.BICUBIC) for image in images]
@@ -78,7 +78,7 @@ class Downsampler:
 
     @contextmanager
     def interpolated(self) -> Iterator[None]:
-        """While open, the encoder takes images of any size. LLaVA's forward has no argument for it."""
+        """While the context is open, the encoder takes images of any size. LLaVA's forward has no argument for it."""
         handle = self.tower.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "interpolate_pos_encoding": True}), with_kwargs=True
         )
@@ -93,7 +93,7 @@ class FewerFrames:
 
     Args:
         processor: one that samples a fixed number of frames from every video.
-        keep_ratio: share of those frames, in (0, 1); met as nearly as whole frames can.
+        keep_ratio: share of those frames, in (0, 1). Whole frames meet it as nearly as possible.
 
     Raises:
         UnsupportedStageError: the processor samples by frame rate, or not at all.
@@ -118,5 +118,5 @@ class FewerFrames:
         self.frames = round(keep_ratio * usual)
 
     def inputs(self, videos: Sequence[str | Path], questions: Sequence[str]) -> Any:
-        """As `chat_inputs`, with `self.frames` frames a video."""
+        """Like `chat_inputs`, with `self.frames` frames of each video."""
         return chat_inputs(self.processor, videos, questions, "video", num_frames=self.frames)

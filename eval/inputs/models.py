@@ -11,7 +11,7 @@ import torch
 from vtprune.errors import ConfigError
 
 _OWN_MODELS = {"digitscenes": "MODEL_PATH", "digitscenes_video": "VIDEO_MODEL_PATH"}
-"""Names of the models that come with the library, and of their folders in `vtprune.eval.digitscenes`."""
+"""Name of a model that comes with the library -> name of its folder in `vtprune.eval.digitscenes`."""
 
 
 def resolve_model(model: str) -> str:
@@ -41,7 +41,7 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
     path = resolve_model(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would tear the caller's own
+    logging.disable_progress_bar()  # it would break the caller's progress bar
     try:
         spread = {"device_map": "auto"} if device == "auto" else {}
         loaded = AutoModelForImageTextToText.from_pretrained(
@@ -56,10 +56,10 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
 
 
 def answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int, **sampling: Any) -> tuple[list[str], Any]:
-    """What a model says to a batch; greedily unless `sampling`, arguments of `generate`, says otherwise.
+    """A model's answers to a batch; greedy unless `sampling`, arguments of `generate`, says otherwise.
 
     Returns:
-        Texts without special tokens and outer blanks, and the new tokens (batch, at most max_new_tokens).
+        The texts without special tokens and outer blanks, and the new tokens (batch, at most max_new_tokens).
     """
     inputs = inputs.to(model.device, model.dtype)
     with torch.inference_mode():

@@ -24,13 +24,13 @@ def chat_inputs(
     kind: Kind = "image",
     **processor_kwargs: Any,
 ) -> Any:
-    """One user turn an image or video: the medium, then the question, with the generation prompt behind it.
+    """Prompts of one user turn each: an image or a video, then the question, then the generation prompt.
 
     Args:
         processor: a processor with a chat template.
-        media: RGB images, or paths of video files, one a prompt. The processor samples the frames of a video.
-        questions: as many texts.
-        kind: what the media are.
+        media: RGB images or paths of video files, one for each prompt. The processor samples the frames of a video.
+        questions: one text for each prompt.
+        kind: of the media.
         processor_kwargs: passed on, e.g. `do_resize=False`.
 
     Returns:
@@ -47,23 +47,23 @@ def chat_inputs(
 
 
 def conversation_inputs(processor: Any, conversations: Sequence[Sequence[dict]], **processor_kwargs: Any) -> Any:
-    """Whole conversations as inputs, with the generation prompt behind them.
+    """Whole conversations as inputs, followed by the generation prompt.
 
     Args:
-        processor: a processor. Without a chat template (PaliGemma) a prompt is the markers of its images and its text.
+        processor: a processor. Without a chat template (PaliGemma), a prompt is the markers of its images and its text.
         conversations: turns with a `role` and a `content`: parts of `type` image, video or text.
         processor_kwargs: passed on, e.g. `num_frames=32`.
 
     Returns:
-        As `chat_inputs`, for any number of media a prompt.
+        The same as `chat_inputs`, for any number of media in a prompt.
     """
     options = {"padding": True, "padding_side": "left", **processor_kwargs}
     if processor.chat_template is None:
         parts = [[part for turn in turns for part in turn["content"]] for turns in conversations]
-        texts = ["".join(part.get("text", processor.image_token) for part in own) for own in parts]
-        images = [[part["image"] for part in own if part["type"] == "image"] for own in parts]
+        texts = ["".join(part.get("text", processor.image_token) for part in prompt) for prompt in parts]
+        images = [[part["image"] for part in prompt if part["type"] == "image"] for prompt in parts]
         inputs = processor(text=texts, images=images, return_tensors="pt", **options)
-        inputs.pop("labels", None)  # PaliGemma's processor makes them of every prompt
+        inputs.pop("labels", None)  # PaliGemma's processor makes labels of every prompt
         return inputs
     with decoding_with_pyav(processor):
         return processor.apply_chat_template(
@@ -77,35 +77,35 @@ def conversation_inputs(processor: Any, conversations: Sequence[Sequence[dict]],
 
 
 class InputCache:
-    """Inputs of the batches that every cell runs over: a file is decoded and resized once, not once a cell.
+    """Stores the inputs of the batches, so that a file is decoded and resized once instead of once a cell.
 
-    What it holds is the processor's output: 1.8 MB for a clip of 12 frames of 112 x 112 pixels, 0.3 MB for an image of
-    168 x 168. Batches that no longer fit are made anew every time.
+    The inputs are the processor's output: 1.8 MB for a clip of 12 frames of 112 x 112 pixels, 0.3 MB for an image of
+    168 x 168. A batch that does not fit any more is made again every time.
 
     Args:
-        make: the inputs of a batch of examples.
-        limit: bytes to hold at most.
+        make: makes the inputs of a batch of examples.
+        limit: largest number of bytes to store.
     """
 
     def __init__(self, make: Callable[[range], Any], limit: int = CACHE_BYTES):
         self._make = make
-        self._left = limit
-        self._held: dict[range, dict[str, Any]] = {}
+        self._free = limit
+        self._stored: dict[range, dict[str, Any]] = {}
 
     def __call__(self, batch: range) -> Any:
-        """BatchFeature of its own, of tensors that must not be written to."""
-        if batch in self._held:
-            return BatchFeature(self._held[batch])
+        """A new BatchFeature of the batch. Its tensors are shared and must not be written to."""
+        if batch in self._stored:
+            return BatchFeature(self._stored[batch])
         inputs = self._make(batch)
         size = sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
-        if size <= self._left:
-            self._left -= size
-            self._held[batch] = dict(inputs)
+        if size <= self._free:
+            self._free -= size
+            self._stored[batch] = dict(inputs)
         return inputs
 
 
 def processed_view(processor: Any, image: Image.Image) -> Image.Image:
-    """What the encoder sees of `image`, at the encoder's resolution: resized and cropped as the processor does."""
+    """The image as the encoder sees it: resized and cropped by the processor, at the encoder's resolution."""
     pixels = processor.image_processor(
         images=[image.convert("RGB")], do_rescale=False, do_normalize=False, return_tensors="pt"
     )["pixel_values"][0]

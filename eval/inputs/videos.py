@@ -18,8 +18,8 @@ from vtprune.errors import ConfigError
 def decoding_with_pyav(processor: Any) -> Iterator[None]:
     """While open, the processor reads video files with PyAV.
 
-    Processors know torchcodec alone, which wants FFmpeg's libraries on the system; PyAV brings its own. With one
-    decoder everywhere a file also has the same pixels everywhere.
+    Processors know torchcodec only, which needs FFmpeg's libraries on the system; PyAV brings these libraries. With one
+    decoder everywhere, a file also has the same pixels everywhere.
     """
     video_processor = getattr(processor, "video_processor", None)
     if video_processor is None:
@@ -39,9 +39,9 @@ def decoding_with_pyav(processor: Any) -> Iterator[None]:
 def read_frames(path: str | Path, sample: Callable[..., Any] | None) -> tuple[np.ndarray, VideoMetadata]:
     """Frames of a video file that `sample` chooses (default all), uint8 RGB (frames, height, width, 3).
 
-    As transformers' own reader has it, but for three kinds of files: where the container does not say how many frames
-    it holds (Matroska, WebM) they are counted; a clip shorter than the number of frames asked for gives some of them
-    twice, so that clips of a batch can be stacked; and what a damaged end lacks is the last frame that can be read.
+    The result is that of transformers' reader, with three exceptions. Frames are counted if the container does not say
+    how many there are (Matroska, WebM). A clip with fewer frames than asked for repeats frames, so that the clips of a
+    batch can be stacked. If the end of a file is damaged, its last readable frame stands for the missing ones.
     """
     import av
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What requests cost: each one's with its sample (`--log_samples`), a run's means in its log and under `throughput`."""
+"""Costs of requests: of each one with its sample (`--log_samples`), and means in the log and under `throughput`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UsageLog:
     """Costs of the requests of one call.
 
     Args:
-        methods: what prunes.
+        methods: the methods that prune.
     """
 
     def __init__(self, methods: Sequence[Method]):
@@ -41,7 +41,7 @@ class UsageLog:
         self._seconds = 0.0
 
     def add(self, report: Report, indices: Sequence[int], lengths: Sequence[int], seconds: float) -> list[Usage]:
-        """One usage a sample of the batch that `report` is about.
+        """One usage for each sample of the batch that `report` describes.
 
         Args:
             report: of the batch.
@@ -63,7 +63,7 @@ class UsageLog:
         return usages
 
     def close(self) -> None:
-        """Logs the means. Of several processes each logs its own; lmms-eval keeps those of the first.
+        """Logs the means. If there are several processes, each logs its means; lmms-eval keeps those of the first.
 
         Raises:
             NothingPrunedError: a method ran, visual tokens came, and not one was dropped.

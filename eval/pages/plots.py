@@ -75,17 +75,17 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     """
     figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    panel(left, results, average_tokens)
-    panel(right, results, prefill_flops)
+    by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
+    panel(by_tokens, results, average_tokens)
+    panel(by_flops, results, prefill_flops)
     first = results[0]
-    left.set_ylabel("accuracy (%)")
-    left.set_xlabel("visual tokens measured, averaged over decoder layers")
-    right.set_xlabel("prefill FLOPs of the language model, one example")
+    by_tokens.set_ylabel("accuracy (%)")
+    by_tokens.set_xlabel("visual tokens measured, averaged over decoder layers")
+    by_flops.set_xlabel("prefill FLOPs of the language model, one example")
     figure.suptitle(
         f"{first['task']}, {first['n']} examples; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11
     )
-    handles, labels = left.get_legend_handles_labels()
+    handles, labels = by_tokens.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
 

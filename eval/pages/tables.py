@@ -180,8 +180,8 @@ def published(line: Record) -> str | None:
     given = line.get("published")
     if not given:
         return None
-    own = line["retention"] if given["metric"] == "retention" else line["score"]
-    apart = "" if own is None else f", ours {100 * (own - given['value']):+.1f}"
+    ours = line["retention"] if given["metric"] == "retention" else line["score"]
+    apart = "" if ours is None else f", ours {100 * (ours - given['value']):+.1f}"
     where = f"{given['benchmarks']}; {given['source']}, {given['table']}"
     return f"{percent(given['value'])} ({given['metric']}{apart}; {where})"
 
@@ -197,8 +197,8 @@ def seconds_per_example(folders: Sequence[Path]) -> dict[str, float]:
     cells = dict.fromkeys(cell for cell, _ in batches)
     found = {}
     for cell in cells:
-        own = [batch for (name, _), batch in batches.items() if name == cell]
-        found[cell] = sum(seconds for seconds, _ in own) / sum(examples for _, examples in own)
+        of_cell = [batch for (name, _), batch in batches.items() if name == cell]
+        found[cell] = sum(seconds for seconds, _ in of_cell) / sum(examples for _, examples in of_cell)
     return found
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the encoder saw of the first examples, and where their visual tokens are in it.
+"""Pictures of the first examples as the encoder saw them, and the places of their visual tokens.
 
-A run leaves this beside its results, so that a page can show which tokens were kept without the model or its processor:
+A run writes these beside its results. So a page can show which tokens were kept without the model or its processor:
 
-    OUTPUT/views/<task>-<fingerprint of the weights>/<index>.jpg    what the encoder saw, pictures abreast
+    OUTPUT/views/<task>-<fingerprint of the weights>/<index>.jpg    what the encoder saw, pictures side by side
     OUTPUT/views/<task>-<fingerprint of the weights>/<index>.json   question, grids and places
 
 The pictures are drawn from the pixels that the encoder was given: an image, or its crops; a mosaic of tiles without the
-padding that the model cuts off; a frame a picture of a video, or two frames, one shining through the other, where they
-share their tokens.
+padding that the model cuts off; one picture for each frame of a video. If two frames share their tokens, one picture
+shows their mean.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from vtprune.eval.tasks import Example, Kind
 from vtprune.tokens import Grid, Medium
 
 _HEIGHT = {"image": 336, "video": 128}
-"""Pixels of a picture at most."""
+"""Largest height of a picture in pixels."""
 _ALIKE = 8
-"""Mean difference, of 255, up to which tiles put together are taken for what the overview shows."""
+"""Largest mean difference, of 255, between the overview and tiles that are put together in the right way."""
 
 Place = list[int] | None
 """[picture, row, column] of a visual token; None for tokens without a place (CLS, newlines)."""
@@ -114,7 +114,7 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
     for medium, pixels in zip(media, adapter.pixels(kind, given), strict=True):
         crops = _unpacked(adapter, medium, pixels) if pixels.ndim == 2 else pixels.reshape(-1, *pixels.shape[-3:])
         crops = _whole_patches(crops.float().cpu(), _patch(adapter))
-        # An overview, and tiles whose tokens run on from one to another.
+        # An overview, and tiles whose rows of tokens go on from one tile to the next.
         if kind == "image" and medium.lines is not None and len(medium.grids) > 1:
             layout, pictures = _one_mosaic(medium), [crops[0], _mosaic(adapter, given, crops)]
         else:
@@ -147,7 +147,7 @@ def _one_mosaic(medium: Medium) -> Medium:
 
 
 def _mosaic(adapter: Adapter, given: Mapping[str, Any], crops: Tensor) -> Tensor:
-    """What the tiles' tokens show, (3, height, width): the overview (first of crops) and padding are left out."""
+    """The pixels of the tiles' tokens, (3, height, width), without padding and without the overview, the first crop."""
     # Resized features cover the same area as the others, but pixels cannot be resized like features.
     given = adapter.without_resizing(given)
     (medium,) = adapter.media("image", given, [])
@@ -160,7 +160,7 @@ def _mosaic(adapter: Adapter, given: Mapping[str, Any], crops: Tensor) -> Tensor
 
 
 def _whole_patches(pixels: Tensor, side: int) -> Tensor:
-    """(..., height, width) without what is left over at the edge, which encoders do not look at."""
+    """(..., height, width) without the pixels at the edge that fill no patch; encoders do not look at them."""
     height, width = (length // side * side for length in pixels.shape[-2:])
     return pixels[..., :height, :width]
 
@@ -195,9 +195,10 @@ def _places(layout: Medium) -> list[Place]:
 
 
 def _assembled(seen: _Seen) -> _Seen:
-    """Tiles of an image as one picture, where the last one is an overview of it.
+    """Tiles of an image as one picture, if the last one is an overview of it.
 
-    Models are not told how the tiles lie, so the overview has to say: put together in the right way, they look like it.
+    Models are not told how the tiles lie, so the overview decides: tiles that are put together in the right way look
+    like it.
     """
     *tiles, overview = seen.pictures
     if any(tile.shape != tiles[0].shape for tile in tiles) or any(grid != seen.grids[0] for grid in seen.grids):
@@ -223,7 +224,7 @@ def _small(picture: Tensor) -> Tensor:
     return interpolate(picture[None].float(), (16, 16), mode="bilinear", antialias=True)
 
 
-# -- pictures abreast -------------------------------------------------------------------------------------------------
+# -- pictures side by side --------------------------------------------------------------------------------------------
 
 
 def level(pictures: Sequence[Image.Image], height: int) -> list[Image.Image]:
@@ -236,10 +237,10 @@ def level(pictures: Sequence[Image.Image], height: int) -> list[Image.Image]:
 def strip(pictures: Sequence[Image.Image]) -> bytes:
     """JPEG of pictures of one height, side by side."""
     strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
-    left = 0
+    offset = 0
     for picture in pictures:
-        strip.paste(picture, (left, 0))
-        left += picture.width
+        strip.paste(picture, (offset, 0))
+        offset += picture.width
     file = io.BytesIO()
     strip.save(file, "JPEG", quality=88)
     return file.getvalue()

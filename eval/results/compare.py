@@ -65,9 +65,9 @@ class Pair:
 
     @property
     def changed(self) -> float:
-        """Share of the answers that are others; of all seeds."""
+        """Share of the answers, of all seeds, that differ."""
         both = list(zip(self.first.predictions, self.second.predictions, strict=True))
-        return sum(some != other for some, other in both) / len(both)
+        return sum(first != second for first, second in both) / len(both)
 
     @property
     def verdict(self) -> str:
@@ -79,7 +79,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two runs of the same tasks."""
+    """Two runs of the same tasks, paired."""
 
     pairs: list[Pair]
     only: tuple[list[str], list[str]]
@@ -107,8 +107,8 @@ def compare(first: Path, second: Path) -> Compared:
         _check_questions(comparison, runs[1][task], first, second)
         ours, theirs = _sides(comparison), _sides(runs[1][task])
         both += [(ours[key], theirs[key]) for key in ours if key in theirs]
-        for names, some, others in zip(only, (ours, theirs), (theirs, ours), strict=True):
-            names += [side.name for key, side in some.items() if key not in others]
+        for names, sides, others in zip(only, (ours, theirs), (theirs, ours), strict=True):
+            names += [side.name for key, side in sides.items() if key not in others]
     if not both:
         raise ConfigError(f"{first} and {second} have no row in common")
     for ours, theirs in both:
@@ -134,11 +134,11 @@ def _check_questions(ours: Comparison, theirs: Comparison, first: Path, second: 
         raise ConfigError(
             f"{ours.task}: {counts[0]} examples in {first}, {counts[1]} in {second}; run both with the same limit"
         )
-    for some, other in zip(ours.asked, theirs.asked, strict=True):
-        if some != other:
+    for our_question, their_question in zip(ours.asked, theirs.asked, strict=True):
+        if our_question != their_question:
             raise ConfigError(
-                f"{ours.task}: example {some.index} is {some.question!r} ({some.answer!r}) in {first}, "
-                f"{other.question!r} ({other.answer!r}) in {second}"
+                f"{ours.task}: example {our_question.index} is {our_question.question!r} ({our_question.answer!r}) in "
+                f"{first}, {their_question.question!r} ({their_question.answer!r}) in {second}"
             )
 
 

@@ -66,13 +66,13 @@ def ratios(results: Sequence[Record]) -> list[float]:
 
 
 def studies(results: Sequence[Record]) -> dict[str, list[Record]]:
-    """The results of each model on each task, by what their plots' names end in: nothing where there is one alone."""
+    """Suffix of the plots' names -> the results of one model on one task. A single study has the suffix \"\"."""
     grouped: dict[tuple[str, str], list[Record]] = {}
     for record in results:
         grouped.setdefault((record["task"], record["model"]), []).append(record)
     if len(grouped) == 1:
         return {"": list(results)}
     named: dict[str, list[Record]] = {}
-    for number, ((task, model), own) in enumerate(grouped.items(), start=1):
-        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}"] = own
+    for number, ((task, model), lines) in enumerate(grouped.items(), start=1):
+        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}"] = lines
     return named

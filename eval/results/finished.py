@@ -20,7 +20,7 @@ from vtprune.eval.results.status import OK
 
 @dataclass(frozen=True)
 class Asked:
-    """One question, as every cell of a comparison was asked it."""
+    """One question that every cell of a comparison was asked."""
 
     index: int
     question: str
@@ -30,7 +30,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one cell made of the examples."""
+    """The answers of one cell to the examples."""
 
     scores: np.ndarray
     """(examples,)"""
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def comparisons(folders: Iterable[Path]) -> list[Comparison]:
-    """The results in some folders, put together where they can be compared.
+    """The results in several folders, put together if they can be compared.
 
     Raises:
         ConfigError: a folder lacks what an evaluation leaves there, or it cannot be read.
@@ -72,8 +72,8 @@ def comparisons(folders: Iterable[Path]) -> list[Comparison]:
     for folder in folders:
         lines = _lines(folder)
         for model, task in dict.fromkeys((line["model"], line["task"]) for line in lines):
-            own = [line for line in lines if (line["model"], line["task"]) == (model, task)]
-            _add(found, Path(folder), model, task, own)
+            study = [line for line in lines if (line["model"], line["task"]) == (model, task)]
+            _add(found, Path(folder), model, task, study)
     return list(found.values())
 
 
@@ -104,10 +104,10 @@ def _row(line: Record) -> tuple:
     return line["label"], line["keep_ratio"], line["seed"]
 
 
-def _agree(some: Answers | None, others: Answers | None) -> bool:
-    if some is None or others is None:
-        return some is others
-    return some.predictions == others.predictions and bool((some.scores == others.scores).all())
+def _agree(ours: Answers | None, theirs: Answers | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours.predictions == theirs.predictions and bool((ours.scores == theirs.scores).all())
 
 
 def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
@@ -141,4 +141,4 @@ def _read(path: Path, read: Any) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: is no JSON: {error}") from error
+        raise ConfigError(f"{path}: is not JSON: {error}") from error

@@ -51,7 +51,7 @@ def terminal_table(results: Sequence[Record]) -> Table:
     for label, by_ratio in rows(results).items():
         if set(by_ratio) & set(columns):
             table.add_row(escape(label), *(_place(by_ratio.get(ratio)) for ratio in columns))
-        else:  # full, zero, counts, schedules: one budget of their own
+        else:  # full, zero, counts and schedules have a single budget
             table.add_row(escape(label), _place(next(iter(by_ratio.values()))))
     return table
 
@@ -92,7 +92,7 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
     families = list(results[0]["family_scores"])
     body = []
     for label, by_ratio in rows(results).items():
-        entry = by_ratio.get(ratio) or next((by_ratio[own] for own in (1.0, 0.0, None) if own in by_ratio), None)
+        entry = by_ratio.get(ratio) or next((by_ratio[alone] for alone in (1.0, 0.0, None) if alone in by_ratio), None)
         if entry is None or not entry.ok:
             continue
         body.append([label, *(percent(entry.family(f)) for f in families)])
@@ -145,7 +145,7 @@ def _published(results: Sequence[Record]) -> str:
 
 def summary_markdown(results: Sequence[Record]) -> str:
     """All tables of every model on every task, how to read them, and what they were computed with."""
-    return "\n\n".join(_study_markdown(own, suffix) for suffix, own in studies(results).items()) + "\n"
+    return "\n\n".join(_study_markdown(study, suffix) for suffix, study in studies(results).items()) + "\n"
 
 
 def _study_markdown(results: Sequence[Record], suffix: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid of an evaluation: one cell for each method, parameters, budget and seed, and what identifies it."""
+"""The grid of an evaluation: a cell for each method, parameters, budget and seed, and what identifies its numbers."""
 
 from __future__ import annotations
 

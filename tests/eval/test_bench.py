@@ -245,12 +245,12 @@ def test_work_on_a_gpu_is_timed_between_events(monkeypatch):
     assert log == ["wait", "record", "work", "record", "wait"]
 
 
-def test_peak_is_what_is_held_at_once():
-    held = torch.zeros(1 << 20)
+def test_peak_is_what_is_there_at_once():
+    other = torch.zeros(1 << 20)
 
     def work():
         first = torch.zeros(1 << 20)
-        second = first + held
+        second = first + other
         del first
         return torch.zeros(1 << 18) + second[: 1 << 18]
 

@@ -166,7 +166,7 @@ def test_what_a_task_must_not_show():
         ask(model, [turn("what happens ?", "clip.mp4")])
     with pytest.raises(ConfigError, match="parts of type 'audio'"):
         ask(model, [[{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]])
-    with pytest.raises(ConfigError, match="stretches of videos"):
+    with pytest.raises(ConfigError, match="parts of videos"):
         ask(model, [[{"role": "user", "content": [{"type": "video", "url": {"video_start": 1, "video": "clip.mp4"}}]}]])
     with pytest.raises(ConfigError, match="several rounds"):
         model.generate_until_multi_round([Instance("x", (), 0, {"task": "ovo", "doc_id": 0, "repeats": 1})])

@@ -91,7 +91,7 @@ def test_what_was_kept_is_drawn_from_the_records(run, page):
     drawn = re.findall(r'aria-label="(\S+) at ([\d.]+) %: (\d+) of 16 tokens kept"><use[^>]*/>(<path[^>]*>)', page)
     assert len(drawn) == 4 * len(rows)  # four examples
     for label, budget, count, path in drawn:
-        # the tiny image is 56 x 56 pixels of 4 x 4 patches; a stretch of dropped patches is one rectangle
+        # the tiny image is 56 x 56 pixels of 4 x 4 patches; a run of dropped patches is one rectangle
         dark = sum(float(width) / 14 for width in re.findall(r"h(\d[\d.]*)v14h", path))
         assert int(count) == 16 - dark == {"50": 8, "10": 2}.get(budget) or label == "fastv"
 
@@ -254,6 +254,6 @@ def test_folders_that_hold_no_results_are_refused(run, tmp_path):
     with pytest.raises(ConfigError, match="not of this version"):
         write_report([tmp_path], tmp_path / "report.html")
     (tmp_path / "results.jsonl").write_text("{torn")
-    with pytest.raises(ConfigError, match="is no JSON"):
+    with pytest.raises(ConfigError, match="is not JSON"):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
