@@ -19,7 +19,7 @@ _SHARED = ("seeds", "keep_ratios", "keep_tokens")
 
 
 def json_schema() -> dict[str, Any]:
-    """Of the file as it is written: names alone where a list is meant, methods as flat mappings."""
+    """The schema of the file as people write it: a name may stand for a list, and methods are flat mappings."""
     schema = EvalConfig.model_json_schema()
     properties = schema["properties"]
     fields_of_entry = MethodEntry.model_json_schema()["properties"]
@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
     rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
     preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
     properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows]}
-    schema["required"] = [key for key in schema["required"] if key != "output"]  # it has a default of the file's name
+    schema["required"] = [key for key in schema["required"] if key != "output"]  # its default is the file's name
     schema.pop("$defs", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -43,7 +43,7 @@ def _mapping(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
 
 
 def _row(name: str, method: type[Method], fields_of_entry: dict[str, Any]) -> dict[str, Any]:
-    """One method with its parameters."""
+    """The schema of a row of one method with its parameters."""
     hints = typing.get_type_hints(method, include_extras=True)
     fields = [field.name for field in dataclasses.fields(method) if field.name not in BUDGETS]
     parameters = {field: TypeAdapter(hints[field]).json_schema() for field in fields}

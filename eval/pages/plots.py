@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pareto.png`, accuracy against measured visual tokens and FLOPs, and `families.png`, the same by kind of question.
+"""Draws `pareto.png`, accuracy against measured visual tokens and FLOPs, and `families.png`, by kind of question.
 
 Importing this module imports matplotlib.
 """
@@ -40,9 +40,9 @@ PLAIN = {
 }
 """The baselines are grey, so that the methods stand out against them."""
 LINES = ("full", "zero")
-"""Rows that are drawn as horizontal lines, because they have one budget of their own."""
+"""Rows that are drawn as horizontal lines, because they have a single budget."""
 _DODGE = 1.015
-"""Factor between neighbouring rows on the horizontal axis: most have the same cost, and their bars would coincide."""
+"""Factor between neighbouring rows on the horizontal axis. Most have the same cost, so their bars would coincide."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Style:
 
 
 def styles(grid: Mapping[str, Mapping[float, Entry]]) -> dict[str, Style]:
-    """Label of a row, but for `LINES` -> its style, the same in all plots of the results."""
+    """Label of a row, except `LINES` -> its style, the same in all plots of the results."""
     colours = iter(COLOURS * len(grid))
     markers = iter(MARKERS * len(grid))
     found = {}
@@ -91,7 +91,7 @@ def pareto(results: Sequence[Record], path: Path) -> None:
 
 
 def families(results: Sequence[Record], path: Path) -> None:
-    """Draws accuracy against visual tokens to a PNG, one panel a kind of question; without intervals, for legibility.
+    """Draws accuracy against visual tokens to a PNG, one panel for each kind of question, without intervals.
 
     Args:
         results: lines of `results.jsonl`; cells without numbers are left out.
@@ -125,7 +125,7 @@ def prefill_flops(entry: Entry) -> float:
 
 
 def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:
-    """One plot of score against cost: over all questions with intervals, or over one family without."""
+    """One plot of score against cost: of all questions with intervals, or of one family without intervals."""
 
     def points(entry: Entry) -> tuple[float, float, float]:
         if family is not None:
@@ -146,7 +146,7 @@ def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float],
             axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
             continue
         style = drawn[label]
-        if not entries:  # every budget under its floor: the legend still says that the method was asked for
+        if not entries:  # if every budget is under its floor, the legend still names the method
             axes.plot([], [], color=style.colour, marker=style.marker, label=f"{label} (no cell)")
             continue
         score, low, high = zip(*map(points, entries), strict=True)
@@ -166,7 +166,7 @@ def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float],
             capsize=2,
         )
     bottom, top = axes.get_ylim()
-    if top - bottom < 1:  # all rows alike, e.g. with random weights
+    if top - bottom < 1:  # all rows are alike, for example with random weights
         axes.set_ylim(bottom - 1, top + 1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(_number))

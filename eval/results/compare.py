@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune compare`: the same rows of two runs, example by example."""
+"""`vtprune compare`: compares the rows that two runs have in common, example by example."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLOURS = {"better": "green", "worse": "red", "same": "dim"}
 
 @dataclass(frozen=True)
 class Side:
-    """A method at a budget in one of the runs."""
+    """A method at a budget in one of two runs."""
 
     comparison: Comparison
     label: str
@@ -50,7 +50,7 @@ class Side:
 
     @property
     def predictions(self) -> list[str]:
-        """Of all seeds, one after another."""
+        """The predictions of all seeds, one after another."""
         return [said for line in self.entry.cells for said in self.comparison.answers[line["cell"]].predictions]
 
 
@@ -71,7 +71,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """ "better", "worse" or "same": the second run, where that is significant."""
+        """ "better" or "worse" if the second run is so significantly, else "same"."""
         if not self.difference.significant:
             return "same"
         return "better" if self.difference.mean > 0 else "worse"
@@ -83,7 +83,7 @@ class Compared:
 
     pairs: list[Pair]
     only: tuple[list[str], list[str]]
-    """rows with scores that the other run does not have"""
+    """names of the rows with scores that only this run has"""
 
     @property
     def worse(self) -> bool:
@@ -152,7 +152,7 @@ def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:
 
 
 def terminal_tables(compared: Compared) -> Iterator[Table]:
-    """A table a task, a line a row: both accuracies, their difference and what it is worth."""
+    """A table for each task with a line for each row: both accuracies, their difference and its significance."""
     for task in dict.fromkeys(pair.first.comparison.task for pair in compared.pairs):
         table = Table(
             title=escape(task),

@@ -15,13 +15,13 @@ from vtprune.eval.results.status import OK, status_text
 
 @dataclass(frozen=True)
 class Entry:
-    """One method at one budget: the cells of all its seeds."""
+    """One method at one budget: the lines of all its seeds."""
 
     cells: tuple[Record, ...]
 
     @property
     def status(self) -> str:
-        """ "ok", or why there are no numbers."""
+        """ "ok", or the reason why there are no numbers."""
         first = self.cells[0]
         return status_text(first["status"], first.get("floor"))
 
@@ -30,12 +30,12 @@ class Entry:
         return self.cells[0]["status"] == OK
 
     def mean(self, key: str) -> float | None:
-        """Mean over the seeds; None where a cell has no such number."""
+        """Mean over the seeds; None if a cell has no such number."""
         values = [cell[key] for cell in self.cells]
         return None if None in values else mean(values)
 
     def family(self, name: str) -> float:
-        """Mean score over the seeds in one kind of question."""
+        """Mean score over the seeds for one kind of question."""
         return mean(cell["family_scores"][name] for cell in self.cells)
 
     @property
@@ -50,7 +50,7 @@ class Entry:
 
 
 def rows(results: Sequence[Record]) -> dict[str, dict[float, Entry]]:
-    """Label of a method -> asked keep ratio -> its cells, in the order of the results."""
+    """Label of a method -> keep ratio as asked for -> its entry, in the order of the results."""
     grouped: dict[str, dict[float, list[Record]]] = {}
     for record in results:
         grouped.setdefault(record["label"], {}).setdefault(record["keep_ratio"], []).append(record)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of finished evaluations, read back: which cells can be compared, and their records example by example."""
+"""Reads folders of finished evaluations: which cells can be compared, and their records example by example."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Answers:
     """(examples,)"""
     predictions: list[str]
     kept: dict[int, list[int]]
-    """example -> the visual tokens kept, of the first few examples"""
+    """example -> its visual tokens that were kept; only for the first examples"""
 
 
 @dataclass
 class Comparison:
-    """Cells in which one model answered the same questions, and the full model gave the same answers to them."""
+    """Cells of one model on the same questions, from folders in which the full model gave the same answers."""
 
     model: str
     task: str
     asked: list[Asked]
     lines: list[Record] = field(default_factory=list)
-    """of `results.jsonl`, the full model's among them"""
+    """of `results.jsonl`, with the full model's line"""
     answers: dict[str, Answers] = field(default_factory=dict)
-    """`cell` of a line -> what was answered; cells without scores have none"""
+    """`cell` of a line -> its answers; cells without scores have none"""
     folders: list[Path] = field(default_factory=list)
 
     @property
@@ -58,7 +58,7 @@ class Comparison:
         return next(line for line in self.lines if line["method"] == "full")
 
     def scores(self, entry: Entry) -> np.ndarray:
-        """(examples,) of a row; the mean over its seeds."""
+        """(examples,) scores of a row, the means over its seeds."""
         return np.mean([self.answers[line["cell"]].scores for line in entry.cells], axis=0)
 
 
@@ -93,7 +93,7 @@ def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, line
         twins = [other for other in comparison.lines if _row(other) == _row(line)]
         if any(_agree(comparison.answers.get(twin["cell"]), answers) for twin in twins):
             continue
-        if twins:  # the same row with other numbers, e.g. of another version of the code
+        if twins:  # the same row with other numbers, for example from another version of the code
             line = line | {"label": f"{line['label']} · {folder.name}"}
         comparison.lines.append(line)
         if answers is not None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves on disk, and how an interrupted one is picked up again.
+"""The files that a run leaves, and how an interrupted run goes on.
 
-    OUTPUT/cells/<name>-<key>.jsonl.gz          a finished cell, one line an example, in their order
-    OUTPUT/cells/<name>-<key>.<process>.batches what a process has of an unfinished one, appended batch by batch
-    OUTPUT/timings.jsonl                        wall seconds of every batch that was run, kept apart: they never repeat
-    OUTPUT/results.jsonl                        one line a cell, in the order of the configuration
+    OUTPUT/cells/<name>-<key>.jsonl.gz          a finished cell, one line for each example, in their order
+    OUTPUT/cells/<name>-<key>.<process>.batches a process's part of an unfinished cell, appended batch by batch
+    OUTPUT/timings.jsonl                        wall seconds of every batch; kept apart, because they never repeat
+    OUTPUT/results.jsonl                        one line for each cell, in the order of the configuration
 
-The key in a cell's file name is a hash of everything that determines its numbers, so files of another configuration
-in the same folder are never mixed in. Every batch is one gzip member, whose checksum tells a torn or damaged one.
-`results.jsonl` is computed from the cells' files alone: however often a run was killed, and into however many processes
-it was split, the finished files are the same, byte for byte.
+The key in a cell's file name is a hash of everything that determines its numbers, so files of another configuration in
+the same folder are never mixed in. Every batch is one gzip member, whose checksum shows whether it is torn or damaged.
+`results.jsonl` is computed from the cells' files only. The finished files are the same, byte for byte, however often a
+run was killed and however many processes it had.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _PART_SUFFIX = ".batches"
 
 
 def to_line(record: Record) -> bytes:
-    """One JSON line; keys keep their order, numbers their full precision."""
+    """One JSON line. Keys keep their order, and numbers keep their full precision."""
     return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, an OSError becomes a VTPruneError that says what could not be written and what to do."""
+    """Turns an OSError into a VTPruneError that says what could not be written and what to do."""
     try:
         yield
     except OSError as error:
@@ -51,7 +51,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part. Raises VTPruneError, e.g. when the disk is full."""
+    """Writes a file so that readers see the old or the new one, never a part. Raises VTPruneError, e.g. disk full."""
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:
@@ -63,8 +63,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Adds to a file in one write. Raises VTPruneError, e.g. when the disk is full; the file may then end in a part."""
-    # Opened, written and closed each time: when the process dies, at most this write is torn.
+    """Adds to a file in one write. Raises VTPruneError, e.g. if the disk is full; the file may then end in a part."""
+    # The file is opened, written and closed each time. So if the process dies, at most this write is torn.
     with writing(path), path.open("ab") as file:
         file.write(content)
 
@@ -72,11 +72,11 @@ def append(path: Path, content: bytes) -> None:
 class CellFile:
     """The records of one cell: `{"index": i, ...}` for i = 0, 1, ..., or a single `{"status": ...}` that ends the cell.
 
-    Opening it reads what earlier runs left, whole batches only: a batch is run again as a whole, because an example's
-    numbers may depend on its batch's padding in the last bits. Only one process may do that at a time.
+    The constructor reads what earlier runs left, but only whole batches. The last bits of an example's numbers may
+    depend on the padding of its batch, so a batch runs again as a whole. Only one process may do that at a time.
 
     Args:
-        path: the file of the finished cell; its folder is made when missing.
+        path: the file of the finished cell; its folder is made if it is missing.
         batches: the examples' indices, batch by batch, the same on every start.
     """
 
@@ -97,30 +97,30 @@ class CellFile:
 
     @property
     def name(self) -> str:
-        """What `results.jsonl` calls the cell."""
+        """The cell's name in `results.jsonl`."""
         return self.path.name.removesuffix(_SUFFIX)
 
     @property
     def records(self) -> list[Record]:
-        """Those there are, in the order of the examples."""
+        """The records that are there, in the order of the examples."""
         return [record for batch in self._in_order() for record in self._done[batch]]
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to run."""
+        """Whether all batches are done, or the cell has ended without scores."""
         return self.ending is not None or len(self._done) == len(self.batches)
 
     @property
     def remaining(self) -> list[range]:
-        """The batches still to run."""
+        """The batches that still have to run."""
         return [] if self.complete else [batch for batch in self.batches if batch not in self._done]
 
     def finish(self, parts: Iterable[CellPart] = ()) -> None:
-        """Writes the whole cell and removes the parts of it.
+        """Writes the whole cell and removes its parts.
 
         Args:
-            parts: what the processes of this run did since the file was opened. A cell that one of them ended has no
-                scores, whatever the others have.
+            parts: what the processes of this run did since the file was opened. If one of them ended the cell, it has
+                no scores.
         """
         for part in parts:
             for records in part.batches:
@@ -144,7 +144,7 @@ class CellFile:
             self._done.setdefault(batch, records)
 
     def _gather_up(self) -> None:
-        """One file with what is good, so that a run appends behind a whole batch, never behind a torn one."""
+        """Writes all good batches to one file, so that a run appends behind a whole batch, never behind a torn one."""
         first = part_path(self.path, 0)
         stale = [file for file in (self.path, *self._unfinished()) if file.exists()]
         if self._done:
@@ -165,7 +165,7 @@ class CellFile:
 
 
 class CellPart:
-    """What one process adds to an unfinished cell: batches, written as soon as they are done.
+    """The batches that one process adds to an unfinished cell, written as soon as they are done.
 
     Args:
         path: the file of the finished cell.
@@ -180,7 +180,7 @@ class CellPart:
 
     @property
     def examples(self) -> int:
-        """How many are done."""
+        """Number of examples that are done."""
         return sum(map(len, self.batches))
 
     def append(self, records: list[Record]) -> None:
@@ -195,17 +195,17 @@ class CellPart:
 
 
 def part_path(path: Path, process: int) -> Path:
-    """Where a process keeps what it has of the unfinished cell that will lie at `path`."""
+    """The file of a process's part of the unfinished cell whose file will be `path`."""
     return path.with_name(f"{path.name.removesuffix(_SUFFIX)}.{process}{_PART_SUFFIX}")
 
 
 def _packed(records: Iterable[Record]) -> bytes:
-    """One gzip member, the same bytes for the same records."""
+    """One gzip member; the same records give the same bytes."""
     return gzip.compress(b"".join(map(to_line, records)), mtime=0)
 
 
 def members(path: Path) -> Iterator[list[Record]]:
-    """The records of each gzip member, up to the first one that is torn or damaged; none without the file."""
+    """The records of each gzip member before the first torn or damaged one; none if there is no file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -224,7 +224,7 @@ def members(path: Path) -> Iterator[list[Record]]:
 
 
 def cell_path(output: Path, label: str, key: str) -> Path:
-    """Where a cell's records lie: readable for people, unique by `key`."""
+    """The file of a cell's records: its name is readable for people, and `key` makes it unique."""
     return output / "cells" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}{_SUFFIX}"
 
 
@@ -234,7 +234,7 @@ def read_results(path: str | Path) -> list[Record]:
 
 
 def cell_records(output: Path, cell: str) -> list[Record]:
-    """The records of the examples of a finished cell, in their order; `cell` is what its line of results names.
+    """The records of the examples of a finished cell, in their order; `cell` is the name in its line of results.
 
     Raises:
         OSError, ValueError: the file is missing, or it is damaged.

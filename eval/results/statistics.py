@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals and differences: seeded bootstraps over examples, alone and paired with another row."""
+"""Intervals and differences: seeded bootstraps over the examples of one row, or of two rows in pairs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 RESAMPLES = 2000
 RESAMPLES_OF_DIFFERENCES = 20_000
-"""More of them: a p value that is to survive correction for many rows has to be small."""
+"""More than for intervals, because a p value must be small to remain significant after correction for many rows."""
 LEVEL = 0.95
 _SEED = 0
-_FEW = 16  # values up to which counting them is faster
-_CHUNK = 200  # resamples at a time: bounds memory at chunk x examples
+_FEW = 16  # up to so many different values, it is faster to count them
+_CHUNK = 200  # resamples at a time; the memory is chunk x examples
 
 
 def _resampled_means(columns: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ def retention_interval(scores: list[float], full: list[float]) -> tuple[float, l
         full: (examples,) of the full model, in the same order.
 
     Returns:
-        (ratio, [low, high]); (None, None) where the full model scores nothing, so that there is nothing to retain.
+        (ratio, [low, high]); (None, None) if the score of the full model is 0.
     """
     pair = np.stack([np.asarray(scores, dtype=float), np.asarray(full, dtype=float)], axis=1)
     mine, theirs = pair.mean(axis=0)
@@ -61,10 +61,10 @@ def retention_interval(scores: list[float], full: list[float]) -> tuple[float, l
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better one row does than another on the same examples."""
+    """How much better one row is than another on the same examples."""
 
     mean: float
-    """mean score of the one less that of the other"""
+    """mean score of the first row less that of the second"""
     interval: list[float]
     """paired 95 % percentile bootstrap interval"""
     p: float
@@ -72,7 +72,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether p is below 5 %; corrected or not, as it is."""
+        """Whether `p` is below 5 %."""
         return self.p < 1 - LEVEL
 
 
@@ -80,15 +80,15 @@ def difference(scores: Sequence[float], others: Sequence[float]) -> Difference:
     """Paired bootstrap of the mean difference.
 
     Args:
-        scores: (examples,) of the one row; of several seeds their mean, example by example.
-        others: (examples,) of the other row, in the same order.
+        scores: (examples,) of the first row; if there are several seeds, their mean for each example.
+        others: (examples,) of the second row, in the same order.
     """
     change = np.asarray(scores, dtype=float) - np.asarray(others, dtype=float)
     rng = np.random.default_rng(_SEED)
     values, counts = np.unique(change.round(12), return_counts=True)
 
     def draw() -> np.ndarray:
-        if len(values) <= _FEW:  # drawing examples is drawing how often each value occurs
+        if len(values) <= _FEW:  # how often each value occurs is all that matters
             return rng.multinomial(len(change), counts / len(change), size=_CHUNK) @ values / len(change)
         return change[rng.integers(0, len(change), size=(_CHUNK, len(change)))].mean(axis=1)
 
@@ -110,5 +110,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def corrected(found: Sequence[Difference]) -> list[Difference]:
-    """The same differences, their p values corrected for how many they are; intervals remain those of one alone."""
-    return [dataclasses.replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
+    """The same differences with p values corrected for their number. The intervals are not corrected."""
+    return [dataclasses.replace(raw, p=p) for raw, p in zip(found, holm([raw.p for raw in found]), strict=True)]

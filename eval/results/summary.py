@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison for people: a table in the terminal and `summary.md`, both from the lines of `results.jsonl`."""
+"""Tables for people, in the terminal and in `summary.md`, from the lines of `results.jsonl`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtprune.eval.results.records import Record
 
 
 def retention(entry: Entry) -> str:
-    """Score over the full model's in per cent, with the paired interval of a single cell."""
+    """Score over the full model's in per cent, with its paired interval; over several seeds the means."""
     if entry.mean("retention") is None:
         return MISSING
     low = mean(cell["retention_ci"][0] for cell in entry.cells)
@@ -25,7 +25,7 @@ def retention(entry: Entry) -> str:
 
 
 def tokens(entry: Entry) -> str:
-    """Measured visual tokens entering the last layer, and the layer-averaged share."""
+    """Measured visual tokens that enter the last layer, and their share averaged over the layers."""
     return f"{entry.mean('final_tokens'):.1f} ({percent(entry.mean('measured_keep_ratio'))} %)"
 
 
@@ -36,7 +36,7 @@ def cost(entry: Entry) -> str:
 
 
 def terminal_table(results: Sequence[Record]) -> Table:
-    """Methods by budgets; in each place accuracy, retention, measured tokens and FLOPs."""
+    """Methods by budgets. Each place has accuracy, retention, measured tokens and FLOPs."""
     first = results[0]
     table = Table(
         title=f"{first['task']}, {first['model']}, {first['n']} examples",
@@ -76,7 +76,7 @@ def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def budget_table(results: Sequence[Record], show: Callable[[Entry], str]) -> str:
-    """Markdown table of methods by budgets; `show` fills a place."""
+    """Markdown table of methods by budgets; `show` writes the entry of a place."""
     columns = ratios(results)
     body = []
     for label, by_ratio in rows(results).items():
@@ -130,7 +130,7 @@ _ON_FAMILIES = "Per cent right of each kind of question, mean over seeds; `full`
 
 
 def _published(results: Sequence[Record]) -> str:
-    """Markdown table of the rows that are published settings, ours beside what a paper prints."""
+    """Markdown table of the published settings: our number beside the paper's."""
     body = []
     for label, by_ratio in rows(results).items():
         entry = next(iter(by_ratio.values()))
@@ -144,7 +144,7 @@ def _published(results: Sequence[Record]) -> str:
 
 
 def summary_markdown(results: Sequence[Record]) -> str:
-    """All tables of every model on every task, how to read them, and what they were computed with."""
+    """All tables of every model on every task, with notes on how to read them, and the provenance."""
     return "\n\n".join(_study_markdown(study, suffix) for suffix, study in studies(results).items()) + "\n"
 
 

@@ -30,22 +30,22 @@ _HEAD = 1 << 20
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of results: what runs, at which budget, from which seed."""
+    """One line of results: a method, a budget and a seed."""
 
     method: str
     keep_ratio: float | None = None
-    """as asked; 1.0 for the full model, 0.0 without visual tokens"""
+    """as asked for; 1.0 for the full model, 0.0 without visual tokens"""
     given: dict[str, Any] = field(default_factory=dict)
     """parameters that the configuration sets"""
     seed: int | None = None
     keep_tokens: int | None = None
-    """the budget as a count per crop; with neither, the method's own schedule holds"""
+    """the budget as a count per crop; without a ratio and a count, the method's own schedule holds"""
     preset: str | None = None
-    """the published setting that this is"""
+    """name of the published setting, if the cell is one"""
 
     @property
     def label(self) -> str:
-        """For people: the method and what was set, e.g. `fastv(layer=3)`; the same for all seeds and ratios."""
+        """For people: the method and its parameters, e.g. `fastv(layer=3)`; the same for all seeds and ratios."""
         if self.preset is not None:
             return self.preset
         parts = [f"{key}={_short(value)}" for key, value in self.given.items()]
@@ -63,13 +63,13 @@ class Cell:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What `vtprune.build_method` takes."""
+        """The argument for `vtprune.build_method`."""
         set_here = {"seed": self.seed, "keep_ratio": self.keep_ratio, "keep_tokens": self.keep_tokens}
         return {"name": self.method, **self.given, **{k: v for k, v in set_here.items() if v is not None}}
 
     @property
     def params(self) -> dict[str, Any]:
-        """All parameters but the budget and the seed, defaults included, as JSON has them."""
+        """All parameters except the budget and the seed, with defaults, in JSON types."""
         if self.method in BASELINES:
             return {}
         fields = dataclasses.asdict(build_method(self.spec))
@@ -81,7 +81,7 @@ def _short(value: Any) -> str:
 
 
 def expand(config: EvalConfig) -> list[Cell]:
-    """All cells of one model on one task: baselines, then the methods as listed, budget by budget and seed by seed."""
+    """All cells of one model on one task: the baselines, then the methods in their order, by budget and by seed."""
     cells = []
     for name in config.baselines:
         if name == "downsample":
@@ -112,7 +112,7 @@ def _budgets(entry: MethodEntry, config: EvalConfig) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything besides the cell that its numbers depend on."""
+    """Everything except the cell itself that the numbers of a cell depend on."""
 
     settings: dict[str, Any]
     """the parts of the configuration that hold for every cell"""
@@ -131,10 +131,10 @@ class Identity:
         return cls(settings, _fingerprint(model_path), _source_hash(TASKS[task]), versions())
 
     def key(self, cell: Cell) -> str:
-        """16 hex digits that change whenever a number in the cell could."""
+        """16 hex digits that change if a number of the cell could change."""
         parts = {
             **{name: value for name, value in dataclasses.asdict(self).items() if name != "versions"},
-            # the commit is provenance: the hash of the code says the same, and says it also of uncommitted changes
+            # The commit is left out: the hash of the code says the same, also about uncommitted changes.
             "versions": {name: value for name, value in self.versions.items() if name != "commit"},
             "cell": [cell.method, cell.keep_ratio, cell.keep_tokens, cell.params, cell.seed],
             "source": None if cell.method in BASELINES else _source_hash(list_methods()[cell.method]),
@@ -143,7 +143,7 @@ class Identity:
 
 
 def _source_hash(thing: Any) -> str:
-    """Of the module that holds a method or a task, which may live outside this library."""
+    """Hash of the module of a method or a task, which may stand outside this library."""
     try:
         source = inspect.getsource(inspect.getmodule(thing))
     except (OSError, TypeError) as error:
@@ -152,9 +152,9 @@ def _source_hash(thing: Any) -> str:
 
 
 def _fingerprint(model_path: str) -> str:
-    """Of a folder: names, sizes and the first MiB of its files (weights are told apart without reading gigabytes).
+    """Of a folder: a hash of names, sizes and the first MiB of its files, so that gigabytes need not be read.
 
-    Of a hub id: the commit of the snapshot.
+    Of a hub id: the id and the commit of the snapshot.
     """
     folder = Path(model_path)
     if not folder.is_dir():
@@ -174,7 +174,7 @@ def _fingerprint(model_path: str) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """What a result was computed with: interpreter, libraries, the hash of vtprune's code, its commit if it has one."""
+    """Versions of the interpreter and the libraries, the hash of vtprune's code, and its commit if it has one."""
     packages = {name: version(name) for name in ("vtprune", "torch", "transformers")}
     digest = hashlib.sha256()
     for root in (*vtprune.__path__, *vtprune.adapters.__path__, *vtprune.eval.__path__):
@@ -185,7 +185,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit this file is checked out at; None for an installed copy, which may lie inside a foreign repository."""
+    """The commit of the checkout; None for an installed copy, which may lie in a repository of something else."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cells of an evaluation would cost, before any weights are loaded: `vtprune eval --dry-run`."""
+"""`vtprune eval --dry-run`: the cost of the cells of an evaluation, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _why_not(error: Exception) -> str:
 
 
 def _on_paper(model: str) -> tuple[Adapter, Any]:
-    """The adapter of a model without weights, and the model's processor."""
+    """The adapter of a model whose weights are not loaded, and the model's processor."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = resolve_model(model)
@@ -105,7 +105,7 @@ def layer_counts(cell: Cell, shape: ModelShape, prompt: Prompt) -> list[float] |
     """Visual tokens that would enter each decoder layer; None if only the data decide.
 
     Raises:
-        VTPruneError: what `vtprune.prune` would refuse of the cell.
+        VTPruneError: `vtprune.prune` would refuse the cell.
     """
     if cell.method in BASELINES:
         return [prompt.visual * cell.keep_ratio] * shape.decoder_layers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a session's report to records, and from records to the lines of `results.jsonl`."""
+"""Makes records from a session's report, and the lines of `results.jsonl` from records."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
 
 
 def measure(report: Report, indices: Sequence[int]) -> list[Record]:
-    """One record a sample of the last prefill: its visual tokens, FLOPs and bytes.
+    """One record for each sample of the last prefill: visual tokens, FLOPs and bytes.
 
     Args:
         report: of the batch.
-        indices: the example that each sample is. Records of the first `SHOWN` examples also hold `kept`: which of the
-            example's visual tokens, counted from 0, are alive in the last layer; of merged ones, the representatives.
+        indices: number of the example of each sample. Records of the first `SHOWN` examples also have `kept`: the
+            example's visual tokens, counted from 0, that are alive in the last layer. For merged tokens these are the
+            representatives.
     """
     numbers: dict[str, Sequence[float]] = {
         "final_tokens": report.final_tokens,
@@ -47,9 +48,9 @@ def measure(report: Report, indices: Sequence[int]) -> list[Record]:
 def result_lines(
     config: EvalConfig, model: str, task: str, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]
 ) -> list[Record]:
-    """One line a cell of one model on one task, from the records alone: every run ends in the same lines."""
+    """One line for each cell of one model on one task, from the records only: all runs end in the same lines."""
     full = next(file.records for cell, file in cells if cell.method == "full")
-    nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields, as null
+    nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
     shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task)}
     lines = []
     for cell, file in cells:
@@ -75,7 +76,7 @@ def result_lines(
 
 
 def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:
-    """Means over the examples. What "unpruned" means is the full model's cell, also for an image made smaller."""
+    """Means over the examples. "Unpruned" numbers are those of the full model's cell, also for `downsample`."""
 
     def average(of: Sequence[Record], key: str) -> float:
         return mean(record[key] for record in of)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: one, or those that `torchrun` or `accelerate launch` started."""
+"""The processes of a run: a single one, or those that `torchrun` or `accelerate launch` started."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vtprune.errors import ConfigError
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=2)
-"""How long the first process to finish its part of a cell waits for the others."""
+"""How long a process that has finished its part of a cell waits for the others."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and how many there are; the methods are called by all of them, in the same order."""
+    """This process and the number of processes. All of them call the methods in the same order."""
 
     index: int
     count: int
@@ -27,10 +27,10 @@ class Processes:
 
     @classmethod
     def start(cls, device: str) -> Processes:
-        """Joins the others, if a launcher says that there are any.
+        """Joins the other processes, if a launcher says that there are any.
 
         Raises:
-            ConfigError: `device` is not for several processes, or a launcher was asked for several and started one.
+            ConfigError: `device` does not work with several processes, or a launcher started one instead of several.
         """
         count = int(os.environ.get("WORLD_SIZE", 1))
         if count == 1:
@@ -49,11 +49,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that reads and writes what they share."""
+        """Whether this is the process that reads and writes the shared files."""
         return self.index == 0
 
     def share(self, value: T) -> T:
-        """What the first process has as `value`."""
+        """The `value` of the first process."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -69,7 +69,7 @@ class Processes:
         return gather_object([value])
 
     def end(self) -> None:
-        """Leaves the others. Not for a process that fails: it ends without waiting for anybody."""
+        """Leaves the other processes. A process that fails does not call this; it ends without waiting."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -77,7 +77,7 @@ class Processes:
 
 
 def _refuse_simple_launcher() -> None:
-    # `accelerate launch --cpu --num_processes 2` starts one process; that it was to be two is left in the environment.
+    # `accelerate launch --cpu --num_processes 2` starts one process; the environment still says two.
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
         raise ConfigError(
             "accelerate launch was asked for several processes and started one, as it does with --cpu; use "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the grid: each model loaded once, every cell through `vtprune.prune`, batch by batch, from where it stopped."""
+"""Runs the grid: loads each model once and runs every cell batch by batch; a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -39,20 +39,19 @@ from vtprune.eval.tasks import TASKS, Example, Task
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
-    """Runs every cell that `config.output` does not hold yet; writes `results.jsonl`, `summary.md` and plots there.
+    """Runs every cell that is not in `config.output` yet; writes `results.jsonl`, `summary.md` and plots there.
 
-    Started by `torchrun`, the processes share the batches of every cell. The results are the same as of one process.
+    If `torchrun` starts several processes, they share the batches of every cell. The results are those of one process.
 
     Args:
         config: what to run, from `load_config`.
         console: where the progress bar goes; default none.
 
     Returns:
-        The lines of `results.jsonl`, in the order of the configuration; in all processes but the first, none.
+        The lines of `results.jsonl`, in the order of the configuration. Only the first process returns any.
 
     Raises:
-        ConfigError: a model or a task cannot be loaded, what evaluation needs is not installed, or another run holds
-            the output folder.
+        ConfigError: a model or a task cannot be loaded, a package is missing, or another run uses the output folder.
         VTPruneError: the results cannot be written.
     """
     tasks = {name: TASKS[name]() for name in config.task}
@@ -92,9 +91,9 @@ class Study:
     examples: list[Example]
     batches: list[range]
     files: list[CellFile] = field(default_factory=list)
-    """of the cells; in the first process alone"""
+    """of the cells; only the first process has them"""
     remaining: list[list[range]] = field(default_factory=list)
-    """the batches of each cell still to run"""
+    """the batches of each cell that still have to run"""
 
     @classmethod
     def of(cls, config: EvalConfig, model: str, name: str, task: Task) -> Study:
@@ -107,19 +106,19 @@ class Study:
         return cls(model, name, task, identity, cells, paths, examples, batches)
 
     def open(self, processes: Processes) -> None:
-        """Finds out what there is of each cell."""
-        # The first process alone reads and puts in order what earlier runs left; nobody writes before that is done.
+        """Reads what earlier runs left of each cell."""
+        # Only the first process reads and tidies these files. No process writes before that is done.
         if processes.first:
             self.files = [CellFile(path, self.batches) for path in self.paths]
         self.remaining = processes.share([file.remaining for file in self.files])
 
     def run(self, evaluator: Evaluator, processes: Processes, progress: Callable[[str, int], None]) -> None:
-        """Runs this process's share of what remains, cell by cell."""
+        """Runs this process's share of the remaining batches, cell by cell."""
         for place, (cell, batches) in enumerate(zip(self.cells, self.remaining, strict=True)):
             if not batches:
                 continue
             part = CellPart(self.paths[place], processes.index)
-            # Whole batches, as one process has them, so that what an example is padded to stays the same.
+            # The batches are those of a single process, so that the padding of an example stays the same.
             evaluator.run_cell(cell, batches[processes.index :: processes.count], part, progress)
             parts = processes.gather(part)
             if processes.first:
@@ -178,7 +177,7 @@ class Evaluator:
     """A loaded model and the examples that every cell runs over.
 
     Raises:
-        ConfigError: the model does not take what the task shows.
+        ConfigError: the model does not take the task's kind of media.
     """
 
     def __init__(self, config: EvalConfig, study: Study, model: Any, processor: Any):
@@ -194,7 +193,7 @@ class Evaluator:
         self.inputs = InputCache(lambda batch: chat_inputs(processor, *self._asked(batch), task.kind))
 
     def _asked(self, batch: range) -> tuple[list[Any], list[str]]:
-        """The media and the questions of some examples."""
+        """The media and the questions of a batch of examples."""
         examples = [self.examples[i] for i in batch]
         media = [e.video_path() if self.task.kind == "video" else e.image for e in examples]
         return media, [e.question for e in examples]
@@ -202,7 +201,7 @@ class Evaluator:
     def run_cell(
         self, cell: Cell, batches: Sequence[range], part: CellPart, progress: Callable[[str, int], None]
     ) -> None:
-        """Runs `batches` and adds their records to `part`, or ends it where the cell cannot be run."""
+        """Runs `batches` and adds their records to `part`, or ends `part` if the cell cannot run."""
         progress(cell.title, 0)
         try:
             with ExitStack() as stack:
@@ -216,9 +215,9 @@ class Evaluator:
             part.end(Refusal.of(error))
 
     def _open(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[range], Mapping[str, Any]], Any]:
-        """What makes the cell's inputs of a batch, and the session it runs in; closed with `stack`.
+        """The function that makes the inputs of a batch of the cell, and the cell's session, which `stack` closes.
 
-        The full model and what is downsampled run in a session that prunes nothing, for its measurements.
+        The baselines `full` and `downsample` run in a session that prunes nothing, because a session measures.
         """
         prepare: Callable[[range], Mapping[str, Any]] = self.inputs
         if cell.method == "downsample":
