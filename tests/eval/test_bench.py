@@ -5,10 +5,10 @@ No assertion depends on how long anything takes.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_eval
 import torch
 from typer.testing import CliRunner
 
@@ -26,10 +26,6 @@ from vtprune.eval.bench.path import decode, encode, grow, prefill
 from vtprune.eval.bench.rows import Row
 from vtprune.eval.bench.shapes import SHAPES, Shape, build_model, random_inputs
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_eval
-
 from vtprune.transformers_private import CACHE
 
 TEXT = {

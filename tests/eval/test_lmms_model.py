@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_video
 import torch
+from conformance import processors
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 
@@ -19,10 +20,6 @@ from vtprune.eval.inputs import answers, conversation_inputs
 from vtprune.eval.lmms.arguments import Arguments
 from vtprune.eval.lmms.decoding import Generation, lengths, score_continuations
 from vtprune.eval.lmms.model import VTPruneChat, VTPruneSimple
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from conformance import processors
-
 from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2

@@ -4,7 +4,6 @@
 import copy
 import inspect
 import json
-import sys
 import types
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import tiny_eval
 import tiny_video
 import torch
+from conformance import processors
 from PIL import Image
 
 import vtprune
@@ -21,10 +21,6 @@ from vtprune.adapters.llava import Llava
 from vtprune.eval.inputs import chat_inputs, load_model
 from vtprune.eval.pages.pictures import Picture, dimmed, seams
 from vtprune.eval.pages.views import View, read_views, write_views
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from conformance import processors
-
 from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences between rows: paired intervals and p values, and their correction for many rows."""
+"""Intervals of one row; differences between rows: paired intervals, p values, and their correction for many rows."""
 
 import numpy as np
 import pytest
 
-from vtprune.eval.results.statistics import RESAMPLES_OF_DIFFERENCES, difference, holm
+from vtprune.eval.results.statistics import (
+    RESAMPLES_OF_DIFFERENCES,
+    difference,
+    holm,
+    mean_interval,
+    retention_interval,
+)
 
 
 def right_or_wrong(seed, share, n=600):
@@ -61,3 +67,24 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_interval_of_a_mean_agrees_with_the_normal_approximation():
+    scores = [1.0] * 240 + [0.0] * 160
+    mean, (low, high) = mean_interval(scores)
+    error = 1.96 * (0.6 * 0.4 / 400) ** 0.5
+    assert mean == 0.6
+    assert [low, high] == pytest.approx([0.6 - error, 0.6 + error], abs=0.01)
+    assert mean_interval(scores) == (mean, [low, high])
+
+
+def test_retention_is_paired():
+    rng = np.random.default_rng(1)
+    full = (rng.random(500) < 0.8).astype(float).tolist()
+    same = retention_interval(full, full)
+    assert same == (1.0, [1.0, 1.0])  # unpaired resampling would not know that these are the same answers
+    shuffled = rng.permutation(full).tolist()
+    ratio, (low, high) = retention_interval(shuffled, full)
+    assert ratio == pytest.approx(1.0)
+    assert low < 0.96 and high > 1.04
+    assert retention_interval(full, [0.0] * 500) == (None, None)
