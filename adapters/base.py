@@ -41,6 +41,8 @@ class Adapter(ABC):
     rotary embeddings."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
+    gated_encoder_mlp: ClassVar[bool] = False
+    """Whether an MLP of the encoder has three matrices (gate, up, down) instead of two; for counting FLOPs."""
     window_cuts_blocks: ClassVar[bool] = False
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
     marker_columns: ClassVar[tuple[int, int]] = (0, 0)
@@ -230,6 +232,10 @@ class Adapter(ABC):
         Patches are those the projector reads: without the CLS token if that is cut off.
         """
         return values.flatten(0, 1)
+
+    def without_resizing(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of an encode call of images, changed so that the model resizes no features of theirs."""
+        return inputs
 
     def cuts_cls(self, kind: str) -> bool:
         """Whether the CLS token, if there is one, is cut off before the projector."""

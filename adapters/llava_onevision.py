@@ -15,8 +15,8 @@ from vtprune.adapters.base import PIXELS
 from vtprune.adapters.llava_next import LlavaNext
 from vtprune.tokens import Grid, Medium
 
-UNLIMITED = "anyres_max_1000000"
-"""A `vision_aspect_ratio` with which no mosaic is resized."""
+_UNLIMITED = "anyres_max_1000000"
+"""A `vision_aspect_ratio` that leaves every mosaic as it is."""
 
 
 class LlavaOnevision(LlavaNext):
@@ -44,8 +44,11 @@ class LlavaOnevision(LlavaNext):
     def pack_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
 
+    def without_resizing(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**inputs, "vision_aspect_ratio": _UNLIMITED}
+
     def crop_numbers(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        whole = super().crop_numbers({**inputs, "vision_aspect_ratio": UNLIMITED})
+        whole = super().crop_numbers(self.without_resizing(inputs))
         packed = super().crop_numbers(inputs)
         return [
             image if len(image) == len(unresized) else image.clamp(max=1)

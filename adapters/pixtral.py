@@ -22,6 +22,7 @@ class Pixtral(Adapter):
 
     model_types = ("llava/pixtral",)
     family = "Pixtral-12B"
+    gated_encoder_mlp = True
     layout = "one grid an image, text after each row"
     marker_columns = (0, 1)  # [IMG_END]
     merges_in_encoder = False

@@ -72,6 +72,7 @@ class Qwen2_5_VL(Qwen2VL):
 
     model_types = ("qwen2_5_vl",)
     family = "Qwen2.5-VL"
+    gated_encoder_mlp = True
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         order = qwen2_5_vl_window_order(patch_grids(kind, inputs), self.vision_config)

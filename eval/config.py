@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation file: models, tasks, methods and budgets, checked before anything is loaded."""
+"""The evaluation file: models, tasks, methods and budgets. It is checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KeepRatio = Annotated[float, Field(gt=0, lt=1)]
 
 _ENTRY_KEYS = ("name", "preset", "seeds", "keep_ratios", "keep_tokens", "grid")
 BUDGETS = ("keep_ratio", "keep_tokens")
-"""fields of every method that rows give as lists"""
+"""Fields of every method that a row gives as lists."""
 
 LISTS = {"keep_ratio": "keep_ratios", "keep_tokens": "keep_tokens", "seed": "seeds"}
-"""Field of a method -> the list of a row that it takes its values from, which may stand in `grid` as well."""
+"""Field of a method -> the key of a row that lists its values. The list may also stand in `grid`."""
 
 
 def _listed(value: Any) -> Any:
@@ -39,17 +39,17 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)
 
 
 class MethodEntry(ConfigModel):
-    """A row of the comparison, or a grid of them: a method, its parameters, budgets, and seeds to repeat it with."""
+    """A row of the comparison, or a grid of rows: a method, its parameters, its budgets, and its seeds."""
 
     name: str
     params: dict[str, Any] = {}
     """parameters other than the budget and the seed, as written"""
     grid: dict[str, tuple[Any, ...]] = {}
-    """parameter -> the values it takes; one row for each combination. Budgets and seeds may stand here or below"""
+    """parameter -> its values; one row for each combination. Budgets and seeds may stand here or in the keys below"""
     seeds: tuple[int, ...] = ()
     """one cell each; only for methods with a `seed`"""
     keep_ratios: tuple[KeepRatio, ...] | None = None
-    """budgets of this row; default: those of the file; empty: the method's own schedule holds"""
+    """budgets of this row; default: those of the file; if empty, the method's own schedule holds"""
     keep_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """budgets of this row as counts per crop, instead of ratios"""
     preset: str | None = None
@@ -96,7 +96,7 @@ class MethodEntry(ConfigModel):
             raise key_error("seeds", f"a seed is given twice: {list(self.seeds)}")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The parameters of each row, the last one of the grid changing fastest."""
+        """The parameters of each row. The last parameter of the grid changes fastest."""
         combinations = product(*self.grid.values())
         return [{**self.params, **dict(zip(self.grid, values, strict=True))} for values in combinations]
 
@@ -126,22 +126,22 @@ def _entry(value: Any) -> Any:
 
 
 class EvalConfig(ConfigModel):
-    """What `vtprune eval` runs: each method at each budget on each model and task is one cell of the result."""
+    """The settings of `vtprune eval`. Each method at each budget on each model and task is one cell of the result."""
 
     model: Names
     """folders or hub ids of models; `digitscenes` and `digitscenes_video` come with the library"""
     task: Names = ("digitscenes",)
     limit: int | None = Field(default=None, ge=1)
-    """first examples of the task only; default all"""
+    """number of examples, the first ones of the task; default all"""
     output: Path
-    """folder that the results go to, made when missing; default `results/<name of the file>`"""
+    """folder of the results, made if it is missing; default `results/<name of the file>`"""
     batch_size: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention back end, the same for every row"""
     device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """default: what the task's answers need"""
+    """default: enough for the task's answers"""
     keep_ratios: tuple[KeepRatio, ...] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = BASELINES
     methods: tuple[Annotated[MethodEntry, BeforeValidator(_entry)], ...] = ()
@@ -149,7 +149,7 @@ class EvalConfig(ConfigModel):
     @field_validator("model")
     @classmethod
     def _no_missing_folder(cls, models: tuple[str, ...]) -> tuple[str, ...]:
-        # Anything that looks like a path must exist; what else it could be (a hub id) only the hub knows.
+        # What looks like a path must exist. Anything else may be a hub id, which only the hub knows.
         for model in models:
             if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
                 raise ValueError("expected a folder that exists")
@@ -178,10 +178,7 @@ class EvalConfig(ConfigModel):
         return tuple(name for name in BASELINES if name in baselines)
 
     def resolved(self, model: str, task: str) -> dict[str, Any]:
-        """The configuration of one model on one task as JSON, without the output folder.
-
-        What determines the numbers, not where they lie.
-        """
+        """The configuration of one model on one task as JSON: all that determines numbers, so no output folder."""
         return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
 
 
@@ -241,7 +238,7 @@ def parse_changes(assignments: list[str]) -> dict[str, Any]:
 
 
 def _change(file: YamlFile, key: str, value: Any) -> None:
-    """Sets one value of a parsed file; a bare method's name becomes a mapping when a parameter of it is set."""
+    """Sets one value of a parsed file. If a parameter of a bare method name is set, the name becomes a mapping."""
     *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
     data, parent = file.data, None
     for depth, part in enumerate([*path, last]):

@@ -173,16 +173,16 @@ def looped_clustering(points: Tensor, clusters: int, neighbours: int = 7, centre
     distances = (points[:, None] - points).norm(dim=-1) / points.shape[1] ** 0.5
     density = (-distances.topk(neighbours, largest=False).values.square().mean(dim=-1)).exp()
     separation = []
-    for own, to_others in zip(density, distances, strict=True):
-        to_denser = to_others[density > own]
+    for reference, to_others in zip(density, distances, strict=True):
+        to_denser = to_others[density > reference]
         separation.append(to_denser.min() if len(to_denser) else distances.max())
     centres = (density * torch.stack(separation)).topk(clusters).indices.sort().values
     nearest = distances[:, centres].argmin(dim=1).tolist()
     merged = []
     for number, centre in enumerate(centres.tolist()):
         members = [i for i, cluster in enumerate(nearest) if cluster == number and i != centre]
-        own = points[centre]
-        merged.append(centre_weight * own + (1 - centre_weight) * points[members].mean(dim=0) if members else own)
+        middle = points[centre]
+        merged.append(centre_weight * middle + (1 - centre_weight) * points[members].mean(dim=0) if members else middle)
     torch.stack(merged)
     return centres
 
@@ -317,7 +317,7 @@ class SessionClock:
         for layer in self.layers:
             self.modules += [layer.self_attn, layer.mlp, layer.self_attn.q_proj, layer.self_attn.k_proj]
         self.session = 0.0
-        self.own: list[float] = []
+        self.layer_seconds: list[float] = []
         self._handles: list = []
         self._enclosing = 0
 
@@ -335,7 +335,7 @@ class SessionClock:
         self._layer_started = time.perf_counter() - self.session
 
     def _leave_layer(self, module: nn.Module, *_) -> None:
-        self.own.append(time.perf_counter() - self.session - self._layer_started)
+        self.layer_seconds.append(time.perf_counter() - self.session - self._layer_started)
 
     def _register(self, function: Callable, modules: list[nn.Module], before: bool) -> None:
         for module in modules:
@@ -387,9 +387,9 @@ def selectors(repeats: int) -> None:
         first_cut = method.layers[0] if isinstance(method, vtprune.TransPrune) else method.layer
         clocks = [prefill(model, method) for _ in range(repeats)]
         session = statistics.median(clock.session for clock in clocks)
-        full = statistics.median(seconds for clock in clocks for seconds in clock.own[:first_cut])
-        run = statistics.median(sum(clock.own) for clock in clocks)
-        last = statistics.median(clock.own[-1] for clock in clocks)
+        full = statistics.median(seconds for clock in clocks for seconds in clock.layer_seconds[:first_cut])
+        run = statistics.median(sum(clock.layer_seconds) for clock in clocks)
+        last = statistics.median(clock.layer_seconds[-1] for clock in clocks)
         unpruned, pruned = DEPTH * full, run + (DEPTH - layers) * last
         table.add_row(
             method.name,

@@ -138,12 +138,12 @@ class Pack:
         for n, blocks in enumerate(scenes):
             start = 0
             for k, b in enumerate(blocks):
-                span = slice(start, start + len(b.words))
-                ids[n, span], block[n, span] = [WORD[w] for w in b.words], k + 1
-                place[n, span] = np.arange(len(b.words))
-                target[n, span] = [IGNORE if w is None else WORD[w] for w in b.target]
+                columns = slice(start, start + len(b.words))
+                ids[n, columns], block[n, columns] = [WORD[w] for w in b.words], k + 1
+                place[n, columns] = np.arange(len(b.words))
+                target[n, columns] = [IGNORE if w is None else WORD[w] for w in b.target]
                 families += [b.family for w in b.target if w not in (None, "</s>")]
-                start = span.stop
+                start = columns.stop
         return cls(*map(torch.from_numpy, (ids, block, place, target)), families)
 
     @property

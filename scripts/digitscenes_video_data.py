@@ -49,11 +49,11 @@ def draw_frames(count: int, split: str, seed: int) -> Data:
     pixels, owners, actors, places = [], [], [], []
     for number in range(count // 4):
         clip = draw_training_clip(seed, number, split)
-        some = np.random.RandomState([seed, number, 1]).permutation(STORED)[:4]
-        pixels.append(clip.frames(STORED)[some].transpose(0, 3, 1, 2))
-        owners.append(patch_owners(clip.masks(STORED)[some], PATCH_SIZE, 12))
+        chosen = np.random.RandomState([seed, number, 1]).permutation(STORED)[:4]
+        pixels.append(clip.frames(STORED)[chosen].transpose(0, 3, 1, 2))
+        owners.append(patch_owners(clip.masks(STORED)[chosen], PATCH_SIZE, 12))
         actors += [clip.actors] * 4
-        places += some.tolist()
+        places += chosen.tolist()
     images = digit_images(split)
     first = np.cumsum([0, *map(len, images)])
     owner = np.concatenate(owners)

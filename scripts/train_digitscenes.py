@@ -286,7 +286,7 @@ def begin(out: Path, threads: int, seed: int) -> None:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
     save_to: Annotated[Path | None, typer.Option(help="Where the model goes; default OUT/model.")] = None,
-    scenes: Annotated[int, typer.Option(help="Training scenes, held in memory.")] = 16000,
+    scenes: Annotated[int, typer.Option(help="Training scenes, kept in memory.")] = 16000,
     encoder_steps: int = 2000,
     caption_steps: int = 500,
     question_steps: int = 1200,
@@ -306,8 +306,8 @@ def main(
         rng = np.random.RandomState([seed, 1, step])
         rows = torch.from_numpy(rng.randint(0, scenes, 64))
         on_digit = data.digit[rows] > 0
-        some = max(48, int(on_digit.sum(1).max()))  # most background is left out at first, for speed
-        kept = random_tokens(rng, on_digit, some if step < 0.9 * encoder_steps else VISUAL_TOKENS, bias=1.0)
+        tokens = max(48, int(on_digit.sum(1).max()))  # most background is left out at first, for speed
+        kept = random_tokens(rng, on_digit, tokens if step < 0.9 * encoder_steps else VISUAL_TOKENS, bias=1.0)
         return heads.loss(tower, data, rows, kept, device)
 
     train(Stage("encoder", encoder_steps, 1.5e-3, encoder_loss), nn.ModuleDict(dict(tower=tower, heads=heads)), out)

@@ -60,14 +60,14 @@ def warm_start(model, old, frames: torch.Tensor) -> None:
     deviation that it has on average on `frames`, uint8 (frames, 3, height, width).
     """
     weights = old.model.state_dict()
-    own = model.model.state_dict()
-    for name, value in own.items():
+    video_weights = model.model.state_dict()
+    for name, value in video_weights.items():
         if name in weights and weights[name].shape == value.shape:
             value.copy_(weights[name])
         elif name.endswith("_proj.bias"):
             value.zero_()  # Llama has none
     words = weights["language_model.embed_tokens.weight"]
-    own["language_model.embed_tokens.weight"][: len(words)] = words
+    video_weights["language_model.embed_tokens.weight"][: len(words)] = words
 
     tower, clip = model.model.vision_tower.embeddings, old.model.vision_tower
     norm, patch = clip.pre_layrnorm, clip.embeddings.patch_embedding.weight
@@ -134,9 +134,9 @@ class VideoDecoder(Decoder):
                 for t in (labels.digit, labels.colour, labels.time, labels.rank, labels.direction)
             )
             column, row = chosen(labels.centre, tokens).to(self.device).unbind(-1)
-            on, span = digit > 0, slice(before, before + count - 1)
-            name = self.naming_loss(states[-1][:, span], digit, colour)
-            early, middle = (states[n][:, span][on] for n in (self.PLACE_LAYER, self.PAST_LAYER))
+            on, covered = digit > 0, slice(before, before + count - 1)
+            name = self.naming_loss(states[-1][:, covered], digit, colour)
+            early, middle = (states[n][:, covered][on] for n in (self.PLACE_LAYER, self.PAST_LAYER))
             column_row_time = self.places(F.rms_norm(early, early.shape[-1:])).split(
                 [FRAME_GRID, FRAME_GRID, FRAMES], -1
             )
@@ -159,8 +159,8 @@ def some_tokens(rng, on_digit: torch.Tensor, frames: int) -> torch.Tensor:
     if kind == 0:
         kept = strided_tokens(clips, count, rng.rand(), tokens)
     elif kind == 1:
-        some = torch.from_numpy(np.sort(rng.permutation(frames)[: max(2, count // FRAME_TOKENS)]))
-        kept = (some[:, None] * FRAME_TOKENS + torch.arange(FRAME_TOKENS)).flatten().expand(clips, -1)
+        shown = torch.from_numpy(np.sort(rng.permutation(frames)[: max(2, count // FRAME_TOKENS)]))
+        kept = (shown[:, None] * FRAME_TOKENS + torch.arange(FRAME_TOKENS)).flatten().expand(clips, -1)
     else:
         kept = random_tokens(rng, on_digit, count, bias=rng.choice([0.0, rng.uniform(0.2, 1.2)]))
     return with_newline(kept, tokens)
@@ -206,8 +206,8 @@ def main(
         rng = np.random.RandomState([seed, 1, step])
         rows = torch.from_numpy(rng.randint(0, len(single.pixels), 64))
         on_digit = single.digit[rows] > 0
-        some = max(28, int(on_digit.sum(1).max()))
-        kept = random_tokens(rng, on_digit, some if step < 0.8 * encoder_steps else FRAME_GRID**2, bias=1.0)
+        tokens = max(28, int(on_digit.sum(1).max()))
+        kept = random_tokens(rng, on_digit, tokens if step < 0.8 * encoder_steps else FRAME_GRID**2, bias=1.0)
         return heads.loss(tower, single, rows, kept, device)
 
     train(Stage("encoder", encoder_steps, 1.5e-3, encoder_loss), nn.ModuleDict(dict(tower=tower, heads=heads)), out)
@@ -243,8 +243,8 @@ def main(
         elif kind < whole + vary:
             kept = some_tokens(rng, on_digit, count)
         else:
-            some = int(on_digit.sum(1).float().quantile(rng.uniform(0.6, 1)))
-            kept = with_newline(random_tokens(rng, on_digit, some, bias=1.0), on_digit.shape[1])
+            tokens = int(on_digit.sum(1).float().quantile(rng.uniform(0.6, 1)))
+            kept = with_newline(random_tokens(rng, on_digit, tokens, bias=1.0), on_digit.shape[1])
         return decoder.loss(features[rows][:, shown], labels, kept, Pack.of(asked), rng.rand() < 0.3, naming)
 
     blocks = [

@@ -15,8 +15,9 @@ from typing import Annotated
 
 import typer
 
-from vtprune.eval.results import read_results
-from vtprune.eval.summary import accuracy, budget_table
+from vtprune.eval.results.formatting import accuracy
+from vtprune.eval.results.records import read_results
+from vtprune.eval.results.summary import budget_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

@@ -21,8 +21,10 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+import vtprune
 from vtprune import cost
 from vtprune.errors import ConfigError
+from vtprune.testing import families
 
 TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
 TINY_VISION = dict(
@@ -99,7 +101,17 @@ def test_lm_head_is_what_torch_counts():
 def test_encoder_is_what_torch_counts(model_class, config):
     counted = counted_flops(model_class(config), torch.randn(2, 3, config.image_size, config.image_size))
     patches = (config.image_size // config.patch_size) ** 2
-    assert cost.encoder_flops(config, [patches] * 2) == counted[""]
+    has_cls = config.model_type == "clip_vision_model"
+    assert cost.encoder_flops(config, [patches] * 2, has_cls=has_cls, gated_mlp=False) == counted[""]
+
+
+@pytest.mark.parametrize("name", [name for name in families.NAMES if families.is_available(name)])
+def test_an_adapter_states_how_many_matrices_an_mlp_of_its_encoder_has(name):
+    adapter = vtprune.adapter_for(families.shared(name))
+    layer = adapter.encoder_layers()[0]
+    attention = set(adapter.encoder_attention(layer).modules())
+    matrices = [m for m in layer.modules() if isinstance(m, torch.nn.Linear) and m not in attention]
+    assert len(matrices) == (3 if adapter.gated_encoder_mlp else 2)
 
 
 @pytest.mark.parametrize("feature_layer", [-2, [-2, -1]])

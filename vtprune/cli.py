@@ -61,9 +61,10 @@ def evaluate(
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
     from vtprune.eval.config import load_config, parse_changes
-    from vtprune.eval.estimate import estimate_tables
-    from vtprune.eval.runner import run
-    from vtprune.eval.summary import studies, terminal_table
+    from vtprune.eval.results.entries import studies
+    from vtprune.eval.results.summary import terminal_table
+    from vtprune.eval.running.estimate import estimate_tables
+    from vtprune.eval.running.runner import run
 
     settings = load_config(config, parse_changes(change or []), output=output, limit=limit)
     console = Console()
@@ -85,7 +86,7 @@ def schema() -> None:
     """Print the JSON schema of evaluation files, for editors."""
     import json
 
-    from vtprune.eval.schema import json_schema
+    from vtprune.eval.config_schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 
@@ -259,8 +260,8 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Folder of results of the same task and limit.")],
 ) -> None:
     """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
-    from vtprune.eval.compare import compare as paired
-    from vtprune.eval.compare import terminal_tables
+    from vtprune.eval.results.compare import compare as paired
+    from vtprune.eval.results.compare import terminal_tables
 
     compared = paired(first, second)
     for table in terminal_tables(compared):

@@ -118,24 +118,26 @@ def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
     return 2 * tokens * text_config.hidden_size * text_config.vocab_size
 
 
-def encoder_flops(vision_config: Any, sequences: Sequence[int | Sequence[int]]) -> int:
+def encoder_flops(
+    vision_config: Any, sequences: Sequence[int | Sequence[int]], *, has_cls: bool, gated_mlp: bool
+) -> int:
     """FLOPs of a vision encoder, two per multiply-add: patch embedding and all its layers.
 
-    All layers count, also those after `vision_feature_layer`: transformers runs them. So does the attention-pooling
-    head of a SigLIP encoder that has one. Mergers, resamplers and projectors do not. Attention is counted over whole
-    sequences, also in the layers of Qwen2.5-VL that look at windows only.
+    All layers count, also those after `vision_feature_layer`, because transformers runs them. The attention-pooling
+    head of a SigLIP encoder counts if there is one. Mergers, resamplers and projectors do not count. Attention is
+    counted over whole sequences, also in the layers of Qwen2.5-VL that look at windows only.
 
     Args:
         vision_config: config of a ViT-shaped encoder (CLIP, SigLIP, InternVL, Pixtral, Qwen-VL).
-        sequences: patches, without CLS, of each sequence that passes through it: an image, a tile, a frame. One number,
-            or one a layer where tokens are merged on the way.
+        sequences: patches, without CLS, of each sequence that passes through the encoder: an image, a tile or a frame.
+            One number, or one number a layer if the encoder merges tokens.
+        has_cls: whether the encoder puts a CLS token before the patches; an adapter's `has_cls`.
+        gated_mlp: whether an MLP has three matrices instead of two; an adapter's `gated_encoder_mlp`.
     """
     d = getattr(vision_config, "embed_dim", None) or vision_config.hidden_size
     m = getattr(vision_config, "intermediate_size", None) or int(d * vision_config.mlp_ratio)
     layers = getattr(vision_config, "depth", None) or vision_config.num_hidden_layers
-    kind = vision_config.model_type
-    has_cls = kind.startswith("clip") or kind == "internvl_vision"
-    matrices = 3 if kind in _GATED_ENCODERS else 2
+    matrices = 3 if gated_mlp else 2
     patch = vision_config.patch_size
     area = patch[0] * patch[1] if isinstance(patch, (list, tuple)) else patch**2
     channels = getattr(vision_config, "num_channels", None) or vision_config.in_channels
@@ -151,10 +153,6 @@ def encoder_flops(vision_config: Any, sequences: Sequence[int | Sequence[int]]) 
             # A single learned query attends to all tokens, then passes an MLP.
             total += 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m
     return total
-
-
-_GATED_ENCODERS = ("pixtral", "qwen2_5_vl", "qwen2_5_vl_vision")
-"""Encoders whose MLP has three matrices, like a language model's."""
 
 
 def projector_flops(config: Any, tokens: float) -> float:

@@ -63,6 +63,9 @@ class Report:
     """A sample each: its real tokens that are not visual."""
     text_config: Any
     vision_config: Any
+    encoder_has_cls: bool
+    encoder_gated_mlp: bool
+    """Whether an MLP of the vision encoder has three matrices instead of two."""
     encoder_sequences: tuple[int | tuple[int, ...], ...]
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
     where tokens were merged inside it."""
@@ -193,7 +196,8 @@ class Report:
     @cached_property
     def encoder_flops(self) -> float:
         """FLOPs of the vision encoder for the whole batch; zero if it did not run in this session."""
-        return float(cost.encoder_flops(self.vision_config, self.encoder_sequences))
+        facts = {"has_cls": self.encoder_has_cls, "gated_mlp": self.encoder_gated_mlp}
+        return float(cost.encoder_flops(self.vision_config, self.encoder_sequences, **facts))
 
     def _kv_lengths(self, counts: list[list[int]]) -> Tensor:
         config = self.text_config

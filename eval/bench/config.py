@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vtprune bench` runs: a YAML file, options, or both; checked before anything is built."""
+"""The settings of `vtprune bench`: a YAML file, options, or both. They are checked before anything is built."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def _entry(value: Any) -> Any:
     if isinstance(value, str):
         return {"name": value}
     if isinstance(value, dict):
-        own = {key: value[key] for key in ("name", "keep_ratios") if key in value}
-        return {**own, "params": {key: item for key, item in value.items() if key not in own}}
+        fields = {key: value[key] for key in ("name", "keep_ratios") if key in value}
+        return {**fields, "params": {key: item for key, item in value.items() if key not in fields}}
     return value
 
 
 class BenchConfig(ConfigModel):
-    """What `vtprune bench` runs: a model, methods and budgets, batch sizes, and how often."""
+    """The settings of `vtprune bench`: a model, methods and budgets, batch sizes, number of rounds."""
 
     shape: str | None = None
-    """a published model's shape, with random weights; this or `model`"""
+    """a published model's shape, with random weights; give this or `model`"""
     layers: Count | None = None
-    """decoder layers of a shape, for machines that cannot hold all of them; default all"""
+    """decoder layers of a shape, for machines without memory for all of them; default all"""
     model: str | None = None
     """folder or hub id of a model; `digitscenes` is one that comes with the library"""
     image_size: tuple[Count, Count] = (672, 672)
@@ -76,11 +76,11 @@ class BenchConfig(ConfigModel):
     """attention back end, the same for every row"""
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     linear: Literal["onednn", "torch"] | None = None
-    """what computes linear layers of all rows: oneDNN, or what torch chooses; default oneDNN for float32 on a CPU"""
+    """the library for the linear layers of all rows: oneDNN, or torch's choice; default oneDNN for float32 on a CPU"""
     text_tokens: int = Field(default=128, ge=2)
-    """of a shape's prompt, half of them before the image"""
+    """text tokens of a shape's prompt, half of them before the image"""
     batch_sizes: tuple[Count, ...] | None = Field(default=None, min_length=1)
-    """default 1 and 8 on a GPU; 1 on a CPU, where eight prompts take minutes a round"""
+    """default 1 and 8 on a GPU, and 1 on a CPU, where eight prompts take minutes a round"""
     output_tokens: tuple[Count, ...] = Field(default=(1, 32, 512), min_length=1)
     """lengths of answers for which times are given"""
     steps: Count = 2
@@ -133,27 +133,27 @@ class BenchConfig(ConfigModel):
 
     @property
     def computes_linear(self) -> Literal["onednn", "torch"]:
-        """`linear`, the default filled in."""
+        """`linear` with the default filled in."""
         return self.linear or ("onednn" if self._takes_onednn else "torch")
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Batch sizes, the default filled in."""
+        """`batch_sizes` with the default filled in."""
         return self.batch_sizes or (BATCHES_ON_GPU if self.on_gpu else BATCHES_ON_CPU)
 
     @property
     def rounds(self) -> int:
-        """Repeats, the default filled in."""
+        """`repeats` with the default filled in."""
         return self.repeats or (REPEATS_ON_GPU if self.on_gpu else REPEATS_ON_CPU)
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration as JSON, defaults filled in, without the output folder."""
+        """The configuration as JSON, with defaults filled in and without the output folder."""
         filled = {"batch_sizes": list(self.batches), "repeats": self.rounds, "linear": self.computes_linear}
         return self.model_dump(mode="json", exclude={"output"}) | filled
 
 
 class _Options:
-    """Options of the command line in the place of a file."""
+    """Options of the command line, which stand in for a file."""
 
     def __init__(self, data: dict[str, Any]):
         self.data = data

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers of a float32 model on a CPU, computed by oneDNN, for the full model and all methods alike.
 
-torch hands matrix products in float32 to MKL, which on processors of AMD takes 1.3 to 2 times as long as oneDNN, most
-of all for few rows: short inputs would look worse than they are, and the full model slower than it has to be. Products
-in bfloat16 and float16 go to oneDNN anyway.
+torch hands matrix products in float32 to MKL. On processors of AMD, MKL takes 1.3 to 2 times as long as oneDNN, and
+most of all for few rows. Short inputs would look worse than they are, and the full model slower than it has to be.
+Products in bfloat16 and float16 go to oneDNN anyway.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def onednn_available() -> bool:
 
 
 class OneDNNLinear(nn.Module):
-    """`torch.utils.mkldnn` has such a layer, too, in TorchScript, which torch is giving up."""
+    """A linear layer of oneDNN. `torch.utils.mkldnn` has one, too, but in TorchScript, which torch is giving up."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -33,7 +33,7 @@ class OneDNNLinear(nn.Module):
 def use_onednn(model: nn.Module) -> None:
     """Replaces the linear layers of the encoder, the projector and the decoder layers in place.
 
-    The LM head stays: it sees one row a sample, and may share its weight with the embedding.
+    The LM head stays, because it sees one row a sample and may share its weight with the embedding.
     """
     for module in list(model.base_model.modules()):
         for name, child in module.named_children():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's way through a model, in the steps that `generate()` takes: encode, prefill, then token after token."""
+"""The steps of `generate()` one by one: encode, prefill, then one token after another."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def prefill_text(model: Any, ids: Tensor) -> Tensor:
 
 
 def grow(model: Any, ids: Tensor, cache: Any, tokens: int) -> None:
-    """Make the cache as long as after `tokens` more tokens; the last ones, `ids` (batch, 1), stand for all of them.
+    """Makes the cache as long as after `tokens` more tokens. `ids` (batch, 1), the last ones, stand for all of them.
 
-    A step's time depends on how much the cache holds, not on what, so the keys and values of the last column are
-    repeated. Where a method keeps account of every column, the tokens really pass through the model.
+    The time of a step depends on the length of the cache, not on its content, so the keys and values of the last column
+    are repeated. If a method keeps account of every column, the tokens really pass through the model.
     """
     if any(isinstance(layer, PrunedLayer) and layer.slots is not None for layer in cache.layers):
         decode(model, ids.expand(-1, tokens), cache)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published models by their shapes alone: built with random weights, fed with random pixels and ids, no hub needed.
 
-A shape states what time and memory depend on: widths, depths, heads, and how many tokens an image becomes. What a token
-says is made up, so selections mean nothing; what they cost does.
+A shape states what time and memory depend on: widths, depths, heads, and the number of tokens of an image. The content
+of the tokens is random, so a selection means nothing, but its cost is real.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Shape:
     """A model, and the image that it is shown."""
 
     config: Mapping[str, Any]
-    """what `AutoConfig.for_model` takes, `model_type` included; what is left out is transformers' default"""
+    """arguments of `AutoConfig.for_model`, `model_type` included; other fields have transformers' defaults"""
     visual_tokens: int
     """of one image"""
     pixels: tuple[int, ...]
@@ -184,7 +184,7 @@ def build_model(shape: Shape, layers: int | None, dtype: str, attention: str, de
     if layers is not None:
         fields["text_config"] = dict(fields["text_config"], num_hidden_layers=layers)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    # Buffers (rotary frequencies) are computed as the model is made; weights are left as the memory was.
+    # Buffers (rotary frequencies) are computed while the model is made. Weights are not initialised.
     with torch.device(device), uninitialised():
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -194,12 +194,12 @@ def build_model(shape: Shape, layers: int | None, dtype: str, attention: str, de
 
 
 _BLOCK = (1 << 22) + 15
-"""Weights drawn at random; all matrices repeat them. No multiple of a row, so that rows differ."""
+"""Number of weights that are drawn; all matrices repeat them. It is not a multiple of a row, so that rows differ."""
 
 
 @torch.no_grad()
 def _fill(model: Any, device: str) -> None:
-    """Give every weight a value: drawing billions of numbers one by one would take longer than the measurement."""
+    """Gives every weight a value. To draw billions of numbers would take longer than the measurement."""
     generator = torch.Generator(device).manual_seed(0)
     drawn = torch.empty(_BLOCK, device=device).normal_(std=0.02, generator=generator)
     for name, parameter in model.named_parameters():
@@ -212,7 +212,7 @@ def _fill(model: Any, device: str) -> None:
 
 
 def random_inputs(shape: Shape, model: Any, batch: int, text_tokens: int, seed: int = 0) -> dict[str, Tensor]:
-    """Arguments of the model for `batch` prompts of one image each, text before and behind it, no padding.
+    """Arguments of the model for `batch` prompts without padding: text, one image, text.
 
     Returns `input_ids` (batch, text_tokens + visual_tokens), the pixels, and what else the model takes.
     """

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds from the start of `work` until all that it put on the device has run, and what it returned."""
+    """Seconds until `work` and everything that it started on the device have ended, and the result of `work`."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -37,7 +37,7 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device = CPU) -> int:
-    """Most that torch holds for tensors during `work`, beyond what it held before."""
+    """The largest memory of torch's tensors during `work`, in bytes, less the memory before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -59,7 +59,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device = CPU) -> int:
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements of one thing."""
+    """Repeated measurements of one quantity."""
 
     samples: tuple[float, ...]
 
@@ -69,7 +69,7 @@ class Spread:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The middle half of the measurements lies between them."""
+        """The bounds of the middle half of the measurements."""
         if len(self.samples) == 1:
             return self.samples[0], self.samples[0]
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
@@ -82,5 +82,5 @@ class Spread:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """theirs / ours, round by round: both sides of a ratio were measured close in time, so that drift cancels."""
+    """theirs / ours, round by round. Both were measured close in time, so that a drift of the machine cancels."""
     return Spread(tuple(b / a for a, b in zip(ours, theirs, strict=True)))

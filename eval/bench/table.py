@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from vtprune.eval.results import Record
+from vtprune.eval.results.formatting import MISSING
+from vtprune.eval.results.records import Record
+from vtprune.eval.results.status import OK, status_text
 
 Column = tuple[str, Callable[[Record], str]]
-
-_MISSING = "–"
 
 NOTES = """\
 Medians over the rounds; ± half of the distance between the quartiles. Every round measures every row once, in an order
@@ -39,7 +39,7 @@ def budget(line: Record) -> str:
 def seconds(spread: Record) -> str:
     """Median and spread in the unit that suits the median, to three digits."""
     if spread["median"] == 0:
-        return _MISSING
+        return MISSING
     factor, unit = (1, "s") if spread["median"] >= 1 else (1e3, "ms")
     middle, half = (value * factor for value in (spread["median"], (spread["high"] - spread["low"]) / 2))
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
@@ -109,9 +109,8 @@ def sheets(lines: Sequence[Record]) -> Iterator[Sheet]:
 
 def _row(line: Record, columns: Sequence[Column]) -> list[str]:
     start = [line["label"], budget(line)]
-    if line["status"] != "ok":
-        floor = "" if line["floor"] is None else f" ({line['floor']:.1%})"
-        return [*start, line["status"] + floor, *[_MISSING] * (len(columns) - 1)]
+    if line["status"] != OK:
+        return [*start, status_text(line["status"], line["floor"]), *[MISSING] * (len(columns) - 1)]
     return [*start, *(show(line) for _, show in columns)]
 
 

@@ -130,5 +130,5 @@ def video_examples(split: str = "test", limit: int | None = None, seed: int = 0)
 
 
 def score(prediction: str, answer: str) -> float:
-    """1.0 if `prediction` is the answer word (case, outer blanks and a final full stop aside), else 0.0."""
+    """1.0 if `prediction` is the answer word (case, outer blanks and a final full stop do not count), else 0.0."""
     return float(prediction.strip().removesuffix(".").lower() == answer)

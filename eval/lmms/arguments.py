@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--model_args` takes, checked before anything is loaded."""
+"""The arguments in `--model_args`, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vtprune.config import ConfigModel
 from vtprune.errors import ConfigError
+from vtprune.eval.running.measure import NOTHING_PRUNED
 from vtprune.methods import Method, build_methods
-
-NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
-"""What the full model runs with, for its measurements."""
 
 
 def _json(value: Any) -> Any:
-    """lmms-eval leaves what stands in braces a string."""
+    """lmms-eval hands on what stands in braces as a string."""
     if not isinstance(value, str):
         return value
     try:
@@ -28,12 +26,12 @@ def _json(value: Any) -> Any:
 
 
 def _key(item: dict) -> list[str]:
-    """The argument that a complaint of pydantic is about, if it is about one."""
+    """The argument that an error of pydantic names, if it names one."""
     return [item["ctx"]["key"]] if item["type"] == "at_key" else [str(part) for part in item["loc"][:1]]
 
 
 class Arguments(ConfigModel):
-    """Any model that vtprune has an adapter for, with a method or, without one, as it is."""
+    """Any model that vtprune has an adapter for, with a method, or unpruned if none is given."""
 
     pretrained: str
     """folder or hub id; `digitscenes` and `digitscenes_video` come with the library"""
@@ -53,13 +51,13 @@ class Arguments(ConfigModel):
     batch_size: int = Field(default=1, ge=1)
     """prompts at a time"""
     num_frames: int | None = Field(default=None, ge=1)
-    """frames that are sampled from a video; default the processor's choice"""
+    """frames sampled from a video; default the processor's choice"""
     fps: float | None = Field(default=None, gt=0)
-    """the same as frames a second"""
+    """the same as frames per second"""
     processor_kwargs: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
     """further arguments of the processor, as JSON: {"max_pixels": 1003520}"""
     max_new_tokens: int = Field(default=1024, ge=1)
-    """for tasks that do not say"""
+    """for tasks that do not say how many"""
 
     @model_validator(mode="after")
     def _one_way_to_sample(self) -> Arguments:
@@ -80,7 +78,7 @@ class Arguments(ConfigModel):
             raise ConfigError("\n".join(problems)) from error
 
     def methods(self) -> list[Method]:
-        """What prunes; something that does not, for a model as it is."""
+        """The methods that prune; `NOTHING_PRUNED` if none is given."""
         budget = {key: getattr(self, key) for key in ("keep_ratio", "keep_tokens") if getattr(self, key) is not None}
         if self.method is None:
             if budget:

@@ -36,9 +36,9 @@ from vtprune.eval.lmms.usage import Usage, UsageLog
 
 @contextmanager
 def _failures_end_the_command() -> Iterator[None]:
-    """lmms-eval's command catches every exception, and exits with 0: a failure here must not look like a result.
+    """Exits with an error if something fails, because lmms-eval's command catches every exception and exits with 0.
 
-    Called from Python, exceptions stay what they are.
+    If lmms-eval is called from Python, exceptions are not changed.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def _failures_end_the_command() -> Iterator[None]:
 
 @functools.cache
 def _end_where_lmms_eval_fails() -> None:
-    """What stops an evaluation elsewhere (a missing data set, a metric), lmms-eval logs, and then exits with 0."""
+    """Exits with 1 if lmms-eval logs that an evaluation failed (a missing data set, a metric); it would exit with 0."""
 
     def end(message: str) -> None:
         raise SystemExit(1)
@@ -66,13 +66,13 @@ def _end_where_lmms_eval_fails() -> None:
 
 
 class VTPrune(lmms):
-    """A model with what prunes it; how requests state their prompts is for the classes below.
+    """A model and the methods that prune it. The classes below say how requests state their prompts.
 
     Args:
         arguments: fields of `Arguments`.
 
     Raises:
-        VTPruneError: the model, the method or an argument will not do.
+        VTPruneError: the model, the method or an argument cannot be used.
     """
 
     def __init__(self, **arguments: Any):
@@ -88,11 +88,11 @@ class VTPrune(lmms):
             )
         self._load()
         with vtprune.prune(self.model, self.methods, strict=False):
-            pass  # what this model cannot serve shows before any data is loaded
+            pass  # shows before any data is loaded whether the model supports the methods
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> VTPrune:
-        """From `--model_args`, and from `--batch_size` and `--device` where those do not say."""
+        """From `--model_args`, and from `--batch_size` and `--device` if `--model_args` does not have them."""
         _end_where_lmms_eval_fails()
         with _failures_end_the_command():
             besides = {key: value for key, value in (additional_config or {}).items() if value is not None}
@@ -102,11 +102,11 @@ class VTPrune(lmms):
         wanted = self.arguments
         device = wanted.device
         if device is None or device == self.accelerator.device.type:
-            device = str(self.accelerator.device)  # each process its own
+            device = str(self.accelerator.device)  # each process has a device of its own
         self.model, self.processor = load_model(wanted.pretrained, wanted.dtype, wanted.attention, device)
 
     def clean(self) -> None:
-        """Frees the model, because a judge may need the room; it is loaded again if another evaluation follows."""
+        """Frees the model, because a judge may need the memory. It is loaded again if another evaluation follows."""
         super().clean()
 
     @property
@@ -114,7 +114,7 @@ class VTPrune(lmms):
         return self.accelerator.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers in the order of `requests`, each with what it cost."""
+        """Answers in the order of `requests`, each with its cost."""
         results = [GenerationResult("")] * len(requests)
         with _failures_end_the_command():
             log = UsageLog(self.methods)
@@ -131,10 +131,10 @@ class VTPrune(lmms):
         return results
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """(mean negative log-likelihood of a token, whether greedy decoding says the same) of each continuation.
+        """(mean negative log-likelihood of a token, whether greedy decoding gives the same) of each continuation.
 
-        The sign is lmms-eval's: its multiple choice takes the smallest. The pair stands where an answer's text does,
-        because lmms-eval 0.7.3 makes a string of a bare pair, which it then cannot score.
+        The sign is that of lmms-eval, whose multiple choice takes the smallest value. The pair stands in place of an
+        answer's text, because lmms-eval 0.7.3 turns a bare pair into a string, which it then cannot score.
         """
 
         def score(batch: Sequence[Instance], inputs: Any) -> Done:
@@ -158,21 +158,21 @@ class VTPrune(lmms):
     def _run(
         self, requests: Sequence[Instance], places: Sequence[int], work: Callable[..., Done], log: UsageLog
     ) -> Iterator[tuple[int, Any, Usage]]:
-        """The requests at `places` in batches: place, what `work` makes of it, what it cost."""
+        """Runs the requests at `places` in batches: (place, result of `work`, cost) of each request."""
         if not hasattr(self, "model"):
             self._load()
         size = self.arguments.batch_size
         with vtprune.prune(self.model, self.methods, strict=False) as session:
             name = requests[places[0]].task_name
             for start in tqdm(range(0, len(places), size), desc=name, disable=self.rank != 0):
-                own = places[start : start + size]
-                batch = [requests[place] for place in own]
+                batch_places = places[start : start + size]
+                batch = [requests[place] for place in batch_places]
                 inputs = self._inputs([self._turns(request) for request in batch])
                 started = time.perf_counter()
                 results, new = work(batch, inputs)
                 seconds = time.perf_counter() - started
                 usages = log.add(session.report, [request.doc_id for request in batch], new, seconds)
-                yield from zip(own, results, usages, strict=True)
+                yield from zip(batch_places, results, usages, strict=True)
 
     def _inputs(self, conversations: list[list[dict]]) -> Any:
         shown = {part["type"] for turns in conversations for turn in turns for part in turn["content"]}
@@ -203,7 +203,7 @@ class VTPrune(lmms):
 
 
 class VTPruneChat(VTPrune):
-    """For tasks that ask for answers, which is nearly all of them."""
+    """For tasks that ask for answers, which are nearly all tasks."""
 
     is_simple = False
 
@@ -213,7 +213,7 @@ class VTPruneChat(VTPrune):
 
 
 class VTPruneSimple(VTPrune):
-    """For `--force_simple`, with which lmms-eval also asks for log-likelihoods. Media come first, then the text."""
+    """For `--force_simple`: lmms-eval then also asks for log-likelihoods. Media come first, then the text."""
 
     is_simple = True
 
@@ -223,13 +223,13 @@ class VTPruneSimple(VTPrune):
 
 
 Done = tuple[list, list[int]]
-"""What was made of each request of a batch, and how many tokens were generated for it."""
+"""The result of each request of a batch, and the number of tokens that were generated for it."""
 
 
 def _alike(requests: Sequence[Instance], settings: Callable[[Instance], Hashable]) -> Iterator[list[int]]:
-    """Places of the requests that may share batches: those of a task with equal settings, in their order.
+    """Places of the requests that may share batches: those of one task with equal settings, in their order.
 
-    Requests that lmms-eval makes up so that all processes have equally many are left out.
+    lmms-eval adds requests so that all processes have equally many. These are left out.
     """
     groups: dict[Hashable, list[int]] = {}
     for place, request in enumerate(requests):
@@ -239,12 +239,12 @@ def _alike(requests: Sequence[Instance], settings: Callable[[Instance], Hashable
 
 
 def _settings(request: Instance) -> dict[str, Any]:
-    """The generation settings of a request; they stand in another place for simple models."""
+    """The generation settings of a request; simple models have them in another place."""
     return next(argument for argument in request.args if isinstance(argument, dict))
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a message of lmms-eval, as processors take it."""
+    """A part of a message of lmms-eval in the form that processors take."""
     kind = part["type"]
     if kind == "text":
         return {"type": "text", "text": part["text"]}
@@ -252,5 +252,5 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"the task has parts of type {kind!r}; images, videos and text are supported")
     medium = part["url"]
     if isinstance(medium, dict) or part.get("start_time") is not None or part.get("end_time") is not None:
-        raise ConfigError("the task shows stretches of videos, which is not supported")
+        raise ConfigError("the task shows parts of videos, which is not supported")
     return {"type": kind, kind: medium.convert("RGB") if isinstance(medium, Image.Image) else str(medium)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What requests cost: each one's with its sample (`--log_samples`), a run's means in its log and under `throughput`."""
+"""Costs of requests: of each one with its sample (`--log_samples`), and means in the log and under `throughput`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmms_eval.api.instance import TokenCounts
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from vtprune.errors import NothingPrunedError
-from vtprune.eval.measure import measure
+from vtprune.eval.running.measure import measure
 from vtprune.methods.base import Method
 from vtprune.report import Report
 
@@ -22,7 +22,7 @@ class Usage(TokenCounts):
     """Tokens of one request. lmms-eval writes `to_dict` to the sample, under `token_counts`."""
 
     measured: dict[str, Any] = field(default_factory=dict)
-    """`visual_tokens` of the prompt, the record of `vtprune.eval.measure`, and the costs had nothing been pruned"""
+    """`visual_tokens` of the prompt, the record of `vtprune.eval.running.measure`, and the costs without pruning"""
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | self.measured
@@ -32,7 +32,7 @@ class UsageLog:
     """Costs of the requests of one call.
 
     Args:
-        methods: what prunes.
+        methods: the methods that prune.
     """
 
     def __init__(self, methods: Sequence[Method]):
@@ -41,7 +41,7 @@ class UsageLog:
         self._seconds = 0.0
 
     def add(self, report: Report, indices: Sequence[int], lengths: Sequence[int], seconds: float) -> list[Usage]:
-        """One usage a sample of the batch that `report` is about.
+        """One usage for each sample of the batch that `report` describes.
 
         Args:
             report: of the batch.
@@ -63,7 +63,7 @@ class UsageLog:
         return usages
 
     def close(self) -> None:
-        """Logs the means. Of several processes each logs its own; lmms-eval keeps those of the first.
+        """Logs the means. If there are several processes, each logs its means; lmms-eval keeps those of the first.
 
         Raises:
             NothingPrunedError: a method ran, visual tokens came, and not one was dropped.

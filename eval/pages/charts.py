@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of `vtprune.eval.plots` as SVG inside a page, in the page's font and in colours that follow its theme.
+"""The plots of `vtprune.eval.pages.plots` as SVG inside a page, in its font and in colours that follow its theme.
 
-Importing this module imports matplotlib. Nothing that a data set or a model said is drawn: names stand in the page.
+Importing this module imports matplotlib. The plots show no text of a data set or a model: names stand in the page.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from vtprune.eval.plots import COLOURS, LINES, PLAIN, Style, panel
-from vtprune.eval.summary import Entry, Record
+from vtprune.eval.pages.plots import COLOURS, LINES, PLAIN, Style, panel
+from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.records import Record
 
 VARIABLES = {colour: f"--c{index}" for index, colour in enumerate([*COLOURS, *PLAIN.values()])}
 """Colour of a row -> the CSS variable that stands for it in the page."""
@@ -47,14 +48,14 @@ def chart(
     """One plot of accuracy against a cost.
 
     Args:
-        name: tells it from the other plots of the page.
+        name: is different for each plot of the page.
         results: lines of `results.jsonl`.
-        cost: what the horizontal axis shows of a row.
+        cost: the value of a row on the horizontal axis.
         label: of the horizontal axis.
-        family: one kind of question only, without intervals.
-        size: in inches of 72 pixels, which it is scaled from.
+        family: show only this kind of question, without intervals.
+        size: in inches of 72 pixels; the page scales the plot.
     """
-    # Words stay words; ids come from this name, so that the same results give the same page.
+    # Text stays text. Ids come from the name, so that the same results give the same page.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         FigureCanvasSVG(figure)
@@ -70,11 +71,11 @@ def chart(
 
 def _themed(svg: str, name: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)  # the style would be the whole page's
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)  # the style would apply to the whole page
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda match: _css(match[0]), svg)
     svg = re.sub(r"; font-family: [^;\"]*", "", svg)
     svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)  # hundredths of a pixel
-    # Several plots share a page, and so one space of ids.
+    # All plots of a page share one space of ids.
     svg = re.sub(r'(\bid="|(?:xlink:)?href="#|url\(#)', rf"\1{name}-", svg)
     box = re.search(r'viewBox="[^"]*"', svg)[0]
     body = svg[svg.index(">") + 1 :]

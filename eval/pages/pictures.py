@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures inside a page: each stands in it once, as a data URI, and is drawn as often as wanted."""
+"""Pictures inside a page: each is in the page once, as a data URI, and can be drawn several times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from vtprune.errors import VTPruneError
-from vtprune.eval.finished import Comparison
+from vtprune.eval.pages.views import View, level, strip
+from vtprune.eval.results.finished import Comparison
 from vtprune.eval.tasks import TASKS, Example, Kind
-from vtprune.eval.views import View, level, strip
 
 _THUMBNAIL = {"image": 160, "video": 80}
-"""Pixels of height of a small picture, or of each of the frames that stand for a video."""
+"""Height in pixels of a small picture, or of each of the frames that stand for a video."""
 _FRAMES = 4
 
 
@@ -29,7 +29,7 @@ class Picture:
         self.name, self.width, self.height = name, width, height
 
     def draw(self, title: str, over: Markup | str = "") -> Markup:
-        """SVG of it. `title` is what is said of it to those who cannot see it; `over` what is drawn on it."""
+        """SVG of the picture. `title` describes it for readers who cannot see it; `over` is drawn on it."""
         shape = " wide" if self.width > 1.5 * self.height else ""
         return Markup(
             '<svg class="picture{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
@@ -45,7 +45,7 @@ class Album:
         self._definitions: list[Markup] = []
 
     def add(self, jpeg: bytes) -> Picture:
-        """A picture to be drawn; the same one for the same bytes."""
+        """A picture that can be drawn; the same bytes give the same picture."""
         width, height = Image.open(io.BytesIO(jpeg)).size
         if jpeg not in self._names:
             self._names[jpeg] = name = f"picture-{len(self._names)}"
@@ -56,7 +56,7 @@ class Album:
 
     @property
     def definitions(self) -> Markup:
-        """What the page has to contain before its pictures are drawn."""
+        """The SVG that the page must contain before it draws pictures."""
         return Markup('<svg width="0" height="0" class="album"><defs>{}</defs></svg>').format(
             Markup("").join(self._definitions)
         )
@@ -84,7 +84,7 @@ def dimmed(view: View, kept: Iterable[int], picture: Picture) -> Markup:
 
 
 def _runs(flags: Sequence[bool]) -> Iterable[tuple[int, int]]:
-    """(start, end) of each stretch of True."""
+    """(start, end) of each run of True."""
     start = None
     for index, flag in enumerate([*flags, False]):
         if flag and start is None:
@@ -98,8 +98,8 @@ class Thumbnails:
     """Small pictures of a task's examples, as the data set has them.
 
     Args:
-        comparison: whose questions they belong to.
-        album: what they are put into.
+        comparison: the questions that the examples belong to.
+        album: gets the pictures.
         last: index of the last example that may be asked for.
     """
 
@@ -130,7 +130,7 @@ class Thumbnails:
         if index not in self._made:
             try:
                 self._made[index] = self._album.add(strip(level(self._pictures(index), _THUMBNAIL[self._kind])))
-            except (OSError, ValueError):  # a file that is gone or damaged: the page does without it
+            except (OSError, ValueError):  # the file is gone or damaged: the page has no picture of it
                 self._made[index] = None
         return self._made[index]
 
@@ -140,7 +140,7 @@ class Thumbnails:
 
 
 def _frames(path: Path) -> list[Image.Image]:
-    """A few frames from all over a video."""
+    """A few frames at even distances in a video."""
     import av
 
     with av.open(str(path)) as container:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the page: tables, plots, what was kept, where answers part, and what it was all computed with."""
+"""Writes the page: tables, plots, the tokens that were kept, answers that differ, and the provenance."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from vtprune.errors import ConfigError
-from vtprune.eval.finished import Asked, Comparison, comparisons
 from vtprune.eval.pages import tables
 from vtprune.eval.pages.charts import chart, legend
 from vtprune.eval.pages.pictures import Album, Picture, Thumbnails, dimmed, seams
-from vtprune.eval.plots import LINES, average_tokens, prefill_flops, styles
-from vtprune.eval.results import write_atomically
-from vtprune.eval.summary import rows
-from vtprune.eval.views import read_views, views_folder
+from vtprune.eval.pages.plots import LINES, average_tokens, prefill_flops, styles
+from vtprune.eval.pages.views import read_views, views_folder
+from vtprune.eval.results.entries import rows
+from vtprune.eval.results.finished import Asked, Comparison, comparisons
+from vtprune.eval.results.records import write_atomically
 
 SHOWN = 4
-"""Examples of which the page shows what was kept."""
+"""Number of examples whose kept tokens the page shows."""
 LISTED = 4
-"""Examples listed of each kind of disagreement, a method and budget."""
+"""Number of examples listed for each method, budget and kind of disagreement."""
 _LONGEST = 400
-"""Characters shown of a text that a data set or a model wrote."""
+"""Largest number of characters shown of a text that a data set or a model wrote."""
 
 _TURNS = {"\u061c", "\u200e", "\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 """Characters that change the direction of the text around them."""
 
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
-    """Writes one HTML file about the results in some folders; the same results give the same file.
+    """Writes one HTML file about the results in folders. The same results give the same file.
 
     Args:
         folders: with `results.jsonl` (and what lies beside it) of `vtprune eval`, `bench.jsonl` of `vtprune bench`, or
-            both. Cells that answered the same questions with the same model stand in one comparison.
+            both. Cells of the same model on the same questions stand in one comparison.
         path: the file.
 
     Raises:
-        ConfigError: a folder holds neither, or cannot be read.
+        ConfigError: a folder has neither file, or cannot be read.
     """
     found = comparisons(folder for folder in folders if not _only_bench(folder))
     album = Album()
@@ -67,14 +67,14 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 
 def said(text: Any) -> str:
-    """What a data set or a model wrote, cut to a length, with characters that would act on the page made visible."""
+    """A text of a data set or a model, cut to a length. Characters that would act on the page are made visible."""
     text = str(text)
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
     return "".join(c if _harmless(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
 
 
 def mark(score: float) -> str:
-    """A tick, a cross, or what lies between them."""
+    """A tick for 1, a cross for 0, else the number."""
     return "✓" if score == 1 else "✗" if score == 0 else f"{score:.2f}"
 
 
@@ -113,7 +113,7 @@ def _bench(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one row kept of an example, and answered."""
+    """The tokens that one row kept of an example, and its answer."""
 
     row: tables.Row
     drawing: Markup
@@ -124,7 +124,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example, and what became of it."""
+    """An example with the kept tokens and answers of all rows."""
 
     asked: Asked
     original: Markup
@@ -133,11 +133,11 @@ class Shown:
     mark: str
     kind: str
     seen: dict[str, dict[tables.Budget, Seen]]
-    """label -> budget -> what was kept"""
+    """label -> budget -> the tokens that were kept"""
 
 
 def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
-    """What the template says of one comparison."""
+    """The values of the template for one comparison."""
     lines = comparison.lines
     kinds = list(comparison.full["family_scores"])
     apart = tables.disagreements(comparison)
@@ -186,7 +186,7 @@ def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
 
 
 def _shown(comparison: Comparison, album: Album) -> Iterator[Shown]:
-    """The first examples with what every row kept of them; none where the runs left no views."""
+    """The first examples with the tokens that every row kept; none if the runs left no views."""
     views = {}
     for folder in reversed(comparison.folders):
         views |= read_views(views_folder(folder, comparison.task, comparison.full["weights"]))
@@ -213,7 +213,7 @@ def _shown(comparison: Comparison, album: Album) -> Iterator[Shown]:
 
 
 def _card(comparison: Comparison, place: int, row: tables.Row, thumbnails: Thumbnails) -> dict[str, Any]:
-    """One example where a row and the full model part."""
+    """One example on which a row and the full model differ."""
     picture: Picture | None = thumbnails[place]
     asked = comparison.asked[place]
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a page, put into rows: what is compared with what, and the words for it."""
+"""The numbers of a page as rows: which rows are compared with which, and the words for the outcome."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from vtprune.eval.finished import Comparison
-from vtprune.eval.plots import LINES
-from vtprune.eval.statistics import Difference, corrected, difference
-from vtprune.eval.summary import Entry, Record, accuracy, flops, percent, rows
+from vtprune.eval.pages.plots import LINES
+from vtprune.eval.results.entries import Entry, rows
+from vtprune.eval.results.finished import Comparison
+from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
+from vtprune.eval.results.records import Record
+from vtprune.eval.results.statistics import Difference, corrected, difference
 
 Budget = float | None
-
-MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Place:
     text: str
     detail: str = ""
     warmth: float | None = None
-    """0 for what the question alone gives away, 1 for the full model"""
+    """0 for the score without visual tokens, 1 for the full model's score"""
 
 
 def overview(comparison: Comparison) -> list[tuple[str, list[Place]]]:
-    """Label -> a place for each budget; the rows of `LINES` have one place alone."""
+    """(label, a place for each budget); the rows of `LINES` have a single place."""
     zero = [row.entry.mean("score") for row in table_rows(comparison) if row.label == "zero"]
     floor, ceiling = (zero or [0.0])[0], comparison.full["score"]
 
@@ -96,7 +96,7 @@ def overview(comparison: Comparison) -> list[tuple[str, list[Place]]]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row against another one."""
+    """One row compared with another row."""
 
     text: str
     """difference in points of accuracy, its interval"""
@@ -106,7 +106,7 @@ class Verdict:
 
 
 def verdict(found: Difference) -> Verdict:
-    """A difference in words."""
+    """The words for a difference."""
     low, high = found.interval
     sign = "open" if not found.significant else "better" if found.mean > 0 else "worse"
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}" if found.p < 0.1 else f"p = {found.p:.2f}"
@@ -114,7 +114,7 @@ def verdict(found: Difference) -> Verdict:
 
 
 def _points(difference: float) -> str:
-    """Of accuracy, signed."""
+    """A difference of accuracy in points, with its sign."""
     return f"{100 * difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", "−")
 
 
@@ -136,13 +136,13 @@ class Standing:
 
 
 def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
-    """Rows at a budget, and those of `LINES`, best first, each against the next one."""
+    """The rows at a budget and those of `LINES`, best first, each compared with the next one."""
     chosen = [row for row in table_rows(comparison) if row.label in LINES or row.budget == budget]
     chosen.sort(key=lambda row: row.entry.mean("score"), reverse=True)  # stable: ties stay in the order of the results
     drawn = next((row for row in chosen if row.seed_cell["method"] == "random"), None)
 
     def against(others: Sequence[Row | None]) -> list[Verdict | None]:
-        """Each row against another one, or none; corrected for how many they are."""
+        """Compares each row with the one in `others`, if any; p values are corrected for the number of comparisons."""
         pairs = [(row, other) for row, other in zip(chosen, others, strict=True) if other is not None]
         found = [difference(comparison.scores(row.entry), comparison.scores(other.entry)) for row, other in pairs]
         verdicts = map(verdict, corrected(found))
@@ -166,7 +166,7 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
 
 
 def retention(entry: Entry) -> str:
-    """Share of the full model's accuracy with its paired interval; over seeds, means and ± standard deviation."""
+    """Share of the full model's accuracy, paired interval; over several seeds the means, ± standard deviation."""
     values = [cell["retention"] for cell in entry.cells]
     if None in values:
         return MISSING
@@ -176,12 +176,12 @@ def retention(entry: Entry) -> str:
 
 
 def published(line: Record) -> str | None:
-    """What a paper reports for a row, and how far ours is from it; None for rows without a published number."""
+    """The number of a paper for a row, and our distance from it; None for rows without a published number."""
     given = line.get("published")
     if not given:
         return None
-    own = line["retention"] if given["metric"] == "retention" else line["score"]
-    apart = "" if own is None else f", ours {100 * (own - given['value']):+.1f}"
+    ours = line["retention"] if given["metric"] == "retention" else line["score"]
+    apart = "" if ours is None else f", ours {100 * (ours - given['value']):+.1f}"
     where = f"{given['benchmarks']}; {given['source']}, {given['table']}"
     return f"{percent(given['value'])} ({given['metric']}{apart}; {where})"
 
@@ -190,32 +190,32 @@ def published(line: Record) -> str | None:
 
 
 def seconds_per_example(folders: Sequence[Path]) -> dict[str, float]:
-    """Name of a cell -> wall seconds an example, as the runs noted them; the last ones of a batch that ran twice."""
+    """Name of a cell -> wall seconds per example, from the runs. If a batch ran twice, the last time counts."""
     batches: dict[tuple[str, int], tuple[float, int]] = {}
     for line in (line for folder in folders for line in json_lines(folder / "timings.jsonl")):
         batches[line["cell"], line["first"]] = line["seconds"], line["examples"]
     cells = dict.fromkeys(cell for cell, _ in batches)
     found = {}
     for cell in cells:
-        own = [batch for (name, _), batch in batches.items() if name == cell]
-        found[cell] = sum(seconds for seconds, _ in own) / sum(examples for _, examples in own)
+        of_cell = [batch for (name, _), batch in batches.items() if name == cell]
+        found[cell] = sum(seconds for seconds, _ in of_cell) / sum(examples for _, examples in of_cell)
     return found
 
 
 def json_lines(path: Path) -> list[Record]:
-    """The whole lines of a file; none without the file."""
+    """The whole lines of a file; none if there is no file."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     found = []
     for line in lines:
         try:
             found.append(json.loads(line))
-        except ValueError:  # torn when a run was killed
+        except ValueError:  # the line is torn, because a run was killed
             continue
     return found
 
 
 def costs(comparison: Comparison) -> Iterator[tuple[Row, dict[str, str]]]:
-    """Every row with what it costs one example, measured."""
+    """Every row with its measured cost of one example."""
     seconds = seconds_per_example(comparison.folders)
     for row in table_rows(comparison):
         entry = row.entry
@@ -262,17 +262,17 @@ def families(comparison: Comparison, budget: Budget) -> list[tuple[Row, list[tup
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Where a row and the full model part."""
+    """The examples on which a row and the full model differ."""
 
     row: Row
     lost: list[int]
-    """places in `asked` where the full model scores higher, widest gaps first"""
+    """places in `asked` where the full model has the higher score, widest gaps first"""
     won: list[int]
-    """where the row does"""
+    """places where the row has the higher score"""
 
 
 def disagreements(comparison: Comparison) -> list[Disagreement]:
-    """One a method and budget; of several seeds the first one."""
+    """One for each method and budget; if there are several seeds, of the first one."""
     full = comparison.answers[comparison.full["cell"]].scores
     found = []
     for row in table_rows(comparison):
@@ -287,7 +287,7 @@ def disagreements(comparison: Comparison) -> list[Disagreement]:
 
 
 def provenance(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Facts, and the configuration as JSON, of every state of code and configuration that the numbers come from."""
+    """(configuration as JSON, facts) of every state of code and configuration that the numbers come from."""
     found: dict[str, list[tuple[str, str]]] = {}
     for line in comparison.lines:
         config = json.dumps(line["config"], indent=2)
@@ -297,7 +297,7 @@ def provenance(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]
 
 
 def seeds(comparison: Comparison) -> list[tuple[str, Any]]:
-    """(label, seeds) of the rows that draw numbers."""
+    """(label, seeds) of the rows with random numbers."""
     found: dict[str, list[Any]] = {}
     for line in comparison.lines:
         if line["seed"] is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published settings by name, `METHOD/MODEL/BUDGET`, with what the paper reports for them.
+"""Published settings by name, `METHOD/MODEL/BUDGET`, with the numbers that papers report for them.
 
 A file beside this one holds the settings of one method and is named after it. Models have the names of
 `vtprune.eval.bench.shapes`.
@@ -24,44 +24,44 @@ class Published(ConfigModel):
     """share of the unpruned model's score, or the score itself"""
     value: Annotated[float, Field(ge=0, le=1.1)]
     benchmarks: str
-    """what it is a number of"""
+    """the benchmarks that the number is measured on"""
     source: str
-    """which paper printed it; not always the method's own"""
+    """the paper that prints the number; not always the paper of the method"""
     table: str
-    """where it stands there"""
+    """the table in that paper"""
 
 
 class Flops(ConfigModel):
-    """What a publication says of the language model's cost."""
+    """The cost of the language model according to a publication."""
 
     share: Annotated[float, Field(gt=0, lt=1)]
-    """of the unpruned model's"""
+    """of the unpruned model's FLOPs"""
     convention: Literal["exact", "visual_only", "visual_only_gated", "llm_viewer"]
-    """formula behind it, of `vtprune.cost`"""
+    """the formula, one of `vtprune.cost`"""
     text: Annotated[int, Field(ge=0)] = 0
-    """text tokens that it counts"""
+    """text tokens that are counted"""
 
 
 class Preset(ConfigModel):
     """One published setting."""
 
     params: dict[str, Any] = {}
-    """parameters of the method other than the budget; layers that are its defaults are left to it, and move with the
-    depth of other models"""
+    """parameters of the method other than the budget. Layers that are the method's defaults are not given here, so that
+    they move with the depth of other models"""
     keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     keep_tokens: Annotated[int, Field(ge=0)] | None = None
-    """the budget, one of the two; with neither, the parameters say it"""
+    """the budget, as one of the two; if there is neither, the parameters state it"""
     visual_tokens: Annotated[int, Field(ge=1)]
-    """what the publication has of them without pruning, all crops or frames together"""
+    """number of them in the publication without pruning, in all crops or frames together"""
     crops: Annotated[int, Field(ge=1)] = 1
     kept: dict[int, int] | None
-    """decoder layer -> visual tokens from its input on; None where only the data say"""
+    """decoder layer -> visual tokens from its input on; None if only the data decide"""
     flops: Flops | None = None
     published: Published | None = None
-    """None where no number is printed for this setting"""
+    """None if no number is printed for this setting"""
 
     def row(self, method: str) -> dict[str, Any]:
-        """As a row of an evaluation file."""
+        """The setting as a row of an evaluation file."""
         budget: dict[str, Any] = {"keep_ratios": []}
         if self.keep_tokens is not None:
             budget = {"keep_tokens": [self.keep_tokens]}
@@ -79,8 +79,8 @@ def presets() -> dict[str, Preset]:
     """All published settings, by name."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.yaml")):
-        for name, one in validate(_File, YamlFile(path)).presets.items():
-            found[f"{path.stem}/{name}"] = one
+        for name, preset in validate(_File, YamlFile(path)).presets.items():
+            found[f"{path.stem}/{name}"] = preset
     return found
 
 
@@ -88,7 +88,7 @@ def find(name: Any) -> Preset:
     """The published setting called `name`.
 
     Raises:
-        ConfigError: there is none; names the nearest ones.
+        ConfigError: there is no such setting. The message names the nearest ones.
     """
     known = presets()
     if name not in known:

@@ -14,11 +14,11 @@ from typing import Literal, Protocol
 from PIL.Image import Image
 
 Kind = Literal["image", "video"]
-"""What a task shows, in the words of the adapters and of chat templates."""
+"""Kind of a task's media, as adapters and chat templates name it."""
 
 
 class Example(Protocol):
-    """One question, about what the subclasses add."""
+    """One question. The subclasses add the image or the video that it is about."""
 
     question: str
     answer: str
@@ -37,21 +37,21 @@ class VideoExample(Example, Protocol):
     """One question about one video."""
 
     def video_path(self) -> Path:
-        """A file that PyAV can decode; asked for when the example is about to run, so it may be written only then."""
+        """A file that PyAV can decode. It may be written on this call, which comes right before the example runs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of examples and how answers to them are scored."""
+    """A list of examples, and the function that scores answers to them."""
 
     examples: Callable[[int | None], Sequence[Example]]
-    """the first so many examples (None: all), always in the same order; `ImageExample` or `VideoExample`"""
+    """number (None: all) -> the first examples, `ImageExample` or `VideoExample`, always in the same order"""
     score: Callable[[str, str], float]
     """(prediction, answer) -> 0..1"""
     max_new_tokens: int
-    """what the longest answer needs, end-of-sequence token included"""
+    """enough for the longest answer and its end-of-sequence token"""
     kind: Kind = "image"
-    """what the examples show"""
+    """kind of the examples' media"""
 
 
 def _digitscenes() -> Task:

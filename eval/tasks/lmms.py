@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the YAML files beside this one say of DigitScenes to lmms-eval, which reads this file by its path."""
+"""The functions that the YAML files beside this one name. lmms-eval reads this file by its path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXAMPLES = {
 
 
 def documents(named: Dataset) -> Dataset:
-    """All examples of the task that the first row of `named` names, each drawn when it is asked for."""
+    """All examples of the task that the first row of `named` names. Each is drawn when it is asked for."""
     task = named[0]["task"]
     size, draw = _EXAMPLES[task]
     draw = cache(draw)  # lmms-eval asks for a document several times
@@ -28,7 +28,7 @@ def documents(named: Dataset) -> Dataset:
         examples = [draw(index) for index in rows["index"]]
         media = [e.video_path() if task == "digitscenes_video" else e.image for e in examples]
         texts = {key: [getattr(e, key) for e in examples] for key in ("question", "answer", "family")}
-        return {**rows, **texts, "medium": [str(one) if task == "digitscenes_video" else one for one in media]}
+        return {**rows, **texts, "medium": [str(medium) if task == "digitscenes_video" else medium for medium in media]}
 
     return Dataset.from_dict({"index": list(range(size))}).with_transform(drawn)
 

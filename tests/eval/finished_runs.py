@@ -7,8 +7,8 @@ from dataclasses import replace
 import tiny_eval
 
 from vtprune.eval.config import EvalConfig
-from vtprune.eval.results import cell_records, to_line
-from vtprune.eval.runner import run
+from vtprune.eval.results.records import cell_records, to_line
+from vtprune.eval.running.runner import run
 from vtprune.eval.tasks import TASKS, Task
 
 QUESTION = '</style></svg><script>document.title = "owned"</script>'

@@ -5,10 +5,10 @@ No assertion depends on how long anything takes.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_eval
 import torch
 from typer.testing import CliRunner
 
@@ -17,17 +17,15 @@ import vtprune.eval
 from vtprune import cost
 from vtprune.cli import app
 from vtprune.errors import ConfigError
-from vtprune.eval.bench import path, run
+from vtprune.eval.bench import lines as bench_lines
+from vtprune.eval.bench import passes, path, rounds, run
 from vtprune.eval.bench.config import BenchConfig, load_config
 from vtprune.eval.bench.linear import use_onednn
+from vtprune.eval.bench.passes import Pass, one_pass
 from vtprune.eval.bench.path import decode, encode, grow, prefill
-from vtprune.eval.bench.run import Pass, Row, one_pass
+from vtprune.eval.bench.rows import Row
 from vtprune.eval.bench.shapes import SHAPES, Shape, build_model, random_inputs
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_eval
-
 from vtprune.transformers_private import CACHE
 
 TEXT = {
@@ -243,12 +241,12 @@ def test_work_on_a_gpu_is_timed_between_events(monkeypatch):
     assert log == ["wait", "record", "work", "record", "wait"]
 
 
-def test_peak_is_what_is_held_at_once():
-    held = torch.zeros(1 << 20)
+def test_peak_is_what_is_there_at_once():
+    other = torch.zeros(1 << 20)
 
     def work():
         first = torch.zeros(1 << 20)
-        second = first + held
+        second = first + other
         del first
         return torch.zeros(1 << 18) + second[: 1 << 18]
 
@@ -318,7 +316,7 @@ def test_what_a_cache_was_grown_by_is_attended_to(model):
 def test_a_pass_times_steps_at_the_lengths_asked_for_and_leaves_no_trace(model, monkeypatch):
     lengths = []
     monkeypatch.setattr(
-        run, "decode", lambda m, ids, cache: lengths.append(cache.get_seq_length()) or path.decode(m, ids, cache)
+        passes, "decode", lambda m, ids, cache: lengths.append(cache.get_seq_length()) or path.decode(m, ids, cache)
     )
     inputs = random_inputs(TINY["tiny"], model, 1, 10)
     hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
@@ -409,11 +407,11 @@ def test_rows_take_turns_in_an_order_that_changes(monkeypatch):
         turns.append(row.label)
         return Pass(1.0, 0.0, 1.0, {1: (1.0,)})
 
-    monkeypatch.setattr(run, "one_pass", fake_pass)
+    monkeypatch.setattr(rounds, "one_pass", fake_pass)
     run.run(config(methods=["uniform", "divprune", "mmtok"], repeats=6, output_tokens=[1]))
-    rounds = [tuple(turns[i : i + 4]) for i in range(0, len(turns), 4)]
-    assert len(rounds) == 6 and all(set(r) == {"full", "uniform", "divprune", "mmtok"} for r in rounds)
-    assert len(set(rounds)) > 2 and len({r[0] for r in rounds}) > 1
+    orders = [tuple(turns[i : i + 4]) for i in range(0, len(turns), 4)]
+    assert len(orders) == 6 and all(set(r) == {"full", "uniform", "divprune", "mmtok"} for r in orders)
+    assert len(set(orders)) > 2 and len({r[0] for r in orders}) > 1
 
 
 def test_realised_is_measured_over_ideal(monkeypatch):
@@ -424,8 +422,8 @@ def test_realised_is_measured_over_ideal(monkeypatch):
         prefill_seconds = 4.0 if row.label == "full" else 2.0
         return Pass(1.0 * slow, 0.0, prefill_seconds * slow, {1: (0.5 * slow,), 4: (0.5 * slow,)})
 
-    monkeypatch.setattr(run, "one_pass", fake_pass)
-    monkeypatch.setattr(run, "plain_pass", lambda model, batch, length: 1.0)
+    monkeypatch.setattr(rounds, "one_pass", fake_pass)
+    monkeypatch.setattr(rounds, "plain_pass", lambda model, batch, length: 1.0)
     full, uniform = run.run(config(methods=["uniform"], repeats=3))
     assert uniform["speedup"]["prefill"]["samples"] == [2.0, 2.0, 2.0]
     assert uniform["realised"] == 2.0 / uniform["ideal_prefill_speedup"]
@@ -436,8 +434,8 @@ def test_realised_is_measured_over_ideal(monkeypatch):
 
 def test_plain_is_the_models_own_time_at_the_lengths_of_each_layer(model):
     plain = {10: [1.0, 2.0], 30: [3.0, 4.0], 50: [5.0, 10.0]}
-    passes = [Pass(0.0, 0.0, 4.0, {1: (1.0,)}), Pass(0.0, 0.0, 5.0, {1: (1.0,)})]
-    beside = run._beside_plain(plain, [50, 20, 10, 10], passes)
+    timed_passes = [Pass(0.0, 0.0, 4.0, {1: (1.0,)}), Pass(0.0, 0.0, 5.0, {1: (1.0,)})]
+    beside = bench_lines.beside_plain(plain, [50, 20, 10, 10], timed_passes)
     # (5 + 2 + 1 + 1) / 4 and (10 + 3 + 2 + 2) / 4 seconds, the text of 20 tokens interpolated
     assert beside["plain_prefill_speedup"]["samples"] == pytest.approx([5 / 2.25, 10 / 4.25])
     assert beside["of_plain"] == pytest.approx((2.25 / 4 + 4.25 / 5) / 2)
@@ -445,7 +443,7 @@ def test_plain_is_the_models_own_time_at_the_lengths_of_each_layer(model):
 
 def test_text_as_long_as_what_is_left_is_measured_in_every_round(monkeypatch):
     measured = []
-    monkeypatch.setattr(run, "plain_pass", lambda model, batch, length: measured.append((batch, length)) or 1.0)
+    monkeypatch.setattr(rounds, "plain_pass", lambda model, batch, length: measured.append((batch, length)) or 1.0)
     lines = run.run(config(methods=["uniform", "divprune", "fastv"], batch_sizes=[2], keep_ratios=[0.25], repeats=3))
     fastv = round((0.25 * 8 - 1) / 7 * 36)  # everything in the first layer, the rest of the budget behind it
     assert lines[-1]["final_tokens"] == fastv

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from vtprune.eval import digitscenes, runner
+from vtprune.eval import digitscenes
 from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
-from vtprune.eval.results import cell_records
+from vtprune.eval.results.records import cell_records
+from vtprune.eval.running import runner
 from vtprune.eval.tasks import TASKS
 
 TASK_FOLDER = Path(digitscenes.__file__).parent.parent / "tasks"

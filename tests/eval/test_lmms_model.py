@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_video
 import torch
+from conformance import processors
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 
@@ -19,10 +20,6 @@ from vtprune.eval.inputs import answers, conversation_inputs
 from vtprune.eval.lmms.arguments import Arguments
 from vtprune.eval.lmms.decoding import Generation, lengths, score_continuations
 from vtprune.eval.lmms.model import VTPruneChat, VTPruneSimple
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from conformance import processors
-
 from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2
@@ -166,7 +163,7 @@ def test_what_a_task_must_not_show():
         ask(model, [turn("what happens ?", "clip.mp4")])
     with pytest.raises(ConfigError, match="parts of type 'audio'"):
         ask(model, [[{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]])
-    with pytest.raises(ConfigError, match="stretches of videos"):
+    with pytest.raises(ConfigError, match="parts of videos"):
         ask(model, [[{"role": "user", "content": [{"type": "video", "url": {"video_start": 1, "video": "clip.mp4"}}]}]])
     with pytest.raises(ConfigError, match="several rounds"):
         model.generate_until_multi_round([Instance("x", (), 0, {"task": "ovo", "doc_id": 0, "repeats": 1})])

@@ -9,11 +9,12 @@ from transformers import AutoConfig
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError
 from vtprune.eval.bench.shapes import SHAPES
-from vtprune.eval.cells import expand
 from vtprune.eval.config import EvalConfig, load_config
-from vtprune.eval.estimate import Prompt, layer_counts
 from vtprune.eval.presets import presets
-from vtprune.eval.runner import run
+from vtprune.eval.running.cells import expand
+from vtprune.eval.running.estimate import layer_counts
+from vtprune.eval.running.runner import run
+from vtprune.plan import Prompt
 from vtprune.tokens import ModelShape
 
 BY_HAND = {

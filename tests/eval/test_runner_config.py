@@ -7,8 +7,8 @@ import yaml
 import vtprune
 import vtprune.eval
 from vtprune.errors import ConfigError
-from vtprune.eval.cells import Cell, Identity, expand
 from vtprune.eval.config import load_config, parse_changes
+from vtprune.eval.running.cells import Cell, Identity, expand
 
 VALID = {"model": "digitscenes", "keep_ratios": [0.5, 0.25], "methods": ["uniform"]}
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtprune.eval.results import members
+from vtprune.eval.results.records import members
 from vtprune.eval.tasks import TASKS, Task
 
 EXAMPLES = 10

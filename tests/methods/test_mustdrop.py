@@ -103,6 +103,10 @@ def between(values, rank):
     return (values[rank - 1] + values[rank]) / 2
 
 
+def clip_flops(model, sequences):
+    return encoder_flops(model.config.vision_config, sequences, has_cls=True, gated_mlp=False)
+
+
 @torch.no_grad()
 @both_attentions
 @pytest.mark.parametrize("feature_layer", [-2, -1, [0, -2]])
@@ -128,7 +132,7 @@ def test_the_encoder_merges_windows_and_the_projector_sees_them_all(attention, f
         chosen = feature_layer if isinstance(feature_layer, list) else [feature_layer]
         torch.testing.assert_close(got, torch.cat([states[i][1:] for i in chosen], -1), atol=1e-5, rtol=1e-5)
         sizes.add(len(groups))
-        flops += encoder_flops(model.config.vision_config, [[36, *[len(groups) - 1] * 3]])
+        flops += clip_flops(model, [[36, *[len(groups) - 1] * 3]])
         # a window of three rows and two columns takes the place of the left patch of its middle row
         left += sorted(whole + group[2 if len(group) == 6 else 0] - 1 for group in groups if group[0])
         whole += sum(map(len, groups)) - 1
@@ -138,7 +142,7 @@ def test_the_encoder_merges_windows_and_the_projector_sees_them_all(attention, f
     columns = [(sample, column) for sample in range(3) for column in report.visual[sample].tolist()]
     kept = [(sample, column) for sample in range(3) for column in report.kept(sample, 0).tolist()]
     assert kept == [columns[place] for place in left]
-    assert report.encoder_flops == flops < encoder_flops(model.config.vision_config, [36] * len(images))
+    assert report.encoder_flops == flops < clip_flops(model, [36] * len(images))
 
 
 @torch.no_grad()

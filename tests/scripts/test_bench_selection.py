@@ -60,7 +60,7 @@ def test_a_row_holds_times_ratio_agreement_and_memory(script):
     assert cells[7][0] == "0.0 MiB"
 
 
-def test_peak_memory_counts_what_is_held_at_once(script):
+def test_peak_memory_counts_what_is_there_at_once(script):
     def one_after_the_other():
         for _ in range(4):
             torch.zeros(1 << 20)

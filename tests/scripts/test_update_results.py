@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from vtprune.eval.results import to_line
+from vtprune.eval.results.records import to_line
 
 SCRIPT = "update_results"
 

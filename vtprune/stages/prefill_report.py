@@ -83,6 +83,8 @@ def _report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, **count
         notes=tuple(dict.fromkeys(notes)),
         text_config=adapter.text_config,
         vision_config=adapter.vision_config,
+        encoder_has_cls=adapter.has_cls,
+        encoder_gated_mlp=adapter.gated_encoder_mlp,
         kv_dtype_bytes=hidden.element_size(),
         **counted,
     )

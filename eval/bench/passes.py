@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass of a row through the model, which either measures its time or counts its memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.eval.bench.config import BenchConfig
+from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
+from vtprune.eval.bench.rows import Row
+from vtprune.eval.bench.stopwatch import peak_bytes, timed
+from vtprune.report import Report
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of one pass of a row."""
+
+    encoder: float
+    selector: float
+    prefill: float
+    """language model to the first token, selection included"""
+    steps: Mapping[int, tuple[float, ...]]
+    """number of answered tokens -> seconds of the decoding steps that were timed there"""
+
+    @property
+    def first_token(self) -> float:
+        return self.encoder + self.prefill
+
+    def answer(self, tokens: int) -> float:
+        """Seconds until the last of `tokens` tokens. Steps between the measured lengths are interpolated."""
+        points = [(length, median(seconds)) for length, seconds in self.steps.items()]
+        return self.first_token + sum(interpolated(points, length) for length in range(1, tokens))
+
+
+def interpolated(points: Sequence[tuple[int, float]], at: int) -> float:
+    """The value at `at`, linear between its neighbours among the (place, value) pairs, which ascend.
+
+    Beyond the ends it is the value of the nearest pair.
+    """
+    if at <= points[0][0]:
+        return points[0][1]
+    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        if at <= right:
+            return low + (high - low) * (at - left) / (right - left)
+    return points[-1][1]
+
+
+@torch.inference_mode()
+def one_pass(model: Any, inputs: Inputs, row: Row, config: BenchConfig) -> Pass:
+    """Encode, prefill, and a few decoding steps at each length."""
+    device = model.device
+    gc.collect()  # here, so that it does not run while something is timed
+    with row.session(model) as session:
+        encoder, encoded = timed(lambda: encode(model, inputs), device)
+        seconds, (ids, cache) = timed(lambda: prefill(model, inputs, encoded), device)
+        selector = 0.0 if session is None else session.report.timings.selector
+        steps: dict[int, tuple[float, ...]] = {}
+        answered = 1
+        for length in config.output_tokens:
+            if length > answered:
+                grow(model, ids, cache, length - answered)
+                answered = length
+            timings = []
+            for _ in range(config.steps):
+                spent, ids = timed(lambda ids=ids: decode(model, ids, cache), device)
+                timings.append(spent)
+            answered += config.steps
+            steps[length] = tuple(timings)
+    return Pass(encoder, selector, seconds, steps)
+
+
+@torch.inference_mode()
+def plain_pass(model: Any, batch: int, length: int) -> float:
+    """Seconds of a prefill of `length` text tokens, without any session."""
+    ids = torch.full((batch, length), 3, device=model.device)
+    return timed(lambda: prefill_text(model, ids), model.device)[0]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Memory and computation of a row; the same in every pass."""
+
+    peak_bytes: int
+    """tensors during a whole pass, beyond weights and inputs"""
+    kv_bytes: int
+    """of the KV cache after the prefill"""
+    auxiliary_bytes: int
+    """of hidden states kept for tokens that may come back"""
+    report: Report | None
+    """None for the full model"""
+
+
+@torch.inference_mode()
+def hold(model: Any, inputs: Inputs, row: Row) -> Holding:
+    """Counts in a pass that is not timed. The pass also warms the machine up."""
+    found: dict[str, Any] = {}
+
+    def work() -> None:
+        encoded = encode(model, inputs)
+        ids, cache = prefill(model, inputs, encoded)
+        found["kv_bytes"] = cache_bytes(cache)
+        decode(model, ids, cache)
+
+    with row.session(model) as session:
+        if model.device.type == "cuda":
+            work()  # libraries set up their workspaces on first use
+        peak = peak_bytes(work, model.device)
+        report = None if session is None else session.report
+    return Holding(peak, found["kv_bytes"], 0 if report is None else report.auxiliary_bytes, report)

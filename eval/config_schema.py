@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON schema of evaluation files, with the parameters of every method, for editors that complete and check."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from vtprune.eval.config import BASELINES, BUDGETS, LISTS, EvalConfig, MethodEntry
+from vtprune.eval.presets import presets
+from vtprune.eval.tasks import TASKS
+from vtprune.methods import Method, list_methods
+
+_SHARED = ("seeds", "keep_ratios", "keep_tokens")
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of the file as people write it: a name may stand for a list, and methods are flat mappings."""
+    schema = EvalConfig.model_json_schema()
+    properties = schema["properties"]
+    fields_of_entry = MethodEntry.model_json_schema()["properties"]
+    methods = {name: method for name, method in list_methods().items() if name not in BASELINES}
+    properties["model"] = _one_or_more({"type": "string"}) | {"description": "Folders or hub ids of models."}
+    properties["task"] = _one_or_more({"enum": list(TASKS)}) | {"default": "digitscenes"}
+    rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
+    preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
+    properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows]}
+    schema["required"] = [key for key in schema["required"] if key != "output"]  # its default is the file's name
+    schema.pop("$defs", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _one_or_more(item: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [item, {"type": "array", "items": item, "minItems": 1, "uniqueItems": True}]}
+
+
+def _mapping(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _row(name: str, method: type[Method], fields_of_entry: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a row of one method with its parameters."""
+    hints = typing.get_type_hints(method, include_extras=True)
+    fields = [field.name for field in dataclasses.fields(method) if field.name not in BUDGETS]
+    parameters = {field: TypeAdapter(hints[field]).json_schema() for field in fields}
+    lists = {field: {"type": "array", "items": parameter, "minItems": 1} for field, parameter in parameters.items()}
+    shared = {key: fields_of_entry[key] for key in _SHARED if key != "seeds" or "seed" in fields}
+    lists |= {field: fields_of_entry[key] for field, key in LISTS.items() if key in shared}
+    grid = {"grid": {"type": "object", "properties": lists, "additionalProperties": False}}
+    summary = inspect.getdoc(method).splitlines()[0]
+    return _mapping({"name": {"const": name}, **parameters, **shared, **grid}, ["name"]) | {"description": summary}

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws `pareto.png`, accuracy against measured visual tokens and FLOPs, and `families.png`, by kind of question.
+
+Importing this module imports matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from vtprune.eval.results.entries import Entry, rows
+from vtprune.eval.results.records import Record
+
+COLOURS = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#7b3fa0",
+    "#a6761d",
+    "#e7298a",
+    "#1b1b1b",
+    "#56b4e9",
+    "#b8860b",
+]
+MARKERS = "osD^vP*X<>"
+PLAIN = {
+    "random": "#8a8a8a",
+    "uniform": "#6b6b6b",
+    "uniform_frames": "#9c9c9c",
+    "pool": "#a8a8a8",
+    "downsample": "#4d4d4d",
+}
+"""The baselines are grey, so that the methods stand out against them."""
+LINES = ("full", "zero")
+"""Rows that are drawn as horizontal lines, because they have a single budget."""
+_DODGE = 1.015
+"""Factor between neighbouring rows on the horizontal axis. Most have the same cost, so their bars would coincide."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a row is drawn."""
+
+    colour: str
+    marker: str
+    baseline: bool
+
+
+def styles(grid: Mapping[str, Mapping[float, Entry]]) -> dict[str, Style]:
+    """Label of a row, except `LINES` -> its style, the same in all plots of the results."""
+    colours = iter(COLOURS * len(grid))
+    markers = iter(MARKERS * len(grid))
+    found = {}
+    for label, by_ratio in grid.items():
+        if label not in LINES:
+            plain = PLAIN.get(next(iter(by_ratio.values())).cells[0]["method"])
+            found[label] = Style(plain or next(colours), next(markers), plain is not None)
+    return found
+
+
+def pareto(results: Sequence[Record], path: Path) -> None:
+    """Draws both panels to a PNG: points are cells (mean over seeds), bars their 95 % intervals.
+
+    Args:
+        results: lines of `results.jsonl`; cells without numbers are left out.
+        path: the PNG.
+    """
+    figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
+    panel(by_tokens, results, average_tokens)
+    panel(by_flops, results, prefill_flops)
+    first = results[0]
+    by_tokens.set_ylabel("accuracy (%)")
+    by_tokens.set_xlabel("visual tokens measured, averaged over decoder layers")
+    by_flops.set_xlabel("prefill FLOPs of the language model, one example")
+    figure.suptitle(
+        f"{first['task']}, {first['n']} examples; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11
+    )
+    handles, labels = by_tokens.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def families(results: Sequence[Record], path: Path) -> None:
+    """Draws accuracy against visual tokens to a PNG, one panel for each kind of question, without intervals.
+
+    Args:
+        results: lines of `results.jsonl`; cells without numbers are left out.
+        path: the PNG.
+    """
+    names = list(results[0]["family_scores"])
+    lines = -(-len(names) // 3)
+    figure = Figure(figsize=(12.5, 3.3 * lines), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        panel(axes, results, average_tokens, family=name)
+        axes.set_title(name, fontsize=10)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("visual tokens measured, averaged over decoder layers", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def average_tokens(entry: Entry) -> float:
+    """Visual tokens measured, averaged over the decoder layers."""
+    return entry.mean("measured_keep_ratio") * entry.mean("visual_tokens")
+
+
+def prefill_flops(entry: Entry) -> float:
+    """FLOPs of the language model's prefill of one example."""
+    return entry.mean("prefill_flops")
+
+
+def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:
+    """One plot of score against cost: of all questions with intervals, or of one family without intervals."""
+
+    def points(entry: Entry) -> tuple[float, float, float]:
+        if family is not None:
+            score = 100 * entry.family(family)
+            return score, score, score
+        low, high = entry.interval
+        return 100 * entry.mean("score"), 100 * low, 100 * high
+
+    axes.set_xscale("log")
+    grid = rows(results)
+    drawn = styles(grid)
+    for place, (label, by_ratio) in enumerate(grid.items(), start=-len(grid) // 2):
+        entries = sorted((entry for entry in by_ratio.values() if entry.ok), key=cost)
+        if label in LINES:
+            score, low, high = points(entries[0])
+            dash = "-" if label == "full" else "--"
+            axes.axhline(score, label=label, zorder=1, color="black", linestyle=dash, linewidth=1.2)
+            axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
+            continue
+        style = drawn[label]
+        if not entries:  # if every budget is under its floor, the legend still names the method
+            axes.plot([], [], color=style.colour, marker=style.marker, label=f"{label} (no cell)")
+            continue
+        score, low, high = zip(*map(points, entries), strict=True)
+        below = [y - bound for y, bound in zip(score, low, strict=True)]
+        above = [bound - y for y, bound in zip(score, high, strict=True)]
+        axes.errorbar(
+            [cost(entry) * _DODGE**place for entry in entries],
+            score,
+            yerr=None if family else [below, above],
+            label=label,
+            color=style.colour,
+            marker=style.marker,
+            markersize=6,
+            linestyle=":" if style.baseline else "-",
+            linewidth=1.4,
+            elinewidth=0.8,
+            capsize=2,
+        )
+    bottom, top = axes.get_ylim()
+    if top - bottom < 1:  # all rows are alike, for example with random weights
+        axes.set_ylim(bottom - 1, top + 1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _number(value: float, _: int) -> str:
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if value >= factor:
+            return f"{value / factor:g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of the first examples as the encoder saw them, and the places of their visual tokens.
+
+A run writes these beside its results. So a page can show which tokens were kept without the model or its processor:
+
+    OUTPUT/views/<task>-<fingerprint of the weights>/<index>.jpg    what the encoder saw, pictures side by side
+    OUTPUT/views/<task>-<fingerprint of the weights>/<index>.json   question, grids and places
+
+The pictures are drawn from the pixels that the encoder was given: an image, or its crops; a mosaic of tiles without the
+padding that the model cuts off; one picture for each frame of a video. If two frames share their tokens, one picture
+shows their mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+import vtprune
+from vtprune.adapters.base import Adapter
+from vtprune.eval.inputs import chat_inputs
+from vtprune.eval.results.records import write_atomically
+from vtprune.eval.tasks import Example, Kind
+from vtprune.tokens import Grid, Medium
+
+_HEIGHT = {"image": 336, "video": 128}
+"""Largest height of a picture in pixels."""
+_ALIKE = 8
+"""Largest mean difference, of 255, between the overview and tiles that are put together in the right way."""
+
+Place = list[int] | None
+"""[picture, row, column] of a visual token; None for tokens without a place (CLS, newlines)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One example's image or video as the encoder saw it."""
+
+    question: str
+    kind: Kind
+    widths: list[int]
+    """of each picture, in pixels of the file"""
+    grids: list[list[int]]
+    """[rows, columns] of each picture"""
+    places: list[Place]
+    """of each visual token, in the order of the prompt"""
+
+
+def views_folder(output: Path, task: str, weights: str) -> Path:
+    """Where the views of a task and a model lie; `weights` is the model's fingerprint."""
+    return output / "views" / re.sub(r"[^A-Za-z0-9.]+", "-", f"{task}-{weights}")
+
+
+@torch.inference_mode()
+def write_views(folder: Path, model: Any, processor: Any, examples: Sequence[Example], kind: Kind) -> None:
+    """Writes the views of `examples`; encodes each of them once. No view where the adapter knows no grid."""
+    adapter = vtprune.adapter_for(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, example in enumerate(examples):
+        medium = example.video_path() if kind == "video" else example.image
+        inputs = chat_inputs(processor, [medium], [example.question], kind).to(model.device, model.dtype)
+        seen = _seen(adapter, processor, inputs, kind)
+        if seen is None:
+            (folder / f"{index}.json").unlink(missing_ok=True)
+            continue
+        images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in seen.pictures]
+        images = level(images, _HEIGHT[kind])
+        view = View(example.question, kind, [image.width for image in images], seen.grids, seen.places)
+        write_atomically(folder / f"{index}.jpg", strip(images))
+        write_atomically(folder / f"{index}.json", json.dumps(asdict(view)).encode())
+
+
+def read_views(folder: Path) -> dict[int, tuple[View, Path]]:
+    """Index of an example -> its view, and the file with its pictures; empty without the folder."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+    read = {path: json.loads(path.read_bytes()) for path in paths}
+    known = {field.name for field in fields(View)}  # earlier versions wrote others
+    return {
+        int(path.stem): (View(**view), path.with_suffix(".jpg")) for path, view in read.items() if view.keys() == known
+    }
+
+
+# -- what the encoder saw ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    pictures: list[Tensor]
+    """(3, height, width) uint8 each"""
+    grids: list[list[int]]
+    places: list[Place]
+
+
+def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | None:
+    """One image or video, which may be several media of a prompt."""
+    encode = getattr(adapter.base, f"get_{kind}_features")
+    given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
+    media = adapter.media(kind, given, encode(**given).pooler_output)
+    if any(None in medium.grids for medium in media):
+        return None
+    seen = _Seen([], [], [])
+    for medium, pixels in zip(media, adapter.pixels(kind, given), strict=True):
+        crops = _unpacked(adapter, medium, pixels) if pixels.ndim == 2 else pixels.reshape(-1, *pixels.shape[-3:])
+        crops = _whole_patches(crops.float().cpu(), _patch(adapter))
+        # An overview, and tiles whose rows of tokens go on from one tile to the next.
+        if kind == "image" and medium.lines is not None and len(medium.grids) > 1:
+            layout, pictures = _one_mosaic(medium), [crops[0], _mosaic(adapter, given, crops)]
+        else:
+            layout, pictures = medium, crops
+        first = len(seen.grids)
+        seen.places.extend(place and [first + place[0], *place[1:]] for place in _places(layout))
+        seen.grids.extend([grid.rows, grid.cols] for grid in layout.grids)
+        seen.pictures.extend(_plain(picture, getattr(processor, f"{kind}_processor")) for picture in pictures)
+    return _assembled(seen) if len(media) > 2 else seen
+
+
+def _unpacked(adapter: Adapter, medium: Medium, patches: Tensor) -> Tensor:
+    """Patches (patches, pixels of some frames) as Qwen's processors pack them -> (grids, 3, height, width).
+
+    Frames that share a grid are averaged; of an image they are the same.
+    """
+    count, grid = len(medium.grids), medium.grids[0]
+    side = _patch(adapter)
+    merged = round((len(patches) / len(medium)) ** 0.5)
+    order = "(t r c i j) (ch f p q) -> t f ch (r i p) (c j q)"
+    sizes = dict(t=count, r=grid.rows, c=grid.cols, i=merged, j=merged, ch=3, p=side, q=side)
+    return rearrange(patches, order, **sizes).float().mean(1)
+
+
+def _one_mosaic(medium: Medium) -> Medium:
+    """The layout with all tiles as one crop, whose rows the newline tokens end."""
+    rows = int(medium.lines.max()) + 1
+    grid = Grid(rows, int((medium.crops > 0).sum()) // rows)
+    return Medium(medium.crops.clamp(max=1), (medium.grids[0], grid), medium.lines)
+
+
+def _mosaic(adapter: Adapter, given: Mapping[str, Any], crops: Tensor) -> Tensor:
+    """The pixels of the tiles' tokens, (3, height, width), without padding and without the overview, the first crop."""
+    # Resized features cover the same area as the others, but pixels cannot be resized like features.
+    given = adapter.without_resizing(given)
+    (medium,) = adapter.media("image", given, [])
+    side = _patch(adapter)
+    sizes = dict(p=side, q=side)
+    patches = rearrange(crops, "n ch (r p) (c q) -> n (r c) (ch p q)", **sizes)
+    content = adapter.patch_values("image", given, patches)[medium.crops > 0]
+    rows = _one_mosaic(medium).grids[1].rows
+    return rearrange(content, "(r c) (ch p q) -> ch (r p) (c q)", r=rows, **sizes)
+
+
+def _whole_patches(pixels: Tensor, side: int) -> Tensor:
+    """(..., height, width) without the pixels at the edge that fill no patch; encoders do not look at them."""
+    height, width = (length // side * side for length in pixels.shape[-2:])
+    return pixels[..., :height, :width]
+
+
+def _patch(adapter: Adapter) -> int:
+    side = adapter.vision_config.patch_size
+    return side if isinstance(side, int) else side[0]
+
+
+def _plain(pixels: Tensor, processor: Any) -> Tensor:
+    """(channels, height, width) as the encoder gets them -> uint8."""
+    if processor.do_normalize:
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (processor.image_mean, processor.image_std))
+        pixels = pixels * std + mean
+    if processor.do_rescale:
+        pixels = pixels / processor.rescale_factor
+    return pixels.round().clamp(0, 255).byte()
+
+
+def _places(layout: Medium) -> list[Place]:
+    seen = [0] * len(layout.grids)
+    places: list[Place] = []
+    for crop in layout.crops.tolist():
+        if crop < 0:
+            places.append(None)
+            continue
+        grid = layout.grids[crop]
+        rank = seen[crop] - grid.prefix
+        seen[crop] += 1
+        places.append(None if rank < 0 else [crop, *divmod(rank, grid.cols)])
+    return places
+
+
+def _assembled(seen: _Seen) -> _Seen:
+    """Tiles of an image as one picture, if the last one is an overview of it.
+
+    Models are not told how the tiles lie, so the overview decides: tiles that are put together in the right way look
+    like it.
+    """
+    *tiles, overview = seen.pictures
+    if any(tile.shape != tiles[0].shape for tile in tiles) or any(grid != seen.grids[0] for grid in seen.grids):
+        return seen
+    downs = [down for down in range(1, len(tiles) + 1) if len(tiles) % down == 0]
+    wholes = {down: rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=down) for down in downs}
+    unlike = {down: float((_small(whole) - _small(overview)).abs().mean()) for down, whole in wholes.items()}
+    down = min(downs, key=unlike.__getitem__)
+    if unlike[down] > _ALIKE:  # crops that are no tiles
+        return seen
+    across, (rows, cols) = len(tiles) // down, seen.grids[0]
+
+    def moved(picture: int, row: int, col: int) -> list[int]:
+        if picture == len(tiles):
+            return [1, row, col]
+        return [0, picture // across * rows + row, picture % across * cols + col]
+
+    grids = [[down * rows, across * cols], [rows, cols]]
+    return _Seen([wholes[down], overview], grids, [place and moved(*place) for place in seen.places])
+
+
+def _small(picture: Tensor) -> Tensor:
+    return interpolate(picture[None].float(), (16, 16), mode="bilinear", antialias=True)
+
+
+# -- pictures side by side --------------------------------------------------------------------------------------------
+
+
+def level(pictures: Sequence[Image.Image], height: int) -> list[Image.Image]:
+    """The pictures at one height, that of the highest, but no more than `height` pixels."""
+    height = min(height, max(picture.height for picture in pictures))
+    widths = [max(1, round(picture.width * height / picture.height)) for picture in pictures]
+    return [p.resize((width, height), Image.Resampling.LANCZOS) for p, width in zip(pictures, widths, strict=True)]
+
+
+def strip(pictures: Sequence[Image.Image]) -> bytes:
+    """JPEG of pictures of one height, side by side."""
+    strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    offset = 0
+    for picture in pictures:
+        strip.paste(picture, (offset, 0))
+        offset += picture.width
+    file = io.BytesIO()
+    strip.save(file, "JPEG", quality=88)
+    return file.getvalue()

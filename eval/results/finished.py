@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads folders of finished evaluations: which cells can be compared, and their records example by example."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtprune.errors import ConfigError
+from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.records import Record, cell_records, read_results
+from vtprune.eval.results.status import OK
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question that every cell of a comparison was asked."""
+
+    index: int
+    question: str
+    answer: str
+    family: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one cell to the examples."""
+
+    scores: np.ndarray
+    """(examples,)"""
+    predictions: list[str]
+    kept: dict[int, list[int]]
+    """example -> its visual tokens that were kept; only for the first examples"""
+
+
+@dataclass
+class Comparison:
+    """Cells of one model on the same questions, from folders in which the full model gave the same answers."""
+
+    model: str
+    task: str
+    asked: list[Asked]
+    lines: list[Record] = field(default_factory=list)
+    """of `results.jsonl`, with the full model's line"""
+    answers: dict[str, Answers] = field(default_factory=dict)
+    """`cell` of a line -> its answers; cells without scores have none"""
+    folders: list[Path] = field(default_factory=list)
+
+    @property
+    def full(self) -> Record:
+        """The line of the full model."""
+        return next(line for line in self.lines if line["method"] == "full")
+
+    def scores(self, entry: Entry) -> np.ndarray:
+        """(examples,) scores of a row, the means over its seeds."""
+        return np.mean([self.answers[line["cell"]].scores for line in entry.cells], axis=0)
+
+
+def comparisons(folders: Iterable[Path]) -> list[Comparison]:
+    """The results in several folders, put together if they can be compared.
+
+    Raises:
+        ConfigError: a folder lacks what an evaluation leaves there, or it cannot be read.
+    """
+    found: dict[str, Comparison] = {}
+    for folder in folders:
+        lines = _lines(folder)
+        for model, task in dict.fromkeys((line["model"], line["task"]) for line in lines):
+            study = [line for line in lines if (line["model"], line["task"]) == (model, task)]
+            _add(found, Path(folder), model, task, study)
+    return list(found.values())
+
+
+def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, lines: Sequence[Record]) -> None:
+    full = next((line for line in lines if line["method"] == "full"), None)
+    if full is None:
+        raise ConfigError(f"{folder / 'results.jsonl'}: {task} has no row of the full model to compare with")
+    records = _records(folder, full)
+    asked = [Asked(r["index"], r["question"], r["answer"], r["family"]) for r in records]
+    same = [task, full["weights"], *(full["config"].get(key) for key in ("dtype", "attention"))]
+    parts = [*same, [vars(question) for question in asked], [(r["prediction"], r["score"]) for r in records]]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    comparison = found.setdefault(key, Comparison(model, task, asked))
+    comparison.folders.append(folder)
+    for line in lines:
+        answers = _answers(folder, line, asked) if line["status"] == OK else None
+        twins = [other for other in comparison.lines if _row(other) == _row(line)]
+        if any(_agree(comparison.answers.get(twin["cell"]), answers) for twin in twins):
+            continue
+        if twins:  # the same row with other numbers, for example from another version of the code
+            line = line | {"label": f"{line['label']} · {folder.name}"}
+        comparison.lines.append(line)
+        if answers is not None:
+            comparison.answers[line["cell"]] = answers
+
+
+def _row(line: Record) -> tuple:
+    return line["label"], line["keep_ratio"], line["seed"]
+
+
+def _agree(ours: Answers | None, theirs: Answers | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours.predictions == theirs.predictions and bool((ours.scores == theirs.scores).all())
+
+
+def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
+    records = _records(folder, line)
+    if [(r["index"], r["question"]) for r in records] != [(a.index, a.question) for a in asked]:
+        raise ConfigError(f"{folder}: the records of {line['cell']} are not of the full model's questions")
+    return Answers(
+        np.array([r["score"] for r in records], dtype=float),
+        [r["prediction"] for r in records],
+        {r["index"]: r["kept"] for r in records if "kept" in r},
+    )
+
+
+def _lines(folder: Path) -> list[Record]:
+    path = Path(folder) / "results.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no results.jsonl here; `vtprune eval` writes it when all cells are done")
+    lines = _read(path, lambda: read_results(path))
+    if not lines or not all({"model", "task", "cell", "status"} <= set(line) for line in lines):
+        raise ConfigError(f"{path}: not of this version of vtprune; run `vtprune eval` on the folder once more")
+    return lines
+
+
+def _records(folder: Path, line: Record) -> list[Record]:
+    return _read(folder / "cells" / line["cell"], lambda: cell_records(folder, line["cell"]))
+
+
+def _read(path: Path, read: Any) -> Any:
+    try:
+        return read()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid of an evaluation: a cell for each method, parameters, budget and seed, and what identifies its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import vtprune
+import vtprune.adapters
+import vtprune.eval
+from vtprune.errors import ConfigError
+from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig, MethodEntry
+from vtprune.eval.tasks import TASKS
+from vtprune.methods import build_method, list_methods
+from vtprune.transformers_private import commit_of
+
+_HEAD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of results: a method, a budget and a seed."""
+
+    method: str
+    keep_ratio: float | None = None
+    """as asked for; 1.0 for the full model, 0.0 without visual tokens"""
+    given: dict[str, Any] = field(default_factory=dict)
+    """parameters that the configuration sets"""
+    seed: int | None = None
+    keep_tokens: int | None = None
+    """the budget as a count per crop; without a ratio and a count, the method's own schedule holds"""
+    preset: str | None = None
+    """name of the published setting, if the cell is one"""
+
+    @property
+    def label(self) -> str:
+        """For people: the method and its parameters, e.g. `fastv(layer=3)`; the same for all seeds and ratios."""
+        if self.preset is not None:
+            return self.preset
+        parts = [f"{key}={_short(value)}" for key, value in self.given.items()]
+        if self.keep_tokens is not None:
+            parts.append(f"keep_tokens={self.keep_tokens}")
+        elif self.keep_ratio is None:
+            parts.append("own schedule")
+        return f"{self.method}({', '.join(parts)})" if parts else self.method
+
+    @property
+    def title(self) -> str:
+        """The label, the ratio and the seed."""
+        ratio = "" if self.keep_ratio in (None, 0.0, 1.0) else f" {self.keep_ratio:g}"
+        return f"{self.label}{ratio}{'' if self.seed is None else f' seed{self.seed}'}"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The argument for `vtprune.build_method`."""
+        set_here = {"seed": self.seed, "keep_ratio": self.keep_ratio, "keep_tokens": self.keep_tokens}
+        return {"name": self.method, **self.given, **{k: v for k, v in set_here.items() if v is not None}}
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """All parameters except the budget and the seed, with defaults, in JSON types."""
+        if self.method in BASELINES:
+            return {}
+        fields = dataclasses.asdict(build_method(self.spec))
+        return json.loads(json.dumps({k: v for k, v in fields.items() if k not in (*BUDGETS, "seed")}, default=str))
+
+
+def _short(value: Any) -> str:
+    return str(value).replace(" ", "")
+
+
+def expand(config: EvalConfig) -> list[Cell]:
+    """All cells of one model on one task: the baselines, then the methods in their order, by budget and by seed."""
+    cells = []
+    for name in config.baselines:
+        if name == "downsample":
+            cells += [Cell(name, ratio) for ratio in config.keep_ratios]
+        else:
+            cells.append(Cell(name, {"full": 1.0, "zero": 0.0}[name]))
+    for entry in config.methods:
+        for params in entry.rows():
+            default = getattr(build_method({"name": entry.name, **params}), "seed", None)
+            given = {key: value for key, value in params.items() if key != "seed"}
+            for budget in _budgets(entry, config):
+                seeds = entry.seeds or (default,)
+                cells += [Cell(entry.name, given=given, seed=seed, preset=entry.preset, **budget) for seed in seeds]
+    seen: set[str] = set()
+    for cell in cells:
+        if str(cell) in seen:
+            raise ConfigError(f"the configuration has {cell.title} twice")
+        seen.add(str(cell))
+    return cells
+
+
+def _budgets(entry: MethodEntry, config: EvalConfig) -> list[dict[str, Any]]:
+    if entry.keep_tokens is not None:
+        return [{"keep_tokens": count} for count in entry.keep_tokens]
+    ratios = config.keep_ratios if entry.keep_ratios is None else entry.keep_ratios
+    return [{"keep_ratio": ratio} for ratio in ratios] or [{}]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything except the cell itself that the numbers of a cell depend on."""
+
+    settings: dict[str, Any]
+    """the parts of the configuration that hold for every cell"""
+    model: str
+    """fingerprint of the weights"""
+    task: str
+    """hash of the task's sources"""
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, config: EvalConfig, task: str, model_path: str) -> Identity:
+        """The identity of a run of one task on the model at `model_path` (folder or hub id)."""
+        settings = config.resolved(model_path, task)
+        for key in ("model", "keep_ratios", "baselines", "methods"):
+            settings.pop(key)
+        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[task]), versions())
+
+    def key(self, cell: Cell) -> str:
+        """16 hex digits that change if a number of the cell could change."""
+        parts = {
+            **{name: value for name, value in dataclasses.asdict(self).items() if name != "versions"},
+            # The commit is left out: the hash of the code says the same, also about uncommitted changes.
+            "versions": {name: value for name, value in self.versions.items() if name != "commit"},
+            "cell": [cell.method, cell.keep_ratio, cell.keep_tokens, cell.params, cell.seed],
+            "source": None if cell.method in BASELINES else _source_hash(list_methods()[cell.method]),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _source_hash(thing: Any) -> str:
+    """Hash of the module of a method or a task, which may stand outside this library."""
+    try:
+        source = inspect.getsource(inspect.getmodule(thing))
+    except (OSError, TypeError) as error:
+        raise ConfigError(f"{thing!r} has no source file, so results could not be tied to its code") from error
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _fingerprint(model_path: str) -> str:
+    """Of a folder: a hash of names, sizes and the first MiB of its files, so that gigabytes need not be read.
+
+    Of a hub id: the id and the commit of the snapshot.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        try:
+            return f"{model_path}@{commit_of(AutoConfig.from_pretrained(model_path))}"
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model {model_path!r} cannot be found: {str(error).splitlines()[0]}") from error
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(file.read(_HEAD))
+    return digest.hexdigest()[:16]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the interpreter and the libraries, the hash of vtprune's code, and its commit if it has one."""
+    packages = {name: version(name) for name in ("vtprune", "torch", "transformers")}
+    digest = hashlib.sha256()
+    for root in (*vtprune.__path__, *vtprune.adapters.__path__, *vtprune.eval.__path__):
+        for path in sorted(Path(root).rglob("*.py")):
+            digest.update(path.read_bytes())
+    found = {"python": platform.python_version(), **packages, "code": digest.hexdigest()[:16]}
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _commit() -> str | None:
+    """The commit of the checkout; None for an installed copy, which may lie in a repository of something else."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return git("rev-parse", "HEAD")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune compare`: two runs, example by example; what it refuses, and its exit code."""
+
+import shutil
+
+import finished_runs
+import pytest
+import tiny_eval
+from typer.testing import CliRunner
+
+from vtprune.cli import app
+from vtprune.errors import ConfigError
+from vtprune.eval.results.compare import compare
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_eval.save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, finished_runs.finish(model, folder, task="tiny")
+
+
+@pytest.fixture
+def changed(run, tmp_path):
+    """A copy of the run, and a function that rewrites the records of a row there."""
+    folder = tmp_path / "changed"
+    shutil.copytree(run[0], folder)
+
+    def change(label, ratio, how, seed=None):
+        (line,) = (r for r in run[1] if (r["label"], r["keep_ratio"], r["seed"]) == (label, ratio, seed))
+        finished_runs.rewrite(folder, line["cell"], how)
+
+    return folder, change
+
+
+def command(*folders):
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["compare", *map(str, folders)])
+
+
+def pair(compared, label, ratio):
+    (found,) = (p for p in compared.pairs if (p.first.label, p.first.keep_ratio) == (label, ratio))
+    return found
+
+
+def test_a_run_is_the_same_as_itself(run):
+    folder, lines = run
+    compared = compare(folder, folder)
+    rows = {(line["label"], line["keep_ratio"]) for line in lines if line["status"] == "ok"}
+    assert {(p.first.label, p.first.keep_ratio) for p in compared.pairs} == rows
+    assert all((p.verdict, p.changed, p.difference.p) == ("same", 0, 1.0) for p in compared.pairs)
+    assert compared.only == ([], [])
+    assert command(folder, folder).exit_code == 0
+
+
+def test_a_row_that_got_worse_is_named_and_sets_the_exit_code(run, changed):
+    folder, change = changed
+    change("uniform", 0.5, lambda i, r: {"score": r["score"] - 0.5, "prediction": r["prediction"] + "?"})
+    change("fastv", 0.5, lambda i, r: {"score": r["score"] + 0.5})
+    compared = compare(run[0], folder)
+    worse, better = pair(compared, "uniform", 0.5), pair(compared, "fastv", 0.5)
+    assert (worse.verdict, worse.changed, worse.difference.mean) == ("worse", 1.0, pytest.approx(-0.5))
+    assert (better.verdict, better.changed) == ("better", 0)
+    assert pair(compared, "uniform", 0.1).verdict == "same"
+    result = command(run[0], folder)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stdout.splitlines() if "uniform" in line and "50 %" in line)
+    assert "-50.0 [-50.0, -50.0]" in line and "worse" in line and "100 %" in line
+    assert command(folder, run[0]).exit_code == 1  # then fastv is the one that got worse
+
+
+def test_seeds_count_once_an_example(run, changed):
+    folder, change = changed
+    change("random", 0.5, lambda i, r: {"score": r["score"] - 1}, seed=1)  # the other seed stays
+    found = pair(compare(run[0], folder), "random", 0.5)
+    assert found.difference.mean == pytest.approx(-0.5) and found.first.seeds == [0, 1]
+
+
+def test_rows_of_one_run_alone_are_listed(run, model, tmp_path):
+    finished_runs.finish(model, tmp_path, task="tiny", methods=({"name": "uniform"}, {"name": "divprune"}))
+    compared = compare(run[0], tmp_path)
+    assert compared.only == (
+        ["tiny: random at 50 %", "tiny: random at 10 %", "tiny: fastv at 50 %"],
+        ["tiny: divprune at 50 %", "tiny: divprune at 10 %"],
+    )
+    assert f"only in {tmp_path}: tiny: divprune at 50 %" in command(run[0], tmp_path).stdout
+
+
+def test_other_limits_tasks_questions_and_seeds_are_refused(run, changed, model, tmp_path):
+    few = tmp_path / "few"
+    finished_runs.finish(model, few, task="tiny", limit=5, methods=())
+    with pytest.raises(ConfigError, match="10 examples in .*, 5 in .*; run both with the same limit"):
+        compare(run[0], few)
+    other = tmp_path / "other"
+    finished_runs.finish(model, other, task="nasty", limit=5, methods=())
+    with pytest.raises(ConfigError, match="different tasks: tiny and nasty"):
+        compare(run[0], other)
+    result = command(run[0], other)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ")
+    one = tmp_path / "one"
+    finished_runs.finish(model, one, task="tiny", methods=({"name": "random", "seeds": (0,)},))
+    with pytest.raises(ConfigError, match=r"random at 50 %: seeds \[0, 1\] in .*, \[0\] in"):
+        compare(run[0], one)
+    folder, change = changed
+    for line in (line for line in run[1] if line["status"] == "ok"):
+        asked_else = {3: {"question": "who ?"}}
+        change(line["label"], line["keep_ratio"], lambda i, r, to=asked_else: to.get(i, {}), line["seed"])
+    with pytest.raises(ConfigError, match=r"example 3 is '.*' .* in .*, 'who \?'"):
+        compare(run[0], folder)
