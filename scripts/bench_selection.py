@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What choosing tokens costs: the greedy selections and the steps of merging against straightforward versions of the
-same formulas, and the selectors inside the LLM against the prefill of a 7B-shaped model.
+"""Measures the cost of choosing tokens.
+
+The greedy selections and the steps of merging are compared with straightforward versions of the same formulas, and the
+selectors inside the LLM with the prefill of a 7B-shaped model.
 
     python scripts/bench_selection.py [--repeats 3] [--large] [--part selection|merging|prefill]
 
-Everything runs on the CPU in float32. Torch's number of threads is used as it is (OMP_NUM_THREADS sets it).
+Everything runs on the CPU in float32. Torch's number of threads is not changed (OMP_NUM_THREADS sets it).
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def seconds(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def compare(
     table: Table, name: str, size: str, ours: Callable, textbook: Callable, repeats: int, memory: bool = False
 ) -> None:
-    """Time both in turn; one row with medians, their ratio, whether they chose the same tokens, and peak memory."""
+    """Times both in turn. The row has medians, their ratio, whether both chose the same tokens, and peak memory."""
     ours()
     times: tuple[list[float], list[float]] = ([], [])
     equal = True
@@ -146,7 +148,7 @@ def selection(repeats: int, large: bool) -> None:
 
 
 def tabled_segmentation(still: Tensor) -> Tensor:
-    """Which positions are still from any frame to any later one, the gain of every segment, then the best sum."""
+    """Positions that do not change from any frame to any later one, the gain of every segment, then the best sum."""
     frames = len(still) + 1
     throughout = torch.zeros(frames, frames, still.shape[1], dtype=torch.bool)
     for first in range(frames - 1):
@@ -169,7 +171,7 @@ def tabled_segmentation(still: Tensor) -> Tensor:
 
 
 def looped_clustering(points: Tensor, clusters: int, neighbours: int = 7, centre_weight: float = 0.6) -> Tensor:
-    """Density peaks point by point, clusters merged one by one; returns the centres."""
+    """Finds density peaks point by point and merges clusters one by one; returns the centres."""
     distances = (points[:, None] - points).norm(dim=-1) / points.shape[1] ** 0.5
     density = (-distances.topk(neighbours, largest=False).values.square().mean(dim=-1)).exp()
     separation = []
@@ -194,8 +196,10 @@ def batched_clustering(points: Tensor, clusters: int) -> Tensor:
 
 
 def tabled_merging(frames: Tensor, k: int) -> Tensor:
-    """Rounds of merging as the formulas stand: directions, the table of cosines, means by scattering; returns who is
-    left of each frame."""
+    """Rounds of merging exactly as the formulas say: directions, the table of cosines, means by scattering.
+
+    Returns the tokens that remain of each frame.
+    """
     places = torch.arange(frames.shape[1]).expand(len(frames), -1)
     while (tokens := frames.shape[1]) > k:
         count = min(tokens // 2, tokens - k)
@@ -212,7 +216,7 @@ def tabled_merging(frames: Tensor, k: int) -> Tensor:
 
 
 def clip_like(frames: int, positions: int = 196) -> Tensor:
-    """Which positions are still from frame to frame: shots of about 20 frames, in each of which some part moves."""
+    """Which positions do not change from frame to frame: shots of about 20 frames, in each of which a part moves."""
     generator = torch.Generator().manual_seed(frames)
     cut = torch.rand(frames - 1, 1, generator=generator) < 0.05
     liveliness = torch.rand(positions, generator=generator).square()
@@ -261,7 +265,7 @@ def merging(repeats: int, large: bool) -> None:
         )
     console.print(table)
     console.print(
-        "Sizes: frames x positions; points, clusters; frames x tokens, left of each (896 channels). Memory is that of "
+        "Sizes: frames x positions; points, clusters; frames x tokens, kept of each (896 channels). Memory is that of "
         "tensors, inputs left out.\n"
     )
 
@@ -304,7 +308,7 @@ def model_of_7b_width(layers: int) -> LlavaForConditionalGeneration:
 
 
 class SessionClock:
-    """Seconds that a session spends in its hooks, and each decoder layer's own seconds.
+    """Seconds that a session spends in its hooks, and the seconds of each decoder layer without them.
 
     Hooks run in the order of their registration, so one registered before the session's and one after them enclose
     all that the session does there: cuts, attention rows, transitions, masks, bookkeeping.

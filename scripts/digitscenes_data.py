@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `train_digitscenes.py` trains on: scenes with labels, packed prompts, and choices of visual tokens."""
+"""Training data of `train_digitscenes.py`: scenes with labels, packed prompts, and choices of visual tokens."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ from vtprune.eval.digitscenes.video_model import VIDEO_VOCABULARY
 COLOUR_NAMES = list(COLOURS)
 WORD = {word: i for i, word in enumerate(VIDEO_VOCABULARY)}  # the image model's words come first
 PREFIX = ["<s>", "user:"]
-"""What stands before the visual tokens."""
+"""The words before the visual tokens."""
 
 IGNORE = -100
 
 
 @dataclass
 class Data:
-    """Scenes of one split with what the encoder has to find in them; tensors have one row a scene.
+    """Scenes of one split with labels for the encoder; tensors have one row for each scene.
 
     pixels: uint8 (scenes, 3, 168, 168). digit and colour: (scenes, 144), 0 is background. centre: (scenes, 144, 2),
     the digit's centre in image units. source: (scenes, 144), its row in images, the split's handwritten digits (images,
@@ -62,8 +62,11 @@ class Data:
 
 
 def patch_owners(masks: np.ndarray, side: int, least: int) -> np.ndarray:
-    """Which digit a patch of `side` pixels lies on, uint8 (images, patches): `i + 1` for digit i, which has more ink
-    there than the others and `least` pixels at least, 0 elsewhere. masks: as `Scene.mask`, (images, height, width)."""
+    """The digit on which each patch of `side` pixels lies, uint8 (images, patches).
+
+    `i + 1` stands for digit i, if it has more ink there than the others and at least `least` pixels; else 0. masks: as
+    `Scene.mask`, (images, height, width).
+    """
     images, size = len(masks), masks.shape[1]
     grid = size // side
     patches = masks.reshape(images, grid, side, grid, side).transpose(0, 1, 3, 2, 4).reshape(images, grid * grid, -1)
@@ -72,13 +75,13 @@ def patch_owners(masks: np.ndarray, side: int, least: int) -> np.ndarray:
 
 
 def model_input(pixels: torch.Tensor, device) -> torch.Tensor:
-    """Pixel values as the processor makes them, from uint8 (images, 3, 168, 168)."""
+    """The pixel values that the processor makes from uint8 (images, 3, 168, 168)."""
     return pixels.to(device).float().div(255).sub(0.3).div(0.3)
 
 
 @dataclass
 class Block:
-    """One prompt with its answer, as it follows the visual tokens. target[i] is the word to predict after words[i]."""
+    """One prompt with its answer, which follow the visual tokens. target[i] is the word to predict after words[i]."""
 
     words: list[str]
     target: list[str | None]
@@ -97,7 +100,7 @@ class Block:
 
 
 def caption_blocks(rng, digits) -> list[Block]:
-    """Lists of what a scene holds: both pairings, two spatial orders, one order of value."""
+    """Lists of the digits in a scene: both pairings, two spatial orders, one order of value."""
     blocks = []
     for prompt, pair in (("list colour digit", (0, 1)), ("list digit colour", (1, 0))):
         answer = []
@@ -121,8 +124,11 @@ def question_blocks(rng, digits, families) -> list[Block]:
 
 @dataclass
 class Pack:
-    """Blocks of several scenes, right-padded to (scenes, length): words, which block (0 is padding), place within it,
-    and the target words (`IGNORE` where none). families names the block of each predicted word but "</s>"."""
+    """Blocks of several scenes, right-padded to (scenes, length).
+
+    words, number of the block (0 is padding), place in the block, and the target words (`IGNORE` if there is none).
+    families names the block of each predicted word except "</s>".
+    """
 
     ids: torch.Tensor
     block: torch.Tensor
@@ -148,19 +154,22 @@ class Pack:
 
     @property
     def answers(self) -> torch.Tensor:
-        """Where a word of an answer (not its "</s>") is predicted, (scenes, length)."""
+        """True where a word of an answer, but not its "</s>", is predicted: (scenes, length)."""
         return (self.target != IGNORE) & (self.target != WORD["</s>"])
 
 
 def random_tokens(rng, on_digit: torch.Tensor, count: int, bias: float = 0.0) -> torch.Tensor:
-    """`count` visual tokens of each scene, ascending (scenes, count): uniformly at random at `bias` 0, digits first
-    at 1 and above. on_digit: (scenes, tokens), True where a token lies on a digit."""
+    """`count` visual tokens of each scene, ascending (scenes, count).
+
+    They are uniformly random if `bias` is 0; from 1 on, digits come first. on_digit: (scenes, tokens), True for a token
+    that lies on a digit.
+    """
     weight = torch.from_numpy(rng.rand(*on_digit.shape)) + bias * on_digit.cpu()
     return weight.topk(count, 1).indices.sort(1).values
 
 
 def strided_tokens(scenes: int, count: int, start: float = 0.5, total: int = VISUAL_TOKENS) -> torch.Tensor:
-    """Every n-th of `total` visual tokens, (scenes, count). start: 0..1, where in the first stride."""
+    """Every n-th of `total` visual tokens, (scenes, count). start: 0..1, the place in the first stride."""
     row = ((np.arange(count) + start) * total / max(count, 1)).astype(np.int64)
     return torch.from_numpy(row).expand(scenes, -1)
 

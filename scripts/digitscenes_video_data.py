@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `train_digitscenes_video.py` trains on: clips with labels, packed prompts, and choices of visual tokens."""
+"""Training data of `train_digitscenes_video.py`: clips with labels, packed prompts, and choices of visual tokens."""
 
 import math
 from dataclasses import dataclass, replace
@@ -16,24 +16,24 @@ from vtprune.eval.digitscenes.scenes import digit_images
 from vtprune.eval.digitscenes.video_model import FRAME_GRID, FRAME_TOKENS, FRAMES
 
 STORED = 24
-"""Frames drawn of a training clip; a step shows the model some of them."""
+"""Number of frames drawn of a training clip; a step shows the model a part of them."""
 
 MAX_ACTORS = 5
-CLEAR_WAY = 12  # pixels gone from which on a direction is asked about
-SLOW = 50  # pixels a clip: had it moved, it would have been this fast at least
+CLEAR_WAY = 12  # pixels; the direction is asked about if the digit has moved so far
+SLOW = 50  # pixels in a clip: a digit that moves is at least this fast
 
 _FIELDS = ("value", "colour", "size", "x", "y", "dx", "dy")
 
 
 def draw_training_clip(seed: int, number: int, split: str) -> Clip:
-    """Families alternate, as in the test set. In training digits are bent, as there are only 1,300 images of them."""
+    """Families alternate, as in the test set. In training the digits are bent, because there are only 1,300 images."""
     families, rng = list(VIDEO_FAMILIES), np.random.RandomState([seed, number])
     clip = draw_clip(rng, split, families[number % len(families)])
     return replace(clip, inks=tuple(bent(rng, ink) for ink in clip.inks)) if split == "train" else clip
 
 
 def bent(rng, ink: np.ndarray) -> np.ndarray:
-    """Ink, (size, size), turned, sheared, stretched, moved and thinned or thickened a little."""
+    """The ink, (size, size), a little turned, sheared, scaled, moved, and thinned or thickened."""
     turn, shear, middle = rng.uniform(-0.25, 0.25), rng.uniform(-0.2, 0.2), len(ink) / 2
     wide, high = rng.uniform(0.95, 1.25, 2)
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
@@ -45,7 +45,7 @@ def bent(rng, ink: np.ndarray) -> np.ndarray:
 
 
 def draw_frames(count: int, split: str, seed: int) -> Data:
-    """Single frames for the encoder, four a clip, with the labels that `EncoderHeads` asks for (but no bag)."""
+    """Single frames for the encoder, four of each clip, with the labels that `EncoderHeads` needs, except the bag."""
     pixels, owners, actors, places = [], [], [], []
     for number in range(count // 4):
         clip = draw_training_clip(seed, number, split)
@@ -77,9 +77,9 @@ def draw_frames(count: int, split: str, seed: int) -> Data:
 
 @dataclass
 class ClipData:
-    """Clips of one split; tensors have one row a clip.
+    """Clips of one split; tensors have one row for each clip.
 
-    actors: of each clip. owner: uint8 (clips, STORED, 16), which actor (`i + 1`, 0 none) a visual token lies on.
+    actors: of each clip. owner: uint8 (clips, STORED, 16), the actor (`i + 1`, 0 for none) under a visual token.
     table: (clips, MAX_ACTORS + 1, 7), `_FIELDS` of each actor behind a row of zeros; value and colour counted from 1.
     """
 
@@ -124,7 +124,7 @@ class ClipData:
 
 @dataclass
 class Labels:
-    """Of visual tokens, (clips, tokens); meaningless where `digit` is 0.
+    """Labels of visual tokens, (clips, tokens); they have no meaning where `digit` is 0.
 
     digit and colour: 0 is background. centre: (clips, tokens, 2), column and row of the patch in which the digit's
     centre lies. time: which of the frames it is, the twelfth also for later ones. rank: how many other digits were seen
@@ -178,7 +178,7 @@ def clip_caption_blocks(rng, actors: tuple[Actor, ...], first: list[int]) -> lis
 
 
 def clip_question_blocks(rng, actors: tuple[Actor, ...], times: dict[str, int]) -> list[Block]:
-    """Different questions about a clip; times: how often to try one of a family."""
+    """Different questions about a clip; times: number of tries for a family."""
     asked = {}
     for family, tries in times.items():
         for _ in range(tries):

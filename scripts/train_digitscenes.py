@@ -7,16 +7,16 @@
 Four stages, each in its own file of OUT (weights, optimiser, step; replaced atomically), so that one can be repeated by
 deleting its file and those after it:
 
-1. encoder: the CLIP ViT alone. At the feature layer each patch on a digit names the digit, its colour and its centre
-   and draws its 8 x 8 original, and CLS lists the digits and colours of the image, so that its attention comes to mean
-   something. Most background patches are left out of the first 90 % of the steps, for speed.
-2. captions: projector and decoder, the encoder frozen and its features cached. Lists of what is in the scene: pairs of
-   colour and digit (binding), digits in spatial order, colours in order of value. The language-model head also
-   names what each visual token lies on, and an early decoder layer where that digit is. Without this stage binding is
-   not learned.
+1. encoder: only the CLIP ViT. At the feature layer each patch on a digit names the digit, its colour and its centre,
+   and draws its 8 x 8 original. CLS lists the digits and colours of the image, so that its attention gets a meaning.
+   Most background patches are left out of the first 90 % of the steps, for speed.
+2. captions: projector and decoder; the encoder is frozen and its features are cached. Lists of the scene's content:
+   pairs of colour and digit (binding), digits in spatial order, colours in order of value. The language-model head also
+   names the digit and colour under each visual token, and an early decoder layer names the place of that digit.
+   Without this stage binding is not learned.
 3. questions: many questions share one scene in one sequence. A block mask shows each question the prompt, the visual
    tokens and itself, so training sees exactly what a test prompt looks like.
-4. variable: as before, mostly with a random part of the visual tokens, so that pruned inputs are nothing new.
+4. variable: like 3, but mostly with a random part of the visual tokens, so that the model has seen pruned inputs.
 """
 
 import logging
@@ -61,7 +61,7 @@ def chosen(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 class EncoderHeads(nn.Module):
-    """What the encoder is asked while it is trained; not part of the model."""
+    """The questions to the encoder while it is trained; not part of the model."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -83,7 +83,7 @@ class EncoderHeads(nn.Module):
         return sum(losses.values()), dict(right=right, **{name: value.item() for name, value in losses.items()})
 
     def patch_losses(self, patches, data: Data, rows, kept) -> tuple[dict[str, torch.Tensor], float]:
-        """What hidden states of patches, (rows, count, dim), are asked; and how often they name the right digit."""
+        """Losses of the hidden states of patches, (rows, count, dim), and how often they name the right digit."""
         device, kept = patches.device, kept.to(patches.device)
 
         def named(head: nn.Linear, target: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class EncoderHeads(nn.Module):
 
 @dataclass
 class Stage:
-    """One stage of training: its loss of a step number, and how it is optimised."""
+    """One stage of training: the loss for the number of a step, and the settings of the optimiser."""
 
     name: str
     steps: int
@@ -115,7 +115,7 @@ class Stage:
 
 
 def train(stage: Stage, module: nn.Module, out: Path) -> None:
-    """Runs or resumes a stage. Random draws are seeded by the step, so an interrupted run repeats nothing else."""
+    """Runs or resumes a stage. The number of the step seeds all random draws, so a resumed run has the same ones."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.03, betas=(0.9, 0.98))
     path, step = out / f"{stage.name}.pt", 0
@@ -159,7 +159,7 @@ def train(stage: Stage, module: nn.Module, out: Path) -> None:
 
 @torch.no_grad()
 def encode(tower, pixels: torch.Tensor, device) -> torch.Tensor:
-    """The features that the projector reads, (images, 144, dim), as the model takes them: without CLS."""
+    """The features that the projector reads, (images, 144, dim), without CLS, as in the model."""
     tower.eval()
     hidden = [tower(model_input(p, device), output_hidden_states=True).hidden_states[-2] for p in pixels.split(128)]
     return torch.cat([h[:, 1:] for h in hidden])
@@ -217,8 +217,8 @@ class Decoder:
         ).hidden_states
 
     def loss(self, features, data: Data, rows, kept, pack: Pack, compact: bool, naming: float):
-        """Cross-entropy of the answers, and `naming` times that of the words for what each visual token lies on, and of
-        where that digit is."""
+        """Cross-entropy of the answers, plus `naming` times that of the digit and colour under each visual token and of
+        the place of that digit."""
         before, count = len(PREFIX), kept.shape[1]
         states = self.hidden(self.project(chosen(features[rows], kept).to(self.device)), kept, pack, compact)
         loss, parts = self.answer_loss(states[-1][:, before + count :], pack)
@@ -271,7 +271,7 @@ class Decoder:
 
 
 def begin(out: Path, threads: int, seed: int) -> None:
-    """What a training run starts with: its folder, the log there and on the terminal, threads and seed."""
+    """Starts a training run: its folder, the log there and on the terminal, threads and seed."""
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         level=logging.INFO,
@@ -327,7 +327,7 @@ def main(
             pack = Pack.of([caption_blocks(rng, data.digits[i]) for i in rows])
         else:
             pack = Pack.of([question_blocks(rng, data.digits[i], families * 2 + ["position"] * 3) for i in rows])
-        if captioned and stage == 2:  # background is dropped for speed, no digit is
+        if captioned and stage == 2:  # background is dropped for speed; digits are kept
             count = rng.randint(int(on_digit.sum(1).max()), VISUAL_TOKENS)
             kept = random_tokens(rng, on_digit, count, bias=1.0)
         elif rng.rand() < vary:

@@ -4,16 +4,16 @@
     python scripts/train_digitscenes_video.py OUT            # start, or go on where a killed run stopped
     python scripts/train_digitscenes_video.py OUT --save-to eval/digitscenes/video_model
 
-It starts from the image checkpoint, whose weights fit for the most part (`warm_start`). Stages as in
+It starts from the image checkpoint, most of whose weights fit (`warm_start`). The stages are those of
 `train_digitscenes.py`, each in its own file of OUT:
 
 1. encoder: each patch of single frames names the digit it lies on, its colour and its centre, and draws its original.
 2. captions: projector and decoder over cached features of frames. Lists: pairs of colour and digit, of digit and
-   direction, of digit and third of the clip, and the digits in order of appearance. Visual tokens are asked, too: the
-   last layer for the names of digit and colour, an early one for column, row and time, a middle one for the way that
-   the digit has gone so far and how many others were seen before it.
+   direction, of digit and third of the clip, and the digits in order of appearance. Visual tokens also get
+   questions: the last layer names digit and colour, an early layer names column, row and time, and a middle layer names
+   the way of the digit so far and how many others were seen before it.
 3. questions: many questions share one clip in one sequence, under a block mask.
-4. variable: as before, mostly with a part of the visual tokens or of the frames.
+4. variable: like 3, but mostly with a part of the visual tokens or of the frames.
 """
 
 import logging
@@ -49,7 +49,7 @@ from vtprune.eval.digitscenes.video_model import (
 log = logging.getLogger("digitscenes")
 
 QUESTIONS = dict(order=3, motion=4, mover=4, count=1, third=3)
-"""How many questions of a family are drawn for a clip; the same one is asked once."""
+"""Number of questions of a family that are drawn for a clip; equal questions are asked once."""
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def warm_start(model, old, frames: torch.Tensor) -> None:
 
 
 class FrameHeads(EncoderHeads):
-    """What the SigLIP encoder is asked; it has no CLS."""
+    """The questions to the SigLIP encoder, which has no CLS."""
 
     def loss(self, tower, data: Data, rows, kept, device):
         hidden = chosen(tower.embeddings(model_input(data.pixels[rows], device)), kept)
@@ -122,7 +122,7 @@ class VideoDecoder(Decoder):
         return torch.cat([tokens.reshape(clips, frames * FRAME_TOKENS, -1), newline], 1)
 
     def loss(self, features, labels, kept, pack: Pack, compact: bool, naming: float):
-        """As `Decoder.loss`; features (clips, frames, 64, dim), labels of all their tokens; the newline is kept."""
+        """Like `Decoder.loss`; features (clips, frames, 64, dim), labels of all their tokens; the newline is kept."""
         before, count = len(PREFIX), kept.shape[1]
         visual = self.project(features.to(self.device).float())
         states = self.hidden(chosen(visual, kept), kept, pack, compact, total=visual.shape[1])
@@ -176,7 +176,7 @@ def every_token(clips: int, frames: int) -> torch.Tensor:
 
 
 def sample(rng, frames: int) -> torch.Tensor:
-    """Numbers of uniformly sampled frames among STORED, a little early or not, as it happens with real clips."""
+    """Numbers of uniformly sampled frames among STORED, with a random small shift, as in real clips."""
     return (torch.arange(frames) * STORED // frames - int(rng.randint(2))).clamp(min=0)
 
 
@@ -226,7 +226,7 @@ def main(
     decoder = VideoDecoder(model, device)
 
     def decoder_loss(step: int, stage: int, captions: float, naming: float, whole: float, vary: float):
-        """whole, vary: how often all visual tokens are shown, and just any of them; else digits first, for speed."""
+        """whole, vary: how often all visual tokens are shown, and a random part; else digits come first, for speed."""
         rng = np.random.RandomState([seed, stage, step])
         rows = torch.from_numpy(rng.randint(0, clips, 32))
         count = int(rng.choice([8, 12, 12, 12, 12, 12, 12, 16]))
