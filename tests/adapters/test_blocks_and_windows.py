@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune.testing import families
-from vtprune.testing.families import END, FIRST_WORD, IMAGE, START
+from vtprune.testing.media import END, FIRST_WORD, IMAGE, START
 from vtprune.testing.recompute import recompute, visual_columns
 from vtprune.transformers_private import CACHE
 

@@ -17,29 +17,20 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vtprune.testing.families import INIT_STD
+from vtprune.testing import configs
+from vtprune.testing.configs import BOS, INIT_STD, PAD
 
-PAD, BOS, IMAGE_TOKEN, VOCABULARY = 0, 1, 120, 121
+IMAGE_TOKEN, VOCABULARY = 120, 121
 
 _VISION = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=INIT_STD)
-TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    initializer_range=INIT_STD,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=None,
-)
+TEXT = configs.TEXT | dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, initializer_range=INIT_STD)
 
 
 def _config(name: str) -> LlavaConfig:
     if name == "mha":  # multi-head attention below a CLIP encoder, 36 visual tokens
         return LlavaConfig(
             vision_config=CLIPVisionConfig(**_VISION, num_hidden_layers=5, image_size=42, patch_size=7),
-            text_config=LlamaConfig(**TEXT, num_hidden_layers=8, num_key_value_heads=4),
+            text_config=LlamaConfig(**TEXT | dict(num_key_value_heads=4)),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
@@ -47,7 +38,7 @@ def _config(name: str) -> LlavaConfig:
     if name == "gqa":  # grouped-query attention with its own head width, several feature layers, 25 visual tokens
         return LlavaConfig(
             vision_config=CLIPVisionConfig(**_VISION, num_hidden_layers=6, image_size=40, patch_size=8),
-            text_config=LlamaConfig(**TEXT, num_hidden_layers=6, num_key_value_heads=2, head_dim=24),
+            text_config=LlamaConfig(**TEXT | dict(num_hidden_layers=6, head_dim=24)),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=[-3, -2],
             vision_feature_select_strategy="default",
@@ -57,7 +48,7 @@ def _config(name: str) -> LlavaConfig:
             vision_config=SiglipVisionConfig(
                 **_VISION, num_hidden_layers=4, image_size=32, patch_size=8, vision_use_head=False
             ),
-            text_config=Qwen2Config(**TEXT, num_hidden_layers=6, num_key_value_heads=2),
+            text_config=Qwen2Config(**TEXT | dict(num_hidden_layers=6)),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",

@@ -22,7 +22,6 @@ LAYERS = 4
 _SMALL: dict[str, Any] = dict(
     models.TEXT,
     num_hidden_layers=LAYERS,
-    num_key_value_heads=2,
     head_dim=16,
     rope_head_dim=16,
     # mixtures of experts

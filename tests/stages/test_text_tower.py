@@ -19,7 +19,7 @@ import vtprune
 from vtprune.ops.determinantal import conditional_diversity, scaled_relevance
 from vtprune.ops.recoverable_compression import text_scores
 from vtprune.signals import EncoderOutput, JointSpace
-from vtprune.testing import families
+from vtprune.testing import configs, families
 
 WORDS = ["what", "is", "in", "the", "picture", "where", "are", "they", "now"]
 QUESTIONS = ["what is in the picture", "where are they", "now what is where in the picture"]
@@ -70,7 +70,7 @@ def of_transformers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_open_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("open_clip")
-    vision = dict(image_size=42, patch_size=7, layers=1, width=families.WIDTH, head_width=8)
+    vision = dict(image_size=42, patch_size=7, layers=1, width=configs.WIDTH, head_width=8)
     text = dict(context_length=10, width=16, heads=2, layers=2)  # the vocabulary is that of open_clip's tokenizer
     config = dict(embed_dim=DIM, vision_cfg=vision, text_cfg=text)
     (folder / "tiny-clip.json").write_text(json.dumps(config))

@@ -49,6 +49,14 @@ def test_what_the_recompute_does_not_know_is_said():
     assert {r.check for r in results if r.passed} >= {"keep all", "batch", "removal", "chance"}
 
 
+def test_a_second_turn_that_the_model_itself_numbers_in_another_way_is_no_fault_of_the_method():
+    """Qwen2.5-VL numbers what follows a video in another way in a second turn, without a session, too."""
+    results = check_method({"name": "divprune", "keep_ratio": 0.5}, families=["qwen2_5_vl"], media=["video", "image"])
+    (refused,) = [result for result in results if not result.passed]
+    assert (refused.check, refused.where, refused.status) == ("2nd turn", "qwen2_5_vl, video", "refused")
+    assert "in a second turn: without pruning it is off by" in refused.detail
+
+
 def test_refusals_are_returned_and_all_of_them_are_a_fault():
     method = {"name": "vtc_cls", "keep_ratio": 0.5}
     results = check_method(method, families=["llava", "gemma3"])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from vtprune.methods.schedules import Reviving
 from vtprune.testing.families import Batch
 from vtprune.testing.observed import ObservedSession, Sample
 from vtprune.testing.recompute import keep_all, recompute
+from vtprune.transformers_private import cache_of, with_cache
 
 NEW = 3
 """Tokens that are generated in each turn."""
@@ -219,16 +220,50 @@ class Case:
             return "compact once"
         raise Refused("not checked: the recompute does not know parts that number tokens in turns")
 
+    def second_turn(self, first: Any) -> Any:
+        """Generation of an answer to a second turn of text, on the cache of a first turn.
+
+        first: a generation of the batch in which `answers` were dictated.
+        """
+        mask = self.batch.inputs["attention_mask"]
+        ids = torch.cat([first.sequences, self.questions], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.cat([mask, mask.new_ones(len(ids), NEW + QUESTION)], 1)}
+        return self.generate(with_cache(self.model, inputs, cache_of(first)), self.answers.roll(1, 0))
+
+    def conversation(self, sample: int) -> Tensor:
+        """(2 * NEW + QUESTION,): what follows a sample's prompt once both turns are over."""
+        return torch.cat([self.answers[sample], self.questions[sample], self.answers.roll(1, 0)[sample]])
+
     @functools.cached_property
     def unknown_to_recompute(self) -> str | None:
         """Why the recompute cannot be compared with: it does not give the model's own logits when nothing is pruned."""
-        single, answer = self.batch.singles[-1], self.answers[-1]
-        plain = steps(self.generate(single, answer[None]))[0]
+        answer = self.answers[-1]
+        plain = steps(self.generate(self.batch.singles[-1], answer[None]))[0]
+        return self._unknown("", lambda: self._off(-1, answer, plain))
+
+    @functools.cached_property
+    def second_turn_unknown_to_recompute(self) -> str | None:
+        """Why the recompute cannot be compared with in a second turn: Qwen2.5-VL, for one, numbers the tokens of a turn
+        that follows a video in another way than those of the whole conversation."""
+        if self.unknown_to_recompute is not None:
+            return self.unknown_to_recompute
+        plain = steps(self.second_turn(self.generate(self.batch.inputs, self.answers)))
+        return self._unknown(
+            " in a second turn",
+            lambda: max(self._off(sample, self.conversation(sample), plain[sample]) for sample in self.samples),
+        )
+
+    def _off(self, sample: int, generated: Tensor, plain: Tensor) -> float:
+        """Largest difference between the recompute without pruning and the model's own logits (NEW, vocabulary)."""
+        everything = keep_all(self.model, self.batch.singles[sample])
+        got = self.expected(sample, generated, Sample(plain, everything, everything, None), "original")
+        return largest_difference(got, plain)
+
+    def _unknown(self, when: str, measure: Callable[[], float]) -> str | None:
         try:
-            everything = keep_all(self.model, single)
-            got = self.expected(-1, answer, Sample(plain, everything, everything, None), "original")
+            difference = measure()
         except Exception as error:
-            return f"the recompute does not know this model: {type(error).__name__}: {error}"
-        if (difference := largest_difference(got, plain)) <= self.tolerance:
+            return f"the recompute does not know this model{when}: {type(error).__name__}: {error}"
+        if difference <= self.tolerance:
             return None
-        return f"the recompute does not know this model: without pruning it is off by {difference:.2g}"
+        return f"the recompute does not know this model{when}: without pruning it is off by {difference:.2g}"

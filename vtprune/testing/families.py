@@ -17,222 +17,18 @@ import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtprune.testing.media import (
-    BOS,
-    END,
-    FIRST_WORD,
-    IMAGE,
-    LAYOUTS,
-    MERGE,
-    PAD,
-    PATCH,
-    START,
-    TILE,
-    VIDEO,
-    VOCABULARY,
-    Item,
-)
-
-WIDTH = 32
-INIT_STD = 0.2
-"""Wide enough that a wrong mask, position or token moves logits by far more than the tolerance of any comparison."""
+from vtprune.testing.configs import INIT_STD, MODELS
+from vtprune.testing.media import BOS, FIRST_WORD, IMAGE, LAYOUTS, PAD, VIDEO, Item
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
-_TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=WIDTH,
-    intermediate_size=48,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=None,
-)
-_VISION = dict(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
-_QWEN_VISION = dict(patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=2, depth=4, num_heads=4)
-_QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
-_MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
-_ALTERNATING = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=512)
-_PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
-_SIDE_4 = [[32, 64], [64, 32], [64, 64]]
-
-
-def _clip(size: int, patch: int):
-    return hf.CLIPVisionConfig(**_VISION, image_size=size, patch_size=patch)
-
-
-def _siglip(size: int, patch: int, **fields):
-    return hf.SiglipVisionConfig(**_VISION, image_size=size, patch_size=patch, vision_use_head=False, **fields)
-
-
-def _pixtral():
-    return hf.PixtralVisionConfig(**_VISION, image_size=56, patch_size=PATCH)
-
-
-def _llama(**text):
-    return hf.LlamaConfig(**_TEXT | text)
-
-
-def _mistral(**text):
-    return hf.MistralConfig(**_TEXT | dict(head_dim=8, sliding_window=None) | text)
-
-
-def _qwen2(**text):
-    return hf.Qwen2Config(**_TEXT | text)
-
-
-def _idefics(config: str) -> Callable:
-    vision = _VISION | dict(image_size=TILE, patch_size=PATCH)
-    return lambda **text: getattr(hf, config)(
-        vision_config=vision, text_config=_llama(**text), image_token_id=IMAGE, scale_factor=MERGE, pad_token_id=PAD
-    )
-
-
-# Classes by name: a release of transformers that lacks one still has the others.
-_MODELS: dict[str, tuple[str, Callable]] = {
-    "llava": (
-        "LlavaForConditionalGeneration",
-        lambda **text: hf.LlavaConfig(vision_config=_clip(42, 7), text_config=_llama(**text), image_token_index=IMAGE),
-    ),
-    "pixtral": (
-        "LlavaForConditionalGeneration",
-        lambda **text: hf.LlavaConfig(
-            vision_config=_pixtral(),
-            text_config=_mistral(**text),
-            image_token_index=IMAGE,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        ),
-    ),
-    "llava_next": (
-        "LlavaNextForConditionalGeneration",
-        lambda **text: hf.LlavaNextConfig(
-            vision_config=_clip(TILE, 8),
-            text_config=_llama(**text),
-            image_token_index=IMAGE,
-            image_grid_pinpoints=_PINPOINTS,
-        ),
-    ),
-    "llava_next_video": (  # an even number of patches a side: frames are pooled 2x2
-        "LlavaNextVideoForConditionalGeneration",
-        lambda **text: hf.LlavaNextVideoConfig(
-            vision_config=_clip(32, 8),
-            text_config=_llama(**text),
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            image_grid_pinpoints=_SIDE_4,
-        ),
-    ),
-    "llava_onevision": (  # 2x2 tiles exceed the maximum, so that their mosaic is resized
-        "LlavaOnevisionForConditionalGeneration",
-        lambda **text: hf.LlavaOnevisionConfig(
-            vision_config=_siglip(TILE, 8),
-            text_config=_qwen2(**text),
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            image_grid_pinpoints=_PINPOINTS,
-            vision_aspect_ratio="anyres_max_2",
-        ),
-    ),
-    "video_llava": (
-        "VideoLlavaForConditionalGeneration",
-        lambda **text: hf.VideoLlavaConfig(
-            vision_config=_clip(32, 8), text_config=_llama(**text), image_token_index=IMAGE, video_token_index=VIDEO
-        ),
-    ),
-    "qwen2_vl": (
-        "Qwen2VLForConditionalGeneration",
-        lambda **text: hf.Qwen2VLConfig(
-            vision_config=_QWEN_VISION | dict(embed_dim=WIDTH, hidden_size=WIDTH, mlp_ratio=2),
-            text_config=_TEXT | _MROPE | text,
-            **_QWEN_IDS,
-        ),
-    ),
-    "qwen2_5_vl": (  # windows of 2x2 merged tokens, so that the tower reorders them
-        "Qwen2_5_VLForConditionalGeneration",
-        lambda **text: hf.Qwen2_5_VLConfig(
-            vision_config=_QWEN_VISION
-            | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
-            | dict(window_size=16, fullatt_block_indexes=[1, 3], tokens_per_second=2),
-            text_config=_TEXT | _MROPE | text,
-            **_QWEN_IDS,
-        ),
-    ),
-    "qwen3_vl": (
-        "Qwen3VLForConditionalGeneration",
-        lambda **text: hf.Qwen3VLConfig(
-            vision_config=_QWEN_VISION
-            | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
-            | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2]),
-            text_config=_TEXT | _MROPE | dict(head_dim=8) | text,
-            **_QWEN_IDS,
-        ),
-    ),
-    "internvl": (
-        "InternVLForConditionalGeneration",
-        lambda **text: hf.InternVLConfig(
-            vision_config=hf.InternVLVisionConfig(**_VISION, image_size=[TILE] * 2, patch_size=[PATCH] * 2),
-            text_config=_qwen2(**text),
-            image_token_id=IMAGE,
-            image_seq_length=9,
-        ),
-    ),
-    "idefics3": ("Idefics3ForConditionalGeneration", _idefics("Idefics3Config")),
-    "smolvlm": ("SmolVLMForConditionalGeneration", _idefics("SmolVLMConfig")),
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        lambda **text: hf.Gemma3Config(
-            vision_config=_siglip(32, 4),
-            text_config=hf.Gemma3TextConfig(
-                **_TEXT | _ALTERNATING | dict(layer_types=["sliding_attention", "full_attention"] * 4) | text
-            ),
-            mm_tokens_per_image=16,
-            image_token_index=IMAGE,
-            boi_token_index=START,
-            eoi_token_index=END,
-        ),
-    ),
-    "paligemma": (
-        "PaliGemmaForConditionalGeneration",
-        lambda **text: hf.PaliGemmaConfig(
-            vision_config=_siglip(35, 7, projection_dim=WIDTH),
-            text_config=hf.GemmaConfig(**_TEXT | dict(head_dim=8) | text),
-            image_token_index=IMAGE,
-            projection_dim=WIDTH,
-        ),
-    ),
-    "paligemma2": (  # caps low enough to bend what they cap
-        "PaliGemmaForConditionalGeneration",
-        lambda **text: hf.PaliGemmaConfig(
-            vision_config=_siglip(35, 7, projection_dim=WIDTH),
-            text_config=hf.Gemma2Config(
-                **_TEXT | _ALTERNATING | dict(attn_logit_softcapping=4.0, final_logit_softcapping=8.0) | text
-            ),
-            image_token_index=IMAGE,
-            projection_dim=WIDTH,
-        ),
-    ),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        lambda **text: hf.Mistral3Config(
-            vision_config=_pixtral(),
-            text_config=_mistral(**text),
-            image_token_index=IMAGE,
-            spatial_merge_size=MERGE,
-        ),
-    ),
-}
-
-NAMES = tuple(_MODELS)
+NAMES = tuple(MODELS)
 """All families, those included that the installed transformers lacks."""
 
 
 def model_class(name: str) -> str:
     """Name of the class in transformers behind a family."""
-    return _MODELS[name][0]
+    return MODELS[name][0]
 
 
 def is_available(name: str) -> bool:
@@ -245,7 +41,7 @@ def build(name: str, attention: str = "sdpa", **overrides):
 
     overrides: fields of the text config, e.g. `sliding_window=24`.
     """
-    class_name, config = _MODELS[name]
+    class_name, config = MODELS[name]
     if name == "paligemma2" and attention == "sdpa":  # Gemma 2 caps attention logits, which sdpa cannot
         attention = {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
     with torch.random.fork_rng():

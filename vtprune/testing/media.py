@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,10 +77,13 @@ def _frames(model, shape, siblings, generator):
     return Item([VIDEO] * tokens, _randn(generator, frames, 3, size, size))
 
 
-def _anyres(model, shape, siblings, generator):
-    """A base tile, then the tiles of the mosaic. shape: height, width."""
+def _anyres(model, shape, siblings, generator, only_alone: bool = False):
+    """A base tile, then the tiles of the mosaic. shape: height, width.
+
+    only_alone: a prompt with several images has no mosaics.
+    """
     size = model.config.vision_config.image_size
-    tiled = siblings == 1 or model.config.model_type != "llava_onevision"
+    tiled = siblings == 1 or not only_alone
     tiles = llava_next_crops(list(shape), model.config.image_grid_pinpoints, size) if tiled else 1
     item = Item([], _randn(generator, tiles, 3, size, size), shape)
     arguments = _collate_anyres([[item]])
@@ -195,7 +199,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "video": Layout(((5, 20),) * 4, _frames, _stack("pixel_values_videos")),
     },
     "llava_onevision": {
-        "image": Layout(_SIZES, _anyres, _collate_onevision),
+        "image": Layout(_SIZES, functools.partial(_anyres, only_alone=True), _collate_onevision),
         "video": Layout(((6, 25),) * 4, _frames, _stack("pixel_values_videos")),
     },
     "video_llava": {

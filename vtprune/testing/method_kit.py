@@ -42,8 +42,8 @@ def check_method(
         media: what prompts hold, of "image", "video" and "mixed" (both); each family is shown what it takes of these.
     Returns:
         What every check found. A family that refuses the method by name (UnsupportedStageError when the session opens)
-        has one result with the status "refused". So has a check that cannot be made: a recompute of tokens that come
-        back while decoding.
+        has one result with the status "refused". So has a check that cannot be made: the recompute does not know tokens
+        that come back while decoding, and it may not give the logits of the unpruned model.
     Raises:
         PromiseBroken: its message names family, medium, promise, what was measured and what is allowed; or every family
             refuses the method. ConfigError, BudgetError: the method cannot be built, or a name is unknown.

@@ -28,7 +28,6 @@ from vtprune.methods.schedules import Reviving
 from vtprune.testing.attention import attention_rows
 from vtprune.testing.cases import (
     NEW,
-    QUESTION,
     Case,
     Refused,
     Result,
@@ -98,29 +97,24 @@ def cached_is_recomputed(case: Case, method: Method) -> Result:
 
 def second_turn(case: Case, method: Method) -> Result:
     """A second turn of text on the batch's pruned cache counts all tokens and gives the recomputed logits."""
-    inputs, answers = case.batch.inputs, case.answers.roll(1, 0)
-    mask = inputs["attention_mask"]
     with case.session(method) as session:
-        first = case.generate(inputs, case.answers)
+        first = case.generate(case.batch.inputs, case.answers)
         report = session.report
-        ids = torch.cat([first.sequences, case.questions], 1)
-        turn = {"input_ids": ids, "attention_mask": torch.cat([mask, mask.new_ones(len(ids), NEW + QUESTION)], 1)}
-        second = case.generate(with_cache(case.model, turn, cache_of(first)), answers)
+        second = case.second_turn(first)
         length = int(cache_of(second).get_seq_length())
         samples = [
             session.sample(row, case.batch.first_column(row), steps(second)[row], report) for row in case.samples
         ]
-    if length != (logical := ids.shape[1] + NEW - 1):
+    if length != (logical := second.sequences.shape[1] - 1):
         return Result(
             "", "", "failed", float(length), float(logical), f"the cache counts {length} tokens, not {logical}"
         )
     positions = case.positions(method)
-    if reason := case.unknown_to_recompute:
+    if reason := case.second_turn_unknown_to_recompute:
         raise Refused(reason)
     measured = 0.0
     for sample, got in enumerate(samples):
-        generated = torch.cat([case.answers[sample], case.questions[sample], answers[sample]])
-        expected = case.expected(sample, generated, got, positions)
+        expected = case.expected(sample, case.conversation(sample), got, positions)
         measured = max(measured, largest_difference(got.logits, expected))
     return compared(measured, case.tolerance)
 

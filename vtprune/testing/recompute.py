@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from vtprune.adapters import adapter_for
 from vtprune.transformers_private import attention_back_end
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
@@ -197,18 +199,10 @@ def prompt_positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor
 
 def prompt_blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
     """(tokens,) number of the block of tokens that all see one another; -1 for none."""
-    types = inputs.get("token_type_ids")
     ids = inputs["input_ids"]
-    none = ids.new_full((ids.shape[1] + generated,), -1)
-    if model.config.model_type == "paligemma":  # the prompt is one block
-        none[: types.shape[1]][types[0] == 0] = 0
-    elif model.config.model_type == "gemma3":  # every image is one
-        block = -1
-        for column, kind in enumerate(types[0].tolist()):
-            if kind == 1:
-                block += column == 0 or types[0, column - 1] != 1
-                none[column] = block
-    return none
+    blocks = adapter_for(model).blocks(inputs)
+    prompt = torch.full_like(ids[0], -1) if blocks is None else blocks[0].to(ids)
+    return pad(prompt, (0, generated), value=-1)
 
 
 @functools.cache
@@ -237,7 +231,7 @@ def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor | None
     window = torch.ones_like(causal)
     if kind == "sliding_attention":
         window = distance < model.get_decoder().config.sliding_window
-    # Gemma 3's window also cuts through images; PaliGemma's prefix is whole whatever the window.
-    allowed = (window & (causal | together)) if model.config.model_type == "gemma3" else (window & causal) | together
+    cuts = adapter_for(model).window_cuts_blocks
+    allowed = window & (causal | together) if cuts else (window & causal) | together
     mask = torch.zeros(allowed.shape, dtype=dtype, device=blocks.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
