@@ -19,7 +19,7 @@ from vtprune.testing.recompute import layer_kind, look, prompt_blocks, prompt_po
 class Lazy(NamedTuple):
     logits: Tensor
     """(new tokens, vocabulary): of the prompt's last token, then of every generated one"""
-    held: list[list[int]]
+    cached: list[list[int]]
     """a layer each: visual columns that were computed there in any step"""
     revived: int
     """how often a token was computed in a layer in a later step than it came to its first"""
@@ -39,10 +39,10 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
     embedded = model.get_input_embeddings()(ids)
     vision = look(model, inputs)
     embedded[vision.columns] = vision.features
-    planes = []
-    for plane in vision.planes:
-        planes.append(torch.zeros_like(embedded))
-        planes[-1][vision.columns] = plane
+    deepstack = []
+    for added in vision.deepstack:
+        deepstack.append(torch.zeros_like(embedded))
+        deepstack[-1][vision.columns] = added
     positions = prompt_positions(model, inputs, len(generated))
     blocks = prompt_blocks(model, inputs, len(generated))
     visual = set(vision.columns.tolist()) - separators(model, inputs)
@@ -70,8 +70,8 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
             states, rows = _run(decoder, layer, states, positions[..., places], blocks[places])
             weights = dict(zip(context, rows[:, context.index(new[-1])].mean(0).tolist(), strict=True))
             flow = {column: states[context.index(column)] for column in flow}
-            if index < len(planes):
-                flow = {column: state + planes[index][column] for column, state in flow.items()}
+            if index < len(deepstack):
+                flow = {column: state + deepstack[index][column] for column, state in flow.items()}
         logits.append(model.lm_head(decoder.norm(flow[new[-1]])))
     return Lazy(torch.stack(logits), [sorted(visual.intersection(known)) for known in entered], revived)
 

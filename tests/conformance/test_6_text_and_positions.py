@@ -143,8 +143,8 @@ def test_kv_bytes_are_what_the_cache_holds(gqa, name):
     batch = prompts(gqa, "ttIttIttt")
     with vtprune.prune(gqa, spec(name)) as session:
         output = generate(gqa, batch.inputs(), new_tokens=1)
-    held = sum(t.nbytes for layer in output[CACHE].layers for t in (layer.keys, layer.values))
-    assert session.report.kv_bytes == held
+    stored_bytes = sum(t.nbytes for layer in output[CACHE].layers for t in (layer.keys, layer.values))
+    assert session.report.kv_bytes == stored_bytes
     plain = generate(gqa, batch.inputs(), new_tokens=1)[CACHE]
     assert session.report.unpruned_kv_bytes == sum(
         t.nbytes for layer in plain.layers for t in (layer.keys, layer.values)

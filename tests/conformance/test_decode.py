@@ -39,7 +39,7 @@ def cuts_of(report, sample=0):
 
 
 def test_beams_come_back_to_their_own(model, batch):
-    """Beams reorder the cache after every step, and with it all that is known of its slots and put aside."""
+    """Beams reorder the cache after every step, and with it all that is known of its slots and stored."""
     inputs = batch.singles[0]
     with vtprune.prune(model, LAZY) as session:
         output = generate(model, inputs, num_beams=3, num_return_sequences=3, max_new_tokens=8, output_scores=True)
@@ -99,11 +99,11 @@ def test_what_stays_aside_is_reported(model, batch):
     assert torch.equal(last.counts, first.counts)
     assert (last.kv_lengths >= first.kv_lengths).all() and (last.kv_lengths > first.kv_lengths).any()
     assert last.auxiliary_bytes < first.auxiliary_bytes and last.kv_bytes > first.kv_bytes
-    held = {tuple(last.cached(0, layer).tolist()) for layer in range(last.depth)}
+    cached = {tuple(last.cached(0, layer).tolist()) for layer in range(last.depth)}
     assert all(
         set(first.kept(0, layer).tolist()) <= set(last.cached(0, layer).tolist()) for layer in range(first.depth)
     )
-    assert len(held) > 1 and "kept for revival" in str(last)
+    assert len(cached) > 1 and "kept for revival" in str(last)
     assert after.to_dict() == last.to_dict(), "the report stays when the session goes"
 
 

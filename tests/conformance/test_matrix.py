@@ -117,8 +117,8 @@ def check_revival(run: Unpatched, eager, sample: int, logits: Tensor, generated:
     torch.testing.assert_close(logits, expected.logits, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
     expected.logits[:, list(run.batch.visual_ids)] = float("-inf")
     assert generated.tolist() == expected.logits.argmax(-1).tolist()
-    for layer, held in enumerate(expected.held):
-        assert (report.cached(own, layer) - first).tolist() == sorted([*held, *lines])
+    for layer, cached in enumerate(expected.cached):
+        assert (report.cached(own, layer) - first).tolist() == sorted([*cached, *lines])
 
 
 def _cells():

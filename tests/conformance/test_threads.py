@@ -202,10 +202,10 @@ def test_streams_that_take_turns_have_caches_of_their_own():
     with vtprune.prune(model, "lazyllm", keep_ratio=0.5) as session:
         one = model(**first, use_cache=True)
         model(**second, use_cache=True)
-        held = session.report.to_dict()
+        told = session.report.to_dict()
         step = one.logits[:, -1:].argmax(-1)
         model(input_ids=step, **{CACHE: one[CACHE]})
-        assert session.report.to_dict() == held
+        assert session.report.to_dict() == told
 
 
 @torch.no_grad()

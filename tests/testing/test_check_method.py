@@ -33,7 +33,7 @@ def test_methods_of_a_package_outside_pass_on_every_family(method):
 
 
 def test_merging_inside_the_llm_passes_where_more_is_added_later():
-    """Qwen3-VL adds planes behind its first layers, to merged tokens, too."""
+    """Qwen3-VL adds DeepStack features behind its first layers, to merged tokens, too."""
     assert all(result.passed for result in check_method(GathersInside, families=["llava", "qwen3_vl"]))
 
 

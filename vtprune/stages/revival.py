@@ -324,8 +324,8 @@ def _take_stock(layers: Sequence[PrunedLayer]) -> None:
     """Note what a cache that tokens may come back to holds."""
     contents = layers[0].slots.table.contents
     contents.columns = [layer.slots.columns for layer in layers]
-    asides = [layer.stored for layer in layers if layer.stored is not None]
-    contents.stored = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in asides]
+    stored = [layer.stored for layer in layers if layer.stored is not None]
+    contents.stored = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in stored]
 
 
 def _gathered(hidden: Tensor, columns: Tensor, which: Tensor) -> Stored | None:

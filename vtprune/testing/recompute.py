@@ -32,13 +32,13 @@ class Vision:
     """(visual tokens,) ascending columns of the prompt that hold features"""
     features: Tensor
     """(visual tokens, dim)"""
-    planes: list[Tensor]
+    deepstack: list[Tensor]
     """(visual tokens, dim) each, added after decoder layer 0, 1, ...; empty for most models"""
 
     def averaged(self, kept: Tensor, sources: Tensor) -> Vision:
         """Each kept token, and what is added to it later, as the mean of the tokens that went into it."""
-        planes = [self.mean(plane, kept, sources) for plane in self.planes]
-        return Vision(self.columns, self.mean(self.features, kept, sources), planes)
+        deepstack = [self.mean(added, kept, sources) for added in self.deepstack]
+        return Vision(self.columns, self.mean(self.features, kept, sources), deepstack)
 
     def mean(self, values: Tensor, kept: Tensor, sources: Tensor) -> Tensor:
         """(visual tokens, dim): values of which each kept token has the mean of those that went into it."""
@@ -131,11 +131,11 @@ def recompute(
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
         )[0]
-        if index < len(vision.planes):
-            plane = hidden.new_zeros(len(ids), hidden.shape[-1])
-            own = vision.planes[index]
-            plane[vision.columns] = own if merges is None else vision.mean(own, alive, merges.sources[index])
-            hidden = hidden + plane[columns]
+        if index < len(vision.deepstack):
+            added = hidden.new_zeros(len(ids), hidden.shape[-1])
+            own = vision.deepstack[index]
+            added[vision.columns] = own if merges is None else vision.mean(own, alive, merges.sources[index])
+            hidden = hidden + added[columns]
 
     last = model.get_output_embeddings()(decoder.norm(hidden))
     cap = getattr(decoder.config, "final_logit_softcapping", None)
@@ -176,14 +176,16 @@ def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dic
 def look(model, inputs: dict[str, Tensor]) -> Vision:
     """Features from the model's own `get_image_features` and `get_video_features`."""
     ids = inputs["input_ids"][0]
-    columns, planes = [ids[:0]], []
+    columns, deepstack = [ids[:0]], []
     features = [model.get_input_embeddings()(ids[:0])]
     for _, own, _, output in encoded(model, inputs):
         columns.append(own)
         features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
-        planes.append([torch.cat(list(plane)) for plane in getattr(output, "deepstack_features", [])])
+        deepstack.append([torch.cat(list(added)) for added in getattr(output, "deepstack_features", [])])
     where, order = torch.cat(columns).sort()
-    return Vision(where, torch.cat(features)[order], [torch.cat(plane)[order] for plane in zip(*planes, strict=True)])
+    return Vision(
+        where, torch.cat(features)[order], [torch.cat(added)[order] for added in zip(*deepstack, strict=True)]
+    )
 
 
 def prompt_positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
