@@ -56,7 +56,7 @@ class TwiceNormed(nn.Module):
 
 
 def with_attention(cls) -> nn.Module:
-    config = LlamaConfig(**models.TEXT, num_hidden_layers=4, num_key_value_heads=2, attn_implementation="eager")
+    config = LlamaConfig(**models.TEXT | dict(num_hidden_layers=4, num_key_value_heads=2, attn_implementation="eager"))
     model = models.with_text_tower(config, "eager")
     for layer in model.get_decoder().layers:
         layer.self_attn.__class__ = cls
@@ -91,7 +91,9 @@ def test_code_of_its_own_is_asked_whatever_it_calls_itself(monkeypatch):
 
 
 def test_attention_that_is_not_given_the_norm_is_refused_where_that_matters():
-    model = models.with_text_tower(LlamaConfig(**models.TEXT, num_hidden_layers=4, num_key_value_heads=2), "eager")
+    model = models.with_text_tower(
+        LlamaConfig(**models.TEXT | dict(num_hidden_layers=4, num_key_value_heads=2)), "eager"
+    )
     layers = model.get_decoder().layers
     for index, layer in enumerate(layers):
         layers[index] = TwiceNormed(layer)

@@ -31,7 +31,7 @@ def test_tokens_stand_for_the_patches_that_are_averaged():
     torch.testing.assert_close(shown, means(depends, encoder))
     assert adapter.encoder_sequences("image", inputs) == [64] * 2
     assert adapter.shape == ModelShape(4, 8, 3, has_cls=False)
-    assert adapter.marker_token_ids == (families.START, families.END)
+    assert adapter.marker_token_ids == (START, END)
 
 
 def test_blocks_are_images_and_count_from_the_start_of_the_sequence():

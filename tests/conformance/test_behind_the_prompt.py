@@ -131,7 +131,7 @@ def test_guesses_by_lookup_change_nothing(mha, method):
 def test_guesses_of_an_assistant_model_change_nothing(mha, method):
     """A small language model guesses, mostly wrong."""
     inputs, fields = prompts(mha, "ttIttttttt").inputs(), {"keep_ratio": 0.5}
-    assistant = LlamaForCausalLM(LlamaConfig(**models.TEXT, num_hidden_layers=1)).eval()
+    assistant = LlamaForCausalLM(LlamaConfig(**models.TEXT | dict(num_hidden_layers=1))).eval()
     assistant.generation_config.eos_token_id = None
     assistant.generation_config.num_assistant_tokens = 3
     with vtprune.prune(mha, method, **fields) as session:

@@ -34,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import vtprune
 from vtprune.errors import UnsupportedStageError, VTPruneError
-from vtprune.testing import families
+from vtprune.testing import families, media
 from vtprune.testing.recompute import recompute, visual_columns
 from vtprune.transformers_private import CACHE
 
@@ -259,13 +259,13 @@ def test_stop_strings_and_streamers(name, method, tokenizer):
     inputs = families.batch(name, model).singles[0]
     length = inputs["input_ids"].shape[1]
     with vtprune.prune(model, method, keep_ratio=0.5):
-        plain = generate(model, inputs, suppress_tokens=list(range(families.IMAGE, families.VOCABULARY)))
+        plain = generate(model, inputs, suppress_tokens=list(range(families.IMAGE, media.VOCABULARY)))
         words = plain.sequences[0, length:].tolist()
         streamer = Collected()
         stopped = generate(
             model,
             inputs,
-            suppress_tokens=list(range(families.IMAGE, families.VOCABULARY)),
+            suppress_tokens=list(range(families.IMAGE, media.VOCABULARY)),
             stop_strings=[f"w{words[2]}"],
             tokenizer=tokenizer,
             streamer=streamer,
