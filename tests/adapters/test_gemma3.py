@@ -4,6 +4,7 @@ import torch
 
 import vtprune
 from vtprune.testing import families
+from vtprune.testing.media import END, START
 from vtprune.tokens import Grid, ModelShape
 
 from .checks import blinkered, check_pruned, check_untouched, every_cell
