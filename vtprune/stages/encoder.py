@@ -27,7 +27,7 @@ from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.encoder_call import EncoderCall
 from vtprune.stages.in_encoder import EncoderCut
 from vtprune.tokens import Medium
-from vtprune.transformers_private import encoder_scores, query_key_projections
+from vtprune.transformers_private import EncoderScores, encoder_scores, is_rotated, query_key_projections
 
 CLIP = "clip_vision_model"
 """What configs of CLIP's vision tower call themselves."""
@@ -183,14 +183,14 @@ class EncoderRecorder:
             projected = seen.projected.pop(layer)
             merge = encoding.merge
             scattered = (lambda values: values) if merge is None else merge.scattered
+            calls = encoder_scores(module, projected, args, kwargs)
             if layer in self.key_layers:
-                calls = encoder_scores(module, projected, args, kwargs, rotated=False)
-                keys = [rearrange(call.keys, "b heads n d -> b n heads d") for call in calls]
+                plain = encoder_scores(module, projected, args, kwargs, rotated=False) if is_rotated(kwargs) else calls
+                keys = [rearrange(call.keys, "b heads n d -> b n heads d") for call in plain]
                 encoding.keys[layer] = scattered(torch.cat(keys, 1).flatten(2)).unflatten(2, keys[0].shape[2:])
             if layer not in self.cls_layers | self.received_layers:
                 return
-            lengths = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
-            calls = [part for call in encoder_scores(module, projected, args, kwargs) for part in call.split(lengths)]
+            calls = self._by_image(calls, encoding)
             if layer in self.cls_layers:
                 (call,) = calls  # CLS tokens are in front of their crops, so crops are not packed
                 rows = attention_rows(call.queries[:, :, :1], call.keys, scale=call.scale, mask=call.visible(0, 1))
@@ -209,6 +209,21 @@ class EncoderRecorder:
                 encoding.received[layer] = scattered(torch.cat(received, 1))
 
         return hook
+
+    def _by_image(self, calls: list[EncoderScores], encoding: EncoderCall) -> list[EncoderScores]:
+        """The calls of a layer's attention function, of which none holds several images in one sequence.
+
+        Raises VTPruneError if such a sequence cannot be split: attention would be shared out among other images.
+        """
+        lengths = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+        if len(calls) > 1 or len(calls[0].queries) > 1 or len(lengths) < 2:
+            return calls
+        if sum(lengths) != calls[0].queries.shape[2]:
+            raise VTPruneError(
+                f"the adapter {type(self.adapter).__name__} states sequences of {sum(lengths)} patches, and the vision "
+                f"encoder attends over {calls[0].queries.shape[2]} in one; override its `encoder_sequences`"
+            )
+        return calls[0].split(lengths)
 
     # -- what was encoded ---------------------------------------------------------------------------------------
 

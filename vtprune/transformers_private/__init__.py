@@ -20,7 +20,7 @@ model has done it already.
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 from vtprune.transformers_private.arguments import CACHE, cache_of, check_arguments, with_cache
-from vtprune.transformers_private.capture import Scored
+from vtprune.transformers_private.capture import EncoderScores, Scored
 from vtprune.transformers_private.decoder_attention import (
     attention_input,
     eager_weights,
@@ -31,6 +31,7 @@ from vtprune.transformers_private.decoder_attention import (
 from vtprune.transformers_private.encoder_attention import (
     eager_encoder_attention,
     encoder_scores,
+    is_rotated,
     query_key_projections,
 )
 from vtprune.transformers_private.layers import (
@@ -62,6 +63,7 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
+    "EncoderScores",
     "LinearAttentionCacheLayerMixin",
     "Scored",
     "VERSION",
@@ -83,6 +85,7 @@ __all__ = [
     "is_checkpointed",
     "is_own",
     "is_paged",
+    "is_rotated",
     "is_plain_layer",
     "is_prunable",
     "is_tested_release",

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from vtprune.errors import UnsupportedStageError
 
 CAPTURE = "vtprune_capture"
-"""Name of the attention function that hands out what it is called with."""
+"""Name of the attention function that ends the module's forward pass with what it is called with."""
+NOTE = "vtprune_note"
+"""Name of the attention function that notes what it is called with, for modules that call theirs several times."""
 CALLS = "vtprune_calls"
-"""Attribute of a replica of an encoder's attention module: a list of what its attention function was called with."""
+"""Attribute of a replica whose attention function is `NOTE`: the list of notes."""
 _LOCK, _captures = threading.Lock(), 0
 _HARMLESS = {"dropout", "is_causal", "position_ids", "scaling", "sliding_window", "softcap", "s_aux"}
 """Arguments of attention functions that are read here, or that say nothing about scores."""
@@ -47,8 +49,6 @@ class Captured(Exception):
 
 
 def _capture(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
-    if CALLS in module.__dict__:
-        return _note(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs)
     strange = [name for name, given in kwargs.items() if name not in _HARMLESS and given is not None]
     if strange:
         raise UnsupportedStageError(f"its attention function takes {', '.join(sorted(strange))}")
@@ -65,6 +65,9 @@ def _note(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     module.__dict__[CALLS].append(EncoderScores(query, key, scale, attention_mask))
     return value.transpose(1, 2), None
+
+
+_FUNCTIONS = {CAPTURE: _capture, NOTE: _note}
 
 
 class Given(nn.Module):
@@ -103,20 +106,22 @@ def parameters(cls: type) -> frozenset[str]:
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """While it lasts, transformers knows the attention function that captures. Sessions in several threads share it."""
+    """While it lasts, transformers knows `CAPTURE` and `NOTE`. Sessions in several threads share them."""
     from transformers import AttentionInterface
 
     global _captures
     with _LOCK:
         _captures += 1
-        AttentionInterface.register(CAPTURE, _capture)
+        for name, function in _FUNCTIONS.items():
+            AttentionInterface.register(name, function)
     try:
         yield
     finally:
         with _LOCK:
             _captures -= 1
             if not _captures:
-                del AttentionInterface._global_mapping[CAPTURE]
+                for name in _FUNCTIONS:
+                    del AttentionInterface._global_mapping[name]
 
 
 @dataclass(frozen=True)
@@ -148,9 +153,8 @@ class EncoderScores:
         return None if visible is None else visible.any(2)[:, 0]
 
     def split(self, lengths: Sequence[int]) -> list[EncoderScores]:
-        """A packed sequence as one call for each image in it, where it is one: attention does not cross images."""
-        if len(self.queries) > 1 or len(lengths) < 2 or sum(lengths) != self.queries.shape[2]:
-            return [self]
+        """A sequence of several images, each as long as stated, as one call for each image: attention does not cross
+        images."""
         parts, start = [], 0
         for length in lengths:
             own = slice(start, start + length)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.errors import UnsupportedStageError
-from vtprune.transformers_private.capture import CALLS, CAPTURE, EncoderScores, Given, capturing, replica
+from vtprune.transformers_private.capture import CALLS, NOTE, EncoderScores, Given, capturing, replica
 
 _PROJECTIONS = (("q_proj", "k_proj"), ("qkv",))
 """Names under which towers of transformers project to queries and keys."""
@@ -30,6 +30,11 @@ def query_key_projections(attention: nn.Module) -> tuple[str, ...]:
         f"the attention of this vision encoder cannot be recomputed: {type(attention).__name__} has none of the "
         f"projections {', '.join(' and '.join(names) for names in _PROJECTIONS)}"
     )
+
+
+def is_rotated(kwargs: Mapping[str, Any]) -> bool:
+    """Whether an encoder's attention module that is called with these arguments rotates queries and keys."""
+    return kwargs.get("position_embeddings") is not None
 
 
 def encoder_scores(
@@ -61,9 +66,9 @@ def encoder_scores(
         for name, child in attention._modules.items()
         if name not in children and isinstance(child, nn.Linear)
     }
-    twin = replica(attention, CAPTURE, **children)
+    twin = replica(attention, NOTE, **children)
     calls = twin.__dict__[CALLS] = []
-    if not rotated and kwargs.get("position_embeddings") is not None:
+    if not rotated and is_rotated(kwargs):
         cos, sin = kwargs["position_embeddings"]
         kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
     with torch.no_grad(), capturing():
