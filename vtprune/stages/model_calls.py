@@ -25,7 +25,7 @@ from vtprune.stages.encoder import EncoderRecorder, clock
 from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
-from vtprune.stages.prefill_report import prefill_report, text_report
+from vtprune.stages.prefill_report import prefill_report, substitutes, text_report
 from vtprune.stages.reading import check_signals
 from vtprune.stages.replays import Replays
 from vtprune.stages.revival import RevivalStage
@@ -102,6 +102,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         for part in parts:
             check_signals(part, shape)
         signals = [signal for part in parts for signal in part.signals(shape)]
+        self._notes = substitutes(methods, shape)
         active = [part for part in parts if part.keep_ratio != 1.0]
         self.prunes = bool(active)
         """Whether any method asks for less than everything."""
@@ -319,14 +320,14 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
         if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
             return
-        self.finished(text_report(self.adapter, self.methods, hidden, mask), CacheContents(), False)
+        self.finished(text_report(self.adapter, self.methods, self._notes, hidden, mask), CacheContents(), False)
 
     def _finish_prefill(self, call: Call, contents: CacheContents) -> None:
         timings = None
         if self._profile:
             now, encoding = self.now, sum(encoding.seconds for encoding in call.media.encodings)
             timings = Timings(encoding, now.selector_seconds, self._clock() - now.started)
-        report = prefill_report(call, self._recorder, self.methods, timings)
+        report = prefill_report(call, self._recorder, self.methods, self._notes, timings)
         wants_less = not all(_asks_for_everything(method, call) for method in self.methods)
         self.finished(report, contents, wants_less)
 

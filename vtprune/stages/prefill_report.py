@@ -15,10 +15,26 @@ from vtprune.report import LayerRange, Report, Timings
 from vtprune.signals import EncoderSignal
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderRecorder
+from vtprune.tokens import ModelShape
 
 
-def prefill_report(call: Call, recorder: EncoderRecorder, methods: Sequence[Method], timings: Timings | None) -> Report:
-    """What a call that carried visual tokens kept, and where."""
+def substitutes(methods: Sequence[Method], shape: ModelShape) -> tuple[str, ...]:
+    """What methods read on a model of this shape instead of what their papers name, for `Report.notes`."""
+    signals = [
+        (method.name, signal) for method in methods for part in method.parts(shape) for signal in part.signals(shape)
+    ]
+    notes = (
+        f"{name}: {note}"
+        for name, signal in signals
+        if isinstance(signal, EncoderSignal) and (note := signal.substitute(shape)) is not None
+    )
+    return tuple(dict.fromkeys(notes))
+
+
+def prefill_report(
+    call: Call, recorder: EncoderRecorder, methods: Sequence[Method], notes: tuple[str, ...], timings: Timings | None
+) -> Report:
+    """What a call that carried visual tokens kept, and where. notes: see `substitutes`."""
     rows = range(0, call.batch, call.media.copies)
     whole = call.media.visual
     visual = [whole[row].nonzero()[:, 0] for row in rows]
@@ -50,11 +66,14 @@ def prefill_report(call: Call, recorder: EncoderRecorder, methods: Sequence[Meth
         visual=tuple((columns + call.past).cpu() for columns in visual),
         text_tokens=tuple(int((call.prompt[row] & ~whole[row]).sum()) for row in rows),
         encoder_sequences=sequences,
+        notes=notes,
         timings=timings,
     )
 
 
-def text_report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, mask: Any) -> Report:
+def text_report(
+    adapter: Adapter, methods: Sequence[Method], notes: tuple[str, ...], hidden: Tensor, mask: Any
+) -> Report:
     """A prompt without visual tokens; hidden (batch, length, dim) enters the language model under a 2D mask, or any."""
     lengths = mask.sum(1).tolist() if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
     empty = (torch.empty(0, dtype=torch.long),) * len(hidden)
@@ -66,21 +85,14 @@ def text_report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, mas
         visual=empty,
         text_tokens=tuple(int(length) for length in lengths),
         encoder_sequences=(),
+        notes=notes,
     )
 
 
 def _report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, **counted: Any) -> Report:
-    shape = adapter.shape
-    signals = [(m.name, signal) for m in methods for part in m.parts(shape) for signal in part.signals(shape)]
-    notes = [
-        f"{name}: {note}"
-        for name, signal in signals
-        if isinstance(signal, EncoderSignal) and (note := signal.substitute(shape)) is not None
-    ]
     return Report(
         model_name=type(adapter.model).__name__,
         methods=tuple(method.name for method in methods),
-        notes=tuple(dict.fromkeys(notes)),
         text_config=adapter.text_config,
         vision_config=adapter.vision_config,
         encoder_has_cls=adapter.has_cls,
