@@ -5,8 +5,6 @@ images, windows, masked padding, queries and keys of one projection, rotations."
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,58 +12,16 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtprune
+from vtprune.adapters.pixtral import Pixtral
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, EncoderOutput, EncoderSaliency, EncoderSignal
 from vtprune.testing import families
-from vtprune.testing.batching import Encoded, encode_all
-from vtprune.testing.statements import Look
+from vtprune.testing.batching import encode_all
+from vtprune.testing.statements import Look, received
 from vtprune.transformers_private import eager_encoder_attention
 
 CELLS = [(name, media) for name in families.NAMES for media in families.MEDIA[name]]
 PACKED = ["pixtral", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@torch.no_grad()
-def shown(model, inputs: dict[str, Tensor], asked: list[EncoderSignal]) -> dict[EncoderSignal, Tensor]:
-    """Signal -> (visual tokens with content, ...), crop after crop, images before videos."""
-    seen = {}
-
-    @dataclass(frozen=True, kw_only=True)
-    class Spy(vtprune.BeforeLLM):
-        name: ClassVar[str] = "spy"
-        signal: ClassVar[str] = "-"
-
-        def signals(self, shape):
-            return tuple(asked)
-
-        def scores(self, tokens):
-            # Groups of a mixed batch stand in the order of the prompt.
-            order = [group for kind in ("image", "video") for group, own in enumerate(tokens.kinds) if own == kind]
-            for signal in asked:
-                values = tokens[signal].mT[:, 0] if isinstance(signal, ClsAttention) else tokens[signal]
-                seen[signal] = torch.cat([values[group, tokens.valid[group]] for group in order])
-            return tokens.features[..., 0]
-
-    with vtprune.prune(model, Spy(keep_ratio=0.5)):
-        model(**inputs)
-    return seen
-
-
-def received(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """(sequences, tokens): what each token receives, the mean over heads and over the real tokens that can see it."""
-    n = weights.shape[-1]
-    visible = torch.ones(1, 1, n, n) if mask is None else (mask if mask.dtype == torch.bool else mask > -1e30)
-    visible = visible.expand(len(weights), 1, n, n).float()
-    real = visible.amax(2).mT  # (sequences, tokens, 1)
-    total = (weights.mean(1) * real).sum(1)
-    return total / (visible[:, 0] * real).sum(1).clamp(min=1)
-
-
-def patches(adapter, encoded: Encoded, values: Tensor) -> Tensor:
-    """Values of the encoder's tokens (crops, tokens, ...) as (visual tokens of the kind, ...)."""
-    cut = int(adapter.shape.has_cls and adapter.cuts_cls(encoded.kind))
-    rows = adapter.patch_values(encoded.kind, encoded.arguments, values.flatten(2)[:, cut:])
-    return rows.unflatten(1, values.shape[2:]) if values.ndim > 3 else rows
 
 
 @torch.no_grad()
@@ -75,6 +31,7 @@ def test_attention_of_every_layer(name, media):
     model = families.shared(name, "eager")
     inputs = families.batch(name, model, media=media).inputs
     adapter = vtprune.adapter_for(model)
+    look = Look(adapter, inputs)
     layers, has_cls = range(adapter.shape.encoder_layers), adapter.shape.has_cls
     expected: dict[EncoderSignal, list[Tensor]] = {AttentionReceived(layer): [] for layer in layers}
     expected |= {EncoderSaliency(layer): [] for layer in layers}
@@ -87,16 +44,16 @@ def test_attention_of_every_layer(name, media):
             encoded = next(iter(encode_all(adapter, inputs, kind)), None)
         for layer, calls in enumerate(found if encoded is not None else ()):
             gets = torch.cat([received(*call) for call in calls], 1)
-            expected[AttentionReceived(layer)].append(patches(adapter, encoded, gets[..., None])[:, 0])
+            expected[AttentionReceived(layer)].append(look.rows(encoded, gets[..., None])[:, 0])
             if has_cls:
                 ((weights, _),) = calls
-                rows = patches(adapter, encoded, weights[:, :, 0].mT)
+                rows = look.rows(encoded, weights[:, :, 0].mT)
                 expected[ClsAttention((layer,))].append(rows)
                 expected[EncoderSaliency(layer)].append(rows.mean(1))
             else:
                 expected[EncoderSaliency(layer)] = expected[AttentionReceived(layer)]
-    contents = Look(adapter, inputs).contents()
-    for signal, values in shown(model, inputs, list(expected)).items():
+    contents = look.contents()
+    for signal, values in look.shown(list(expected)).items():
         wanted = torch.cat(expected[signal])[contents]
         assert wanted.std() > 1e-3, "all the same: nothing is shown by this"
         torch.testing.assert_close(values, wanted, atol=1e-6, rtol=0, msg=lambda m, s=signal: f"{s}: {m}")
@@ -109,6 +66,7 @@ def test_keys_and_outputs(name, media):
     model = families.shared(name)
     inputs = families.batch(name, model, media=media).inputs
     adapter = vtprune.adapter_for(model)
+    look = Look(adapter, inputs)
     layer = adapter.shape.feature_layer
     asked = [EncoderKeys(layer), EncoderKeys(layer, heads="mean"), EncoderOutput(layer)]
     expected: dict[EncoderSignal, list[Tensor]] = {signal: [] for signal in asked}
@@ -137,11 +95,11 @@ def test_keys_and_outputs(name, media):
         keys = keys.chunk(3, -1)[1] if fused else keys
         keys = getattr(attention, "k_norm", torch.nn.Identity())(keys)
         heads = getattr(adapter.vision_config, "num_heads", None) or adapter.vision_config.num_attention_heads
-        expected[asked[0]].append(patches(adapter, encoded, keys))
-        expected[asked[1]].append(patches(adapter, encoded, keys.unflatten(-1, (heads, -1)).mean(2)))
-        expected[asked[2]].append(patches(adapter, encoded, output))
-    contents = Look(adapter, inputs).contents()
-    for signal, values in shown(model, inputs, asked).items():
+        expected[asked[0]].append(look.rows(encoded, keys))
+        expected[asked[1]].append(look.rows(encoded, keys.unflatten(-1, (heads, -1)).mean(2)))
+        expected[asked[2]].append(look.rows(encoded, output))
+    contents = look.contents()
+    for signal, values in look.shown(asked).items():
         wanted = torch.cat(expected[signal])[contents]
         torch.testing.assert_close(values, wanted, atol=1e-5, rtol=1e-5, msg=lambda m, s=signal: f"{s}: {m}")
 
@@ -167,9 +125,21 @@ def test_packed_images_under_flash_attention(flash, name):
         if hasattr(module, "config"):
             module.config._attn_implementation_internal = flash
     asked = [AttentionReceived(0), EncoderKeys(0)]
-    expected = shown(eager, inputs, asked)
-    for signal, values in shown(model, inputs, asked).items():
+    expected = Look(vtprune.adapter_for(eager), inputs).shown(asked)
+    for signal, values in Look(vtprune.adapter_for(model), inputs).shown(asked).items():
         torch.testing.assert_close(values, expected[signal], atol=1e-6, rtol=0)
+
+
+def test_packed_images_that_cannot_be_told_apart_are_an_error(monkeypatch):
+    model = families.shared("pixtral")
+    inputs = families.batch("pixtral", model).inputs
+    whole = Pixtral.encoder_sequences
+    monkeypatch.setattr(Pixtral, "encoder_sequences", lambda self, kind, inputs: whole(self, kind, inputs)[:-1])
+    with (
+        vtprune.prune(model, "visionzip", keep_ratio=0.5),
+        pytest.raises(vtprune.VTPruneError, match="Pixtral states sequences of .*override its `encoder_sequences`"),
+    ):
+        model(**inputs)
 
 
 def test_a_tower_whose_projections_are_not_known_is_refused_when_the_session_opens():

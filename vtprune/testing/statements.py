@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,14 +44,9 @@ class Look:
                 start += len(medium)
         return torch.cat(order)
 
-    @functools.cached_property
-    def spied(self) -> dict[EncoderSignal, Tensor]:
-        """Signal -> (content tokens, ...): what a method before the LLM is shown of the encoder."""
-        shape, kinds, seen = self.adapter.shape, [encoded.kind for encoded in self.encoded], {}
-        layer = shape.feature_layer
-        asks: list[EncoderSignal] = [EncoderFeatures(), EncoderOutput(layer), AttentionReceived(layer)]
-        if shape.has_cls:
-            asks.append(ClsAttention((layer,)))
+    def shown(self, asked: Sequence[EncoderSignal]) -> dict[EncoderSignal, Tensor]:
+        """Signal -> (content tokens, ...): what a method before the LLM is shown, in the order of `contents`."""
+        kinds, seen = [encoded.kind for encoded in self.encoded], {}
 
         @dataclass(frozen=True, kw_only=True)
         class Spy(vtprune.BeforeLLM):
@@ -59,12 +54,12 @@ class Look:
             signal: ClassVar[str] = "the encoder"
 
             def signals(self, shape):
-                return tuple(asks)
+                return tuple(asked)
 
             def scores(self, tokens):
-                # As `contents` counts them: all images of the batch, then all videos.
+                # Groups of a mixed batch are in the order of the prompt.
                 order = [group for kind in kinds for group, own in enumerate(tokens.kinds) if own == kind]
-                for signal in asks:
+                for signal in asked:
                     value = tokens[signal]
                     if isinstance(signal, ClsAttention):  # (groups, layers, heads, tokens)
                         value = value[:, 0].mT
@@ -74,6 +69,21 @@ class Look:
         with vtprune.prune(self.model, Spy(keep_ratio=0.5)), torch.no_grad():
             self.model(**self.inputs)
         return seen
+
+    def rows(self, encoded: Encoded, values: Tensor) -> Tensor:
+        """Values of the encoder's tokens (crops, tokens, dim), a CLS token included, as (visual tokens, dim)."""
+        cut = int(self.adapter.shape.has_cls and self.adapter.cuts_cls(encoded.kind))
+        return self.adapter.patch_values(encoded.kind, encoded.arguments, values[:, cut:])
+
+    @functools.cached_property
+    def spied(self) -> dict[EncoderSignal, Tensor]:
+        """The same of the features, and of output and attention of the layer that the projector reads."""
+        shape = self.adapter.shape
+        layer = shape.feature_layer
+        asked: list[EncoderSignal] = [EncoderFeatures(), EncoderOutput(layer), AttentionReceived(layer)]
+        if shape.has_cls:
+            asked.append(ClsAttention((layer,)))
+        return self.shown(asked)
 
 
 def depths(look: Look) -> Result:
@@ -237,19 +247,18 @@ def encoder_rows(look: Look) -> Result:
 @torch.no_grad()
 def encoder_attention(look: Look) -> Result:
     """The encoder's attention that methods are shown is what its eager code computes."""
-    adapter, shape = look.adapter, look.adapter.shape
+    shape = look.adapter.shape
     shown = {
         signal: rows for signal, rows in look.spied.items() if isinstance(signal, ClsAttention | AttentionReceived)
     }
     expected: dict[Any, list[Tensor]] = {signal: [] for signal in shown}
     for encoded, calls in _eager_calls(look):
-        cut = int(shape.has_cls and adapter.cuts_cls(encoded.kind))
         for signal, rows in expected.items():
             if isinstance(signal, ClsAttention):
                 values = torch.cat([weights[:, :, 0].mT for weights, _ in calls], 1)
             else:
-                values = torch.cat([_received(*call) for call in calls], 1)[..., None]
-            rows.append(adapter.patch_values(encoded.kind, encoded.arguments, values[:, cut:]))
+                values = torch.cat([received(*call) for call in calls], 1)[..., None]
+            rows.append(look.rows(encoded, values))
     order, measured, largest = look.contents(), 0.0, 0.0
     for signal, parts in expected.items():
         rows = torch.cat(parts)[order]
@@ -274,7 +283,7 @@ def _eager_calls(look: Look) -> Iterator[tuple[Encoded, list[tuple[Tensor, Tenso
         yield encoded, [(weights.float(), mask) for weights, mask in calls]
 
 
-def _received(weights: Tensor, mask: Tensor | None) -> Tensor:
+def received(weights: Tensor, mask: Tensor | None) -> Tensor:
     """(sequences, tokens): what each token receives, the mean over heads and over the real tokens that can see it."""
     if mask is None:
         return weights.mean((1, 2))
