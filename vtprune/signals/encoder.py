@@ -6,15 +6,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from einops import rearrange
 from torch import Tensor
 
 from vtprune.tokens import ModelShape
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class EvictionStage:
             raise UnsupportedStageError(NEEDS_CACHE)
 
     def after_prefill(self, call: Call, contents: CacheContents) -> None:
-        """Drop what the methods drop, and note in `holdings` what is left."""
+        """Drop what the methods drop, and note in `contents` what is left."""
         if not self.methods or call.cache is None or not call.pruned:
             return
         check_changeable(call.cache)
