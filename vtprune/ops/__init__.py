@@ -34,6 +34,10 @@ Merges
     recoverable_compression: tokens kept by two scores, and the rest merged. Recoverable Compression.
     pooling: averages over cells of the grid. Pool, Adaptive pooling, Progressive pooling.
 
+Reductions between encoder layers
+    token_reduction: the result of a reduction: the row that each token goes into. ToMe.
+    soft_matching: the most similar pairs of an even and an odd token merge. ToMe.
+
 Videos
     video_merging: merges a video over time and space. HoliTom.
     segmentation: cuts a video into segments with many still positions. HoliTom.
