@@ -26,7 +26,9 @@ def matching(v: Vector) -> None:
     rows = v["merged_x"]
     if protected == 2:
         # The reference's inverse forgets that the distillation token, an odd one, was put behind the CLS token.
-        rows = torch.cat([rows[:, :1], rows[:, unmerged : unmerged + 1], rows[:, 1:unmerged], rows[:, unmerged + 1 :]], 1)
+        rows = torch.cat(
+            [rows[:, :1], rows[:, unmerged : unmerged + 1], rows[:, 1:unmerged], rows[:, unmerged + 1 :]], 1
+        )
     close(reduction.spread(rows), v["unmerged_x"], rtol=1e-5, atol=1e-5)
 
     if "metric2" in v:

@@ -16,9 +16,9 @@ def layer_counts(layers: int, r: int | tuple[int, float] | Sequence[int]) -> lis
 
     Args:
         layers: number of layers, at least 1.
-        r: one number for all layers; or a list with a number for each layer, where missing ones are 0; or a tuple of the
-            mean ``r`` and ``inflect`` in [-1, 1]. The counts then change by equal steps from ``r * (1 - inflect)`` in
-            the first layer to ``r * (1 + inflect)`` in the last one, rounded down. -1 is the paper's decreasing
+        r: one number for all layers; or a list with a number for each layer, where missing ones are 0; or a tuple of
+            the mean ``r`` and ``inflect`` in [-1, 1]. The counts then change by equal steps from ``r * (1 - inflect)``
+            in the first layer to ``r * (1 + inflect)`` in the last one, rounded down. -1 is the paper's decreasing
             schedule. All numbers are at least 0.
 
     Returns:
@@ -43,16 +43,14 @@ def layer_counts(layers: int, r: int | tuple[int, float] | Sequence[int]) -> lis
 
 
 @torch.no_grad()
-def soft_matching(
-    metric: Tensor, r: int, *, sizes: Tensor | None = None, protected: int = 0
-) -> Reduction | None:
+def soft_matching(metric: Tensor, r: int, *, sizes: Tensor | None = None, protected: int = 0) -> Reduction | None:
     """Merge the ``r`` most similar pairs of an even and an odd token (ToMe, arXiv 2210.09461).
 
     Every even token finds the odd token with the largest cosine. The ``r`` even tokens with the largest cosines go into
     their partners; several may go into the same one. A row is the mean of its tokens, weighted by their sizes.
 
-    Order of the rows: protected tokens, then the unmerged even tokens, then the odd tokens. If tokens are protected, the
-    unmerged even tokens keep their order. If none are, they are sorted by falling cosine, as in the reference. The
+    Order of the rows: protected tokens, then the unmerged even tokens, then the odd tokens. If tokens are protected,
+    the unmerged even tokens keep their order. If none are, they are sorted by falling cosine, as in the reference. The
     order decides which tokens are even in the next layer.
 
     Deviations: the reference protects a CLS token, or a CLS and a distillation token; here, any number of tokens at the
