@@ -35,8 +35,9 @@ Merges
     pooling: averages over cells of the grid. Pool, Adaptive pooling, Progressive pooling.
 
 Reductions between encoder layers
-    token_reduction: the result of a reduction: the row that each token goes into. ToMe.
+    token_reduction: the result of a reduction: the row that each token goes into. ToMe, MCTF.
     soft_matching: the most similar pairs of an even and an odd token merge. ToMe.
+    multi_criteria_fusion: similar, uninformative and small tokens merge. MCTF.
 
 Videos
     video_merging: merges a video over time and space. HoliTom.

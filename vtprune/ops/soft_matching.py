@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vtprune.errors import VTPruneError
 from vtprune.ops.bipartite_merging import bipartite_match
@@ -79,12 +80,8 @@ def soft_matching(metric: Tensor, r: int, *, sizes: Tensor | None = None, protec
     if protected:
         unmerged = unmerged.sort(dim=1).values
     left = torch.cat([unmerged, places[1::2].expand(batch, -1)], dim=1)
-    if protected > 1:
-        # Among the protected tokens are odd ones, which come to the front, too.
-        rank = torch.where(left < protected, left, protected)
-        left = left.gather(1, rank.argsort(dim=1, stable=True))
     goes = places.repeat(batch, 1).scatter(1, merged, 2 * partner.gather(1, order[:, :r]) + 1)
-    return _means(left, goes, sizes)
+    return Reduction.join(left, goes, sizes, protected=protected)
 
 
 @torch.no_grad()
@@ -121,7 +118,7 @@ def kth_matching(
     goes = places.repeat(batch, 1).index_copy(1, moving, nearest)
     if reference_quirks:
         goes[:, full:] = -1
-    return _means(torch.cat([places[:protected], stays]).expand(batch, -1), goes, sizes)
+    return Reduction.join(torch.cat([places[:protected], stays]).expand(batch, -1), goes, sizes)
 
 
 @torch.no_grad()
@@ -157,23 +154,10 @@ def random_matching(
     moving, staying = (metric.gather(1, index.unsqueeze(-1).expand(-1, -1, dim)) for index in (merged, left))
     cosines = _cosines(moving, staying).masked_fill((left < protected).unsqueeze(1), -torch.inf)
     goes = places.repeat(batch, 1).scatter(1, merged, left.gather(1, cosines.argmax(dim=2)))
-    return _means(left, goes, sizes)
+    return Reduction.join(left, goes, sizes)
 
 
 def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
     """(batch, n, dim) and (batch, m, dim) -> (batch, n, m) float32; zero vectors have cosine 0."""
-    rows, columns = (torch.nn.functional.normalize(x.float(), dim=-1, eps=1e-8) for x in (rows, columns))
+    rows, columns = (normalize(x.float(), dim=-1, eps=1e-8) for x in (rows, columns))
     return rows @ columns.transpose(1, 2)
-
-
-def _means(left: Tensor, goes: Tensor, sizes: Tensor | None) -> Reduction:
-    """Rows from the tokens that are left, and the one of them that each token goes into.
-
-    Args:
-        left: ``(batch, rows)`` long, tokens in the order of the rows.
-        goes: ``(batch, tokens)`` long, tokens; -1 for dropped tokens.
-        sizes: ``(batch, tokens)``; None: 1 each.
-    """
-    batch, rows = left.shape
-    row = torch.zeros_like(goes).scatter(1, left, torch.arange(rows, device=left.device).expand(batch, -1))
-    return Reduction.mean(row.gather(1, goes.clamp_min(0)).masked_fill(goes < 0, -1), rows, sizes)

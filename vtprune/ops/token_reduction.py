@@ -43,6 +43,23 @@ class Reduction:
         return cls(into, rows, weights / _per_token(totals, into, filling=1).squeeze(-1))
 
     @classmethod
+    def join(cls, left: Tensor, goes: Tensor, weights: Tensor | None = None, *, protected: int = 0) -> Reduction:
+        """Make a row of every token that is left: the weighted mean of the tokens that go to it.
+
+        Args:
+            left: ``(batch, rows)`` long: the tokens that are left, in the order of the rows.
+            goes: ``(batch, tokens)`` long: for each token the token that it goes to, which is left and goes to itself;
+                -1 for a token that is dropped.
+            weights: as in :meth:`mean`.
+            protected: the tokens below this number, which are left, come before the others, in their order.
+        """
+        batch, rows = left.shape
+        if protected:
+            left = left.gather(1, left.clamp_max(protected).argsort(dim=1, stable=True))
+        row = torch.zeros_like(goes).scatter(1, left, torch.arange(rows, device=left.device).expand(batch, -1))
+        return cls.mean(row.gather(1, goes.clamp_min(0)).masked_fill(goes < 0, -1), rows, weights)
+
+    @classmethod
     def gather(cls, places: Tensor, tokens: int) -> Reduction:
         """Keep some tokens as they are, and drop the others.
 
