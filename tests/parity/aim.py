@@ -13,7 +13,7 @@ from transformers import (
 
 from vtprune import AIM, prune
 from vtprune.ops.bipartite_merging import bipartite_match, bipartite_merging
-from vtprune.ops.page_rank import attention_page_rank
+from vtprune.ops.page_rank import attention_ranks, over_heads
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape
 from vtprune.transformers_private import CACHE, scored
@@ -78,7 +78,7 @@ def importance(v: Vector) -> None:
             assert not mask[..., ~v["m_keep"]].any()
         for suffix, setting in settings.items():
             if f"{prefix}_importance{suffix}" in v:
-                scores = attention_page_rank(*inputs, scale=1.0, mask=mask[:, :1], **setting)
+                scores = over_heads(attention_ranks(*inputs, scale=1.0, mask=mask[:, :1], **setting))
                 close(scores, v[f"{prefix}_importance{suffix}"])
 
 
@@ -162,7 +162,7 @@ def through_a_decoder(v: Vector) -> None:
         attention, rope = layer.self_attn, (cos[:, :length], sin[:, :length])
         both = scored(attention, attention.q_proj(normed), attention.k_proj(normed), rope, positions[:, :length])
         visible = mask[None, None, :length, :length]
-        scores = attention_page_rank(both.queries, both.keys, scale=both.scale, mask=visible)
+        scores = over_heads(attention_ranks(both.queries, both.keys, scale=both.scale, mask=visible))
         hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=(cos, sin))
         alive = torch.nn.functional.pad(
             top_k_mask(scores, alive[None, :length], torch.tensor([counts[index + 1]]))[0], (0, total - length)

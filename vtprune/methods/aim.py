@@ -15,7 +15,7 @@ from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM, Composite, Method, Scorer, Share
 from vtprune.methods.schedules import Progressive
 from vtprune.ops.bipartite_merging import bipartite_merging
-from vtprune.ops.page_rank import attention_page_rank
+from vtprune.ops.page_rank import attention_ranks, over_heads
 from vtprune.signals import LayerSignal, LayerView
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
@@ -25,7 +25,8 @@ PUBLISHED_LAYERS, PUBLISHED_DEPTH = (14, 22), 28
 @dataclass(frozen=True)
 class AttentionPageRank(LayerSignal):
     """(groups, tokens): ranks of the visual tokens by `vtprune.ops.page_rank` over the attention of the decoder layer
-    before the cut. All tokens of the prompt take part. Masked tokens still pass on a rank."""
+    before the cut, as root mean squares over heads. All tokens of the prompt take part. Masked tokens still pass on a
+    rank."""
 
     temperature: float
     iterations: int
@@ -37,7 +38,7 @@ class AttentionPageRank(LayerSignal):
     def read_layer(self, view: LayerView) -> Tensor:
         attention = view.attention(view.layer - 1)
         queries, keys, scores = attention.everything()
-        ranks = attention_page_rank(
+        ranks = attention_ranks(
             queries,
             keys,
             mask=attention.mask,
@@ -47,7 +48,7 @@ class AttentionPageRank(LayerSignal):
             damping=self.damping,
             **scores,
         )
-        return view.groups.gather(ranks)
+        return view.groups.gather(over_heads(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
