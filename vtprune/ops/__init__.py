@@ -4,7 +4,7 @@
 Scores
     cls_attention: attention of the CLS token, summed over layers. VTC-CLS, MustDrop.
     attention: attention rows, and the attention that each token receives. Signals of the encoder and of the LLM; LTP.
-    page_rank: PageRank over attention. AIM.
+    page_rank: PageRank over attention. AIM, Zero-TPrune.
     similarity: similarity of each token to one vector. GLSim, Recoverable Compression.
     token_transition: how much a decoder layer changes each token. TransPrune.
     text_raters: the text tokens that resemble the image most. SparseVLM.
@@ -35,9 +35,10 @@ Merges
     pooling: averages over cells of the grid. Pool, Adaptive pooling, Progressive pooling.
 
 Reductions between encoder layers
-    token_reduction: the result of a reduction: the row that each token goes into. ToMe, MCTF.
+    token_reduction: the result of a reduction: the row that each token goes into. ToMe, MCTF, Zero-TPrune.
     soft_matching: the most similar pairs of an even and an odd token merge. ToMe.
     multi_criteria_fusion: similar, uninformative and small tokens merge. MCTF.
+    weighted_page_rank: drops tokens that are unimportant or like important ones. Zero-TPrune.
 
 Videos
     video_merging: merges a video over time and space. HoliTom.
