@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: one file a model family, with facts only. `adapter_for(model)` finds the adapter of a model."""
+"""Adapters: one file a model family, with facts only.
+
+`adapter_for(model)` finds the adapter of a vision-language model, `find_encoder(model)` that of a vision encoder.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from vtprune.adapters.base import Adapter
+from vtprune.adapters.clip import TransformersEncoder
+from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL
@@ -17,16 +22,19 @@ from vtprune.adapters.llava_next import LlavaNext
 from vtprune.adapters.llava_next_video import LlavaNextVideo
 from vtprune.adapters.llava_onevision import LlavaOnevision
 from vtprune.adapters.mistral3 import Mistral3
+from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
+from vtprune.adapters.timm import TimmViT
 from vtprune.adapters.video_llava import VideoLlava
 from vtprune.errors import ConfigError, UnsupportedModelError
 from vtprune.plugins import load_plugins
 
-__all__ = ["Adapter", "adapter_for", "list_adapters", "register_adapter"]
+__all__ = ["Adapter", "EncoderAdapter", "adapter_for", "find_encoder", "list_adapters", "register_adapter"]
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
+_ENCODERS: tuple[type[EncoderAdapter], ...] = (TransformersEncoder, OpenClipViT, OpenClipTimm, TimmViT)
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
@@ -85,6 +93,18 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
+def find_encoder(model: Any) -> EncoderAdapter | None:
+    """The adapter of a vision encoder: alone, in a wrapper, or in a model of image and text; None if it is none.
+
+    Raises UnsupportedModelError if it is one of a known family with parts that are not supported.
+    """
+    model = _unwrapped(model)
+    for encoder in _ENCODERS:
+        if (tower := encoder.find(model)) is not None:
+            return encoder(model, tower)
+    return None
+
+
 def adapter_for(model: Any) -> Adapter:
     """The adapter of a loaded model, which may be in a wrapper (peft, DistributedDataParallel, FSDP, a pipeline).
 
@@ -98,7 +118,10 @@ def adapter_for(model: Any) -> Adapter:
     adapter = known.get(f"{model_type}/{tower}", known.get(model_type))
     if adapter is None:
         supported = ", ".join(f"{a.family} ({t})" for t, a in sorted(known.items()))
-        raise UnsupportedModelError(f"no adapter for {type(model).__name__}; supported: {supported}")
+        encoders = ", ".join(a.family for a in _ENCODERS)
+        raise UnsupportedModelError(
+            f"no adapter for {type(model).__name__}; supported: {supported}; and as encoders alone: {encoders}"
+        )
     if (reason := adapter.refuses(config)) is not None:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported here: {reason}")
     found = adapter(model)

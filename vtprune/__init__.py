@@ -7,6 +7,8 @@ print(session.report)
 """
 
 from vtprune.adapters import Adapter, adapter_for, register_adapter
+from vtprune.encoder_report import EncoderReport
+from vtprune.encoder_session import EncoderSession
 from vtprune.errors import (
     BudgetError,
     ConfigError,
@@ -19,6 +21,7 @@ from vtprune.methods import build_method, list_methods, register_method
 from vtprune.methods import catalogue as _catalogue
 from vtprune.methods.base import AfterPrefill, BeforeLLM, Composite, InEncoder, InLLM, Method, Scorer
 from vtprune.methods.catalogue import *  # noqa: F403 (the methods; `__all__` below has them, too)
+from vtprune.methods.in_layers import InLayers, LayerTokens
 from vtprune.methods.schedules import CutOnce, Progressive, Reviving, Staged
 from vtprune.report import Report, Totals
 from vtprune.session import Session, patch, prune
@@ -34,9 +37,13 @@ __all__ = [
     "Composite",
     "ConfigError",
     "CutOnce",
+    "EncoderReport",
+    "EncoderSession",
     "Grid",
     "InEncoder",
     "InLLM",
+    "InLayers",
+    "LayerTokens",
     "Medium",
     "Merging",
     "Method",

@@ -147,12 +147,25 @@ def encoder_flops(
         by_layer = [patches] * layers if isinstance(patches, int) else patches
         total += 2 * by_layer[0] * pixels * d
         for n in (count + has_cls for count in by_layer):
-            total += 8 * n * d**2 + 4 * n**2 * d + 2 * matrices * n * d * m
+            total += layer_flops(4 * d**2, d, matrices * d * m, n, n)
         if getattr(vision_config, "vision_use_head", False):
             n = by_layer[0] + has_cls
             # A single learned query attends to all tokens, then passes an MLP.
             total += 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m
     return total
+
+
+def layer_flops(attention_weights: int, width: int, mlp_weights: int, entering: int, leaving: int) -> int:
+    """FLOPs of one encoder layer for one image, two per multiply-add.
+
+    Args:
+        attention_weights: elements of all weights of its attention, 4 d^2 of most.
+        width: of all heads together.
+        mlp_weights: elements of all weights of its MLP.
+        entering: tokens that its attention runs on.
+        leaving: tokens that its MLP runs on, fewer if tokens go in between.
+    """
+    return 2 * entering * attention_weights + 4 * entering**2 * width + 2 * leaving * mlp_weights
 
 
 def projector_flops(config: Any, tokens: float) -> float:

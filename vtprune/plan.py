@@ -10,6 +10,7 @@ from functools import singledispatch
 import torch
 
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
+from vtprune.methods.in_layers import InLayers, not_in_vlm
 from vtprune.tokens import ModelShape
 
 
@@ -76,6 +77,11 @@ def left_by(part: Method, counts: list[float], shape: ModelShape, prompt: Prompt
 @left_by.register
 def _(part: InEncoder, counts: list[float], shape: ModelShape, prompt: Prompt) -> None:
     return None  # tokens are merged if they are alike
+
+
+@left_by.register
+def _(part: InLayers, counts: list[float], shape: ModelShape, prompt: Prompt) -> None:
+    raise not_in_vlm(part)
 
 
 @left_by.register

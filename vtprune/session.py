@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions: put the hooks on one model, take them off, keep the report."""
+"""Sessions on vision-language models, and the functions that open a session on any model."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
-import weakref
 from itertools import chain
 from typing import Any, ClassVar
 
 from torch import nn
 
-from vtprune.adapters import adapter_for
-from vtprune.adapters.base import Adapter
+from vtprune.adapters import adapter_for, find_encoder
 from vtprune.callers import PerCaller
-from vtprune.errors import NothingPrunedError, UnsupportedModelError, VTPruneError
-from vtprune.graphs import is_graph, outside_graphs
+from vtprune.encoder_session import EncoderSession
+from vtprune.errors import ConfigError, NothingPrunedError
 from vtprune.guidance import Guidance, PromptLength
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import Method
 from vtprune.report import Report, Totals
-from vtprune.stages.model_calls import ModelCalls, Uncopied
+from vtprune.session_life import SessionLife
+from vtprune.stages.model_calls import ModelCalls
 from vtprune.stages.question import Text
 from vtprune.stages.slots import CacheContents
 from vtprune.transformers_private import check_release
-
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
-"""Language model -> the session that is on it. Keyed by the decoder, so that wrappers of one model count as one; both
-references are weak, because a session refers to its model."""
 
 
 def prune(
@@ -42,13 +36,16 @@ def prune(
     prompt_length: PromptLength = None,
     profile: bool = False,
     **parameters: Any,
-) -> Session:
+) -> Session | EncoderSession:
     """A context manager inside which `model` prunes visual tokens.
 
     Args:
-        model: a loaded Hugging Face vision-language model of a supported family (`vtprune.adapter_for`).
+        model: a loaded Hugging Face vision-language model of a supported family (`vtprune.adapter_for`); or a vision
+            encoder alone, with methods that act inside it: a CLIP, SigLIP, ViT or DINOv2 of transformers, a
+            `VisionTransformer` of timm, or a model of open_clip.
         method: a registered name, a method object, a mapping with `name`, a list of those, or a YAML file's path.
-        keep_ratio: share of visual tokens kept, averaged over the LLM's layers, in (0, 1].
+        keep_ratio: share of visual tokens kept, averaged over the LLM's layers, in (0, 1]; of a method inside the
+            encoder's layers, the share that is left behind the last of them.
         keep_tokens: the same as a count per image, >= 0. Give one of the two (or neither, for methods with a published
             schedule); lists of methods carry their own.
         strict: raise NothingPrunedError if visual tokens came, pruning was asked for, and nothing was dropped.
@@ -66,24 +63,25 @@ def prune(
     budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
     parameters |= {key: value for key, value in budget.items() if value is not None}
     methods = build_methods(method, **parameters)
+    encoder = find_encoder(model)
+    if encoder is not None:
+        given = {"text": text, "prompt_length": prompt_length, "profile": profile or None}
+        names = [name for name, value in given.items() if value is not None]
+        if names:
+            raise ConfigError(f"{', '.join(names)}: only for vision-language models; this is a vision encoder alone")
+        return EncoderSession(encoder, methods, strict=strict)
     return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
 
 
-def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
+def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session | EncoderSession:
     """Like `prune`, but starts at once and lasts until `session.remove()`."""
     session = prune(model, method, **options)
     session.install()
     return session
 
 
-def _active(decoder: nn.Module) -> Session | None:
-    """The session that is on a language model."""
-    reference = _ACTIVE.get(decoder)
-    return None if reference is None else reference()
-
-
-class Session(Uncopied):
-    """One model with hooks on it. Use `prune` or `patch` to make one.
+class Session(SessionLife):
+    """One vision-language model with hooks on it. Use `prune` or `patch` to make one.
 
     Several threads may call the model at the same time. `text` and `prompt_length` are those of all of them; one
     thread may change them between calls.
@@ -102,25 +100,13 @@ class Session(Uncopied):
         profile: bool,
     ):
         check_release()
-        self.adapter: Adapter = adapter_for(model)
-        self._check_compiled(model)
-        self.methods = methods
-        self.strict = strict
+        self.adapter = adapter = adapter_for(model)
+        modules = chain(model.modules() if isinstance(model, nn.Module) else (), adapter.model.modules())
+        super().__init__(adapter.language_model, modules, methods, strict=strict)
         self._guidance = Guidance(text, prompt_length)
         self._reports: PerCaller[tuple[Report, CacheContents]] = PerCaller()
         self._totals, self._lock = Totals(), threading.Lock()
-        self._calls = self._calls_class(self.adapter, methods, self._guidance, self._finished, profile=profile)
-        self._entered = False
-        self._handles: list = []
-
-    def _check_compiled(self, model) -> None:
-        modules = chain(model.modules() if isinstance(model, nn.Module) else (), self.adapter.model.modules())
-        found = next(filter(is_graph, modules), None)
-        if found is not None:
-            raise UnsupportedModelError(
-                f"this model is compiled, traced or exported ({type(found).__name__} is, at least); pruning works by "
-                "hooks, which a graph leaves out: prune the uncompiled model, and compile it in the session"
-            )
+        self._calls: ModelCalls = self._calls_class(adapter, methods, self._guidance, self._finished, profile=profile)
 
     @property
     def text(self) -> Text | None:
@@ -154,63 +140,14 @@ class Session(Uncopied):
         """All prefills since the session was made, of all threads."""
         return self._totals
 
-    # -- life ---------------------------------------------------------------------------------------------------
-
-    def install(self) -> None:
-        """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
-        decoder = self.adapter.language_model
-        if _active(decoder) is not None:
-            raise VTPruneError(
-                "a vtprune session is active on this model already; remove it first, or pass a list of methods to "
-                "compose them in one session"
-            )
-        _ACTIVE[decoder] = weakref.ref(self)
-        try:
-            # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
-            for handle in self._calls.install():
-                self._handles.append(outside_graphs(handle))
-        except BaseException:
-            self.remove()
-            raise
-
     def remove(self) -> None:
         """Take the hooks off; the model is exactly what it was. Idempotent.
 
         A forward call of the language model that another thread is in ends first. Caches that were pruned are refused
         from now on.
         """
-        self._calls.stop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if _active(self.adapter.language_model) is self:
-            del _ACTIVE[self.adapter.language_model]
-        self._entered = False
-        self._calls.forget()
+        super().remove()
         self._reports.replace(lambda last: _current(*last))
-
-    def __enter__(self) -> Session:
-        if self._entered:
-            raise VTPruneError(
-                "this session is entered already, and leaving it once would end it for the block around, too; open it "
-                "in one place only"
-            )
-        if not self._handles:
-            self.install()
-        self._entered = True
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        unseen = self.strict and self._calls.prunes and not self._calls.reached and error is None
-        self.remove()
-        if unseen:
-            warnings.warn(
-                "no call of the model reached this vtprune session, so nothing was pruned; a function that was "
-                "compiled or traced before the session began leaves its hooks out (pass strict=False if there was no "
-                "call)",
-                UserWarning,
-                stacklevel=2,
-            )
 
     def _finished(self, report: Report, contents: CacheContents, wants_less: bool) -> None:
         """Keep the report of a prefill. wants_less: whether the methods were asked to drop anything of it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import vtprune
+from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 
 from . import text_models
@@ -25,7 +26,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Methods that are given something else than the budget of all others alone."""
 
 # What the library itself brings: a test may have registered more.
-_OWN = [name for name, cls in vtprune.list_methods().items() if cls.__module__.startswith("vtprune.methods")]
+_OWN = [
+    name
+    for name, cls in vtprune.list_methods().items()
+    if cls.__module__.startswith("vtprune.methods") and not issubclass(cls, InLayers)  # those are for encoders alone
+]
 METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
 METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
 METHODS["holitom + transprune"] = [

@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import nn
 
-import vtprune
+from vtprune import session_life
 from vtprune.transformers_private import DynamicCache, cache_of, with_cache
 
 
@@ -53,7 +53,7 @@ def spoils_cached_keys(model: nn.Module) -> None:
 
     def hook(module, args, kwargs):
         cache = cache_of(kwargs)
-        if vtprune.session._ACTIVE and cache is not None and cache.get_seq_length():
+        if session_life.ACTIVE and cache is not None and cache.get_seq_length():
             for layer in cache.layers:
                 layer.keys = layer.keys * 1.01
 
@@ -64,7 +64,7 @@ def forgets_where_a_turn_begins(model: nn.Module) -> None:
     """Several tokens on a cache get positions that are too late, in a session only."""
 
     def hook(module, args, kwargs):
-        late = vtprune.session._ACTIVE and cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length()
+        late = session_life.ACTIVE and cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length()
         if late and kwargs["inputs_embeds"].shape[1] > 1:
             return args, {**kwargs, "position_ids": kwargs["position_ids"] + 7}
         return None
@@ -74,7 +74,7 @@ def forgets_where_a_turn_begins(model: nn.Module) -> None:
 
 def adds_a_little(model: nn.Module) -> None:
     """Logits move in the last bits, in a session only."""
-    model.lm_head.register_forward_hook(lambda m, args, out: out * (1 + 1e-6) if vtprune.session._ACTIVE else None)
+    model.lm_head.register_forward_hook(lambda m, args, out: out * (1 + 1e-6) if session_life.ACTIVE else None)
 
 
 def swaps_static_caches(model: nn.Module) -> None:

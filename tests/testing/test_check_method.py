@@ -13,6 +13,7 @@ import transformers
 
 import vtprune
 import vtprune.signals
+from vtprune import session_life
 from vtprune.testing import Case, PromiseBroken, check_method, families
 from vtprune.testing.promises import run_check
 
@@ -136,13 +137,13 @@ def test_a_fault_of_a_method_is_named(method, family, promise):
 
 def leaves_a_hook(model):
     model.register_forward_pre_hook(
-        lambda m, args: m.lm_head.register_forward_hook(lambda *_: None) and None if vtprune.session._ACTIVE else None
+        lambda m, args: m.lm_head.register_forward_hook(lambda *_: None) and None if session_life.ACTIVE else None
     )
 
 
 def leaves_a_weight_changed(model):
     def hook(module, args):
-        if vtprune.session._ACTIVE:
+        if session_life.ACTIVE:
             module.lm_head.weight.data += 1e-3
 
     model.register_forward_pre_hook(hook)
@@ -150,7 +151,7 @@ def leaves_a_weight_changed(model):
 
 def switches_the_back_end(model):
     def hook(module, args):
-        module.set_attn_implementation("eager" if vtprune.session._ACTIVE else "sdpa")
+        module.set_attn_implementation("eager" if session_life.ACTIVE else "sdpa")
 
     model.register_forward_pre_hook(hook)
 

@@ -16,6 +16,7 @@ from vtprune.methods.vidcom2 import VidCom2 as VidCom2
 from vtprune.methods.fastvid import FastVID as FastVID
 from vtprune.methods.aim import AIM as AIM
 from vtprune.methods.mustdrop import MustDrop as MustDrop
+from vtprune.methods.tome import ToMe as ToMe
 from vtprune.methods.ltp import LTP as LTP
 from vtprune.methods.lazyllm import LazyLLM as LazyLLM
 from vtprune.methods.pdrop import PyramidDrop as PyramidDrop

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states in the arguments of a layer, which transformers passes by place or by name."""
+"""What hooks share: hidden states in the arguments of a layer, which transformers passes by place or by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+
+from vtprune.errors import VTPruneError
 
 
 def hidden_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -16,3 +18,15 @@ def hidden_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
     """The same arguments with other hidden states, as a forward pre-hook returns them."""
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+class Uncopied:
+    """Base of what hooks are bound to, so that whatever copies a model with hooks on it reaches this."""
+
+    def __deepcopy__(self, memo):
+        raise VTPruneError(
+            "a model cannot be copied or pickled while a vtprune session is on it; end the session first"
+        )
+
+    def __reduce__(self):
+        return self.__deepcopy__({})

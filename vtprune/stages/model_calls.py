@@ -17,12 +17,14 @@ from vtprune.callers import ThreadAware, Underway
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.guidance import Guidance
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
+from vtprune.methods.in_layers import InLayers, not_in_vlm
 from vtprune.report import Report, Timings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.stages.call import Call
 from vtprune.stages.encoder import EncoderRecorder, clock
 from vtprune.stages.eviction import EvictionStage
+from vtprune.stages.hooks import Uncopied
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
 from vtprune.stages.prefill_report import prefill_report, substitutes, text_report
@@ -60,18 +62,6 @@ class _Following:
         self.call = self.incoming = None
 
 
-class Uncopied:
-    """Base of what hooks are bound to, so that whatever copies a model with hooks on it reaches this."""
-
-    def __deepcopy__(self, memo):
-        raise VTPruneError(
-            "a model cannot be copied or pickled while a vtprune session is on it; end the session first"
-        )
-
-    def __reduce__(self):
-        return self.__deepcopy__({})
-
-
 class ModelCalls(Uncopied, ThreadAware[_Following]):
     """Follows the calls of one model while its hooks are on, each thread's by themselves."""
 
@@ -100,6 +90,8 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             method.check_budget(shape)
         parts = [part for method in methods for part in method.parts(shape)]
         for part in parts:
+            if isinstance(part, InLayers):
+                raise not_in_vlm(part)
             check_signals(part, shape)
         signals = [signal for part in parts for signal in part.signals(shape)]
         self._notes = substitutes(methods, shape)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions on vision encoders alone."""
+
+from __future__ import annotations
+
+from vtprune.adapters.encoder import EncoderAdapter
+from vtprune.callers import PerCaller
+from vtprune.encoder_report import EncoderReport, LayerWeights
+from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedStageError
+from vtprune.methods.base import Method
+from vtprune.methods.in_layers import InLayers
+from vtprune.session_life import SessionLife
+from vtprune.stages.layer_calls import EncoderPass, LayerCalls
+
+
+class EncoderSession(SessionLife):
+    """One vision encoder with hooks on it. Use `vtprune.prune` or `vtprune.patch` to make one.
+
+    Several threads may call the model at the same time.
+    """
+
+    def __init__(self, adapter: EncoderAdapter, methods: list[Method], *, strict: bool):
+        self.adapter = adapter
+        name = type(adapter.model).__name__
+        for method in methods:
+            if not isinstance(method, InLayers):
+                raise UnsupportedStageError(
+                    f"{method.name} does not act inside the layers of a vision encoder, and {name} is an encoder "
+                    "alone; methods that do: tome"
+                )
+        if len(methods) > 1:
+            raise ConfigError(f"{', '.join(m.name for m in methods)}: only one method acts inside a vision encoder")
+        (method,) = methods
+        method.check_budget(adapter.shape)
+        super().__init__(adapter.tower, adapter.model.modules(), methods, strict=strict)
+        self._reports: PerCaller[EncoderReport] = PerCaller()
+        self._weights = LayerWeights.of(adapter)
+        self._calls = LayerCalls(adapter, method, self._finished)
+
+    @property
+    def report(self) -> EncoderReport | None:
+        """The last batch of images of this thread (or asyncio task); None before one.
+
+        A thread that encoded none is given that of another one if there is only one; with several, VTPruneError.
+        """
+        return self._reports.get()
+
+    def _finished(self, batch: EncoderPass) -> None:
+        report = EncoderReport(
+            model_name=type(self.adapter.model).__name__,
+            methods=tuple(method.name for method in self.methods),
+            images=batch.images,
+            prefix_tokens=self.adapter.prefix_tokens,
+            entered=tuple(batch.entered),
+            left=tuple(batch.left),
+            weights=self._weights,
+            merged_into=batch.sources,
+        )
+        self._reports.set(report)
+        wants_less = any(batch.schedule) or self.methods[0].keep_ratio not in (None, 1.0)
+        if self.strict and wants_less and report.final_tokens == report.original_tokens:
+            raise NothingPrunedError(
+                f"{', '.join(report.methods)}: {report.original_tokens} patches came and none was merged or dropped "
+                "(pass strict=False to allow it)"
+            )

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods are that shrink the sequence inside the layers of a vision encoder."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vtprune.errors import BudgetError, UnsupportedStageError
+from vtprune.methods.base import Method
+from vtprune.ops.token_reduction import Reduction
+from vtprune.tokens import ModelShape
+
+Projection = Literal["queries", "keys", "values"]
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The tokens of a batch of images at one place of one encoder layer. All images have the same number of them."""
+
+    hidden: Tensor
+    """(batch, tokens, dim): the residual stream. CLS, register and distillation tokens come first."""
+    protected: int
+    """How many tokens at the front stand for no patch; they neither merge nor go."""
+    sizes: Tensor | None
+    """(batch, tokens) float32: how many patches each token stands for; None: one each, nothing was merged so far."""
+    layer: int
+    """0-based encoder layer."""
+    remove: int
+    """How many tokens the method's schedule takes away here."""
+    read: Callable[[Projection], Tensor]
+    """Reads a projection of this layer's attention as (batch, heads, tokens, head dim); only one of `reads`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InLayers(Method):
+    """A method that merges or drops tokens inside the layers of the vision encoder; the layers after it run on fewer.
+
+    Where nothing is dropped, only merged, the encoder puts out a row for every token again: what a token went into. So
+    means over tokens and attention pooling are weighted by the sizes of merged tokens, and shapes do not change.
+
+    Fields (all methods inside encoder layers)
+        keep_ratio: share of the patches left behind the last layer, in (0, 1]; 1.0 changes nothing.
+        keep_tokens: the same as a number of patches of an image, >= 1.
+    """
+
+    stage = "encoder"
+    place: ClassVar[Literal["between"]]
+    """Where in a layer it acts: "between" attention and MLP."""
+    reads: ClassVar[tuple[Projection, ...]] = ()
+    """Projections of the attention that `reduce` reads."""
+
+    drops: ClassVar[bool] = False
+    """Whether it drops tokens, so that not every token is part of a row behind the last layer."""
+
+    @property
+    def biases(self) -> bool:
+        """Whether the logarithm of a token's size is added to its attention scores (proportional attention)."""
+        return False
+
+    @abstractmethod
+    def schedule(self, layers: int, patches: int, protected: int) -> list[int]:
+        """How many tokens each of the layers takes away of an image with so many patches and protected tokens.
+
+        Raises BudgetError if the budget cannot be met.
+        """
+
+    @abstractmethod
+    def reduce(self, tokens: LayerTokens) -> Reduction | None:
+        """Take `tokens.remove` tokens away; None if nothing is to change. Only called if there are any to take away."""
+
+    def check_budget(self, shape: ModelShape) -> None:
+        """Raise BudgetError unless there is exactly one budget."""
+        if self.keep_tokens == 0:
+            raise BudgetError(f"{self.name}: keep_tokens=0 would leave no patches; >= 1 is possible")
+        super().check_budget(shape)
+
+    def patches_left(self, patches: int) -> int:
+        """How many of so many patches `keep_ratio` or `keep_tokens` leaves. Raises BudgetError if there are too few."""
+        if self.keep_ratio is not None:
+            return max(1, round(self.keep_ratio * patches))
+        if self.keep_tokens > patches:
+            raise BudgetError(f"keep_tokens={self.keep_tokens} is larger than the image: it has {patches} patches")
+        return self.keep_tokens
+
+
+def not_in_vlm(method: InLayers) -> UnsupportedStageError:
+    """The error where such a method is to act inside a vision-language model."""
+    return UnsupportedStageError(
+        f"{method.name} acts inside the layers of vision encoders, which is supported for encoders alone, not in a "
+        "vision-language model"
+    )
+
+
+def equal_steps(name: str, layers: int, patches: int, left: int) -> list[int]:
+    """A schedule that leaves exactly so many patches, by steps that differ by at most one.
+
+    A layer merges half of its tokens at most, so the last steps may be smaller, and the others then larger. The larger
+    ones of two sizes come first.
+
+    Raises BudgetError if halving in every layer does not suffice.
+    """
+
+    def steps(larger: int, first: int) -> list[int]:
+        """`larger` in the first so many layers and one less in the others, as far as half of the tokens allow."""
+        remaining, found = patches, []
+        for layer in range(layers):
+            step = min(larger if layer < first else larger - 1, remaining // 2)
+            found.append(step)
+            remaining -= step
+        return found
+
+    remove = patches - left
+    if sum(steps(patches, layers)) < remove:
+        floor = patches - sum(steps(patches, layers))
+        raise BudgetError(
+            f"{name} merges at most half of the patches in a layer, so of {patches} at least {floor} are left behind "
+            f"{layers} layers; {left} were asked for",
+            floor=floor / patches,
+        )
+    larger = next(n for n in range(patches + 1) if sum(steps(n, layers)) >= remove)
+    first = next(n for n in range(layers + 1) if sum(steps(larger, n)) >= remove)
+    return steps(larger, first)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToMe: merge the patches with the most similar keys, a few in every layer of the vision encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge
+
+from vtprune.errors import BudgetError, ConfigError
+from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, equal_steps
+from vtprune.ops.seeded_random import seeded_uniform
+from vtprune.ops.soft_matching import kth_matching, layer_counts, random_matching, soft_matching
+from vtprune.ops.token_reduction import Reduction
+from vtprune.tokens import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMe(InLayers):
+    """Merges similar patches between attention and MLP of every layer of the vision encoder (arXiv 2210.09461).
+
+    Stage: inside the vision encoder. Every second token looks for the most similar of the others, by the cosine of
+    keys (mean over heads). The most similar pairs merge into the mean of their tokens, weighted by their sizes, i.e.
+    the numbers of patches they stand for. CLS, register and distillation tokens never merge.
+    Deviations: any number of tokens at the front is protected (the reference: a CLS and a distillation token).
+    LayerScale, drop path and norms of queries and keys stay, which the reference for timm leaves out. Attention pooling
+    is weighted by sizes, too.
+
+    Fields
+        r: how many tokens merge in a layer, at most half: an int >= 0 for every layer, a list with one for each layer
+            (0 for those it lacks), or (r, inflect) with inflect in [-1, 1]: from r * (1 - inflect) in the first layer
+            to r * (1 + inflect) in the last one. Published for ImageNet: 13 for ViT-B/16, 7 for ViT-L/16. Give r,
+            keep_ratio or keep_tokens; the latter two merge about as many tokens in every layer.
+        prop_attn: add the logarithm of a token's size to its attention scores, default True. The authors turn it off
+            for MAE models that are not trained with it.
+        track_size: weight means by sizes, default True. False takes plain means in every layer, and needs
+            prop_attn=False.
+        variant: "soft" (default); "kth" keeps every k-th patch, in `layers`, and merges all others into the most
+            similar one of them; "random" merges r random patches.
+        k: length of a run of patches for "kth", >= 2, default 2.
+        layers: 0-based layers in which "kth" merges, by default the middle one. It takes no budget.
+        seed: for "random", >= 0, default 0. All images of a batch have the same draws.
+    """
+
+    name: ClassVar[str] = "tome"
+    signal: ClassVar[str] = "key similarity in the encoder"
+    paper: ClassVar[str] = "arXiv 2210.09461"
+    place = "between"
+    reads: ClassVar[tuple[Projection, ...]] = ("keys",)
+
+    r: Annotated[int, Ge(0)] | tuple[Annotated[int, Ge(0)], float] | list[Annotated[int, Ge(0)]] | None = None
+    prop_attn: bool = True
+    track_size: bool = True
+    variant: Literal["soft", "kth", "random"] = "soft"
+    k: Annotated[int, Ge(2)] = 2
+    layers: tuple[Annotated[int, Ge(0)], ...] | None = None
+    seed: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r is not None) + (self.keep_ratio is not None) + (self.keep_tokens is not None) > 1:
+            raise BudgetError(f"{self.name}: give one of r, keep_ratio and keep_tokens")
+        if self.prop_attn and not self.track_size:
+            raise ConfigError(f"{self.name}: without track_size there are no sizes; set prop_attn=False, too")
+
+    @property
+    def biases(self) -> bool:
+        return self.prop_attn
+
+    def check_budget(self, shape: ModelShape) -> None:
+        depth = shape.encoder_layers
+        given = self.r is not None or self.keep_ratio is not None or self.keep_tokens is not None
+        if self.variant == "kth":
+            if given:
+                raise BudgetError(f"{self.name}: variant='kth' takes k and layers, and no budget")
+            if not self._kth_layers(depth) or max(self._kth_layers(depth)) >= depth:
+                raise ConfigError(f"{self.name}: layers={self.layers}: the vision encoder has layers 0..{depth - 1}")
+        elif self.r is not None:
+            layer_counts(depth, self.r)  # complains of what does not fit
+        elif not given:
+            raise BudgetError(f"{self.name} needs a budget: r=13, keep_ratio=0.25 or keep_tokens=64, for example")
+        if self.variant != "kth":
+            if self.layers is not None:
+                raise ConfigError(f"{self.name}: layers is for variant='kth'")
+            if self.keep_ratio is not None or self.keep_tokens is not None:
+                super().check_budget(shape)
+
+    def schedule(self, layers: int, patches: int, protected: int) -> list[int]:
+        if self.variant == "kth":
+            chosen = self._kth_layers(layers)
+            return [1 if layer in chosen else 0 for layer in range(layers)]
+        if self.r is not None:
+            return layer_counts(layers, self.r)
+        return equal_steps(self.name, layers, patches, self.patches_left(patches))
+
+    def _kth_layers(self, depth: int) -> tuple[int, ...]:
+        return (depth // 2,) if self.layers is None else self.layers
+
+    def reduce(self, tokens: LayerTokens) -> Reduction | None:
+        metric = tokens.read("keys").mean(1)
+        options = {"sizes": tokens.sizes if self.track_size else None, "protected": tokens.protected}
+        if self.variant == "kth":
+            return kth_matching(metric, self.k, **options)
+        if self.variant == "random":
+            draws = seeded_uniform([tokens.layer], self.seed, metric.shape[1]).expand(len(metric), -1)
+            return random_matching(metric, tokens.remove, draws, **options)
+        return soft_matching(metric, tokens.remove, **options)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between attention and MLP of the layers of a vision encoder: hooks that let the sequence get shorter there.
+
+A layer computes `x + a(attention(x))` and then `x + end(mlp(second_norm(x)))`. Where tokens go between the two, the
+second norm is handed the rows that are left, and so the MLP runs on them. What `end` puts out no longer fits the tokens
+that the layer adds it to, so it is kept here, nothing is added in its place, and the layer's output becomes the sum of
+both. LayerScale, drop path and norms are the layer's own throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters.encoder import EncoderAdapter, LayerParts
+from vtprune.callers import ThreadAware, Underway
+from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.methods.in_layers import InLayers, LayerTokens
+from vtprune.ops.token_reduction import Reduction
+from vtprune.stages.hooks import Uncopied, hidden_of
+
+
+@dataclass
+class EncoderPass:
+    """One batch of images on its way through the layers. All tensors are of the batch's tokens, prefix included."""
+
+    images: int
+    tokens: int
+    """Tokens of an image that enter the first layer."""
+    schedule: list[int]
+    """How many tokens each layer is to take away."""
+    entered: list[int] = field(default_factory=list)
+    """Tokens that entered each layer so far, and so its attention."""
+    left: list[int] = field(default_factory=list)
+    """Tokens behind each layer so far."""
+    sizes: Tensor | None = None
+    """(images, rows) float32: patches that each row stands for; None: nothing was merged so far."""
+    sources: Tensor | None = None
+    """(images, tokens) long: the row that each token went into, -1 if dropped; None: each is its own."""
+    recorded: dict[str, Tensor] = field(default_factory=dict)
+    """What a layer's attention was called with, and what projections of it put out."""
+    reduced: Tensor | None = None
+    """(images, rows, dim): the residual stream of this layer behind a reduction, until the MLP has run."""
+    branch: Tensor | None = None
+    """What the layer's MLP adds to it."""
+
+    def apply(self, reduction: Reduction) -> None:
+        """Follow the tokens through a reduction."""
+        self.sizes = reduction.sizes(self.sizes)
+        self.sources = reduction.trace(self.sources)
+
+
+@dataclass
+class _Following:
+    """What one thread encodes."""
+
+    batch: EncoderPass | None = None
+
+
+class LayerCalls(Uncopied, ThreadAware[_Following]):
+    """Hooks on the layers of one vision encoder that merge or drop tokens while it runs; each thread's calls alone."""
+
+    def __init__(self, adapter: EncoderAdapter, method: InLayers, finished: Callable[[EncoderPass], None]):
+        """finished: is given each batch behind the last layer."""
+        super().__init__(_Following)
+        self.adapter, self.method, self.finished = adapter, method, finished
+        self.protected = adapter.prefix_tokens
+        self.prunes = method.keep_ratio != 1.0
+        self.reached = self._active = False
+        self._underway = Underway()
+        self._parts: list[LayerParts] = [adapter.parts(layer) for layer in adapter.layers]
+        if method.biases:
+            for parts in self._parts:
+                parts.attention.check_bias()
+
+    def install(self) -> Iterator[RemovableHandle]:
+        """Yields what takes each hook off again, as soon as it is on."""
+        self._active, self.reached = True, False
+        for index, (layer, parts) in enumerate(zip(self.adapter.layers, self._parts, strict=True)):
+            yield layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+            attention = parts.attention
+            yield attention.module.register_forward_pre_hook(self._before_attention(index, parts), with_kwargs=True)
+            for projection in self.method.reads:
+                if (tapped := attention.tap(projection)) is not None:
+                    yield tapped.register_forward_hook(self._take(projection))
+            yield parts.second_norm.register_forward_pre_hook(self._before_mlp(index, parts))
+            yield parts.end.register_forward_hook(self._after_branch)
+            # transformers collects hidden states by hooks of its own, which are to see what is left.
+            yield layer.register_forward_hook(self._after_layer(index), prepend=True, always_call=True)
+
+    def stop(self) -> None:
+        """Let later calls run as they are. Waits for images that another thread encodes."""
+        self._active = False
+        self._underway.wait_for_others()
+
+    def end(self) -> None:
+        """Forget this thread's images."""
+        super().end()
+        self._underway.end()
+
+    # -- hooks, in the order of a layer -------------------------------------------------------------------------
+
+    def _before_layer(self, index: int):
+        def hook(module, args, kwargs):
+            if index == 0:
+                hidden = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+                self._begin(hidden)
+
+        return hook
+
+    def _begin(self, hidden: Tensor) -> None:
+        """Begin to follow the images whose tokens (images, tokens, dim) enter the first layer."""
+        self.end()
+        if not self._active:  # another thread removes the session at this moment
+            return
+        self._underway.begin()
+        if not self._active:
+            return self.end()
+        self.reached = True
+        images, tokens = hidden.shape[:2]
+        schedule = self.method.schedule(len(self._parts), tokens - self.protected, self.protected)
+        if any(schedule) and torch.is_grad_enabled() and self.adapter.recomputes:
+            raise UnsupportedStageError(
+                "gradient checkpointing runs the layers of the vision encoder twice, so nothing can be merged or "
+                "dropped in them; turn it off"
+            )
+        self.now.batch = EncoderPass(images, tokens, schedule)
+
+    def _before_attention(self, index: int, parts: LayerParts):
+        def hook(module, args, kwargs):
+            now, hidden = self.now.batch, hidden_of(args, kwargs)
+            if now is None:  # somebody calls this layer alone
+                return None
+            now.entered.append(hidden.shape[1])
+            now.recorded["input"] = hidden
+            if index == 0 and any(now.schedule):
+                _check_unmasked(parts.attention.mask(args, kwargs))
+            if now.sources is None:
+                return None
+            bias = None
+            if self.method.biases and now.sizes is not None:
+                bias = now.sizes.log().to(hidden.dtype)
+            return parts.attention.with_bias(args, kwargs, bias)
+
+        return hook
+
+    def _take(self, projection: str):
+        def hook(module, args, output):
+            if self.now.batch is not None:
+                self.now.batch.recorded[projection] = output
+
+        return hook
+
+    def _before_mlp(self, index: int, parts: LayerParts):
+        def hook(module, args):
+            now = self.now.batch
+            if now is None or not now.schedule[index]:
+                return None
+            reduction = self._reduction(now, index, parts, args[0])
+            if reduction is None:
+                return None
+            now.reduced = reduction.features(args[0])
+            now.apply(reduction)
+            return (now.reduced, *args[1:])
+
+        return hook
+
+    def _reduction(self, now: EncoderPass, index: int, parts: LayerParts, hidden: Tensor) -> Reduction | None:
+        attention = parts.attention
+
+        def read(projection):
+            name = "input" if attention.tap(projection) is None else projection
+            return attention.read(projection, now.recorded[name].detach())
+
+        with torch.no_grad():
+            return self.method.reduce(
+                LayerTokens(
+                    hidden=hidden.detach(),
+                    protected=self.protected,
+                    sizes=now.sizes,
+                    layer=index,
+                    remove=now.schedule[index],
+                    read=read,
+                )
+            )
+
+    def _after_branch(self, module, args, output):
+        now = self.now.batch
+        if now is None or now.reduced is None:
+            return None
+        now.branch = output
+        return output.new_zeros(())  # nothing is added to the tokens
+
+    def _after_layer(self, index: int):
+        def hook(module, args, output):
+            now = self.now.batch
+            if now is None:
+                return None
+            if output is None:  # an error ends the call
+                return self.end()
+            if now.reduced is not None:
+                if now.branch is None:
+                    self.end()
+                    raise VTPruneError(
+                        f"the adapter {type(self.adapter).__name__} states as `end` a module that layer {index} did "
+                        "not call behind its MLP"
+                    )
+                output = now.reduced + now.branch
+                now.reduced = now.branch = None
+            now.recorded.clear()
+            now.left.append(output.shape[1])
+            return self._finish(now, output) if index == len(self._parts) - 1 else output
+
+        return hook
+
+    def _finish(self, now: EncoderPass, output: Tensor) -> Tensor:
+        self.end()
+        self.finished(now)
+        if now.sources is None or self.method.drops:
+            return output
+        return output.gather(1, now.sources[..., None].expand(-1, -1, output.shape[2]))
+
+
+def _check_unmasked(mask: Any) -> None:
+    """Raise UnsupportedStageError if a mask hides tokens."""
+    hides = mask is not None
+    if torch.is_tensor(mask):
+        hides = bool((~mask if mask.dtype == torch.bool else mask != 0).any())
+    if hides:
+        raise UnsupportedStageError(
+            "this vision encoder was called with an attention mask, and tokens that are masked cannot be merged or "
+            "dropped; call it without one"
+        )
