@@ -7,6 +7,7 @@ import torch
 from vtprune.ops.soft_matching import kth_matching, layer_counts, soft_matching
 
 from . import Vector, close, handles, same
+from .encoder_blocks import timm_blocks
 
 
 @handles(*(f"tome_{name}" for name in ("cls*", "nocls*", "dist*", "odd*")))
@@ -60,3 +61,18 @@ def schedule(v: Vector) -> None:
     for layers, r, counts in json.loads(v["json"]):
         r = tuple(json.loads(f"[{r[1:-1]}]")) if r.startswith("(") else json.loads(r)
         assert layer_counts(layers, r) == counts
+
+
+@handles("tome_blocks*")
+def blocks(v: Vector) -> None:
+    protected = int(v["class_token"])
+    x, sizes, sources = v["x_in"], None, None
+    for index, (block, r) in enumerate(zip(timm_blocks(v), v["r_per_layer"].tolist(), strict=True)):
+        x, keys = block.attend(x, sizes if v["prop_attn"] else None)
+        reduction = soft_matching(keys.mean(1), r, sizes=sizes, protected=protected)
+        if reduction is not None:
+            x, sizes, sources = reduction.features(x), reduction.sizes(sizes), reduction.trace(sources)
+        x = block.feed_forward(x)
+        close(x, v[f"x_out.{index}"], rtol=1e-5, atol=1e-5)
+        same(sizes, v[f"size.{index}"])
+    same(sources, v["group_of_token"])

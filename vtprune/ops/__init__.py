@@ -35,10 +35,12 @@ Merges
     pooling: averages over cells of the grid. Pool, Adaptive pooling, Progressive pooling.
 
 Reductions between encoder layers
-    token_reduction: the result of a reduction: the row that each token goes into. ToMe, MCTF, Zero-TPrune.
+    token_reduction: the row that each token goes into, and its weight there. ToMe, MCTF, Zero-TPrune, TCA.
     soft_matching: the most similar pairs of an even and an odd token merge. ToMe.
     multi_criteria_fusion: similar, uninformative and small tokens merge. MCTF.
     weighted_page_rank: drops tokens that are unimportant or like important ones. Zero-TPrune.
+    condensation: the best tokens stay, others become a few means and one sum. TCA.
+    reservoir: what a stream of images leaves behind for the next ones. TCA.
 
 Videos
     video_merging: merges a video over time and space. HoliTom.

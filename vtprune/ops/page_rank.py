@@ -65,7 +65,7 @@ def attention_ranks(
     if torch.is_tensor(mask):
         mask = functools.partial(_rows, mask.expand(*mask.shape[:-2], n, mask.shape[-1]))
     visible = functools.lru_cache(maxsize=1)(mask or _everything)
-    equal = _equal_ranks(n, valid).to(keys.device)
+    equal = _equal_ranks(n, valid, keys.device)
     begin = equal if start is None else start.to(keys.device).unsqueeze(1)
 
     def transitions(chosen: slice, own_keys: Tensor, first: int, last: int) -> Tensor:
@@ -105,11 +105,11 @@ def over_heads(ranks: Tensor, counted: Tensor | None = None) -> Tensor:
     return (ranks.square() * weights.unsqueeze(-1)).sum(dim=1).sqrt()
 
 
-def _equal_ranks(n: int, valid: Tensor | None) -> Tensor:
+def _equal_ranks(n: int, valid: Tensor | None, device: torch.device) -> Tensor:
     """(batch | 1, 1, n) float32: the same rank for every valid token, summing to one."""
     if valid is None:
-        return torch.full((1, 1, n), 1 / max(n, 1))
-    return (valid / valid.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1).float()
+        return torch.full((1, 1, n), 1 / max(n, 1), device=device)
+    return (valid / valid.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1).float().to(device)
 
 
 def _iterate(step: Callable[[Tensor], Tensor], start: Tensor, equal: Tensor, iterations: int, damping: float) -> Tensor:

@@ -20,7 +20,7 @@ def layer_counts(layers: int, r: int | tuple[int, float] | Sequence[int]) -> lis
         r: one number for all layers; or a list with a number for each layer, where missing ones are 0; or a tuple of
             the mean ``r`` and ``inflect`` in [-1, 1]. The counts then change by equal steps from ``r * (1 - inflect)``
             in the first layer to ``r * (1 + inflect)`` in the last one, rounded down. -1 is the paper's decreasing
-            schedule. All numbers are at least 0.
+            schedule. A single layer merges the mean. All numbers are at least 0.
 
     Returns:
         One number for each layer. A layer merges fewer tokens if it has too few (:func:`soft_matching`).
@@ -34,10 +34,11 @@ def layer_counts(layers: int, r: int | tuple[int, float] | Sequence[int]) -> lis
         mean, inflect = r
         if mean < 0 or abs(inflect) > 1:
             raise VTPruneError(f"r is {r}; expected (r, inflect) with r >= 0 and inflect in [-1, 1]")
+        if layers == 1:
+            return [mean]
         first = int(mean * (1 - inflect))
-        step = (2 * mean - 2 * first) / (layers - 1) if layers > 1 else 0
-        # A single layer has the mean of both ends.
-        return [int(first + step * layer) for layer in range(layers)] if layers > 1 else [mean]
+        step = (2 * mean - 2 * first) / (layers - 1)
+        return [int(first + step * layer) for layer in range(layers)]
     if len(r) > layers or min(r, default=0) < 0:
         raise VTPruneError(f"r is {list(r)}; expected at most {layers} numbers (one a layer), none negative")
     return [*r, *[0] * (layers - len(r))]
@@ -112,8 +113,8 @@ def kth_matching(
         return None
     places = torch.arange(tokens, device=metric.device)
     full = protected + runs * k
-    stays = places[protected + k - 1 : full : k]
-    moving = places[(places >= protected) & ((places - protected) % k != k - 1)]
+    in_runs = places[protected:full].view(runs, k)
+    stays, moving = in_runs[:, -1], torch.cat([in_runs[:, :-1].flatten(), places[full:]])
     nearest = stays[_cosines(metric[:, moving], metric[:, stays]).argmax(dim=2)]
     goes = places.repeat(batch, 1).index_copy(1, moving, nearest)
     if reference_quirks:
