@@ -15,17 +15,18 @@ from vtprune.adapters.layer_attention import TransformersAttention
 class _Names(NamedTuple):
     """Names of parts in a layer of one class."""
 
+    first_norm: str
     attention: str
     second_norm: str
     end: str
 
 
 _LAYERS = {
-    "CLIPEncoderLayer": _Names("self_attn", "layer_norm2", "mlp"),
-    "SiglipEncoderLayer": _Names("self_attn", "layer_norm2", "mlp"),
-    "ViTLayer": _Names("attention", "layernorm_after", "dropout"),
-    "Dinov2Layer": _Names("attention", "norm2", "drop_path"),
-    "Dinov2WithRegistersLayer": _Names("attention", "norm2", "drop_path"),
+    "CLIPEncoderLayer": _Names("layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "SiglipEncoderLayer": _Names("layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "ViTLayer": _Names("layernorm_before", "attention", "layernorm_after", "dropout"),
+    "Dinov2Layer": _Names("norm1", "attention", "norm2", "drop_path"),
+    "Dinov2WithRegistersLayer": _Names("norm1", "attention", "norm2", "drop_path"),
 }
 _TOWERS = {"CLIPVisionModel", "SiglipVisionModel", "ViTModel", "Dinov2Model", "Dinov2WithRegistersModel"}
 _AROUND = {
@@ -63,6 +64,7 @@ class TransformersEncoder(EncoderAdapter):
     def parts(self, layer: Any) -> LayerParts:
         names = _LAYERS[type(layer).__name__]
         return LayerParts(
+            first_norm=getattr(layer, names.first_norm),
             attention=TransformersAttention(getattr(layer, names.attention)),
             second_norm=getattr(layer, names.second_norm),
             mlp=layer.mlp,

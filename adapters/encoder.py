@@ -16,11 +16,12 @@ from vtprune.tokens import ModelShape
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Where a layer has its parts. It computes `x + a(attention(...))`, and then `x + end(mlp(second_norm(x)))`.
+    """Where a layer has its parts. It computes `x + a(attention(first_norm(x)))`, then `x + end(mlp(second_norm(x)))`.
 
     What stands between these parts (LayerScale, drop path) is left to the layer.
     """
 
+    first_norm: nn.Module
     attention: LayerAttention
     second_norm: nn.Module
     """Is called with the residual stream behind the attention."""

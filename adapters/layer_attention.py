@@ -22,6 +22,11 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a call, by place and by name."""
 
 
+def _joined(context: Tensor) -> Tensor:
+    """(batch, heads, tokens, head dim) -> (batch, tokens, dim)"""
+    return context.transpose(1, 2).flatten(2)
+
+
 class LayerAttention(ABC):
     """The self-attention module of one encoder layer, called with (batch, tokens, dim)."""
 
@@ -41,6 +46,15 @@ class LayerAttention(ABC):
     @abstractmethod
     def read(self, projection: Projection, value: Tensor) -> Tensor:
         """(batch, heads, tokens, head dim): a projection, norms applied, from what `tap` says."""
+
+    @abstractmethod
+    def project(self, projection: Projection, hidden: Tensor) -> Tensor:
+        """The same from the module's input (batch, tokens, dim), computed now."""
+
+    @abstractmethod
+    def attended(self, context: Tensor) -> Tensor:
+        """(batch, tokens, dim): what the module puts out for the values that its heads have averaged, (batch, heads,
+        tokens, head dim)."""
 
     def mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The mask that the module is called with; None without one."""
@@ -69,6 +83,13 @@ class TransformersAttention(LayerAttention):
 
     def read(self, projection: Projection, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def project(self, projection: Projection, hidden: Tensor) -> Tensor:
+        return self.read(projection, getattr(self.module, f"{projection[0]}_proj")(hidden))
+
+    def attended(self, context: Tensor) -> Tensor:
+        out = self.module.out_proj if hasattr(self.module, "out_proj") else self.module.o_proj
+        return out(_joined(context))
 
     def mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return args[1] if len(args) > 1 else super().mask(args, kwargs)
@@ -103,7 +124,21 @@ class TimmAttention(LayerAttention):
     def read(self, projection: Projection, value: Tensor) -> Tensor:
         if projection != "values":
             return value  # the norms are called head by head
-        return value.unflatten(-1, (3, self.heads, -1))[:, :, 2].transpose(1, 2)
+        return self._part(value, 2)
+
+    def _part(self, value: Tensor, part: int) -> Tensor:
+        return value.unflatten(-1, (3, self.heads, -1))[:, :, part].transpose(1, 2)
+
+    def project(self, projection: Projection, hidden: Tensor) -> Tensor:
+        projected = self._part(self.module.qkv(hidden), _ORDER.index(projection))
+        norms = {"queries": self.module.q_norm, "keys": self.module.k_norm}
+        return norms[projection](projected) if projection in norms else projected
+
+    def attended(self, context: Tensor) -> Tensor:
+        module = self.module
+        if getattr(module, "gate", None) is not None:
+            raise UnsupportedStageError("the attention of this encoder of timm has a gate, which is not supported here")
+        return module.proj_drop(module.proj(module.norm(_joined(context))))
 
     def mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return True if kwargs.get("is_causal") else super().mask(args, kwargs)
@@ -129,6 +164,13 @@ class TorchAttention(LayerAttention):
         projected = linear(value, weight, None if bias is None else bias.chunk(3)[part])
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def project(self, projection: Projection, hidden: Tensor) -> Tensor:
+        return self.read(projection, hidden)
+
+    def attended(self, context: Tensor) -> Tensor:
+        out = self.module.out_proj
+        return linear(_joined(context), out.weight, out.bias)
+
     def mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         mask = super().mask(args, kwargs)
         return kwargs.get("key_padding_mask") if mask is None else mask
@@ -151,6 +193,17 @@ class OpenClipAttention(TorchAttention):
 
     def read(self, projection: Projection, value: Tensor) -> Tensor:
         return super().read(projection, value) if projection == "values" else value
+
+    def project(self, projection: Projection, hidden: Tensor) -> Tensor:
+        projected = super().read(projection, hidden)
+        norm = self.tap(projection)
+        return projected if norm is None else norm(projected)
+
+    def attended(self, context: Tensor) -> Tensor:
+        module = self.module
+        if module.head_scale is not None:
+            context = context * module.head_scale
+        return module.out_drop(module.out_proj(module.ln_inner(_joined(context))))
 
     def mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return LayerAttention.mask(self, args, kwargs)

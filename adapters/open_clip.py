@@ -44,7 +44,7 @@ class OpenClipViT(EncoderAdapter):
     def parts(self, layer: Any) -> LayerParts:
         kind = TorchAttention if isinstance(layer.attn, nn.MultiheadAttention) else OpenClipAttention
         attention: LayerAttention = kind(layer.attn)
-        return LayerParts(attention, layer.ln_2, layer.mlp, layer.ls_2)
+        return LayerParts(layer.ln_1, attention, layer.ln_2, layer.mlp, layer.ls_2)
 
     @property
     def prefix_tokens(self) -> int:

@@ -37,7 +37,7 @@ class TimmViT(EncoderAdapter):
         return self.tower.blocks
 
     def parts(self, layer: Any) -> LayerParts:
-        return LayerParts(TimmAttention(layer.attn), layer.norm2, layer.mlp, layer.drop_path2)
+        return LayerParts(layer.norm1, TimmAttention(layer.attn), layer.norm2, layer.mlp, layer.drop_path2)
 
     @property
     def prefix_tokens(self) -> int:

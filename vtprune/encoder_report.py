@@ -45,9 +45,9 @@ class LayerWeights:
             width=round(first.heads * first.scale**-2),
         )
 
-    def flops(self, patches: int, entered: tuple[int, ...], left: tuple[int, ...]) -> int:
-        """FLOPs of one image. entered, left: tokens that enter each layer's attention, and its MLP."""
-        layers = zip(self.attention, self.mlp, entered, left, strict=True)
+    def flops(self, patches: int, entered: tuple[int, ...], in_mlp: tuple[int, ...]) -> int:
+        """FLOPs of one image. entered, in_mlp: tokens that enter each layer's attention, and its MLP."""
+        layers = zip(self.attention, self.mlp, entered, in_mlp, strict=True)
         return 2 * patches * self.patch + sum(
             layer_flops(attention, self.width, mlp, before, behind) for attention, mlp, before, behind in layers
         )
@@ -66,9 +66,13 @@ class EncoderReport:
     images: int
     prefix_tokens: int
     entered: tuple[int, ...]
-    """A layer each: tokens of an image, prefix included, that enter it."""
+    """A layer each: tokens of an image, prefix included, that its attention ran on."""
+    in_mlp: tuple[int, ...]
+    """A layer each: those that its MLP ran on."""
     left: tuple[int, ...]
-    """A layer each: tokens of an image, prefix included, that leave it, and that its MLP ran on."""
+    """A layer each: those that left it."""
+    tokens: int
+    """Tokens of an image, prefix included, that entered the encoder's layers."""
     weights: LayerWeights
     merged_into: Tensor | None
     """(images, tokens) long: the row behind the last layer that each token went into; None: each is its own."""
@@ -80,7 +84,7 @@ class EncoderReport:
     @property
     def original_tokens(self) -> int:
         """Patches of an image."""
-        return self.entered[0] - self.prefix_tokens
+        return self.tokens - self.prefix_tokens
 
     @property
     def final_tokens(self) -> int:
@@ -104,17 +108,20 @@ class EncoderReport:
         """
         if not -self.images <= image < self.images:
             raise IndexError(f"image {image}: the report has {self.images} images")
-        return torch.arange(self.entered[0]) if self.merged_into is None else self.merged_into[image].cpu()
+        return torch.arange(self.tokens) if self.merged_into is None else self.merged_into[image].cpu()
 
     @property
     def encoder_flops(self) -> int:
-        """FLOPs of the patch embedding and all layers for the batch, two for each multiply-add."""
-        return self.images * self.weights.flops(self.original_tokens, self.entered, self.left)
+        """FLOPs of the patch embedding and all layers for the batch, two for each multiply-add.
+
+        What the method itself computes does not count.
+        """
+        return self.images * self.weights.flops(self.original_tokens, self.entered, self.in_mlp)
 
     @property
     def unpruned_encoder_flops(self) -> int:
         """The same had nothing been merged or dropped."""
-        whole = (self.entered[0],) * self.layers
+        whole = (self.tokens,) * self.layers
         return self.images * self.weights.flops(self.original_tokens, whole, whole)
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class EncoderSession(SessionLife):
             if not isinstance(method, InLayers):
                 raise UnsupportedStageError(
                     f"{method.name} does not act inside the layers of a vision encoder, and {name} is an encoder "
-                    "alone; methods that do: tome"
+                    "alone; methods that do: tome, mctf, zero_tprune"
                 )
         if len(methods) > 1:
             raise ConfigError(f"{', '.join(m.name for m in methods)}: only one method acts inside a vision encoder")
@@ -52,7 +52,9 @@ class EncoderSession(SessionLife):
             images=batch.images,
             prefix_tokens=self.adapter.prefix_tokens,
             entered=tuple(batch.entered),
+            in_mlp=tuple(batch.in_mlp),
             left=tuple(batch.left),
+            tokens=batch.tokens,
             weights=self._weights,
             merged_into=batch.sources,
         )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from vtprune import MCTF
 from vtprune.ops.multi_criteria_fusion import fused_attention, fusion, fusion_count
 
 from . import Vector, close, handles, same
 from .encoder_blocks import timm_blocks
+from .encoder_sessions import run_in_session
 
 POOLING = ("size", "importance", "max", "mean")
 
@@ -55,3 +57,5 @@ def blocks(v: Vector) -> None:
         close(x, v[f"x_out.{index}"], rtol=1e-5, atol=1e-5)
         same(sizes, v[f"size.{index}"])
     same(sources, v["group_of_token"])
+    layers = tuple(v["activate_layers"].tolist())
+    run_in_session(v, MCTF(r=v["r"], layers=layers, one_step_ahead=v["one_step_ahead"]))

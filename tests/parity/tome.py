@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import torch
 
+from vtprune import ToMe
 from vtprune.ops.soft_matching import kth_matching, layer_counts, soft_matching
 
 from . import Vector, close, handles, same
 from .encoder_blocks import timm_blocks
+from .encoder_sessions import run_in_session
 
 
 @handles(*(f"tome_{name}" for name in ("cls*", "nocls*", "dist*", "odd*")))
@@ -76,3 +78,4 @@ def blocks(v: Vector) -> None:
         close(x, v[f"x_out.{index}"], rtol=1e-5, atol=1e-5)
         same(sizes, v[f"size.{index}"])
     same(sources, v["group_of_token"])
+    run_in_session(v, ToMe(r=v["r_per_layer"].tolist(), prop_attn=bool(v["prop_attn"])), class_token=bool(protected))

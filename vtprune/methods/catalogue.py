@@ -17,6 +17,11 @@ from vtprune.methods.fastvid import FastVID as FastVID
 from vtprune.methods.aim import AIM as AIM
 from vtprune.methods.mustdrop import MustDrop as MustDrop
 from vtprune.methods.tome import ToMe as ToMe
+from vtprune.methods.auroracap import AuroraCap as AuroraCap
+from vtprune.methods.tinychart import TinyChart as TinyChart
+from vtprune.methods.mctf import MCTF as MCTF
+from vtprune.methods.zero_tprune import ZeroTPrune as ZeroTPrune
+from vtprune.methods.tca import TCA as TCA
 from vtprune.methods.ltp import LTP as LTP
 from vtprune.methods.lazyllm import LazyLLM as LazyLLM
 from vtprune.methods.pdrop import PyramidDrop as PyramidDrop

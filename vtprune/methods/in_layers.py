@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtprune.errors import BudgetError, UnsupportedStageError
+from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.methods.base import Method
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
@@ -32,8 +32,23 @@ class LayerTokens:
     """0-based encoder layer."""
     remove: int
     """How many tokens the method's schedule takes away here."""
+    layers: int
+    """Number of encoder layers."""
+    has_cls: bool
+    """Whether the first token is a CLS token."""
+    scale: float
+    """Factor of the dot products of queries and keys."""
+    biases: bool
+    """Whether the logarithms of `sizes` are added to the attention's scores."""
     read: Callable[[Projection], Tensor]
     """Reads a projection of this layer's attention as (batch, heads, tokens, head dim); only one of `reads`."""
+
+    def attention(self, queries: int | None = None) -> Tensor:
+        """(batch, heads, queries, tokens) float32: attention of the first so many tokens, by default of all."""
+        scores = self.read("queries")[:, :, :queries] @ self.read("keys").transpose(2, 3) * self.scale
+        if self.biases and self.sizes is not None:
+            scores = scores + self.sizes.log()[:, None, None]
+        return scores.float().softmax(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +64,9 @@ class InLayers(Method):
     """
 
     stage = "encoder"
-    place: ClassVar[Literal["between"]]
-    """Where in a layer it acts: "between" attention and MLP."""
+    place: ClassVar[Literal["before", "between", "behind"]]
+    """Where in a layer it acts: "before" it, "between" attention and MLP, or "behind" it. It is shown the tokens there,
+    and the attention of this layer; before it, the attention that the tokens would have in it."""
     reads: ClassVar[tuple[Projection, ...]] = ()
     """Projections of the attention that `reduce` reads."""
 
@@ -73,6 +89,13 @@ class InLayers(Method):
     def reduce(self, tokens: LayerTokens) -> Reduction | None:
         """Take `tokens.remove` tokens away; None if nothing is to change. Only called if there are any to take away."""
 
+    def attention_behind(self, tokens: LayerTokens, reduction: Reduction) -> Tensor | None:
+        """What the layer's attention is to be behind a reduction before it; None: computed anew, among the rows.
+
+        Returns (batch, heads, rows, rows), or None.
+        """
+        return None
+
     def check_budget(self, shape: ModelShape) -> None:
         """Raise BudgetError unless there is exactly one budget."""
         if self.keep_tokens == 0:
@@ -94,6 +117,24 @@ def not_in_vlm(method: InLayers) -> UnsupportedStageError:
         f"{method.name} acts inside the layers of vision encoders, which is supported for encoders alone, not in a "
         "vision-language model"
     )
+
+
+def depths(layers: tuple[int, ...] | None, published: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """The layers that a method names, or those published for 12 layers, at the same relative depth of so many.
+
+    Raises ConfigError if a layer is named that there is not.
+    """
+    if layers is None:
+        return tuple(sorted({round(layer * depth / 12) for layer in published if layer * depth >= 6}))
+    if not layers or max(layers) >= depth:
+        raise ConfigError(f"layers={layers}: the vision encoder has layers 0..{depth - 1}")
+    return tuple(sorted(set(layers)))
+
+
+def placed(steps: list[int], layers: tuple[int, ...], depth: int) -> list[int]:
+    """A schedule of so many layers with these steps in some of them and none in the others."""
+    by_layer = dict(zip(layers, steps, strict=True))
+    return [by_layer.get(layer, 0) for layer in range(depth)]
 
 
 def equal_steps(name: str, layers: int, patches: int, left: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, equal_steps
+from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, depths, equal_steps, placed
 from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.ops.soft_matching import kth_matching, layer_counts, random_matching, soft_matching
 from vtprune.ops.token_reduction import Reduction
@@ -68,34 +68,38 @@ class ToMe(InLayers):
     def biases(self) -> bool:
         return self.prop_attn
 
+    @property
+    def _has_budget(self) -> bool:
+        return self.r is not None or self.keep_ratio is not None or self.keep_tokens is not None
+
     def check_budget(self, shape: ModelShape) -> None:
-        depth = shape.encoder_layers
-        given = self.r is not None or self.keep_ratio is not None or self.keep_tokens is not None
         if self.variant == "kth":
-            if given:
+            if self._has_budget:
                 raise BudgetError(f"{self.name}: variant='kth' takes k and layers, and no budget")
-            if not self._kth_layers(depth) or max(self._kth_layers(depth)) >= depth:
-                raise ConfigError(f"{self.name}: layers={self.layers}: the vision encoder has layers 0..{depth - 1}")
-        elif self.r is not None:
-            layer_counts(depth, self.r)  # complains of what does not fit
-        elif not given:
+            depths(self.layers, (6,), shape.encoder_layers)
+            return
+        if self.layers is not None:
+            raise ConfigError(f"{self.name}: layers is for variant='kth'")
+        if self.r is not None:
+            layer_counts(shape.encoder_layers, self.r)  # complains of what does not fit
+        elif self._has_budget:
+            super().check_budget(shape)
+        elif self.needs_budget:
             raise BudgetError(f"{self.name} needs a budget: r=13, keep_ratio=0.25 or keep_tokens=64, for example")
-        if self.variant != "kth":
-            if self.layers is not None:
-                raise ConfigError(f"{self.name}: layers is for variant='kth'")
-            if self.keep_ratio is not None or self.keep_tokens is not None:
-                super().check_budget(shape)
 
     def schedule(self, layers: int, patches: int, protected: int) -> list[int]:
         if self.variant == "kth":
-            chosen = self._kth_layers(layers)
-            return [1 if layer in chosen else 0 for layer in range(layers)]
+            chosen = depths(self.layers, (6,), layers)
+            return placed([1] * len(chosen), chosen, layers)
+        if not self._has_budget:
+            return self.published(layers, patches)
         if self.r is not None:
             return layer_counts(layers, self.r)
         return equal_steps(self.name, layers, patches, self.patches_left(patches))
 
-    def _kth_layers(self, depth: int) -> tuple[int, ...]:
-        return (depth // 2,) if self.layers is None else self.layers
+    def published(self, layers: int, patches: int) -> list[int]:
+        """The schedule without a budget, of methods that have one."""
+        raise NotImplementedError
 
     def reduce(self, tokens: LayerTokens) -> Reduction | None:
         metric = tokens.read("keys").mean(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between attention and MLP of the layers of a vision encoder: hooks that let the sequence get shorter there.
+"""Inside the layers of a vision encoder: hooks that let the sequence get shorter before, in or behind a layer.
 
 A layer computes `x + a(attention(x))` and then `x + end(mlp(second_norm(x)))`. Where tokens go between the two, the
 second norm is handed the rows that are left, and so the MLP runs on them. What `end` puts out no longer fits the tokens
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.encoder import EncoderAdapter, LayerParts
 from vtprune.callers import ThreadAware, Underway
 from vtprune.errors import UnsupportedStageError, VTPruneError
-from vtprune.methods.in_layers import InLayers, LayerTokens
+from vtprune.methods.in_layers import InLayers, LayerTokens, Projection
 from vtprune.ops.token_reduction import Reduction
 from vtprune.stages.hooks import Uncopied, hidden_of
 
@@ -36,6 +36,8 @@ class EncoderPass:
     """How many tokens each layer is to take away."""
     entered: list[int] = field(default_factory=list)
     """Tokens that entered each layer so far, and so its attention."""
+    in_mlp: list[int] = field(default_factory=list)
+    """Tokens that the MLP of each layer so far ran on."""
     left: list[int] = field(default_factory=list)
     """Tokens behind each layer so far."""
     sizes: Tensor | None = None
@@ -48,6 +50,8 @@ class EncoderPass:
     """(images, rows, dim): the residual stream of this layer behind a reduction, until the MLP has run."""
     branch: Tensor | None = None
     """What the layer's MLP adds to it."""
+    weights: Tensor | None = None
+    """(images, heads, rows, rows): what this layer's attention is to be; None: what it computes."""
 
     def apply(self, reduction: Reduction) -> None:
         """Follow the tokens through a reduction."""
@@ -74,6 +78,9 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         self.reached = self._active = False
         self._underway = Underway()
         self._parts: list[LayerParts] = [adapter.parts(layer) for layer in adapter.layers]
+        self._replaces = type(method).attention_behind is not InLayers.attention_behind
+        # Before a layer its projections are computed ahead, so there is nothing to record.
+        self._tapped = method.reads if method.place != "before" else ("values",) if self._replaces else ()
         if method.biases:
             for parts in self._parts:
                 parts.attention.check_bias()
@@ -82,16 +89,18 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         """Yields what takes each hook off again, as soon as it is on."""
         self._active, self.reached = True, False
         for index, (layer, parts) in enumerate(zip(self.adapter.layers, self._parts, strict=True)):
-            yield layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+            yield layer.register_forward_pre_hook(self._before_layer(index, parts), with_kwargs=True)
             attention = parts.attention
             yield attention.module.register_forward_pre_hook(self._before_attention(index, parts), with_kwargs=True)
-            for projection in self.method.reads:
+            for projection in self._tapped:
                 if (tapped := attention.tap(projection)) is not None:
                     yield tapped.register_forward_hook(self._take(projection))
+            if self._replaces:
+                yield attention.module.register_forward_hook(self._after_attention(parts))
             yield parts.second_norm.register_forward_pre_hook(self._before_mlp(index, parts))
             yield parts.end.register_forward_hook(self._after_branch)
             # transformers collects hidden states by hooks of its own, which are to see what is left.
-            yield layer.register_forward_hook(self._after_layer(index), prepend=True, always_call=True)
+            yield layer.register_forward_hook(self._after_layer(index, parts), prepend=True, always_call=True)
 
     def stop(self) -> None:
         """Let later calls run as they are. Waits for images that another thread encodes."""
@@ -105,11 +114,25 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
 
     # -- hooks, in the order of a layer -------------------------------------------------------------------------
 
-    def _before_layer(self, index: int):
+    def _before_layer(self, index: int, parts: LayerParts):
         def hook(module, args, kwargs):
+            hidden, with_rows = _input(args, kwargs)
             if index == 0:
-                hidden = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
                 self._begin(hidden)
+            now = self.now.batch
+            if now is None or self.method.place != "before" or not now.schedule[index]:
+                return None
+
+            def read(projection):
+                return parts.attention.project(projection, parts.first_norm(hidden))
+
+            tokens = self._tokens(now, index, parts, hidden, read)
+            reduction = self.method.reduce(tokens)
+            if reduction is None:
+                return None
+            now.weights = self.method.attention_behind(tokens, reduction)
+            now.apply(reduction)
+            return with_rows(reduction.features(hidden))
 
         return hook
 
@@ -156,38 +179,58 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
 
         return hook
 
-    def _before_mlp(self, index: int, parts: LayerParts):
-        def hook(module, args):
+    def _after_attention(self, parts: LayerParts):
+        def hook(module, args, output):
             now = self.now.batch
-            if now is None or not now.schedule[index]:
+            if now is None or now.weights is None:
                 return None
-            reduction = self._reduction(now, index, parts, args[0])
-            if reduction is None:
-                return None
-            now.reduced = reduction.features(args[0])
-            now.apply(reduction)
-            return (now.reduced, *args[1:])
+            values = self._recorded(now, parts)("values")
+            attended = parts.attention.attended(now.weights.to(values.dtype) @ values)
+            now.weights = None
+            return (attended, *output[1:]) if isinstance(output, tuple) else attended
 
         return hook
 
-    def _reduction(self, now: EncoderPass, index: int, parts: LayerParts, hidden: Tensor) -> Reduction | None:
-        attention = parts.attention
+    def _before_mlp(self, index: int, parts: LayerParts):
+        def hook(module, args):
+            now = self.now.batch
+            if now is None:
+                return None
+            if self.method.place == "between" and now.schedule[index]:
+                reduction = self.method.reduce(self._tokens(now, index, parts, args[0], self._recorded(now, parts)))
+                if reduction is not None:
+                    now.reduced = reduction.features(args[0])
+                    now.apply(reduction)
+            rows = args[0] if now.reduced is None else now.reduced
+            now.in_mlp.append(rows.shape[1])
+            return (rows, *args[1:])
+
+        return hook
+
+    def _recorded(self, now: EncoderPass, parts: LayerParts) -> Callable[[Projection], Tensor]:
+        """Reads projections that the layer's attention has computed."""
 
         def read(projection):
-            name = "input" if attention.tap(projection) is None else projection
-            return attention.read(projection, now.recorded[name].detach())
+            name = "input" if parts.attention.tap(projection) is None else projection
+            return parts.attention.read(projection, now.recorded[name])
 
-        with torch.no_grad():
-            return self.method.reduce(
-                LayerTokens(
-                    hidden=hidden.detach(),
-                    protected=self.protected,
-                    sizes=now.sizes,
-                    layer=index,
-                    remove=now.schedule[index],
-                    read=read,
-                )
-            )
+        return read
+
+    def _tokens(
+        self, now: EncoderPass, index: int, parts: LayerParts, hidden: Tensor, read: Callable[[Projection], Tensor]
+    ) -> LayerTokens:
+        return LayerTokens(
+            hidden=hidden,
+            protected=self.protected,
+            sizes=now.sizes,
+            layer=index,
+            remove=now.schedule[index],
+            layers=len(self._parts),
+            has_cls=self.adapter.has_cls,
+            scale=parts.attention.scale,
+            biases=self.method.biases,
+            read=read,
+        )
 
     def _after_branch(self, module, args, output):
         now = self.now.batch
@@ -196,7 +239,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         now.branch = output
         return output.new_zeros(())  # nothing is added to the tokens
 
-    def _after_layer(self, index: int):
+    def _after_layer(self, index: int, parts: LayerParts):
         def hook(module, args, output):
             now = self.now.batch
             if now is None:
@@ -212,6 +255,11 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                     )
                 output = now.reduced + now.branch
                 now.reduced = now.branch = None
+            if self.method.place == "behind" and now.schedule[index]:
+                reduction = self.method.reduce(self._tokens(now, index, parts, output, self._recorded(now, parts)))
+                if reduction is not None:
+                    output = reduction.features(output)
+                    now.apply(reduction)
             now.recorded.clear()
             now.left.append(output.shape[1])
             return self._finish(now, output) if index == len(self._parts) - 1 else output
@@ -224,6 +272,14 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         if now.sources is None or self.method.drops:
             return output
         return output.gather(1, now.sources[..., None].expand(-1, -1, output.shape[2]))
+
+
+def _input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict[str, Any]]]]:
+    """The hidden states that a layer is called with, and what puts others in their place."""
+    if args:
+        return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
+    name = next(name for name, value in kwargs.items() if torch.is_tensor(value))
+    return kwargs[name], lambda hidden: (args, {**kwargs, name: hidden})
 
 
 def _check_unmasked(mask: Any) -> None:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MCTF, Zero-TPrune, TCA and the variants of ToMe inside real encoders, against their operations between layers that
+are written out."""
+
+import pytest
+import torch
+
+import vtprune
+from vtprune.adapters import find_encoder
+from vtprune.ops.condensation import condensation
+from vtprune.ops.multi_criteria_fusion import fused_attention, fusion
+from vtprune.ops.seeded_random import seeded_uniform
+from vtprune.ops.soft_matching import kth_matching, random_matching
+from vtprune.ops.weighted_page_rank import rank_pruning
+
+from . import hosts, reference
+from .test_tome import entering
+
+NAMES = ["clip", "siglip", "vit", "dinov2-registers", "timm-options", "timm-map", "open_clip", "open_clip-norms"]
+SCALE = (hosts.WIDTH // hosts.HEADS) ** -0.5
+
+
+class Written:
+    """One image on its way through the layers of a host."""
+
+    def __init__(self, name):
+        self.model = hosts.shared(name)
+        self.adapter = find_encoder(self.model)
+        self.layers = reference.layers_of(list(self.adapter.layers))
+        self.protected = self.adapter.prefix_tokens
+        self.images = hosts.pixels()
+
+    def start(self, image):
+        self.x, self.sizes, self.into = entering(self.model, self.images)[image], None, None
+
+    def attention(self, layer):
+        """queries, keys, values and attention (heads, tokens, tokens) of the tokens in a layer."""
+        q, k, v = layer.qkv(layer.norm(self.x))
+        scores = q @ k.transpose(1, 2) * SCALE
+        return q, k, v, (scores if self.sizes is None else scores + self.sizes.log()[0]).softmax(-1)
+
+    def attend(self, layer, weights, values):
+        self.x = self.x + layer.out((weights @ values).transpose(0, 1).flatten(1))
+
+    def reduce(self, reduction, sizes=True):
+        self.x = reduction.features(self.x[None])[0]
+        self.sizes = reduction.sizes(self.sizes) if sizes else None
+        self.into = reduction.trace(self.into)
+
+    def check(self, method, run, spread):
+        seen = []
+        handle = self.adapter.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+        with vtprune.prune(self.model, method) as session:
+            hosts.encode(self.model, self.images)
+        handle.remove()
+        for image in range(2):
+            self.start(image)
+            run()
+            assert session.report.sources(image).tolist() == self.into[0].tolist()
+            expected = self.x[self.into[0]] if spread else self.x
+            torch.testing.assert_close(seen[0][image], expected, rtol=1e-5, atol=1e-5)
+        return session.report
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_mctf(name, ahead):
+    written = Written(name)
+
+    def run():
+        for index, layer in enumerate(written.layers):
+            values, weights = written.attention(layer)[2:]
+            if index == 0:
+                written.attend(layer, weights, values)
+                written.x = written.x + layer.mlp(written.x)
+                continue
+            importance = weights.mean((0, 1))[None]
+            if ahead == 0:
+                written.attend(layer, weights, values)
+                written.x = written.x + layer.mlp(written.x)
+            fused = fusion(written.x[None], importance, 4, sizes=written.sizes, protected=written.protected)
+            written.reduce(fused)
+            if ahead:
+                values, again = written.attention(layer)[2:]
+                written.attend(layer, fused_attention(weights[None], fused)[0] if ahead == 1 else again, values)
+                written.x = written.x + layer.mlp(written.x)
+
+    report = written.check(vtprune.MCTF(r=4, one_step_ahead=ahead), run, spread=True)
+    assert report.counts == (36, 32, 28, 24)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_zero_tprune(name):
+    written = Written(name)
+    has_cls = written.adapter.has_cls
+
+    def run():
+        for index, layer in enumerate(written.layers):
+            q, k, values, weights = written.attention(layer)
+            written.attend(layer, weights, values)
+            written.x = written.x + layer.mlp(written.x)
+            if index in (1, 2):
+                keep = {1: 27, 2: 18}[index]
+                options = {"iterations": 1, "cls_start": has_cls, "variances": (0.01, 0.7), "scale": SCALE}
+                pruned = rank_pruning(q[None], k[None], keep, similar=4, protected=written.protected, **options)
+                written.reduce(pruned, sizes=False)
+
+    report = written.check(vtprune.ZeroTPrune(keep_ratio=0.5, layers=(1, 2), iterations=1), run, spread=False)
+    assert report.counts == (36, 27, 18, 18)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("siglip", "timm-map")])
+@torch.no_grad()
+def test_tca(name):
+    written = Written(name)
+
+    def run():
+        for index, layer in enumerate(written.layers):
+            *_, values, weights = written.attention(layer)
+            written.attend(layer, weights, values)
+            if index in (1, 3):
+                options = {"protected": written.protected}
+                written.reduce(condensation(written.x[None], weights.mean(0)[None, 0], 0.1, **options), sizes=False)
+            written.x = written.x + layer.mlp(written.x)
+
+    report = written.check(vtprune.TCA(drop_rate=0.1, layers=(1, 3)), run, spread=False)
+    assert report.counts == (36, 30, 30, 24)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_every_kth_and_random_merging(name):
+    written = Written(name)
+
+    def run(choose):
+        for index, layer in enumerate(written.layers):
+            _, keys, values, weights = written.attention(layer)
+            written.attend(layer, weights, values)
+            options = {"sizes": written.sizes, "protected": written.protected}
+            if (reduction := choose(index, keys.mean(0)[None], options)) is not None:
+                written.reduce(reduction)
+            written.x = written.x + layer.mlp(written.x)
+
+    def kth(index, metric, options):
+        return kth_matching(metric, 3, **options) if index in (0, 2) else None
+
+    def random(index, metric, options):
+        return random_matching(metric, 5, seeded_uniform([index], 7, metric.shape[1]), **options)
+
+    report = written.check(vtprune.ToMe(variant="kth", k=3, layers=(0, 2)), lambda: run(kth), spread=True)
+    assert report.counts == (12, 12, 4, 4)
+    report = written.check(vtprune.ToMe(variant="random", r=5, seed=7), lambda: run(random), spread=True)
+    assert report.counts == (31, 26, 21, 16)
+
+
+@pytest.mark.parametrize("method", ["auroracap", "tinychart", "mctf", "zero_tprune", "tca"])
+@torch.no_grad()
+def test_budgets_and_published_schedules(method):
+    model, images = hosts.make("clip"), hosts.pixels(3)
+    plain = hosts.encode(model, images)
+    published = {
+        "auroracap": (29, 22, 15, 8),
+        "tinychart": (18, 9, 5, 3),
+        "mctf": (36, 20, 10, 9),
+        "zero_tprune": (36, 32, 25, 17),
+        "tca": (36, 30, 24, 21),
+    }
+    with vtprune.prune(model, method) as session:
+        together = hosts.encode(model, images)
+        assert session.report.counts == published[method]
+        alone = [hosts.encode(model, image[None]) for image in images]
+    for key, value in together.items():
+        torch.testing.assert_close(value, torch.cat([single[key] for single in alone]), rtol=1e-5, atol=1e-5)
+    for budget, left in (({"keep_ratio": 0.5}, 18), ({"keep_tokens": 20}, 20)):
+        with vtprune.prune(model, method, **budget) as session:
+            hosts.encode(model, images)
+        count = session.report.final_tokens
+        assert count == left or (method == "tca" and left - 3 <= count <= left)
+    with vtprune.prune(model, method, keep_ratio=1.0) as session:
+        same = hosts.encode(model, images)
+    assert all(torch.equal(value, plain[key]) for key, value in same.items())
+
+
+def test_published_budgets_are_those_of_the_papers():
+    aurora = vtprune.AuroraCap(token_kept_ratio=0.1).schedule(48, 729, 1)
+    assert 729 - sum(aurora[:47]) == 118
+    assert 2916 - sum(vtprune.TinyChart().schedule(26, 2916, 0)) == 732
+    assert 197 - sum(vtprune.MCTF().schedule(12, 196, 1)) == 21
+    condensed = vtprune.TCA().schedule(12, 196, 1)
+    assert [197 - sum(condensed[: layer + 1]) for layer in (3, 6, 9)] == [143, 104, 77]
+    condensed = vtprune.TCA(drop_rate=0.035).schedule(12, 196, 1)
+    assert [197 - sum(condensed[: layer + 1]) for layer in (3, 6, 9)] == [182, 167, 155]
+    assert vtprune.ZeroTPrune().schedule(12, 196, 1) == [0, 0, 20, 0, 0, 36, 0, 0, 42, 0, 0, 0]
+    assert vtprune.ToMe(r=13).schedule(12, 196, 1) == [13] * 12

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCA: keep the patches that the CLS token attends to, and condense the others, in layers of the vision encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Interval
+
+from vtprune.errors import BudgetError, UnsupportedStageError
+from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, depths, placed
+from vtprune.ops.condensation import condensation, condensation_counts
+from vtprune.ops.token_reduction import Reduction
+from vtprune.tokens import ModelShape
+
+PUBLISHED_LAYERS = (3, 6, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TCA(InLayers):
+    """Condenses patches between attention and MLP of a few layers of the vision encoder (arXiv 2410.14729).
+
+    Stage: inside the vision encoder. By falling attention of the CLS token, patches stay, become four means of clusters
+    that are far apart, or become one sum weighted by that attention. The encoder puts out what is left, in that order.
+    Only the condensation: the paper's anchors of a stream of images, and its correction of CLIP's logits, are no part
+    of this method (`vtprune.ops.reservoir` has both).
+    Deviations: the first cluster's centre is the patch of the most attention, not a random one; where few tokens are
+    left, fewer stay (the reference fails).
+
+    Fields
+        drop_rate: share of the patches that a layer sums up, in (0, 1); 0.1 if there is neither drop_rate nor
+            keep_ratio nor keep_tokens. The latter two take the smallest rate, in steps of 0.001, that leaves no more.
+        layers: 0-based layers; default None: 3, 6 and 9 of 12, at the same relative depth.
+    """
+
+    name: ClassVar[str] = "tca"
+    signal: ClassVar[str] = "CLS attention in the encoder"
+    paper: ClassVar[str] = "arXiv 2410.14729"
+    needs_budget: ClassVar[bool] = False
+    place = "between"
+    reads: ClassVar[tuple[Projection, ...]] = ("queries", "keys")
+    drops = True
+
+    drop_rate: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    layers: tuple[Annotated[int, Ge(0)], ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_rate is not None and (self.keep_ratio is not None or self.keep_tokens is not None):
+            raise BudgetError(f"{self.name}: give one of drop_rate, keep_ratio and keep_tokens")
+
+    def check_budget(self, shape: ModelShape) -> None:
+        super().check_budget(shape)
+        if not shape.has_cls:
+            raise UnsupportedStageError(
+                f"{self.name} reads the attention of a CLS token, and this vision encoder has none; methods that need "
+                "none: tome, mctf, zero_tprune"
+            )
+        depths(self.layers, PUBLISHED_LAYERS, shape.encoder_layers)
+
+    def schedule(self, layers: int, patches: int, protected: int) -> list[int]:
+        chosen = depths(self.layers, PUBLISHED_LAYERS, layers)
+        if self.keep_ratio is None and self.keep_tokens is None:
+            return placed(_steps(patches, self.drop_rate or 0.1, len(chosen)), chosen, layers)
+        left = self.patches_left(patches)
+        if left == patches:
+            return [0] * layers
+        for rate in _RATES:
+            steps = _steps(patches, rate, len(chosen))
+            if sum(steps) >= patches - left:
+                return placed(steps, chosen, layers)
+        raise BudgetError(f"{self.name}: of {patches} patches, layers {chosen} cannot leave {left} or fewer")
+
+    def reduce(self, tokens: LayerTokens) -> Reduction | None:
+        patches = tokens.hidden.shape[1] - tokens.protected
+        rate = self.drop_rate or 0.1
+        if self.keep_ratio is not None or self.keep_tokens is not None:
+            rate = next(rate for rate in _RATES if _removed(patches, rate) == tokens.remove)
+        attention = tokens.attention(queries=1).mean(1)[:, 0]
+        return condensation(tokens.hidden, attention, rate, protected=tokens.protected)
+
+
+_RATES = [step / 1000 for step in range(1, 1000)]
+
+
+def _removed(patches: int, rate: float) -> int:
+    """How many rows fewer a layer puts out than so many patches."""
+    stay, clustered, dropped = condensation_counts(patches, rate)
+    return patches - stay - min(clustered, 4) - 1 if dropped else 0
+
+
+def _steps(patches: int, rate: float, layers: int) -> list[int]:
+    """What each of so many layers takes away."""
+    steps = []
+    for _ in range(layers):
+        steps.append(_removed(patches, rate))
+        patches -= steps[-1]
+    return steps
