@@ -119,7 +119,7 @@ def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
 
 
 def encoder_flops(
-    vision_config: Any, sequences: Sequence[int | Sequence[int]], *, has_cls: bool, gated_mlp: bool
+    vision_config: Any, sequences: Sequence[int | Sequence[int | tuple[int, int]]], *, has_cls: bool, gated_mlp: bool
 ) -> int:
     """FLOPs of a vision encoder, two per multiply-add: patch embedding and all its layers.
 
@@ -130,7 +130,8 @@ def encoder_flops(
     Args:
         vision_config: config of a ViT-shaped encoder (CLIP, SigLIP, InternVL, Pixtral, Qwen-VL).
         sequences: patches, without CLS, of each sequence that passes through the encoder: an image, a tile or a frame.
-            One number, or one number a layer if the encoder merges tokens.
+            One number, or one number a layer if the encoder merges tokens, or two where its attention and its MLP run
+            on different numbers.
         has_cls: whether the encoder puts a CLS token before the patches; an adapter's `has_cls`.
         gated_mlp: whether an MLP has three matrices instead of two; an adapter's `gated_encoder_mlp`.
     """
@@ -145,11 +146,13 @@ def encoder_flops(
     total = 0
     for patches in sequences:
         by_layer = [patches] * layers if isinstance(patches, int) else patches
-        total += 2 * by_layer[0] * pixels * d
-        for n in (count + has_cls for count in by_layer):
-            total += layer_flops(4 * d**2, d, matrices * d * m, n, n)
+        pairs = [(count, count) if isinstance(count, int) else count for count in by_layer]
+        whole = pairs[0][0]
+        total += 2 * whole * pixels * d
+        for entering, leaving in pairs:
+            total += layer_flops(4 * d**2, d, matrices * d * m, entering + has_cls, leaving + has_cls)
         if getattr(vision_config, "vision_use_head", False):
-            n = by_layer[0] + has_cls
+            n = whole + has_cls
             # A single learned query attends to all tokens, then passes an MLP.
             total += 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m
     return total

@@ -10,7 +10,7 @@ from functools import singledispatch
 import torch
 
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
-from vtprune.methods.in_layers import InLayers, not_in_vlm
+from vtprune.methods.in_layers import InLayers
 from vtprune.tokens import ModelShape
 
 
@@ -80,8 +80,11 @@ def _(part: InEncoder, counts: list[float], shape: ModelShape, prompt: Prompt) -
 
 
 @left_by.register
-def _(part: InLayers, counts: list[float], shape: ModelShape, prompt: Prompt) -> None:
-    raise not_in_vlm(part)
+def _(part: InLayers, counts: list[float], shape: ModelShape, prompt: Prompt) -> list[float] | None:
+    if part.keep_ratio is None and part.keep_tokens is None:
+        return None  # a schedule counts the encoder's patches, of which a prompt may have more than visual tokens
+    kept = [part.patches_left(int(tokens)) for tokens in _groups(int(counts[0]), prompt.crops)[0]]
+    return [sum(kept)] * shape.decoder_layers
 
 
 @left_by.register

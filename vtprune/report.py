@@ -66,9 +66,9 @@ class Report:
     encoder_has_cls: bool
     encoder_gated_mlp: bool
     """Whether an MLP of the vision encoder has three matrices instead of two."""
-    encoder_sequences: tuple[int | tuple[int, ...], ...]
+    encoder_sequences: tuple[int | tuple[int | tuple[int, int], ...], ...]
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
-    where tokens were merged inside it."""
+    where tokens were merged between layers, and two (of its attention and of its MLP) where they went inside layers."""
     kv_dtype_bytes: int
     timings: Timings | None = None
     notes: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ def prune(
             `VisionTransformer` of timm, or a model of open_clip.
         method: a registered name, a method object, a mapping with `name`, a list of those, or a YAML file's path.
         keep_ratio: share of visual tokens kept, averaged over the LLM's layers, in (0, 1]; of a method inside the
-            encoder's layers, the share that is left behind the last of them.
+            encoder's layers, the share of patches left behind the last of them.
         keep_tokens: the same as a count per image, >= 0. Give one of the two (or neither, for methods with a published
             schedule); lists of methods carry their own.
         strict: raise NothingPrunedError if visual tokens came, pruning was asked for, and nothing was dropped.

@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OWN = [
     name
     for name, cls in vtprune.list_methods().items()
-    if cls.__module__.startswith("vtprune.methods") and not issubclass(cls, InLayers)  # those are for encoders alone
+    if cls.__module__.startswith("vtprune.methods") and not issubclass(cls, InLayers)  # see tests/encoders
 ]
 METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
 METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]

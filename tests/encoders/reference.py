@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, normalize
 
-from .hosts import HEADS, WIDTH
+from .hosts import HEADS
 
 
 @dataclass
@@ -91,8 +91,8 @@ def run(
 # -- the hosts' layers -------------------------------------------------------------------------------------------------
 
 
-def _heads(x: Tensor) -> Tensor:
-    return x.view(len(x), HEADS, WIDTH // HEADS).transpose(0, 1)
+def _heads(x: Tensor, heads: int = HEADS) -> Tensor:
+    return x.view(len(x), heads, -1).transpose(0, 1)
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -101,11 +101,12 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _transformers(layer: nn.Module, attention: str, first: str, second: str, out: str, scales: tuple = ()) -> Layer:
     module = getattr(layer, attention)
+    heads = module.config.num_attention_heads
     gammas = [getattr(layer, name).lambda1 for name in scales] or [1.0, 1.0]
     norm = _norm(getattr(layer, second))
     return Layer(
         _norm(getattr(layer, first)),
-        lambda x: tuple(_heads(getattr(module, f"{part}_proj")(x)) for part in "qkv"),
+        lambda x: tuple(_heads(getattr(module, f"{part}_proj")(x), heads) for part in "qkv"),
         lambda x: getattr(module, out)(x) * gammas[0],
         lambda x: layer.mlp(norm(x)) * gammas[1],
     )

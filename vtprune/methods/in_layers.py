@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
+from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.base import Method
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
@@ -55,12 +55,19 @@ class LayerTokens:
 class InLayers(Method):
     """A method that merges or drops tokens inside the layers of the vision encoder; the layers after it run on fewer.
 
-    Where nothing is dropped, only merged, the encoder puts out a row for every token again: what a token went into. So
-    means over tokens and attention pooling are weighted by the sizes of merged tokens, and shapes do not change.
+    In an encoder alone: where nothing is dropped, only merged, the encoder puts out a row for every token again, what
+    the token went into. So means over tokens and attention pooling are weighted by the sizes of merged tokens, and
+    shapes do not change. If tokens were dropped, it puts out those that are left.
+
+    In a vision-language model: the layers behind the one that the projector reads take nothing away. Of visual tokens
+    that are copies of one row, the first one enters the LLM, so the LLM's tokens keep the order of the image; models
+    that were trained with merging saw the order of the rows. Where visual tokens are made of several patches (Gemma 3,
+    videos of LLaVA-OneVision), only the encoder runs on fewer tokens.
 
     Fields (all methods inside encoder layers)
-        keep_ratio: share of the patches left behind the last layer, in (0, 1]; 1.0 changes nothing.
-        keep_tokens: the same as a number of patches of an image, >= 1.
+        keep_ratio: share of the patches of an image, tile or frame that is left behind the last layer that takes any
+            away, in (0, 1]; 1.0 changes nothing.
+        keep_tokens: the same as a number of patches, >= 1.
     """
 
     stage = "encoder"
@@ -109,14 +116,6 @@ class InLayers(Method):
         if self.keep_tokens > patches:
             raise BudgetError(f"keep_tokens={self.keep_tokens} is larger than the image: it has {patches} patches")
         return self.keep_tokens
-
-
-def not_in_vlm(method: InLayers) -> UnsupportedStageError:
-    """The error where such a method is to act inside a vision-language model."""
-    return UnsupportedStageError(
-        f"{method.name} acts inside the layers of vision encoders, which is supported for encoders alone, not in a "
-        "vision-language model"
-    )
 
 
 def depths(layers: tuple[int, ...] | None, published: tuple[int, ...], depth: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ def prune_before_llm(
 
     text: the question that the session was given.
     """
-    if recorder.cut.cuts:
+    if recorder.cut.cuts or recorder.in_layers.methods:
         hidden = _drop_merged(call, hidden, recorder)
     for method in methods:
         by_crop = call.crop_groups()
@@ -74,7 +74,7 @@ def _drop_merged(call: Call, hidden: Tensor, recorder: EncoderRecorder) -> Tenso
     sources = torch.full_like(slots, -1)
     sources[valid] = torch.where(into[valid] == -2, -1, first[clusters])
     keep = valid & (sources == slots)
-    cut = cut_sequence(call, hidden, groups, Selection(keep, None, sources), layer=0, compact=recorder.cut.compact)
+    cut = cut_sequence(call, hidden, groups, Selection(keep, None, sources), layer=0, compact=recorder.compact)
     return hidden if cut is None else cut[0]
 
 

@@ -22,10 +22,13 @@ from vtprune.adapters.base import Adapter
 from vtprune.callers import PerThread
 from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.methods.base import InEncoder
+from vtprune.methods.in_layers import InLayers
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.encoder_call import EncoderCall
+from vtprune.stages.hooks import Wrapped
 from vtprune.stages.in_encoder import EncoderCut
+from vtprune.stages.in_layers import TowerCut
 from vtprune.tokens import Medium
 from vtprune.transformers_private import EncoderScores, encoder_scores, is_rotated, query_key_projections
 
@@ -65,12 +68,20 @@ class EncoderRecorder:
     """
 
     def __init__(
-        self, adapter: Adapter, requests: Iterable[Hashable], methods: Sequence[InEncoder] = (), *, profile: bool
+        self,
+        adapter: Adapter,
+        requests: Iterable[Hashable],
+        methods: Sequence[InEncoder] = (),
+        in_layers: Sequence[InLayers] = (),
+        *,
+        profile: bool,
     ):
-        """requests: what is taken down; methods: what acts inside the encoder."""
+        """requests: what is taken down; methods: what acts between layers of the encoder; in_layers: what acts inside
+        them."""
         self.adapter = adapter
         self._seen = PerThread(_Seen)
         self.cut = EncoderCut(adapter, methods, lambda: self._seen().open)
+        self.in_layers = TowerCut(adapter, in_layers, lambda: self._seen().open)
         signals = [request for request in requests if isinstance(request, EncoderSignal)]
         taps = [signal.taps(adapter.shape) for signal in signals]
         self.cls_layers = {layer for tap in taps for layer in tap.cls_rows}
@@ -87,6 +98,11 @@ class EncoderRecorder:
         self.watched = self.cls_layers | self.received_layers | self.key_layers
         if self.watched:  # asked for now, so that it is an error before anything is computed
             query_key_projections(adapter.encoder_attention(adapter.encoder_layers()[0]))
+        if in_layers and (self.watched or self.output_layers or methods):
+            raise UnsupportedStageError(
+                f"{in_layers[0].name} takes tokens away inside encoder layers, so no other method can read or merge "
+                "there; methods that read the projected features, or act inside the LLM, work: mmtok, transprune"
+            )
         needs = next((signal.needs_clip for signal in signals if signal.needs_clip), None)
         if needs and adapter.vision_config.model_type != CLIP:
             raise UnsupportedStageError(
@@ -95,19 +111,20 @@ class EncoderRecorder:
             )
         self.profile = profile
 
-    def install(self) -> Iterator[RemovableHandle | _Wrapped]:
+    def install(self) -> Iterator[RemovableHandle | Wrapped]:
         """Yields what takes each hook off again, as soon as it is on."""
         kinds = self.adapter.visual_token_ids
         for kind in kinds:
-            yield _Wrapped(self.adapter.base, f"get_{kind}_features", self._encode(kind))
+            yield Wrapped(self.adapter.base, f"get_{kind}_features", self._encode(kind))
         if self.keep_features:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
-        hooked = self.watched or self.output_layers or self.cut.cuts
+        hooked = self.watched or self.output_layers or self.cut.cuts or self.in_layers.methods
         towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if hooked else {}
         for kind in towers.values():
             layers = self.adapter.encoder_layers(kind)
             yield from self.cut.install(layers)
+            yield from self.in_layers.install(kind)
             for index in self.watched:
                 attention = self.adapter.encoder_attention(layers[index])
                 for name in query_key_projections(attention):
@@ -115,6 +132,11 @@ class EncoderRecorder:
                 yield attention.register_forward_hook(self._take_attention(index), with_kwargs=True)
             for index in self.output_layers:
                 yield layers[index].register_forward_hook(self._take_output(index))
+
+    @property
+    def compact(self) -> bool:
+        """Whether positions are renumbered where tokens went inside the encoder."""
+        return self.cut.compact or any(method.positions == "compact" for method in self.in_layers.methods)
 
     def forget(self) -> None:
         """Forget what was computed, in every thread."""
@@ -260,19 +282,10 @@ class EncoderRecorder:
             values.append(_fitting(self.adapter, "projector_inputs", rows, e.tokens))
         return torch.cat(values)
 
-    def sequences(self, encoding: EncoderCall) -> list[int | tuple[int, ...]]:
+    def sequences(self, encoding: EncoderCall) -> list[int | tuple[int | tuple[int, int], ...]]:
         """Patches of every sequence that the encoder ran for an encoding; one number a layer if any were merged."""
         whole = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
-        if encoding.merge is None or not encoding.merge.lengths:
-            return whole
-        shape, rows = self.adapter.shape, []
-        for crop, patches in enumerate(whole):
-            row = [patches] * shape.encoder_layers
-            for layer, lengths in encoding.merge.lengths:
-                left = int(lengths[crop]) - int(shape.has_cls)
-                row[layer + 1 :] = [left] * (shape.encoder_layers - layer - 1)
-            rows.append(tuple(row))
-        return rows
+        return whole if encoding.merge is None else encoding.merge.sequences(whole, self.adapter.shape)
 
     def copied_into(self, encodings: Iterable[EncoderCall]) -> tuple[Tensor, Tensor]:
         """`EncoderMerge.copied_into` for the tokens of all encodings, the encoder's tokens numbered through."""
@@ -322,21 +335,6 @@ def _bit_sum(pixels: Tensor) -> int:
     # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
     return int(pixels.contiguous().view(bits).sum(dtype=torch.int64)) % 2**31
-
-
-class _Wrapped:
-    """A method of one object, wrapped until `remove`."""
-
-    def __init__(self, owner: nn.Module, name: str, wrap):
-        self.owner, self.name = owner, name
-        self.before = owner.__dict__.get(name)
-        setattr(owner, name, wrap(getattr(owner, name)))
-
-    def remove(self) -> None:
-        if self.before is None:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.before)
 
 
 def clock(model) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune.errors import VTPruneError
 
@@ -30,3 +30,18 @@ class Uncopied:
 
     def __reduce__(self):
         return self.__deepcopy__({})
+
+
+class Wrapped:
+    """A method of one object, wrapped until `remove`."""
+
+    def __init__(self, owner: nn.Module, name: str, wrap):
+        self.owner, self.name = owner, name
+        self.before = owner.__dict__.get(name)
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+    def remove(self) -> None:
+        if self.before is None:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)

@@ -23,7 +23,7 @@ from vtprune.methods.base import InEncoder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layout import take_columns
 from vtprune.stages.reading import signal_reader
-from vtprune.tokens import Grid, Selection, VisualTokens
+from vtprune.tokens import Grid, ModelShape, Selection, VisualTokens
 from vtprune.transformers_private import encoder_mask
 
 
@@ -42,6 +42,8 @@ class EncoderMerge:
     """(crops, tokens) long: index in `places` of the token that each went into; -1 if it was dropped."""
     lengths: tuple[tuple[int, Tensor], ...] = ()
     """Encoder layers on whose output tokens went, and the (crops,) tokens left since."""
+    counts: tuple[tuple[int, int], ...] = ()
+    """Tokens that each encoder layer's attention and its MLP ran on, where they differ; empty if they do not."""
     _masks: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Attention masks made so far; layers share them."""
 
@@ -89,6 +91,22 @@ class EncoderMerge:
         valid = keep.gather(1, order)
         places = self.places.gather(1, order).masked_fill(~valid, 0)
         return EncoderMerge(self.copies, places, valid, slots, (*self.lengths, (layer, counts.cpu())))
+
+    def sequences(self, whole: list[int], shape: ModelShape) -> list[int | tuple[int | tuple[int, int], ...]]:
+        """Patches of every sequence, of which there are `whole` if nothing merges, in the form of `cost.encoder_flops`:
+        one number a layer, or two inside layers."""
+        if self.counts:
+            return [self.counts] * len(whole)
+        if not self.lengths:
+            return [*whole]
+        rows = []
+        for crop, patches in enumerate(whole):
+            row = [patches] * shape.encoder_layers
+            for layer, lengths in self.lengths:
+                left = int(lengths[crop]) - int(shape.has_cls)
+                row[layer + 1 :] = [left] * (shape.encoder_layers - layer - 1)
+            rows.append(tuple(row))
+        return rows
 
     def copied_into(self) -> tuple[Tensor, Tensor]:
         """(visual tokens,) long: the encoder's token that each visual token is a copy of now, -1 where it is made of

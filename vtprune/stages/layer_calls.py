@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ class EncoderPass:
         self.sizes = reduction.sizes(self.sizes)
         self.sources = reduction.trace(self.sources)
 
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """(images, tokens): the tokens' numbers."""
+        return torch.arange(self.tokens, device=self.sources.device).expand(self.images, -1)
+
+    @property
+    def places(self) -> Tensor:
+        """(images, rows) long: the first token of each row, once there are sources."""
+        rows = self.sizes.shape[1]
+        first = self.sources.new_full((self.images, rows + 1), self.tokens)
+        into = self.sources.masked_fill(self.sources < 0, rows)
+        return first.scatter_reduce(1, into, self._numbers, "amin")[:, :rows]
+
 
 @dataclass
 class _Following:
@@ -69,9 +83,23 @@ class _Following:
 class LayerCalls(Uncopied, ThreadAware[_Following]):
     """Hooks on the layers of one vision encoder that merge or drop tokens while it runs; each thread's calls alone."""
 
-    def __init__(self, adapter: EncoderAdapter, method: InLayers, finished: Callable[[EncoderPass], None]):
-        """finished: is given each batch behind the last layer."""
+    def __init__(
+        self,
+        adapter: EncoderAdapter,
+        method: InLayers,
+        finished: Callable[[EncoderPass], None],
+        *,
+        last: int | None = None,
+        follows: Callable[[], bool] = lambda: True,
+    ):
+        """For an encoder in a vision-language model, `last` is its last layer whose output anything reads. No layer
+        behind it takes tokens away then, and each layer puts out a row for every token, so that shapes outside the
+        layers do not change.
+
+        finished: is given each batch behind the last layer. follows: whether a batch that comes now is the session's.
+        """
         super().__init__(_Following)
+        self._last, self._follows = last, follows
         self.adapter, self.method, self.finished = adapter, method, finished
         self.protected = adapter.prefix_tokens
         self.prunes = method.keep_ratio != 1.0
@@ -120,8 +148,13 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             if index == 0:
                 self._begin(hidden)
             now = self.now.batch
-            if now is None or self.method.place != "before" or not now.schedule[index]:
+            if now is None:
                 return None
+            if self._last is not None and now.sources is not None:
+                hidden = _rows(hidden, now.places)
+            changed = with_rows(hidden)
+            if self.method.place != "before" or not now.schedule[index]:
+                return changed
 
             def read(projection):
                 return parts.attention.project(projection, parts.first_norm(hidden))
@@ -129,7 +162,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             tokens = self._tokens(now, index, parts, hidden, read)
             reduction = self.method.reduce(tokens)
             if reduction is None:
-                return None
+                return changed
             now.weights = self.method.attention_behind(tokens, reduction)
             now.apply(reduction)
             return with_rows(reduction.features(hidden))
@@ -139,6 +172,8 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
     def _begin(self, hidden: Tensor) -> None:
         """Begin to follow the images whose tokens (images, tokens, dim) enter the first layer."""
         self.end()
+        if not self._follows():
+            return
         if not self._active:  # another thread removes the session at this moment
             return
         self._underway.begin()
@@ -146,13 +181,24 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             return self.end()
         self.reached = True
         images, tokens = hidden.shape[:2]
-        schedule = self.method.schedule(len(self._parts), tokens - self.protected, self.protected)
+        schedule = self._schedule(tokens)
         if any(schedule) and torch.is_grad_enabled() and self.adapter.recomputes:
             raise UnsupportedStageError(
                 "gradient checkpointing runs the layers of the vision encoder twice, so nothing can be merged or "
                 "dropped in them; turn it off"
             )
         self.now.batch = EncoderPass(images, tokens, schedule)
+
+    def _schedule(self, tokens: int) -> list[int]:
+        """How many tokens each layer is to take away of an image with so many."""
+        depth, patches = len(self._parts), tokens - self.protected
+        if self._last is None:
+            return self.method.schedule(depth, patches, self.protected)
+        # A budget is met where the language model's tokens come from; a number for each layer holds for all layers.
+        has_budget = self.method.keep_ratio is not None or self.method.keep_tokens is not None
+        counted = self._last + 1 if has_budget else depth
+        schedule = self.method.schedule(counted, patches, self.protected)[: self._last + 1]
+        return [*schedule, *[0] * (depth - len(schedule))]
 
     def _before_attention(self, index: int, parts: LayerParts):
         def hook(module, args, kwargs):
@@ -262,16 +308,22 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                     now.apply(reduction)
             now.recorded.clear()
             now.left.append(output.shape[1])
-            return self._finish(now, output) if index == len(self._parts) - 1 else output
+            if index == len(self._parts) - 1:
+                self.end()
+                self.finished(now)
+            elif self._last is None:
+                return output
+            if now.sources is None or (self.method.drops and self._last is None):
+                return output
+            return _rows(output, now.sources)
 
         return hook
 
-    def _finish(self, now: EncoderPass, output: Tensor) -> Tensor:
-        self.end()
-        self.finished(now)
-        if now.sources is None or self.method.drops:
-            return output
-        return output.gather(1, now.sources[..., None].expand(-1, -1, output.shape[2]))
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """(images, n, dim), (images, m) -> (images, m, dim): these rows of the values, zero for row -1."""
+    taken = values.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, values.shape[2]))
+    return taken.masked_fill((rows < 0)[..., None], 0)
 
 
 def _input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict[str, Any]]]]:

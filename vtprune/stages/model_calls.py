@@ -17,7 +17,7 @@ from vtprune.callers import ThreadAware, Underway
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.guidance import Guidance
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
-from vtprune.methods.in_layers import InLayers, not_in_vlm
+from vtprune.methods.in_layers import InLayers
 from vtprune.report import Report, Timings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.cache import Owner, PrunedLayer, check_cache, pruned_layers
@@ -90,8 +90,6 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             method.check_budget(shape)
         parts = [part for method in methods for part in method.parts(shape)]
         for part in parts:
-            if isinstance(part, InLayers):
-                raise not_in_vlm(part)
             check_signals(part, shape)
         signals = [signal for part in parts for signal in part.signals(shape)]
         self._notes = substitutes(methods, shape)
@@ -102,7 +100,8 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         self._longest = longest_prunable(adapter.language_model.config, shape.decoder_layers)
         self._before = [part for part in active if isinstance(part, BeforeLLM)]
         in_encoder = [part for part in active if isinstance(part, InEncoder)]
-        self._recorder = EncoderRecorder(adapter, signals, in_encoder, profile=profile)
+        in_layers = [part for part in active if isinstance(part, InLayers)]
+        self._recorder = EncoderRecorder(adapter, signals, in_encoder, in_layers, profile=profile)
         inside = [part for part in active if isinstance(part, InLLM)]
         self._in_llm = InLLMStage(adapter, inside, shape, self.choose, self._recorder)
         self._eviction = EvictionStage(active, shape, self._select)
@@ -138,6 +137,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
     def stop(self) -> None:
         """Let later calls run as they are. Waits for a call of the language model that another thread is in."""
         self.owner.active = False
+        self._recorder.in_layers.stop()
         self._underway.wait_for_others()
 
     def forget(self) -> None:
@@ -328,6 +328,9 @@ def _asks_for_everything(method: Method, call: Call) -> bool:
     """Whether a method is asked to drop nothing of a call, also by a count that no image exceeds."""
     crops = call.media.crops_per_sample.clamp(min=1)
     content = (call.media.labels >= 0).sum(1)
+    if isinstance(method, InLayers):  # its schedule may be empty, and visual tokens may be made of several patches
+        merges = [encoding.merge for encoding in call.media.encodings]
+        return not any(merge is not None and bool((merge.copies >= 0).any()) for merge in merges)
     return method.keep_ratio == 1.0 or (
         method.keep_tokens is not None and bool((method.keep_tokens * crops >= content).all())
     )

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inside the layers of the vision encoder of a vision-language model: merges or drops tokens there, as in an encoder
+alone (`layer_calls.py`), and notes which visual tokens are copies of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from vtprune.adapters import find_encoder
+from vtprune.adapters.base import Adapter
+from vtprune.adapters.encoder import EncoderAdapter
+from vtprune.errors import ConfigError, UnsupportedModelError, UnsupportedStageError
+from vtprune.methods.in_layers import InLayers
+from vtprune.stages.in_encoder import EncoderMerge, copied_tokens
+from vtprune.stages.layer_calls import EncoderPass, LayerCalls
+
+
+class TowerCut:
+    """Hooks on the layers of the vision towers of one model."""
+
+    def __init__(self, adapter: Adapter, methods: Sequence[InLayers], encoding: Callable[[], Any]):
+        """encoding: gives the `EncoderCall` that is being computed, None outside of the session's encode methods.
+
+        Raises UnsupportedStageError if tokens cannot be taken away inside the encoder of this family.
+        """
+        self.adapter, self.methods, self.encoding = adapter, methods, encoding
+        self._installed: list[LayerCalls] = []
+        if len(methods) > 1:
+            raise ConfigError(f"{', '.join(m.name for m in methods)}: only one method acts inside encoder layers")
+        for kind in adapter.visual_token_ids if methods else ():
+            self._calls(kind)
+
+    def _calls(self, kind: str) -> LayerCalls:
+        (method,) = self.methods
+        layers = getattr(self.adapter.config, "vision_feature_layer", -1)
+        reason = None
+        if not self.adapter.merges_in_encoder:
+            reason = "packed or masked images"
+        elif not isinstance(layers, int) and len(layers) > 1:
+            reason = "the projector reads several layers"
+        elif (encoder := self._encoder(kind)) is None:
+            reason = f"its vision tower is a {type(self.adapter.vision_tower(kind)).__name__}"
+        if reason is not None:
+            raise UnsupportedStageError(
+                f"{method.name}: tokens cannot be taken away inside the layers of the vision encoder of "
+                f"{self.adapter.family} ({reason}); methods that act behind it work: mmtok, divprune"
+            )
+        method.check_budget(encoder.shape)
+        return LayerCalls(
+            encoder,
+            method,
+            self._note,
+            last=self.adapter.shape.feature_layer,
+            follows=lambda: self.encoding() is not None,
+        )
+
+    def _encoder(self, kind: str) -> EncoderAdapter | None:
+        try:
+            return find_encoder(self.adapter.vision_tower(kind))
+        except UnsupportedModelError:
+            return None
+
+    def install(self, kind: str) -> Iterator[RemovableHandle]:
+        """Yields what takes each hook on the tower of a kind off again, as soon as it is on."""
+        if self.methods:
+            self._installed.append(self._calls(kind))
+            yield from self._installed[-1].install()
+
+    def stop(self) -> None:
+        """Let later images be encoded as they are. Waits for those that another thread encodes."""
+        for calls in self._installed:
+            calls.stop()
+        self._installed.clear()
+
+    def _note(self, batch: EncoderPass) -> None:
+        """Say of the images that ran which of their tokens are left."""
+        encoding, (method,) = self.encoding(), self.methods
+        if encoding.merge is not None:
+            raise UnsupportedStageError(
+                f"{method.name}: the vision encoder ran twice for the {encoding.kind}s of one call, which is not "
+                "supported"
+            )
+        if batch.sources is None:
+            return
+        copies = copied_tokens(self.adapter, encoding.kind, encoding.inputs, batch.images, batch.tokens)
+        prefix = int(self.adapter.shape.has_cls)
+        places = batch.places
+        encoding.merge = EncoderMerge(
+            copies,
+            places,
+            torch.ones_like(places, dtype=torch.bool),
+            batch.sources,
+            counts=tuple((a - prefix, b - prefix) for a, b in zip(batch.entered, batch.in_mlp, strict=True)),
+        )
