@@ -99,6 +99,7 @@ def find_encoder(model: Any) -> EncoderAdapter | None:
     Raises UnsupportedModelError if it is one of a known family with parts that are not supported.
     """
     model = _unwrapped(model)
+    model = getattr(model, "_orig_mod", model)  # compiled
     for encoder in _ENCODERS:
         if (tower := encoder.find(model)) is not None:
             return encoder(model, tower)

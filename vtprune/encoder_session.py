@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
+from torch import nn
+
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.callers import PerCaller
 from vtprune.encoder_report import EncoderReport, LayerWeights
@@ -19,7 +23,8 @@ class EncoderSession(SessionLife):
     Several threads may call the model at the same time.
     """
 
-    def __init__(self, adapter: EncoderAdapter, methods: list[Method], *, strict: bool):
+    def __init__(self, model: nn.Module, adapter: EncoderAdapter, methods: list[Method], *, strict: bool):
+        """model: what the adapter was found for, which may be a wrapper."""
         self.adapter = adapter
         name = type(adapter.model).__name__
         for method in methods:
@@ -32,7 +37,7 @@ class EncoderSession(SessionLife):
             raise ConfigError(f"{', '.join(m.name for m in methods)}: only one method acts inside a vision encoder")
         (method,) = methods
         method.check_budget(adapter.shape)
-        super().__init__(adapter.tower, adapter.model.modules(), methods, strict=strict)
+        super().__init__([adapter.tower], chain(model.modules(), adapter.model.modules()), methods, strict=strict)
         self._reports: PerCaller[EncoderReport] = PerCaller()
         self._weights = LayerWeights.of(adapter)
         self._calls = LayerCalls(adapter, method, self._finished)

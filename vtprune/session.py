@@ -69,7 +69,7 @@ def prune(
         names = [name for name, value in given.items() if value is not None]
         if names:
             raise ConfigError(f"{', '.join(names)}: only for vision-language models; this is a vision encoder alone")
-        return EncoderSession(encoder, methods, strict=strict)
+        return EncoderSession(model, encoder, methods, strict=strict)
     return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
 
 
@@ -102,7 +102,8 @@ class Session(SessionLife):
         check_release()
         self.adapter = adapter = adapter_for(model)
         modules = chain(model.modules() if isinstance(model, nn.Module) else (), adapter.model.modules())
-        super().__init__(adapter.language_model, modules, methods, strict=strict)
+        towers = [adapter.vision_tower(kind) for kind in adapter.visual_token_ids]
+        super().__init__([adapter.language_model, *towers], modules, methods, strict=strict)
         self._guidance = Guidance(text, prompt_length)
         self._reports: PerCaller[tuple[Report, CacheContents]] = PerCaller()
         self._totals, self._lock = Totals(), threading.Lock()

@@ -17,8 +17,8 @@ from vtprune.methods.base import Method
 from vtprune.stages.hooks import Uncopied
 
 ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SessionLife]] = weakref.WeakKeyDictionary()
-"""Module -> the session that is on it: a language model, or a vision encoder alone, so that wrappers of one model count
-as one. Both references are weak, because a session refers to its model."""
+"""Module -> the session that is on it: language models and vision encoders, so that wrappers of one model count as one.
+Both references are weak, because a session refers to its model."""
 
 
 def _active(module: nn.Module) -> SessionLife | None:
@@ -50,8 +50,10 @@ class SessionLife(Uncopied):
 
     _calls: Calls
 
-    def __init__(self, home: nn.Module, modules: Iterable[nn.Module], methods: list[Method], *, strict: bool):
-        """home: the module that one session at a time may be on. modules: all that may not be graphs.
+    def __init__(
+        self, homes: Iterable[nn.Module], modules: Iterable[nn.Module], methods: list[Method], *, strict: bool
+    ):
+        """homes: the modules that one session at a time may be on. modules: all that may not be graphs.
 
         Raises UnsupportedModelError if a module is compiled, traced or exported.
         """
@@ -63,7 +65,7 @@ class SessionLife(Uncopied):
             )
         self.methods = methods
         self.strict = strict
-        self._home = home
+        self._homes = tuple(homes)
         self._entered = False
         self._handles: list = []
 
@@ -74,12 +76,12 @@ class SessionLife(Uncopied):
 
     def install(self) -> None:
         """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
-        if _active(self._home) is not None:
+        if any(_active(home) is not None for home in self._homes):
             raise VTPruneError(
                 "a vtprune session is active on this model already; remove it first, or pass a list of methods to "
                 "compose them in one session"
             )
-        ACTIVE[self._home] = weakref.ref(self)
+        ACTIVE.update((home, weakref.ref(self)) for home in self._homes)
         try:
             # One at a time: what an adapter states wrongly fails half way, and then everything has to come off again.
             for handle in self._calls.install():
@@ -94,8 +96,9 @@ class SessionLife(Uncopied):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if _active(self._home) is self:
-            del ACTIVE[self._home]
+        for home in self._homes:
+            if _active(home) is self:
+                del ACTIVE[home]
         self._entered = False
         self._calls.forget()
 

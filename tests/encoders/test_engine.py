@@ -17,6 +17,7 @@ import vtprune
 from vtprune.adapters import find_encoder
 from vtprune.methods.in_layers import InLayers, equal_steps
 from vtprune.ops.token_reduction import Reduction
+from vtprune.testing import families
 
 from . import hosts
 
@@ -254,6 +255,37 @@ def test_one_session_at_a_time_and_no_copies_of_it():
     assert untouched(model)
     with pytest.warns(UserWarning, match="no call of the model reached"), session:
         pass
+
+
+@torch.no_grad()
+def test_compiled_before_and_within_a_session():
+    model, images = hosts.make("timm"), hosts.pixels()
+    with pytest.raises(vtprune.UnsupportedModelError, match="compiled"):
+        vtprune.prune(torch.compile(model, backend="eager"), "tome", r=3)
+    with vtprune.prune(model, "tome", r=3) as session:
+        expected = hosts.encode(model, images)
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(images), expected["output"])
+        assert session.report.final_tokens == hosts.PATCHES - 12
+    torch.compiler.reset()
+
+
+def test_a_tower_has_one_session_with_its_language_model():
+    model = families.build("llava")
+    tower = vtprune.adapter_for(model).vision_tower()
+    with (
+        vtprune.prune(tower, "tome", r=1, strict=False),
+        pytest.raises(vtprune.VTPruneError, match="active on this model already"),
+        vtprune.prune(model, "mmtok", keep_ratio=0.5),
+    ):
+        pass
+    with (
+        vtprune.prune(model, "mmtok", keep_ratio=0.5, strict=False),
+        pytest.raises(vtprune.VTPruneError, match="active on this model already"),
+        vtprune.prune(tower, "tome", r=1),
+    ):
+        pass
+    assert untouched(model)
 
 
 def test_what_is_no_known_encoder():
