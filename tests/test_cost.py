@@ -105,6 +105,16 @@ def test_encoder_is_what_torch_counts(model_class, config):
     assert cost.encoder_flops(config, [patches] * 2, has_cls=has_cls, gated_mlp=False) == counted[""]
 
 
+def test_an_mlp_may_run_on_fewer_tokens_than_its_attention():
+    config = CLIPVisionConfig(**TINY_VISION)
+    d, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    whole = cost.encoder_flops(config, [16], has_cls=True, gated_mlp=False)
+    fewer = cost.encoder_flops(config, [((16, 12), *[12] * (layers - 1))], has_cls=True, gated_mlp=False)
+    mlp = 2 * 4 * 2 * d * m
+    attention = 2 * 4 * 4 * d * d + 4 * d * (17**2 - 13**2)
+    assert whole - fewer == layers * mlp + (layers - 1) * attention
+
+
 @pytest.mark.parametrize("name", [name for name in families.NAMES if families.is_available(name)])
 def test_an_adapter_states_how_many_matrices_an_mlp_of_its_encoder_has(name):
     adapter = vtprune.adapter_for(families.shared(name))

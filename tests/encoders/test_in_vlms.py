@@ -134,6 +134,23 @@ def test_budgets_batches_and_nothing_to_do(method):
     assert torch.equal(model(**batch.inputs).logits, plain)
 
 
+@pytest.mark.parametrize(("name", "media"), [("gemma3", "image"), ("llava_onevision", "video")])
+@torch.no_grad()
+def test_visual_tokens_of_several_patches(name, media):
+    """Merging leaves all of them, made of what merged; a mean of patches that were dropped would be wrong."""
+    model = families.build(name).eval()
+    inputs = families.batch(name, model, media=media).inputs
+    flops = unpruned_flops(model, inputs)
+    with vtprune.prune(model, "tome", keep_ratio=0.5) as session:
+        model(**inputs)
+    assert session.report.keep_ratio == 1.0 and session.report.encoder_flops < flops
+    with (
+        vtprune.prune(model, "zero_tprune", keep_ratio=0.5),
+        pytest.raises(vtprune.UnsupportedStageError, match="zero_tprune drops patches"),
+    ):
+        model(**inputs)
+
+
 def test_what_cannot_be_is_refused_when_the_session_is_made():
     model = families.shared("llava")
     for other in ("vtc_cls", "visionzip", "mustdrop"):

@@ -62,7 +62,7 @@ class InLayers(Method):
     In a vision-language model: the layers behind the one that the projector reads take nothing away. Of visual tokens
     that are copies of one row, the first one enters the LLM, so the LLM's tokens keep the order of the image; models
     that were trained with merging saw the order of the rows. Where visual tokens are made of several patches (Gemma 3,
-    videos of LLaVA-OneVision), only the encoder runs on fewer tokens.
+    videos of LLaVA-OneVision), only the encoder runs on fewer tokens, and methods that drop some are refused.
 
     Fields (all methods inside encoder layers)
         keep_ratio: share of the patches of an image, tile or frame that is left behind the last layer that takes any

@@ -121,12 +121,24 @@ class EncoderMerge:
 def copied_tokens(adapter: Adapter, kind: str, inputs: Mapping[str, Any], crops: int, tokens: int) -> Tensor:
     """(visual tokens,) long: the encoder's token, numbered through over all crops, that each visual token is made of;
     -1 where it is made of several, and for separators."""
+    first, is_one = _made_of(adapter, kind, inputs, crops, tokens)
+    return torch.where(is_one, first.long() - 1, -1)
+
+
+def has_mixed_tokens(adapter: Adapter, kind: str, inputs: Mapping[str, Any], crops: int, tokens: int) -> bool:
+    """Whether any visual token is made of several of the encoder's."""
+    return not bool(_made_of(adapter, kind, inputs, crops, tokens)[1].all())
+
+
+def _made_of(adapter: Adapter, kind: str, inputs: Mapping[str, Any], crops: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """(visual tokens,) mean number, from 1, of the encoder's tokens that each is made of, 0 for separators; and bool,
+    whether it is made of one at most."""
     # A mean of different numbers has a smaller square than the mean of their squares. Exact up to 2**26 tokens.
     numbers = torch.arange(1, crops * tokens + 1, dtype=torch.double).view(crops, tokens, 1)
     has_cls = adapter.shape.has_cls and adapter.cuts_cls(kind)
     values = adapter.patch_values(kind, inputs, torch.cat([numbers, numbers.square()], -1)[:, int(has_cls) :])
     first, second = values.unbind(-1)
-    return torch.where(first.square() == second, first.long() - 1, -1)
+    return first, first.square() == second
 
 
 def _nothing_to_read(signal: Any) -> Any:

@@ -15,7 +15,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.errors import ConfigError, UnsupportedModelError, UnsupportedStageError
 from vtprune.methods.in_layers import InLayers
-from vtprune.stages.in_encoder import EncoderMerge, copied_tokens
+from vtprune.stages.in_encoder import EncoderMerge, copied_tokens, has_mixed_tokens
 from vtprune.stages.layer_calls import EncoderPass, LayerCalls
 
 
@@ -86,7 +86,13 @@ class TowerCut:
             )
         if batch.sources is None:
             return
-        copies = copied_tokens(self.adapter, encoding.kind, encoding.inputs, batch.images, batch.tokens)
+        place = self.adapter, encoding.kind, encoding.inputs, batch.images, batch.tokens
+        if method.drops and has_mixed_tokens(*place):
+            raise UnsupportedStageError(
+                f"{method.name} drops patches, and visual tokens of these {encoding.kind}s of {self.adapter.family} "
+                "are means of several, some of which would be missing; methods that merge patches work: tome, mctf"
+            )
+        copies = copied_tokens(*place)
         prefix = int(self.adapter.shape.has_cls)
         places = batch.places
         encoding.merge = EncoderMerge(

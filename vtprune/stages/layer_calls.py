@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,18 +58,19 @@ class EncoderPass:
         self.sizes = reduction.sizes(self.sizes)
         self.sources = reduction.trace(self.sources)
 
-    @cached_property
-    def _numbers(self) -> Tensor:
-        """(images, tokens): the tokens' numbers."""
-        return torch.arange(self.tokens, device=self.sources.device).expand(self.images, -1)
-
     @property
     def places(self) -> Tensor:
         """(images, rows) long: the first token of each row, once there are sources."""
         rows = self.sizes.shape[1]
         first = self.sources.new_full((self.images, rows + 1), self.tokens)
         into = self.sources.masked_fill(self.sources < 0, rows)
-        return first.scatter_reduce(1, into, self._numbers, "amin")[:, :rows]
+        numbers = torch.arange(self.tokens, device=into.device).expand(self.images, -1)
+        return first.scatter_reduce(1, into, numbers, "amin")[:, :rows]
+
+    def to(self, device: torch.device) -> None:
+        """Follow the layers to the device that they are on."""
+        if self.sizes is not None and self.sizes.device != device:
+            self.sizes, self.sources = self.sizes.to(device), self.sources.to(device)
 
 
 @dataclass
@@ -150,6 +150,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             now = self.now.batch
             if now is None:
                 return None
+            now.to(hidden.device)
             if self._last is not None and now.sources is not None:
                 hidden = _rows(hidden, now.places)
             changed = with_rows(hidden)
