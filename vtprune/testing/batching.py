@@ -97,8 +97,9 @@ def split(encoded: Iterable[Encoded], inputs: Mapping[str, Tensor]) -> list[dict
     return singles
 
 
-def padded(inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:
+def padded(model: Any, inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The inputs of a batch, which may come as a list of those of its samples. Raises ConfigError if they are none."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     together = dict(inputs) if isinstance(inputs, Mapping) else joined(_masked(inputs), padding) if inputs else {}
     mask = together.get("attention_mask")
     real = mask is not None and "input_ids" in together and len(mask) > 1 and bool(mask[:, -1].all())
