@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
-from stages.hand_made import call_of, empty_cache, encoding, numbered, row_of, with_newlines
 
 from vtprune.stages.cutting import cut_sequence, idle_separators
 from vtprune.tokens import Selection
+
+from .hand_made import call_of, empty_cache, encoding, numbered, row_of, with_newlines
 
 SAMPLES = ("..tiiitt", "tiitittt")
 

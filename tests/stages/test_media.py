@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from stages.hand_made import columns_of, encoding, media_of, row_of, with_newlines
 
 from vtprune.errors import UnsupportedStageError
 from vtprune.tokens import Grid, Medium
+
+from .hand_made import columns_of, encoding, media_of, row_of, with_newlines
 
 TILED = Medium.of_grids(Grid(1, 1), Grid(1, 2))
 """Two crops, of one token and of two."""
@@ -76,15 +77,15 @@ def test_tiles_of_two_samples_never_adjoin():
 
 
 @pytest.mark.parametrize(
-    "prompts, lengths",
+    "prompts, lengths, message",
     [
-        (["tii", "tii"], [3]),  # not as many as were encoded
-        (["tii", "tit"], [1, 2]),  # a medium reaches into the next sample
-        (["tii", "iii", "tit"], [3]),  # twice as many, and not twice the same
+        (["tii", "tii"], [3], "3 image tokens were encoded, but"),
+        (["tii", "tii", "iii", "tit"], [2, 2], "4 image tokens were encoded, but"),  # two copies, and not alike
+        (["tii", "tit"], [1, 2], "do not end where"),  # a medium reaches into the next sample
     ],
 )
-def test_prompts_that_do_not_hold_what_was_encoded_are_refused(prompts, lengths):
-    with pytest.raises(UnsupportedStageError, match="pass whole prompts together"):
+def test_prompts_that_do_not_hold_what_was_encoded_are_refused(prompts, lengths, message):
+    with pytest.raises(UnsupportedStageError, match=message):
         media_of(prompts, encoding(*map(row_of, lengths)))
 
 
@@ -108,5 +109,6 @@ def test_embeddings_are_compared_with_what_was_encoded():
     embeddings[1, 0:2] = torch.tensor([[3.0, -3], [4, -4]])
     assert media.holds(embeddings)
     assert media.holds(embeddings + (~media.visual)[..., None])
+    assert not media.holds(embeddings.flip(0))
     embeddings[1, 1, 0] = 5
     assert not media.holds(embeddings)
