@@ -141,17 +141,21 @@ def test_a_turn_leaves_what_earlier_turns_left_and_counts_it():
     evict(first, Evicting(keeps=(([],), ([0, 1],)), where=(2, 3)))
     assert cached(first, 2) == [[0, 4]] and cached(first, 3) == [[0, 1, 2, 4]]
     second = prefilled("tiiit", keeps=[range(2)], media=[row_of(3)], cache=first.cache, past=5)
-    evict(second, Evicting(keeps=(([1],),), where=(2, 3)))
+    method = Evicting(keeps=(([1],),), where=(2, 3))
+    contents = evict(second, method)
+    assert [tokens.features[..., 0].tolist() for tokens in method.seen] == [[[6, 7]]] * 2
     assert cached(second, 1) == [list(range(10))]
     assert cached(second, 2) == [[0, 4, 5, 7, 9]] and cached(second, 3) == [[0, 1, 2, 4, 5, 7, 9]]
     assert [second.cache.get_seq_length(layer) for layer in range(DEPTH)] == [10] * DEPTH
+    whole, *cut = (columns.tolist() for columns in contents.columns[1:])
+    assert whole == [[-1, 6, 7, 8, -1]] and cut == [[[-1, -1, 7, -1]]] * 2
 
 
 def test_separators_go_with_their_lines():
     """Columns 3 and 6 end rows of two tokens each; the token in column 1 is cut on the input of layer 2."""
     call = prefilled("tiiiiiit", keeps=[[1, 2, 3]], media=[with_newlines(2, 2)])
-    contents = evict(call, Evicting(keeps=(([1, 2],), ([],)), where=(2, 3)))
-    assert cached(call, 2) == [[0, 4, 5, 6, 7]] and cached(call, 3) == [[0, 7]]
+    contents = evict(call, Evicting(keeps=(([2, 3],), ([1, 2],), ([],))))
+    assert cached(call, 1) == cached(call, 2) == [[0, 4, 5, 6, 7]] and cached(call, 3) == [[0, 7]]
     assert contents.columns[2].tolist() == [[-1, -1, -1, 4, 5, 6, -1]]
 
 
