@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from vtprune.report import Timings
-from vtprune.signals import AttentionReceived, EncoderSaliency
+from vtprune.signals import AttentionReceived, EncoderSaliency, LastQueryAttention
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.prefill_report import prefill_report, substitutes, text_report
 from vtprune.tokens import Selection
@@ -133,6 +133,7 @@ def test_notes_name_what_stands_in_for_a_cls_token_once():
 
     signals = (EncoderSaliency(1), AttentionReceived(1), EncoderSaliency(1), EncoderSaliency(2))
     methods = [ScriptedBefore(requests=signals), Other(requests=signals[:1])]
+    methods.append(ScriptedInside(requests=(LastQueryAttention(0),)))
     assert substitutes(methods, SHAPE) == ()
     assert substitutes(methods, replace(SHAPE, has_cls=False)) == (
         "scripted_before: no CLS token; attention received in encoder layer 1 instead",
