@@ -167,8 +167,9 @@ def test_tokens_made_of_several_stay_apart_and_dropped_ones_go():
 
 def test_copies_in_different_crops_stay_apart():
     prompts = with_merges(call())
-    prune(prompts, record=recorder((1,), into=[1] * 7, original=[False] * 7))
-    assert columns(prompts) == [[0, 1, 2, 4], [0, 2, 3, 5]]
+    original = [number == 2 for number in range(7)]
+    prune(prompts, record=recorder((1,), into=[2] * 7, original=original))
+    assert columns(prompts) == [[0, 1, 3, 4], [0, 2, 3, 5]]
 
 
 def test_merged_tokens_go_before_any_method_looks():

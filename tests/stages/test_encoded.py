@@ -12,7 +12,7 @@ from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
 from vtprune.tokens import Grid, Medium, Selection
 
-from .hand_made import SHAPE, adapter, call_of, encoding, ids_of, row_of
+from .hand_made import SHAPE, adapter, call_of, encoding, ids_of, media_of, row_of
 
 CROPPED = Medium.of_grids(Grid(1, 1), Grid(1, 2))
 """Two crops, of one token and of two."""
@@ -107,6 +107,14 @@ def test_keys_depend_on_the_prompts_text_the_image_and_the_crop():
         second + 3000,
     ]
     assert view(prompts, prompts.image_groups()).sample_keys() == [first + 1000, second + 2000, second + 3000]
+
+
+def test_an_image_of_several_tiles_has_the_key_of_its_first():
+    tiles = encoding(row_of(1), row_of(1), row_of(1))
+    prompts = call_of("iitit", encodings=[tiles])
+    prompts.media = media_of(["iitit"], tiles, tiles_adjoin=True)
+    text = text_key([12, 14])
+    assert view(prompts, prompts.image_groups()).sample_keys() == [text + 1000, text + 3000]
 
 
 def test_beams_have_the_keys_of_their_prompt():
