@@ -112,13 +112,13 @@ def test_what_runs_outside_of_an_encode_call_is_not_recorded():
 
 def test_a_call_that_fails_leaves_nothing_behind():
     with recording(ClsAttention((0,))) as recorder:
-        encode(recorder, pixels(1))
+        output = encode(recorder, pixels(1))
+        assert recorder.encoding("image", output).inputs is not None
         broken = recorder.adapter.projector.register_forward_pre_hook(lambda module, args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             encode(recorder, pixels(2))
         broken.remove()
-        output = SimpleNamespace(pooler_output=torch.zeros(1, WHOLE, 32), last_hidden_state=None)
-        assert recorder.encoding("image", output).inputs is None
+        assert recorder.encoding("image", output).inputs is None, "what came before is not the last call any more"
         encode(recorder, pixels(1))
         assert recorder.encoding("image", None).tokens == WHOLE
 
