@@ -107,7 +107,8 @@ def test_what_runs_outside_of_an_encode_call_is_not_recorded():
         encode(recorder, pixels(1))
         found = recorder.encoding("image", None)
         recorder.adapter.vision_tower()(pixels(3))
-        assert found.outputs[1].shape[0] == 1
+        recorder.adapter.projector(torch.zeros(3, WHOLE, 32))
+        assert found.outputs[1].shape[0] == found.projector_input.shape[0] == 1
 
 
 def test_a_call_that_fails_leaves_nothing_behind():
@@ -164,6 +165,13 @@ def test_repeated_and_moved_features_are_those_that_were_recorded():
         repeated = [part for part in output.pooler_output for copy in range(2)]
         for features in (repeated, torch.stack(list(output.pooler_output)).double()):
             assert recorder.encoding("image", handed(features, output.last_hidden_state)) is found
+
+
+def test_other_features_are_not_taken_for_those_that_were_recorded():
+    with recording() as recorder:
+        encode(recorder, pixels(2))
+        for width in (32, 16):
+            assert recorder.encoding("image", handed(torch.zeros(2, WHOLE, width))).inputs is None
 
 
 def test_a_part_of_the_features_is_refused():
