@@ -266,14 +266,12 @@ class RevivalStage(ThreadAware[_Following]):
         back = step.revived.shape[1]
         step.chosen = self._chosen(i)
         layer = step.layers[i]
-        there = layer.slots.columns
-        prunable = step.table.look_up(step.table.prunable, there, False)
-        present = spread_columns(step.table.places(there), prunable, step.chosen.shape[1])
         columns, states = step.revived, hidden[:, :back]
         if layer.stored is not None:
             columns = torch.cat([columns, layer.stored.columns], 1)
             states = torch.cat([states, layer.stored.hidden.to(states)], 1)
-        wanted = step.table.look_up(step.chosen & ~present, columns, False)
+        # No key of these is in the layer's cache: a token that gets past a cut is not stored there any more.
+        wanted = step.table.look_up(step.chosen, columns, False)
         returning, left = (_gathered(states, columns, which) for which in (wanted, (columns >= 0) & ~wanted))
         layer.stored = left
         step.revived = columns[:, :0] if returning is None else returning.columns
