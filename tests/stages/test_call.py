@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vtprune.stages.cutting import cut_sequence
 from vtprune.tokens import Selection
 
-from .hand_made import DEPTH, call_of, empty_cache, encoding, fill, numbered, row_of
+from .hand_made import DEPTH, call_of, empty_cache, encoding, fill, numbered, row_of, with_newlines
 
 PROMPTS = ("..tiit", "titiii")
 
@@ -33,6 +33,12 @@ def test_groups_are_crops_images_or_samples():
     assert prompts.image_groups().images.tolist() == [0, 1, 2] and prompts.image_groups().rows.tolist() == [0, 1, 1]
     samples = prompts.sample_groups()
     assert samples.columns.tolist() == [[3, 4, 0, 0], [1, 3, 4, 5]] and samples.images.tolist() == [-1, -1]
+
+
+def test_separators_are_in_no_group():
+    prompts = call_of("tiiiiiit", encodings=[encoding(with_newlines(2, 2))])
+    for groups in (prompts.crop_groups(), prompts.image_groups(), prompts.sample_groups()):
+        assert groups.columns.tolist() == [[1, 2, 4, 5]]
 
 
 def test_after_a_cut_groups_are_of_what_is_left():
