@@ -238,26 +238,32 @@ def test_the_method_is_shown_all_tokens_that_the_layer_before_could_see(decoder)
     torch.testing.assert_close(second.features[0, 2], generation.cache.layers[2].inner.keys[0, :, 5].flatten())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading(Script):
+    """It keeps the last tokens."""
+
+    def select(self, tokens):
+        self.read.append(tokens[LastQueryAttention(tokens.layer - 1)])
+        places = torch.arange(tokens.valid.shape[1])
+        return Selection(tokens.valid & (places >= (tokens.lengths - tokens.budget)[:, None]))
+
+
 def test_attention_is_that_of_the_last_new_token(decoder):
-    signals = (LastQueryAttention(0), LastQueryAttention(2))
-
-    @dataclass(frozen=True, kw_only=True)
-    class Reading(Script):
-        def select(self, tokens):
-            self.read.append(tokens[LastQueryAttention(tokens.layer - 1)])
-            return Selection(tokens.valid & (torch.arange(tokens.valid.shape[1]) < tokens.budget[:, None]))
-
-    method = Reading(requests=signals)
+    """Of two; before the second cut column 4 stands in front of them, and column 1 is hidden."""
+    method = Reading(requests=(LastQueryAttention(0), LastQueryAttention(2)))
     generation = Generation(decoder, method, ["tiiiit"], [4], ([[1, 2, 3]], [[2]]))
     generation.step(torch.cat([-NEW, NEW], 1))
-    layer = decoder.layers[0]
-    query = layer.self_attn.q_proj(layer.input_layernorm(NEW)).view(1, 1, 2, 4).transpose(1, 2)
-    query, _ = apply_rotary_pos_emb(query, query, *decoder.rotary_emb(NEW, torch.tensor([[7]])))
-    keys = generation.cache.layers[0].inner.keys
-    weights = (query @ keys.mT * 4**-0.5).softmax(-1)[:, :, 0]
-    assert keys.shape[2] == 8
-    torch.testing.assert_close(method.read[0], weights[..., 1:5], atol=1e-6, rtol=1e-5)
-    assert method.read[1].shape == (1, 2, 3)
+    assert generation.slots[2] == [[0, 1, 2, 3, 5, 4, 6, 7]]
+    for (index, hidden_slots, visual_slots), read in zip(
+        ((0, [], [1, 2, 3, 4]), (2, [1], [2, 3, 5])), method.read, strict=True
+    ):
+        layer, keys = decoder.layers[index], generation.cache.layers[index].inner.keys
+        states = layer.input_layernorm(generation.inputs[index][0][:, -1:])
+        query = layer.self_attn.q_proj(states).view(1, 1, 2, 4).transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, *decoder.rotary_emb(NEW, torch.tensor([[7]])))
+        scores = query @ keys.mT * 4**-0.5
+        scores[..., hidden_slots] = -torch.inf
+        torch.testing.assert_close(read, scores.softmax(-1)[:, :, 0, visual_slots], atol=1e-6, rtol=1e-5)
 
 
 def two_samples(decoder, *keeps, **fields):
@@ -276,6 +282,15 @@ def test_samples_choose_by_themselves(decoder):
     assert generation.seen(1, 1)[1] == [1, 3, 4, 5, 6]
     generation.step(NEW.expand(2, -1, -1), torch.tensor([[1] * 8, [0] + [1] * 7]))
     assert generation.slots[1][1] == [-1, 1, 3, 4, 5, -1, 6, 7]
+
+
+def test_what_one_sample_gets_back_another_does_not(decoder):
+    method = Script(keeps=(([1, 2], [0, 1]), ([0], [0])))
+    passed = ([[1, 2], [1, 2]], [[1], [1]])
+    generation = Generation(decoder, method, ["tiiitt", "tiiitt"], [3, 3], passed)
+    generation.step(NEW.expand(2, -1, -1))
+    assert generation.slots[1] == [[0, 1, 2, 4, 5, 3, 6], [0, 1, 2, 4, 5, -1, 6]]
+    assert generation.cache.layers[1].stored.columns.tolist() == [[-1], [3]]
 
 
 def test_padding_among_new_tokens_is_seen_by_none(decoder):
