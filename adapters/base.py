@@ -179,6 +179,11 @@ class Adapter(ABC):
         return False
 
     @property
+    def has_clip_tower(self) -> bool:
+        """Whether the vision encoder is a CLIP's, whose features compare with those of the CLIP's text tower."""
+        return self.vision_config.model_type == "clip_vision_model"
+
+    @property
     def shape(self) -> ModelShape:
         """Depths, which layer the projector reads (the config's `vision_feature_layer`, or the last), and `has_cls`."""
         depth = len(self.encoder_layers())

@@ -65,7 +65,7 @@ def test_the_example_adapter_prunes():
 
 
 def tiny_vipllava():
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2)
     config = VipLlavaConfig(
         vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8),
         text_config=LlamaConfig(**small, vocab_size=32, pad_token_id=0, eos_token_id=None),

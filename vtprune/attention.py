@@ -111,8 +111,8 @@ class RowContext:
         near = columns > rows[..., None] - (n if self.window is None else self.window)
         if self.blocks is not None:
             blocks = self.blocks.to(rows.device)
-            own = blocks.gather(1, rows)[..., None]
-            together = (blocks[:, None] == own) & (own >= 0)
+            block = blocks.gather(1, rows)[..., None]
+            together = (blocks[:, None] == block) & (block >= 0)
             seen = (seen | together) & near if self.window_cuts_blocks else (seen & near) | together
         else:
             seen &= near

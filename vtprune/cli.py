@@ -75,8 +75,8 @@ def evaluate(
     results = run(settings, Console(stderr=True))
     if not results:  # another process has them
         return
-    for own in studies(results).values():
-        console.print(terminal_table(own))
+    for study in studies(results).values():
+        console.print(terminal_table(study))
     console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
 
 

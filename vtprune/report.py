@@ -100,7 +100,9 @@ class Report:
 
     def _by_layer(self, columns: list[tuple[Tensor, ...]]) -> Tensor:
         ranges = zip(self.layer_ranges, columns, strict=True)
-        return torch.cat([torch.tensor([*map(len, own)])[:, None].expand(-1, s.end - s.start) for s, own in ranges], 1)
+        return torch.cat(
+            [torch.tensor([*map(len, alive)])[:, None].expand(-1, s.end - s.start) for s, alive in ranges], 1
+        )
 
     @property
     def original_tokens(self) -> list[int]:

@@ -107,7 +107,7 @@ def draw_clip(rng: np.random.RandomState, split: str, family: str) -> Clip:
     movers = min(movers, count - 1)
     paths = None
     while paths is None:
-        seen = _stretches(rng, family, count, movers)
+        seen = _appearances(rng, family, count, movers)
         directions = [DIRECTIONS[list(DIRECTIONS)[i]] for i in rng.permutation(4)[:movers]]
         paths = _place(rng, seen, directions + [(0, 0)] * (count - movers))
     values = rng.permutation(10)[:count]
@@ -134,21 +134,21 @@ def third_of(start: int, end: int) -> int | None:
     return first if first == last else None
 
 
-def _stretches(rng, family: str, count: int, movers: int) -> list[tuple[int, int]]:
+def _appearances(rng, family: str, count: int, movers: int) -> list[tuple[int, int]]:
     """Start and end of each digit; those that move, which come first, are seen all the time, but for "order"."""
     if family == "order":
         return _ordered(rng, count)
     seen = [(0, TICKS)] * movers
     while len(seen) < count:
-        stretch = _stretch(rng)
-        if family != "third" or third_of(*stretch) is None:  # by chance it would mostly be the first third
-            seen.append(stretch)
+        appearance = _appearance(rng)
+        if family != "third" or third_of(*appearance) is None:  # by chance it would mostly be the first third
+            seen.append(appearance)
     if family == "third":
         seen[-1] = _within_third(rng)
     return seen
 
 
-def _stretch(rng) -> tuple[int, int]:
+def _appearance(rng) -> tuple[int, int]:
     """Start and end: the whole clip, or appearing, or vanishing, or both."""
     start = rng.randint(1, _LATEST + 1) if rng.randint(2) else 0
     return start, _end(rng, start)

@@ -35,6 +35,7 @@ PLAIN = {
     "random": "#8a8a8a",
     "uniform": "#6b6b6b",
     "uniform_frames": "#9c9c9c",
+    "block": "#7a7a7a",
     "pool": "#a8a8a8",
     "downsample": "#4d4d4d",
 }

@@ -21,11 +21,14 @@ METHODS = ("random", "divprune", "mmtok", "pool", "vtc_cls", "fastv", "transprun
 def every_cell(name: str, *, cls_token: bool):
     """Parametrises `media`, `method`, `attention` and `positions` over what the family `name` can do."""
     methods = [method for method in METHODS if cls_token or method != "vtc_cls"]
-    both = [("sdpa", "compact"), ("eager", "original")]
-    cells = [(media, method, *pair) for media in families.MEDIA[name] for method in methods for pair in both]
-    return pytest.mark.parametrize(
-        ("media", "method", "attention", "positions"), cells, ids=["-".join(cell) for cell in cells]
-    )
+    cells = [
+        pytest.param(media, method, *pair, marks=marks, id="-".join((media, method, *pair)))
+        for media in families.MEDIA[name]
+        for method in methods
+        # The matrix has the other pairs.
+        for pair, marks in ((("sdpa", "compact"), []), (("eager", "original"), [pytest.mark.slow]))
+    ]
+    return pytest.mark.parametrize(("media", "method", "attention", "positions"), cells)
 
 
 def generate(model, batch: families.Batch):

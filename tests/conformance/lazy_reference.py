@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtprune.testing.attention import eager
 from vtprune.testing.recompute import layer_kind, look, prompt_blocks, prompt_positions
 
 
@@ -25,12 +26,18 @@ class Lazy(NamedTuple):
     """how often a token was computed in a layer in a later step than it came to its first"""
 
 
+def cuts_of(report, sample: int = 0, separators: int = 0) -> dict[int, int]:
+    """`cuts` of a sample, as a report gives the counts; separators: newline tokens of the sample, which never go."""
+    counts = report.counts[sample].tolist()
+    return {layer: n - separators for layer, n in enumerate(counts) if layer and n < counts[layer - 1]}
+
+
 @torch.no_grad()
 def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: dict[int, int]) -> Lazy:
     """What generation has to compute if, before each layer of `cuts`, so many visual tokens as it says are let through:
     those of the largest attention of the step's last token in the layer before, mean over heads.
 
-    model: with eager attention. inputs: a single prompt without padding. generated: (new tokens,).
+    inputs: a single prompt without padding. generated: (new tokens,).
     """
     decoder = model.get_decoder()
     assert all(layer_kind(decoder.config, index) == "full_attention" for index in range(len(decoder.layers)))
@@ -51,28 +58,29 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
     parked: dict[int, dict[int, Tensor]] = {cut: {} for cut in cuts}
     logits, revived = [], 0
 
-    for step in range(len(generated) + 1):
-        new = list(range(length)) if step == 0 else [length + step - 1]
-        flow = {column: embedded[column] for column in new}
-        seen, weights = sorted(visual), {}
-        for index, layer in enumerate(decoder.layers):
-            if index in cuts:
-                seen = sorted(seen, key=lambda column: -weights[column])[: cuts[index]]
-                pool = parked[index] | {column: state for column, state in flow.items() if column in visual}
-                go = {column: state for column, state in pool.items() if column in seen}
-                parked[index] = {column: state for column, state in pool.items() if column not in seen}
-                flow = {column: state for column, state in flow.items() if column not in visual} | go
-            revived += len(visual.intersection(flow)) if step else 0
-            entered[index] |= flow
-            context = sorted(column for column in entered[index] if column not in visual or column in seen)
-            places = torch.tensor(context)
-            states = torch.stack([entered[index][column] for column in context])
-            states, rows = _run(decoder, layer, states, positions[..., places], blocks[places])
-            weights = dict(zip(context, rows[:, context.index(new[-1])].mean(0).tolist(), strict=True))
-            flow = {column: states[context.index(column)] for column in flow}
-            if index < len(deepstack):
-                flow = {column: state + deepstack[index][column] for column, state in flow.items()}
-        logits.append(model.lm_head(decoder.norm(flow[new[-1]])))
+    with eager(model):  # whose layers return their weights
+        for step in range(len(generated) + 1):
+            new = list(range(length)) if step == 0 else [length + step - 1]
+            flow = {column: embedded[column] for column in new}
+            seen, weights = sorted(visual), {}
+            for index, layer in enumerate(decoder.layers):
+                if index in cuts:
+                    seen = sorted(seen, key=lambda column: -weights[column])[: cuts[index]]
+                    pool = parked[index] | {column: state for column, state in flow.items() if column in visual}
+                    go = {column: state for column, state in pool.items() if column in seen}
+                    parked[index] = {column: state for column, state in pool.items() if column not in seen}
+                    flow = {column: state for column, state in flow.items() if column not in visual} | go
+                revived += len(visual.intersection(flow)) if step else 0
+                entered[index] |= flow
+                context = sorted(column for column in entered[index] if column not in visual or column in seen)
+                places = torch.tensor(context)
+                states = torch.stack([entered[index][column] for column in context])
+                states, rows = _run(decoder, layer, states, positions[..., places], blocks[places])
+                weights = dict(zip(context, rows[:, context.index(new[-1])].mean(0).tolist(), strict=True))
+                flow = {column: states[context.index(column)] for column in flow}
+                if index < len(deepstack):
+                    flow = {column: state + deepstack[index][column] for column, state in flow.items()}
+            logits.append(model.lm_head(decoder.norm(flow[new[-1]])))
     return Lazy(torch.stack(logits), [sorted(visual.intersection(known)) for known in entered], revived)
 
 

@@ -3,78 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import vtprune
-from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 
 from . import text_models
+from .methods import METHODS, Spec, spec
 
-BUDGET = {"keep_ratio": 0.3}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "zero": {},
-    # Where merged features are plain means, the recompute can make them from what was merged.
-    "holitom": BUDGET | {"centre_weight": None, "inner_share": 1.0},
-    "fastvid": BUDGET | {"anchor_weight": None, "anchor_period": 100},
-    "aim": {"keep_ratio": 0.4},  # one round of merging
-    "adaptive_pool": BUDGET | {"overlap": False},
-    "recoverable": BUDGET | {"gather": False},
-    "sparsevlm": BUDGET | {"recycle": 0.0},  # what it merges, it merges between layers
-    "bvllm_merge": {"keep_ratio": 0.6, "threshold": 1.0},
-}
-"""Methods that are given something else than the budget of all others alone."""
-
-# What the library itself brings: a test may have registered more.
-_OWN = [
-    name
-    for name, cls in vtprune.list_methods().items()
-    if cls.__module__.startswith("vtprune.methods") and not issubclass(cls, InLayers)  # see tests/encoders
-]
-METHODS: dict[str, list[dict[str, Any]]] = {name: [{"name": name} | SETTINGS.get(name, BUDGET)] for name in _OWN}
-METHODS["divprune + transprune"] = [{"name": "divprune", "keep_ratio": 0.6}, {"name": "transprune", "keep_ratio": 0.5}]
-METHODS["holitom + transprune"] = [
-    METHODS["holitom"][0] | {"keep_ratio": 0.6},
-    {"name": "transprune", "keep_ratio": 0.5},
-]
-MERGING = {
-    "pool",
-    "visionzip",
-    "fastvid",
-    "holitom",
-    "holitom + transprune",
-    "aim",
-    "progressive_pooling",
-    "adaptive_pool",
-    "bvllm_merge",
-}
-"""What averages features, so that a recompute has to average, too."""
-COMPACT_ONCE = {"aim"}
-"""What keeps positions inside the LLM however they were renumbered before it."""
-REVIVING = {"lazyllm"}
-"""What chooses again while decoding, with original positions only, and what must be refused where a decoder layer has a
-sliding window."""
-NEEDS_CLS = {"vtc_cls", "token_correlation", "glsim", "mustdrop"}
-"""What must be refused where the encoder has no CLS token; nothing else may be refused anywhere."""
 CELLS = [(name, media, method) for name in families.NAMES for media in families.MEDIA[name] for method in METHODS]
 
 
-def spec(method: str, **fields) -> list[dict[str, Any]]:
-    """The method (list) of a column, with fields such as `positions` set for all its parts."""
-    if method in REVIVING:
-        fields.pop("positions", None)
-    return [part | fields for part in METHODS[method]]
-
-
-def keep_everything(method: str) -> list[dict[str, Any]]:
-    return [part | {"keep_ratio": 1.0} for part in METHODS[method]]
-
-
-def refusal(model, methods: list[dict[str, Any]]) -> str | None:
+def refusal(model, methods: Spec) -> str | None:
     """Why a session with these methods cannot even be made; None if it can."""
     try:
         vtprune.prune(model, methods)
-    except (vtprune.UnsupportedModelError, vtprune.UnsupportedStageError, vtprune.BudgetError) as error:
+    except (vtprune.UnsupportedModelError, vtprune.UnsupportedStageError) as error:
         return str(error)
     return None
 

@@ -7,14 +7,12 @@ import torch
 import vtprune
 
 from . import models
-from .methods import SPECS, keep_everything, on_every_model
+from .methods import every_method, every_method_and_model, keep_everything
 from .models import batch_of_three
 from .reference import generate
 
-KEEPING = [name for name in SPECS if name != "zero"]
 
-
-@on_every_model(*KEEPING)
+@every_method_and_model()
 def test_generation_is_bit_identical(model_name, name):
     model = models.shared(model_name)
     inputs = batch_of_three(model).inputs()
@@ -28,7 +26,7 @@ def test_generation_is_bit_identical(model_name, name):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("name", KEEPING)
+@every_method()
 def test_forward_is_bit_identical(name, padding_side, attention):
     model = models.shared("gqa", attention)
     inputs = batch_of_three(model).inputs(padding_side)
@@ -38,7 +36,7 @@ def test_forward_is_bit_identical(name, padding_side, attention):
         assert torch.equal(model(**inputs, use_cache=False).logits, plain)
 
 
-@pytest.mark.parametrize("name", KEEPING)
+@every_method()
 def test_sampling_is_identical_under_the_same_seed(gqa, name):
     inputs = batch_of_three(gqa).inputs()
     torch.manual_seed(5)

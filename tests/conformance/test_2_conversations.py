@@ -8,14 +8,14 @@ import vtprune
 from vtprune.transformers_private import CACHE
 
 from . import models
-from .methods import MERGING, SPECS, spec
+from .methods import EVERY, every_method, evicts, numbered, revives, spec
 from .models import IMAGE_TOKEN, Prompts, prompts
-from .reference import ATOL, depth, generate, kept_columns, recompute
+from .reference import ATOL, cached_columns, depth, generate, kept_columns, recompute
 
 pytestmark = pytest.mark.release
 
 # In-LLM methods choose anew among the second turn's visual tokens; compositions are covered by their parts.
-ONE_PART = [name for name in SPECS if "+" not in name]
+ONE_METHOD = [name for name in EVERY if "+" not in name]
 
 
 def second_turn(model, first, batch: Prompts, layout: str) -> tuple[dict, Prompts]:
@@ -35,14 +35,21 @@ def second_turn(model, first, batch: Prompts, layout: str) -> tuple[dict, Prompt
     return inputs, whole
 
 
-def check_second_turn(model, whole: Prompts, kept, output, positions, sources=None):
+def check_second_turn(model, whole: Prompts, kept, output, positions, sources=None, cached=None, prompts=None):
+    """prompts: lengths of what counts as each sample's prompt, to which `cached` is compared; default all."""
     start = output.sequences.shape[1] - len(output.logits)
-    for sample, prompt in enumerate(whole.ids):
+    for sample, conversation in enumerate(whole.ids):
         generated = output.sequences[sample, start:]
-        ids = torch.cat([prompt, generated[:-1]])
-        expected = recompute(model, ids, whole.images[sample], kept[sample], positions, sources and sources[sample])[
-            len(prompt) - 1 :
-        ]
+        expected = recompute(
+            model,
+            torch.cat([conversation, generated[:-1]]),
+            whole.images[sample],
+            kept[sample],
+            positions,
+            sources and sources[sample],
+            cached and cached[sample],
+            prompt=prompts[sample] if prompts else len(conversation),
+        )[len(conversation) - 1 :]
         torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
 
 
@@ -53,28 +60,32 @@ THREE = ("tItttt", "ttIttItttttt", "tttIttttttttt")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layouts", [ONE, THREE], ids=["one", "batch"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", SPECS)
+@every_method(without=revives)  # tests/conformance/test_decode.py has their second turn
 def test_second_turn_of_text(name, positions, layouts, attention):
     model = models.shared("gqa", attention)
     batch = prompts(model, *layouts)
-    with vtprune.prune(model, spec(name, positions=positions)) as session:
+    methods = spec(name, positions=positions)
+    with vtprune.prune(model, methods) as session:
         first = generate(model, batch.inputs(), new_tokens=4)
-        kept = [kept_columns(session.report, batch, sample, depth(model)) for sample in range(len(batch))]
-        merged = name in MERGING
-        sources = [session.report.sources(sample, 0) for sample in range(len(batch))] if merged else None
+        report, samples = session.report, range(len(batch))
+        kept = [kept_columns(report, batch, sample, depth(model)) for sample in samples]
+        cached = [cached_columns(report, batch, sample, depth(model)) for sample in samples]
+        sources = [report.sources(sample, 0) for sample in samples]
         inputs, whole = second_turn(model, first, batch, "tttt")
         second = generate(model, inputs, new_tokens=5, **{CACHE: first[CACHE]})
-    check_second_turn(model, whole, kept, second, positions, sources)
+    lengths = [*map(len, batch.ids)]
+    check_second_turn(model, whole, kept, second, numbered(methods), sources, cached, lengths)
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", [name for name in ONE_PART if name not in MERGING])
 @pytest.mark.parametrize("layouts", [ONE, THREE], ids=["one", "batch"])
+@every_method(names=ONE_METHOD, without=lambda name: revives(name) or evicts(name))  # which recompute has one turn only
 def test_second_turn_with_another_image(gqa, layouts, name, positions):
-    batch = prompts(gqa, *layouts)
-    with vtprune.prune(gqa, spec(name, positions=positions)) as session:
+    batch, methods = prompts(gqa, *layouts), spec(name, positions=positions)
+    with vtprune.prune(gqa, methods) as session:
         first = generate(gqa, batch.inputs(), new_tokens=4)
         kept = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
+        sources = [session.report.sources(sample, 0) for sample in range(len(batch))]
         inputs, whole = second_turn(gqa, first, batch, "ttItt")
         second = generate(gqa, inputs, new_tokens=5, **{CACHE: first[CACHE]})
         again = [kept_columns(session.report, batch, sample, depth(gqa)) for sample in range(len(batch))]
@@ -86,8 +97,11 @@ def test_second_turn_with_another_image(gqa, layouts, name, positions):
             assert len(new) == session.report.counts[sample, layer]
             assert (inputs["input_ids"][sample, new + batch.first_column(sample)] == IMAGE_TOKEN).all()
             assert (new < columns).all()
+            if layer == 0:
+                into = session.report.sources(sample, 0)
+                sources[sample] = torch.cat([sources[sample], into + len(kept[sample][0]) * (into >= 0)])
             kept[sample][layer] = torch.cat([kept[sample][layer], new])
-    check_second_turn(gqa, whole, kept, second, positions)
+    check_second_turn(gqa, whole, kept, second, numbered(methods), sources)
 
 
 def test_a_cache_that_was_not_pruned_can_be_continued(gqa):

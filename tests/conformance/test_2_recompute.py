@@ -8,16 +8,26 @@ import vtprune
 from vtprune.transformers_private import CACHE
 
 from . import models
-from .methods import IN_LLM, MERGING, SPECS, on_every_model, spec
+from .methods import every_method, every_method_and_model, evicts, numbered, revives, spec
 from .models import IMAGE_TOKEN, Prompts, batch_of_three, prompts
-from .reference import ATOL, assert_recomputed, depth, expected_steps, generate, kept_columns, recompute
+from .reference import (
+    ATOL,
+    assert_method_recomputed,
+    assert_recomputed,
+    cached_columns,
+    depth,
+    expected_steps,
+    generate,
+    kept_columns,
+    recompute,
+)
 
 POSITIONS = ("original", "compact")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", POSITIONS)
-@on_every_model()
+@every_method_and_model()
 def test_batched_generation_equals_recompute(model_name, name, positions, attention):
     model = models.shared(model_name, attention)
     batch = batch_of_three(model)
@@ -26,24 +36,24 @@ def test_batched_generation_equals_recompute(model_name, name, positions, attent
     counts = session.report.counts
     assert counts.shape == (3, depth(model))
     assert (counts[:, -1] < torch.tensor([1, 2, 1]) * models.tokens_per_image(model)).all()
-    assert_recomputed(model, batch, session.report, output, positions, merged=name in MERGING)
+    assert_method_recomputed(model, batch, session.report, output, name, positions)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", ["uniform", "zero", "fastv", "transprune-ttv", "vtc_cls+fastv"])
+@every_method()
 def test_one_sample_without_padding(name, positions, attention):
     """No padding: masks are None, another path through the model."""
     model = models.shared("gqa", attention)
     batch = prompts(model, "ttIttttIttt")
     with vtprune.prune(model, spec(name, positions=positions)) as session:
         output = generate(model, batch.inputs())
-    assert_recomputed(model, batch, session.report, output, positions)
+    assert_method_recomputed(model, batch, session.report, output, name, positions)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both", "vtc_cls+fastv"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune", "vtc_cls+fastv"])
 def test_without_a_mask(gqa, name, positions, use_cache):
     """With neither mask nor cache transformers takes gaps in the positions for packed sequences."""
     batch = prompts(gqa, "ttIttttIttt")
@@ -72,7 +82,7 @@ def test_prompt_that_ends_with_the_image(gqa, name, positions):
         torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("second", ["fastv", "transprune-both"])
+@pytest.mark.parametrize("second", ["fastv", "transprune"])
 def test_compact_before_the_llm_then_original_inside_it(mha, second):
     """Each method of a list has positions of its own: the first renumbers, the second leaves that numbering alone."""
     methods = spec("vtc_cls", positions="compact") + spec(second, positions="original")
@@ -85,7 +95,7 @@ def test_compact_before_the_llm_then_original_inside_it(mha, second):
 def test_the_comparison_can_fail(mha):
     """Wrong positions, one wrong token, one layer off: each moves logits far beyond the tolerance."""
     batch = prompts(mha, "tIttttt")
-    with vtprune.prune(mha, spec("fastv", positions="original")) as session:
+    with vtprune.prune(mha, spec("fastv", positions="original", layer=2)) as session:
         output = generate(mha, batch.inputs())
     ids = torch.cat([batch.ids[0], output.sequences[0, len(batch.ids[0]) : -1]])
     kept = kept_columns(session.report, batch, 0, depth(mha))
@@ -103,18 +113,19 @@ def test_the_comparison_can_fail(mha):
     assert error([kept[0], *kept[2:], kept[-1]]) > 100 * ATOL
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method(without=evicts)  # from a cache
 def test_without_a_cache_every_forward_equals_recompute(name):
     """`use_cache=False`: each step is a prefill of its own, with a report of its own."""
     pruned, plain = models.build("gqa"), models.shared("gqa")
     batch = batch_of_three(plain)
     inputs = batch.inputs()
-    with vtprune.prune(pruned, spec(name, positions="original")) as session:
+    methods = spec(name, positions="original")
+    with vtprune.prune(pruned, methods) as session:
         for _ in range(3):
             logits = pruned(**inputs, use_cache=False).logits[:, -1]
             for sample in range(len(batch)):
                 kept = kept_columns(session.report, batch, sample, depth(plain))
-                sources = session.report.sources(sample, 0) if name in MERGING else None
+                sources = session.report.sources(sample, 0)
                 ids = inputs["input_ids"][sample, batch.first_column(sample) :]
                 expected = recompute(plain, ids, batch.images[sample], kept, "original", sources)[-1]
                 torch.testing.assert_close(logits[sample], expected, atol=ATOL, rtol=0)
@@ -123,7 +134,7 @@ def test_without_a_cache_every_forward_equals_recompute(name):
             inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(len(batch), 1).long()], 1)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method(without=lambda name: revives(name) or evicts(name))  # which need one
 def test_generation_without_a_cache_equals_generation_with_one(gqa, name):
     """generate() then sends the growing sequence each time; what its first call chose holds for the whole answer."""
     inputs = batch_of_three(gqa).inputs()
@@ -134,41 +145,42 @@ def test_generation_without_a_cache_equals_generation_with_one(gqa, name):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_sampling(gqa, name, positions):
     batch = batch_of_three(gqa)
     with vtprune.prune(gqa, spec(name, positions=positions)) as session:
         torch.manual_seed(11)
         output = generate(gqa, batch.inputs(), do_sample=True, temperature=1.5)
     length = max(map(len, batch.ids))
+    numbers = "original" if revives(name) else numbered(spec(name, positions=positions))
     for sample in range(len(batch)):
         generated = output.sequences[sample, length:]
-        expected = expected_steps(gqa, batch, session.report, sample, generated, positions, merged=name in MERGING)
+        expected = expected_steps(gqa, batch, session.report, sample, generated, numbers, revives=revives(name))
         torch.testing.assert_close(torch.stack(output.logits, 1)[sample], expected, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", ["vtc_cls", "mmtok", "pool", "zero", *IN_LLM, "vtc_cls+fastv"])
+@every_method(without=revives)  # tests/conformance/test_decode.py has their beams
 def test_beam_search(gqa, name, positions):
     """The cache is reordered between steps; the winner's score is the recomputed log-likelihood of its tokens."""
     batch = batch_of_three(gqa)
     with vtprune.prune(gqa, spec(name, positions=positions)) as session:
-        greedy = generate(gqa, batch.inputs())
         beams = generate(gqa, batch.inputs(), num_beams=3, output_scores=True, length_penalty=0.0)
-    assert not torch.equal(greedy.sequences, beams.sequences)
+    numbers = numbered(spec(name, positions=positions))
     assert len(session.report.counts) == len(batch), "a sample stands for all its beams"
     length = max(map(len, batch.ids))
     for sample in range(len(batch)):
         generated = beams.sequences[sample, length:]
         ids = torch.cat([batch.ids[sample], generated[:-1]])
         kept = kept_columns(session.report, batch, sample, depth(gqa))
-        sources = session.report.sources(sample, 0) if name in MERGING else None
-        logits = recompute(gqa, ids, batch.images[sample], kept, positions, sources)
+        cached = cached_columns(session.report, batch, sample, depth(gqa))
+        sources, prompt = session.report.sources(sample, 0), len(batch.ids[sample])
+        logits = recompute(gqa, ids, batch.images[sample], kept, numbers, sources, cached, prompt=prompt)
         expected = logits[-len(generated) :].log_softmax(-1).gather(1, generated[:, None]).sum()
         torch.testing.assert_close(beams.sequences_scores[sample], expected, atol=10 * ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "mmtok", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "mmtok", "fastv", "transprune"])
 def test_beam_search_without_a_cache(gqa, name):
     inputs = batch_of_three(gqa).inputs()
     options = dict(num_beams=3, output_scores=True)
@@ -178,7 +190,7 @@ def test_beam_search_without_a_cache(gqa, name):
     torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, atol=10 * ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune"])
 def test_several_sequences_of_each_prompt(gqa, name):
     batch = batch_of_three(gqa)
     with vtprune.prune(gqa, spec(name, positions="compact")) as session:
@@ -193,7 +205,7 @@ def test_several_sequences_of_each_prompt(gqa, name):
         torch.testing.assert_close(torch.stack(output.logits, 1)[row], expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune"])
 def test_prompt_lookup_decoding_equals_greedy(gqa, name):
     """Speculative decoding feeds several tokens at once and crops the cache when a guess was wrong."""
     inputs = prompts(gqa, "ttIttttttt").inputs()
@@ -215,12 +227,13 @@ def continue_by_hand(model, batch: Prompts, steps: int, forced: int | None = Non
 
 
 def assert_by_hand(model, batch: Prompts, kept, ids, logits):
-    expected = recompute(model, torch.cat([batch.ids[0], ids[:-1]]), batch.images[0], kept, "original")
+    prompt = batch.ids[0]
+    expected = recompute(model, torch.cat([prompt, ids[:-1]]), batch.images[0], kept, "original", prompt=len(prompt))
     torch.testing.assert_close(logits, expected[len(batch.ids[0]) - 1 :], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("forced", [None, IMAGE_TOKEN], ids=["greedy", "image-token"])
-@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune"])
 def test_step_by_step_by_hand(gqa, name, forced):
     """Calls on a cache; an image token that the model itself generates is text."""
     batch = prompts(gqa, "ttIttt")
@@ -229,7 +242,7 @@ def test_step_by_step_by_hand(gqa, name, forced):
     assert_by_hand(gqa, batch, kept_columns(session.report, batch, 0, depth(gqa)), ids, logits)
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune"])
 def test_two_generations_that_take_turns(gqa, name):
     """What a generation needs to go on belongs to its cache, not to the session."""
     batches = [prompts(gqa, "ttIttt", seed=1), prompts(gqa, "tItIttttt", seed=2)]

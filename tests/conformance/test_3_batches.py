@@ -7,15 +7,15 @@ import torch
 import vtprune
 
 from . import models
-from .methods import MERGING, SPECS, on_every_model, spec
+from .methods import every_method, every_method_and_model, spec
 from .models import IMAGE_TOKEN, batch_of_three, prompts
-from .reference import ATOL, assert_recomputed, depth, generate, kept_columns, recompute
+from .reference import ATOL, assert_method_recomputed, depth, generate, kept_columns, recompute
 
 pytestmark = pytest.mark.release
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@on_every_model()
+@every_method_and_model()
 def test_padded_batch(model_name, name, padding_side):
     """Right padding, too: a pruned call drops padding, so that generation goes on from the last real token."""
     model = models.shared(model_name)
@@ -38,7 +38,7 @@ def test_padded_batch(model_name, name, padding_side):
     "layouts", [("tItttt", "ttIttItttttt"), ("tItttt", "t" * 90)], ids=["images", "longest-has-none"]
 )
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_padded_forward(gqa, name, padding_side, layouts):
     """Logits of all surviving columns, in place, for scoring; also where the batch gets no shorter."""
     batch = prompts(gqa, *layouts)
@@ -47,7 +47,7 @@ def test_padded_forward(gqa, name, padding_side, layouts):
     assert logits.shape[:2] == batch.inputs()["input_ids"].shape
     for sample, ids in enumerate(batch.ids):
         kept = kept_columns(session.report, batch, sample, depth(gqa), padding_side)
-        sources = session.report.sources(sample, 0) if name in MERGING else None
+        sources = session.report.sources(sample, 0)
         expected = recompute(gqa, ids, batch.images[sample], kept, "original", sources)
         alive = ~expected.isnan().any(-1)
         first = batch.first_column(sample, padding_side)
@@ -56,7 +56,7 @@ def test_padded_forward(gqa, name, padding_side, layouts):
 
 
 @pytest.mark.parametrize("longest", [15, 90])
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_samples_with_and_without_images(gqa, name, longest):
     """Also where the longest sample has no image, so that the batch gets no shorter."""
     batch = prompts(gqa, "ttItttt", "tttt", "t" * longest, "tItIttt")
@@ -64,7 +64,7 @@ def test_samples_with_and_without_images(gqa, name, longest):
         output = generate(gqa, batch.inputs())
     assert session.report.counts[1:3].sum() == 0
     assert all(len(session.report.kept(1, layer)) == 0 for layer in range(depth(gqa)))
-    assert_recomputed(gqa, batch, session.report, output, "compact", merged=name in MERGING)
+    assert_method_recomputed(gqa, batch, session.report, output, name, "compact")
 
 
 @pytest.mark.parametrize("name", ["vtc_cls", "divprune", "mmtok", "random", "uniform", "pool"])

@@ -13,8 +13,8 @@ import vtprune
 from vtprune.errors import UnsupportedStageError
 from vtprune.testing import families
 
-from . import matrix, models, text_models
-from .methods import SPECS, spec
+from . import matrix, methods, models, text_models
+from .methods import every_method, spec
 from .models import batch_of_three, prompts
 from .reference import assert_recomputed, generate
 
@@ -36,17 +36,17 @@ class LargestSquare(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "methods",
-    [spec(name) for name in ("vtc_cls", "fastv", "transprune-ttv", "transprune-iga", "transprune-both")]
+    "chosen",
+    [spec(name) for name in ("vtc_cls", "fastv", "transprune-ttv", "transprune-iga", "transprune")]
     + [[{"name": "mustdrop", "similarity": None, "keep_ratio": 0.5}]],
 )
-def test_no_square_of_attention_is_computed(methods):
+def test_no_square_of_attention_is_computed(chosen):
     """With sdpa the model itself computes none, so whatever is seen is the method's."""
     model = models.shared("gqa", "sdpa")
     batch = prompts(model, "ttItt", "tIttt")  # few text rows against 25 visual tokens
     with LargestSquare() as eager, attention_of(model, "eager"):
         model(**batch.inputs())
-    with LargestSquare() as pruned, vtprune.prune(model, methods):
+    with LargestSquare() as pruned, vtprune.prune(model, chosen):
         model(**batch.inputs())
     n = models.tokens_per_image(model)
     assert max(eager.squares) > n, "the probe does not see eager attention"
@@ -61,17 +61,17 @@ def test_no_square_of_attention_is_computed_on_any_family(name, method):
     (inputs,) = batch.singles
     visual = torch.isin(inputs["input_ids"][0], torch.tensor(batch.visual_ids))
     text = len(visual) - 1 - int(visual.nonzero().max())
-    methods = matrix.spec(method)
+    parts = spec(method)
     if method == "mustdrop":
-        methods[0]["similarity"] = None  # merging in the encoder compares patches of a window
-    if matrix.refusal(model, methods) is not None:
-        assert method in matrix.NEEDS_CLS | matrix.REVIVING
+        parts[0]["similarity"] = None  # merging in the encoder compares patches of a window
+    if matrix.refusal(model, parts) is not None:
+        assert methods.needs_cls(method) or methods.revives(method)
         return
     with LargestSquare() as unpatched:
         model(**inputs)
     with LargestSquare() as eager, attention_of(model, "eager"):
         model(**inputs)
-    with LargestSquare() as pruned, vtprune.prune(model, methods):
+    with LargestSquare() as pruned, vtprune.prune(model, parts):
         model(**inputs)
     assert unpatched.squares == [] and max(eager.squares) > visual.sum() > 2 * text
     rows = text if method in ("transprune", "mustdrop") else 1
@@ -87,7 +87,7 @@ def attention_of(model, implementation):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_the_back_end_stays(name, attention):
     model = models.shared("gqa", attention)
     with vtprune.prune(model, spec(name)):
@@ -99,7 +99,7 @@ def test_the_back_end_stays(name, attention):
     assert output.attentions is None
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune"])
 def test_both_back_ends_choose_the_same_tokens(name):
     reports = []
     for attention in ("sdpa", "eager"):

@@ -6,10 +6,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
+from vtprune.methods.base import InLLM, _OneStage
 from vtprune.transformers_private import CACHE
 
 from . import models
-from .methods import IN_LLM, MERGING, SPECS, on_every_model, spec
+from .methods import EVERY, acts, every_method, every_method_and_model, spec
 from .models import IMAGE_TOKEN, batch_of_three, prompts
 from .reference import ATOL, depth, generate, kept_columns, recompute
 
@@ -31,7 +32,7 @@ def test_default_positions_are_the_references(name, positions):
 def test_every_method_lets_positions_be_chosen():
     """Except what brings tokens back between those that stayed: there are no ranks to keep."""
     for name, cls in vtprune.list_methods().items():
-        method = dict(spec(name)[0] if name in SPECS else {"name": name})
+        method = dict(spec(name)[0] if name in EVERY else {"name": name})
         assert vtprune.build_method(method | {"positions": "original"})
         if issubclass(cls, vtprune.Reviving):
             with pytest.raises(vtprune.ConfigError, match="positions"):
@@ -50,14 +51,21 @@ def test_positions_make_a_difference(gqa, name):
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@on_every_model()
-def test_report_is_consistent(model_name, name, padding_side):
+@every_method_and_model()
+def test_report_is_consistent(monkeypatch, model_name, name, padding_side):
     model = models.shared(model_name)
     batch = batch_of_three(model)
     inputs = batch.inputs(padding_side)
+    selections, choose = [], _OneStage.choose
+
+    def noted(method, tokens):
+        selections.append(choose(method, tokens))
+        return selections[-1]
+
+    monkeypatch.setattr(_OneStage, "choose", noted)
     with vtprune.prune(model, spec(name)) as session:
         model(**inputs)
-    report = session.report
+    report, merged = session.report, any(selection.sources is not None for selection in selections)
     assert report.counts.shape == (3, depth(model)) and not report.counts.is_floating_point()
     visual = inputs["input_ids"] == IMAGE_TOKEN
     for sample in range(3):
@@ -73,7 +81,7 @@ def test_report_is_consistent(model_name, name, padding_side):
             for index, column in enumerate(kept):
                 members = [c for c, s in zip(columns, sources.tolist(), strict=True) if s == index]
                 assert column in members
-                assert members == [column] or name in MERGING
+                assert members == [column] or merged
             assert all(-1 <= index < len(kept) for index in sources.tolist())
             alive = kept
     whole = torch.tensor([1, 2, 1])[:, None] * models.tokens_per_image(model)
@@ -107,7 +115,7 @@ def test_keep_tokens_is_exact_per_image(gqa, name, count):
     assert session.report.counts[:, 0].tolist() == [count, 2 * count, count]
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "transprune"])
 def test_profiling_measures_and_changes_nothing(gqa, name):
     inputs = batch_of_three(gqa).inputs()
     with vtprune.prune(gqa, spec(name)) as session:
@@ -120,7 +128,7 @@ def test_profiling_measures_and_changes_nothing(gqa, name):
     assert min(timings.encoder, timings.selector, timings.prefill) > 0
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_prefill_flops_are_what_torch_counts(name):
     """One unpadded sample; eager attention, whose products can be counted."""
     model = models.shared("gqa", "eager")
@@ -138,7 +146,7 @@ def test_prefill_flops_are_what_torch_counts(name):
     assert session.report.prefill_flops < session.report.unpruned_prefill_flops
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_kv_bytes_are_what_the_cache_holds(gqa, name):
     batch = prompts(gqa, "ttIttIttt")
     with vtprune.prune(gqa, spec(name)) as session:
@@ -151,7 +159,7 @@ def test_kv_bytes_are_what_the_cache_holds(gqa, name):
     )
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "transprune"])
 def test_loss_of_the_answer(gqa, name):
     """`labels=`: the loss over tokens that follow text is that of the pruned sequence."""
     batch = batch_of_three(gqa)
@@ -168,7 +176,7 @@ def test_loss_of_the_answer(gqa, name):
     torch.testing.assert_close(loss, torch.cat(answers).mean(), atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["uniform", "zero", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["uniform", "zero", "fastv", "transprune"])
 def test_loss_of_all_text(gqa, name):
     """A text token right after an image is predicted by the last token that survived before it."""
     batch = prompts(gqa, "ttIttItt")
@@ -183,7 +191,7 @@ def test_loss_of_all_text(gqa, name):
     torch.testing.assert_close(loss, expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vtc_cls", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "transprune"])
 def test_loss_can_be_differentiated(name):
     model = models.build("gqa").train()
     inputs = batch_of_three(model).inputs()
@@ -197,7 +205,7 @@ def test_loss_can_be_differentiated(name):
 
 
 @pytest.mark.parametrize("which", [1, 5, torch.tensor([-1]), torch.tensor([0, 3, -2]), torch.tensor([1, 0])], ids=str)
-@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune"])
 def test_logits_to_keep(gqa, name, which):
     """The last five are those of the prompt's last token and of four behind it, which decide nothing."""
     inputs = batch_of_three(gqa).inputs()
@@ -210,7 +218,7 @@ def test_logits_to_keep(gqa, name, which):
     torch.testing.assert_close(some, expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", IN_LLM)
+@every_method(without=lambda name: not acts(name, InLLM))
 def test_last_hidden_state_has_full_length(gqa, name):
     inputs = batch_of_three(gqa).inputs()
     with vtprune.prune(gqa, spec(name)):

@@ -11,8 +11,7 @@ import vtprune
 from vtprune.testing import families
 
 from .matrix import CELLS, refusal
-from .matrix import spec as matrix_spec
-from .methods import SPECS, spec
+from .methods import every_method, spec
 from .models import batch_of_three
 from .reference import depth, generate
 
@@ -45,7 +44,7 @@ def assert_global_state_is_untouched_and_unread(run):
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_global_random_state_is_untouched_and_unread(gqa, name):
     inputs = batch_of_three(gqa).inputs()
 
@@ -68,12 +67,12 @@ def cells():
 def test_no_family_brings_chance_in(name, media, method):
     """The same in the second run, after other global seeds."""
     model = families.shared(name)
-    if refusal(model, matrix_spec(method)) is not None:
+    if refusal(model, spec(method)) is not None:
         return
     inputs = families.batch(name, model, media=media).inputs
 
     def run():
-        with vtprune.prune(model, matrix_spec(method)) as session:
+        with vtprune.prune(model, spec(method)) as session:
             logits = model(**inputs).logits
         return kept(session.report, session.report.depth), [logits]
 

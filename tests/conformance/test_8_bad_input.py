@@ -9,12 +9,12 @@ from vtprune.testing.traces import fingerprint
 from vtprune.transformers_private import CACHE
 
 from . import models
-from .methods import SPECS, spec
+from .methods import every_method, spec
 from .models import batch_of_three, prompts
 from .reference import generate
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 def test_prompt_without_images_is_a_no_op(gqa, name):
     inputs = prompts(gqa, "tttt", "ttttttt").inputs()
     plain = generate(gqa, inputs)
@@ -25,7 +25,7 @@ def test_prompt_without_images_is_a_no_op(gqa, name):
     assert session.report.counts.sum() == 0
 
 
-@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both", "vtc_cls+fastv"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune", "vtc_cls+fastv"])
 def test_text_prompts_between_image_prompts(gqa, name):
     """Nothing of one prompt leaks into the next."""
     picture, text = batch_of_three(gqa).inputs(), prompts(gqa, "ttttt").inputs()
@@ -39,7 +39,7 @@ def test_text_prompts_between_image_prompts(gqa, name):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["vtc_cls", "mmtok", "divprune", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["vtc_cls", "mmtok", "divprune", "fastv", "transprune"])
 def test_features_that_are_not_finite(name, value):
     model = models.build("gqa")
     inputs = batch_of_three(model).inputs()
@@ -146,7 +146,7 @@ def test_compiled_model_is_refused():
         vtprune.patch(torch.compile(models.build("gqa"), backend="eager"), "uniform", keep_ratio=0.5)
 
 
-@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune-both"])
+@pytest.mark.parametrize("name", ["uniform", "fastv", "transprune"])
 def test_cache_reused_after_the_session(gqa, name):
     """Its layers hold fewer tokens than the model without hooks believes."""
     inputs = prompts(gqa, "tItt").inputs()

@@ -13,6 +13,7 @@ from vtprune.errors import ConfigError
 from vtprune.testing import families
 
 from . import matrix, models
+from .methods import METHODS, evicts, revives, spec
 from .models import batch_of_three, prompts
 from .reference import generate
 
@@ -20,9 +21,6 @@ CELLS = [
     pytest.param(*cell, marks=[] if cell[0] == "llava" else [pytest.mark.slow], id="-".join(cell))
     for cell in matrix.CELLS
 ]
-DROPS_WHILE_DECODING = {"lazyllm", "mustdrop"}
-"""What drops other tokens for every answer token than for the prompt, so that one call for all of them is no step of
-`generate()`: only the first one is the same."""
 ANSWER = (7, 9, 8, 7)
 
 
@@ -57,16 +55,17 @@ def forced(model, inputs: dict[str, Tensor]) -> Tensor:
 def test_a_scored_answer_changes_no_choice(name, media, method):
     """Its logits, too, are those of `generate()` forced to the same answer."""
     model = families.shared(name)
-    if matrix.refusal(model, matrix.spec(method)) is not None:
+    if matrix.refusal(model, spec(method)) is not None:
         pytest.skip("refused on this family")
     inputs = families.batch(name, model, media=media).singles[0]
     length = inputs["input_ids"].shape[1]
     longer = with_answer(inputs, ANSWER, name)
     labels = torch.where(torch.arange(length + len(ANSWER)) < length, -100, longer["input_ids"])
-    with vtprune.prune(model, matrix.spec(method), strict=False) as session:
+    with vtprune.prune(model, spec(method), strict=False) as session:
         first = model(**inputs).logits[0, -1:]
         alone = session.report
-        expected = first if method in DROPS_WHILE_DECODING else forced(model, inputs)
+        # For these a call with all answer tokens is no step of `generate()`: only the first logits are the same.
+        expected = first if revives(method) or evicts(method) else forced(model, inputs)
         for told in ({"labels": labels}, {"logits_to_keep": len(ANSWER) + 1}, {"prompt_length": length}):
             session.prompt_length = told.pop("prompt_length", None)
             logits = model(**longer, **told).logits[0, -len(ANSWER) - 1 :]
@@ -102,7 +101,7 @@ def test_a_padded_batch_with_answers_of_different_lengths(gqa, method, told, sid
         assert report.text_tokens[row] == session.report.text_tokens[0]
 
 
-@pytest.mark.parametrize("method", [m for m in matrix.METHODS if m not in matrix.REVIVING])
+@pytest.mark.parametrize("method", [m for m in METHODS if not revives(m)])
 @torch.no_grad()
 def test_guesses_by_lookup_change_nothing(mha, method):
     """The prompt's last token stood before, so that what followed it there is guessed from the first call on."""
@@ -110,7 +109,7 @@ def test_guesses_by_lookup_change_nothing(mha, method):
     ids = prompt.ids[0].clone()
     ids[-4:] = torch.tensor([7, 8, 9, 7])
     inputs = prompt.inputs() | {"input_ids": ids[None]}
-    with vtprune.prune(mha, matrix.spec(method), strict=False) as session:
+    with vtprune.prune(mha, spec(method), strict=False) as session:
         plain, alone = generate(mha, inputs, new_tokens=8), session.report
         seen, calls = (
             [],

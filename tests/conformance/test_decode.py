@@ -11,7 +11,7 @@ import vtprune
 from vtprune.testing import families
 from vtprune.transformers_private import CACHE
 
-from .lazy_reference import lazy_recompute
+from .lazy_reference import cuts_of, lazy_recompute
 
 ATOL = 1e-4
 NEW = 6
@@ -33,21 +33,15 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
 
 
-def cuts_of(report, sample=0):
-    counts = report.counts[sample].tolist()
-    return {layer: n for layer, n in enumerate(counts) if layer and n < counts[layer - 1]}
-
-
 def test_beams_come_back_to_their_own(model, batch):
     """Beams reorder the cache after every step, and with it all that is known of its slots and stored."""
     inputs = batch.singles[0]
     with vtprune.prune(model, LAZY) as session:
         output = generate(model, inputs, num_beams=3, num_return_sequences=3, max_new_tokens=8, output_scores=True)
         cuts = cuts_of(session.report)
-    eager = families.shared("llava", "eager")
     for sequence, score in zip(output.sequences, output.sequences_scores, strict=True):
         generated = sequence[inputs["input_ids"].shape[1] :]
-        logits = lazy_recompute(eager, inputs, generated[:-1], cuts).logits
+        logits = lazy_recompute(model, inputs, generated[:-1], cuts).logits
         picked = logits.log_softmax(-1).gather(1, generated[:, None])
         assert abs(float(picked.sum()) / len(generated) - float(score)) < ATOL
 
@@ -57,11 +51,10 @@ def test_sampled_sequences_are_apart(model, batch):
     with vtprune.prune(model, LAZY) as session:
         output = generate(model, batch.singles[1], do_sample=True, num_return_sequences=3)
         cuts = cuts_of(session.report)
-    eager = families.shared("llava", "eager")
     length = batch.singles[1]["input_ids"].shape[1]
     assert len({tuple(row.tolist()) for row in output.sequences}) == 3
     for row, sequence in enumerate(output.sequences):
-        expected = lazy_recompute(eager, batch.singles[1], sequence[length:-1], cuts).logits
+        expected = lazy_recompute(model, batch.singles[1], sequence[length:-1], cuts).logits
         torch.testing.assert_close(torch.stack(output.logits, 1)[row], expected, atol=ATOL, rtol=0)
 
 

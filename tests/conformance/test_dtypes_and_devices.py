@@ -15,12 +15,12 @@ from vtprune.testing.recompute import recompute
 from . import matrix, models
 from .lazy_reference import separators
 from .matrix import CELLS
-from .methods import MERGING, SPECS, on_every_model, spec
+from .methods import every_method, every_method_and_model, numbered, revives, spec
 from .models import batch_of_three
-from .reference import assert_recomputed, expected_steps, generate
+from .reference import assert_method_recomputed, expected_steps, generate
 
 
-@on_every_model()
+@every_method_and_model()
 def test_bfloat16(model_name, name):
     model = models.build(model_name, dtype=torch.bfloat16)
     batch = batch_of_three(model)
@@ -33,9 +33,10 @@ def test_bfloat16(model_name, name):
         generate(exact, batch.inputs(), new_tokens=1)
     assert torch.equal(session.report.counts, reference.report.counts)
     length = max(map(len, batch.ids))
+    numbers = "original" if revives(name) else numbered(spec(name, positions="compact"))
     for sample in range(3):
         generated = output.sequences[sample, length:]
-        expected = expected_steps(exact, batch, session.report, sample, generated, "compact", merged=name in MERGING)
+        expected = expected_steps(exact, batch, session.report, sample, generated, numbers, revives=revives(name))
         got = torch.stack(output.logits, 1)[sample].float()
         # eight bits of mantissa through six or eight layers: alike, not equal
         assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.95
@@ -55,7 +56,7 @@ def to_half(inputs):
 @torch.no_grad()
 def test_bfloat16_on_every_family(name, media, method):
     """As many tokens as in float32, and the answer's first logits near those of a recompute without them."""
-    model, exact, methods = half(name), families.shared(name), matrix.spec(method, positions="original")
+    model, exact, methods = half(name), families.shared(name), spec(method, positions="original")
     if matrix.refusal(model, methods) is not None:
         return
     batch = families.batch(name, model, media=media)
@@ -71,13 +72,13 @@ def test_bfloat16_on_every_family(name, media, method):
         for ours, layer in zip(kept, layers, strict=True):
             theirs = reference.report.kept(sample, layer) - first
             assert len(set(ours.tolist()) - lines) == len(set(theirs.tolist()) - lines)
-        sources = report.sources(sample, 0) if method in matrix.MERGING else None
+        sources = report.sources(sample, 0)
         nothing = torch.empty(0, dtype=torch.long)
         expected = recompute(model, to_half(inputs), nothing, kept, "original", sources)[-1]
         assert torch.nn.functional.cosine_similarity(logits[sample, -1].float(), expected.float(), dim=-1) > 0.98
 
 
-@pytest.mark.parametrize("name", SPECS)
+@every_method()
 @pytest.mark.parametrize("place", ["dispatch", "offload"])
 def test_accelerate(name, place):
     """accelerate replaces `forward` of every module; offloaded weights are on the meta device between uses."""
@@ -90,4 +91,4 @@ def test_accelerate(name, place):
     batch = batch_of_three(plain)
     with vtprune.prune(model, spec(name, positions="original")) as session:
         output = generate(model, batch.inputs(), new_tokens=4)
-    assert_recomputed(plain, batch, session.report, output, "original", merged=name in MERGING)
+    assert_method_recomputed(plain, batch, session.report, output, name, "original")

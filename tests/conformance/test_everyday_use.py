@@ -12,7 +12,7 @@ from vtprune.testing import families
 from vtprune.testing.recompute import recompute
 from vtprune.transformers_private import CACHE
 
-from .matrix import spec
+from .methods import spec
 
 ATOL = 1e-4
 NEW = 5

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
-from vtprune.testing.recompute import recompute, visual_columns
-from vtprune.testing.traces import fingerprint
+from vtprune.testing.recompute import Merges, look, recompute, visual_columns
+from vtprune.testing.traces import back_ends, fingerprint
 from vtprune.transformers_private import CACHE
 
 from . import matrix
-from .lazy_reference import lazy_recompute, separators
-from .matrix import CELLS, COMPACT_ONCE, MERGING, REVIVING, keep_everything, refusal, spec
+from .lazy_reference import cuts_of, lazy_recompute, separators
+from .matrix import CELLS, refusal
+from .methods import METHODS, acts, keep_everything, needs_cls, numbered, revives, spec
 
 ATOL = 1e-4
 NEW = 6
@@ -62,10 +64,6 @@ def steps(output) -> Tensor:
     return torch.stack(output.logits, 1)
 
 
-def back_ends(model) -> list[str]:
-    return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
-
-
 def asserts_no_attentions_are_asked_for(module, args, kwargs):
     assert not kwargs.get("output_attentions")
 
@@ -89,54 +87,77 @@ def check_cache(output, report, batch: families.Batch, samples: range) -> None:
         assert layer.keys.shape[-2] == layer.values.shape[-2] == longest + NEW - 1
 
 
-def check_sample(
-    run: Unpatched, sample: int, logits: Tensor, generated: Tensor, kept, positions, sources, cached=None
-) -> None:
-    """Every step of one sample's generation is the recomputed one."""
+def encoder_merges(run: Unpatched, sample: int, report, methods) -> Merges:
+    """What a method inside the encoder's layers made of all visual tokens; `tests/encoders` has it written out."""
+    inside = [part for part in methods if acts(part["name"], InLayers)]
+    with vtprune.prune(run.model, inside, strict=False):
+        vision = look(run.model, run.batch.singles[sample])
+    sources = [report.sources(sample, layer) for layer in range(report.depth)]
+    return Merges([(0, vision.columns, vision.features)], sources)
+
+
+def expected_steps(
+    run: Unpatched, sample: int, generated: Tensor, kept, positions, sources=None, cached=None, merges=None
+) -> Tensor:
+    """(NEW, vocabulary): recomputed logits of each step of one sample's generation."""
     inputs = run.batch.singles[sample]
     visual = visual_columns(run.model, inputs)
     for earlier, later in zip([visual, *kept], kept, strict=False):
         assert torch.isin(later, earlier).all() and (later.diff() > 0).all()
-    expected = recompute(run.model, inputs, generated[:-1], kept, positions, sources, cached)[-NEW:]
+    return recompute(run.model, inputs, generated[:-1], kept, positions, sources, cached, merges)[-NEW:]
+
+
+def check_steps(run: Unpatched, sample: int, logits: Tensor, generated: Tensor, expected: Tensor) -> None:
+    """Every step of one sample's generation is the expected one."""
     torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
-    expected[:, list(run.batch.visual_ids)] = float("-inf")
-    assert generated.tolist() == expected.argmax(-1).tolist()
+    allowed = expected.clone()
+    allowed[:, list(run.batch.visual_ids)] = float("-inf")
+    assert generated.tolist() == allowed.argmax(-1).tolist()
 
 
-def check_revival(run: Unpatched, eager, sample: int, logits: Tensor, generated: Tensor, report, own: int) -> None:
+def check_sample(run: Unpatched, sample: int, logits: Tensor, generated: Tensor, kept, positions) -> None:
+    """The same for a method that merges nothing, and evicts nothing from the cache."""
+    check_steps(run, sample, logits, generated, expected_steps(run, sample, generated, kept, positions))
+
+
+def check_revival(run: Unpatched, sample: int, logits: Tensor, generated: Tensor, report, row: int) -> None:
     """Every step of one sample's generation is the one of an algorithm that computes all anew, and so is the cache.
 
-    own: the sample's number in the report.
+    row: the sample's number in the report.
     """
     inputs, first = run.batch.singles[sample], run.batch.first_column(sample) if report.samples > 1 else 0
-    lines = separators(eager, inputs)
-    cuts = {layer: n - len(lines) for layer, n in enumerate(report.counts[own].tolist()) if layer}
-    cuts = {layer: n for layer, n in cuts.items() if report.counts[own, layer] < report.counts[own, layer - 1]}
-    expected = lazy_recompute(eager, inputs, generated[:-1], cuts)
+    lines = separators(run.model, inputs)
+    expected = lazy_recompute(run.model, inputs, generated[:-1], cuts_of(report, row, len(lines)))
     assert expected.revived, "nothing came back"
     torch.testing.assert_close(logits, expected.logits, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
     expected.logits[:, list(run.batch.visual_ids)] = float("-inf")
     assert generated.tolist() == expected.logits.argmax(-1).tolist()
     for layer, cached in enumerate(expected.cached):
-        assert (report.cached(own, layer) - first).tolist() == sorted([*cached, *lines])
+        assert (report.cached(row, layer) - first).tolist() == sorted([*cached, *lines])
 
 
 def _cells():
-    """Every cell with both back ends. The default run has all of them with the first one, and with the second one each
-    method on some families and each family with some methods, on images."""
-    methods = list(matrix.METHODS)
+    """Every cell with both back ends.
+
+    The default run has all methods on all families: with the first back end on images and on one of videos and mixed
+    prompts; with the second one a quarter of them, on images.
+    """
+    methods = list(METHODS)
     for name, media, method in CELLS:
-        chosen = (families.NAMES.index(name) + methods.index(method)) % 4 == 0
+        number = families.NAMES.index(name) + methods.index(method)
         for attention in POSITIONS:
-            marks = [pytest.mark.slow] if attention == "eager" and not (media == "image" and chosen) else []
+            if attention == "sdpa":
+                chosen = media == "image" or number % 2 == (media == "mixed")
+            else:
+                chosen = media == "image" and number % 4 == 0
+            marks = [] if chosen else [pytest.mark.slow]
             yield pytest.param(name, media, method, attention, marks=marks, id=f"{name}-{media}-{method}-{attention}")
 
 
 @pytest.mark.parametrize(("name", "media", "method", "attention"), [*_cells()])
 def test_cell(name, media, method, attention):
     run = unpatched(name, attention, media)
-    model, batch, positions = run.model, run.batch, POSITIONS[attention]
-    methods = spec(method, positions=positions)
+    model, batch, methods = run.model, run.batch, spec(method, positions=POSITIONS[attention])
     if refusal(model, methods) is not None:
         assert fingerprint(model) == run.state
         return
@@ -160,12 +181,11 @@ def test_cell(name, media, method, attention):
     assert fingerprint(model) == run.state
 
     assert report.keep_ratio < 0.75
-    if method in REVIVING:
-        eager = families.shared(name, "eager")
+    if revives(method):
         for sample, (single, own_report) in enumerate(alone):
             ids = together.sequences[sample, -NEW:]
-            check_revival(run, eager, sample, steps(together)[sample], ids, report, sample)
-            check_revival(run, eager, sample, steps(single)[0], single.sequences[0, -NEW:], own_report, 0)
+            check_revival(run, sample, steps(together)[sample], ids, report, sample)
+            check_revival(run, sample, steps(single)[0], single.sequences[0, -NEW:], own_report, 0)
         return
     check_cache(together, report, batch, range(len(batch)))
     for sample, (single, own_report) in enumerate(alone):
@@ -174,13 +194,16 @@ def test_cell(name, media, method, attention):
         for ours, own in ((kept, kept_columns(own_report, 0, 0)), (cached, cached_columns(own_report, 0, 0))):
             assert [k.tolist() for k in ours] == [k.tolist() for k in own], "alone, other tokens are kept"
         check_cache(single, own_report, batch, range(sample, sample + 1))
-        sources = report.sources(sample, 0) if method in MERGING else None
-        places = "compact once" if positions == "compact" and method in COMPACT_ONCE else positions
-        for logits, ids in (
-            (steps(together)[sample], together.sequences[sample, -NEW:]),
-            (steps(single)[0], single.sequences[0, -NEW:]),
-        ):
-            check_sample(run, sample, logits, ids, kept, places, sources, cached)
+        ids = together.sequences[sample, -NEW:]
+        assert torch.equal(single.sequences[0, -NEW:], ids), "alone, the answer is another one"
+        sources = merges = None
+        if acts(method, InLayers):
+            merges = encoder_merges(run, sample, report, methods)
+        else:
+            sources = report.sources(sample, 0)
+        expected = expected_steps(run, sample, ids, kept, numbered(methods), sources, cached, merges)
+        for logits in (steps(together)[sample], steps(single)[0]):
+            check_steps(run, sample, logits, ids, expected)
 
 
 @pytest.mark.parametrize("method", ["uniform", "transprune"])
@@ -194,7 +217,7 @@ def test_samples_with_and_without_images(name, method):
     for sample in range(len(run.batch)):
         kept = kept_columns(session.report, sample, run.batch.first_column(sample))
         logits, ids = steps(output)[sample], output.sequences[sample, -NEW:]
-        check_sample(run, sample, logits, ids, kept, "compact", None)
+        check_sample(run, sample, logits, ids, kept, "compact")
 
 
 @functools.cache
@@ -217,7 +240,7 @@ def test_sliding_windows_count_the_tokens_that_are_there(name, method, keep_rati
     for sample in range(len(run.batch)):
         kept = kept_columns(session.report, sample, run.batch.first_column(sample))
         logits, ids = steps(output)[sample], output.sequences[sample, -NEW:]
-        check_sample(run, sample, logits, ids, kept, positions, None)
+        check_sample(run, sample, logits, ids, kept, positions)
 
 
 @pytest.mark.parametrize("method", ["uniform", "transprune"])
@@ -237,15 +260,29 @@ def test_right_padding(name, method):
         torch.testing.assert_close(got, expected[alive], atol=ATOL, rtol=0)
 
 
+SHORTER_TOWERS = {
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "video_llava",
+    "paligemma",
+    "paligemma2",
+}
+"""Families in whose vision towers tokens can go: one image a sequence, and every patch a visual token."""
+
+
 @pytest.mark.parametrize("name", families.NAMES)
 def test_only_what_needs_a_cls_token_is_refused(name):
     """The matrix would be easy to pass if everything were refused."""
     model = families.shared(name)
-    refused = {method for method in matrix.METHODS if refusal(model, spec(method)) is not None}
+    refused = {method for method in METHODS if refusal(model, spec(method)) is not None}
     has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
     slides = "sliding_attention" in (getattr(model.get_decoder().config, "layer_types", None) or ())
-    expected = set() if has_cls else set(matrix.NEEDS_CLS)
-    assert refused == expected | (matrix.REVIVING if slides else set())
+    expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
+    if name not in SHORTER_TOWERS:
+        expected |= {method for method in METHODS if acts(method, InLayers)}
+    assert refused == expected
 
 
 def test_support_page_is_current(request):

@@ -20,6 +20,7 @@ from vtprune.testing import families
 from vtprune.transformers_private import CACHE
 
 from . import matrix
+from .methods import METHODS, spec
 from .processors import processor
 
 THREADS, CALLS, NEW = 8, 200, 3
@@ -64,7 +65,7 @@ def at_once(work: Callable[[int], object], calls: int) -> list:
 
 def check(name: str, method: str, calls: int, **options) -> None:
     model = families.shared(name)
-    methods = matrix.spec(method)
+    methods = spec(method)
     if reason := matrix.refusal(model, methods):
         pytest.skip(reason)
     prompts = requests(name, model)
@@ -97,7 +98,7 @@ def check(name: str, method: str, calls: int, **options) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(method, marks=() if method in FIRST else pytest.mark.slow) for method in matrix.METHODS]
+    "method", [pytest.param(method, marks=() if method in FIRST else pytest.mark.slow) for method in METHODS]
 )
 def test_concurrent_calls_are_those_one_by_one(method):
     check("llava", method, CALLS if method not in FIRST[3:] else CALLS // 2)

@@ -22,10 +22,10 @@ def stacked(inputs, alpha=0.5):
     return torch.cat((by_text, alpha * by_visual)).double()
 
 
-def dense_greedy(matrix, k, allowed=None):
+def dense_greedy(matrix, k):
     """Evaluates every candidate at every step, in float64; of equal gains the first index is taken."""
     covered = matrix.new_zeros(len(matrix))
-    open_ = torch.ones(matrix.shape[1], dtype=torch.bool) if allowed is None else allowed.clone()
+    open_ = torch.ones(matrix.shape[1], dtype=torch.bool)
     order = []
     for _ in range(min(k, int(open_.sum()))):
         gains = (matrix - covered[:, None]).clamp_min(0).sum(0).masked_fill(~open_, -torch.inf)
@@ -39,7 +39,7 @@ def dense_greedy(matrix, k, allowed=None):
 @pytest.mark.parametrize("n, k", [(40, 13), (150, 60), (600, 90)])
 def test_equals_the_dense_greedy(n, k, seed):
     inputs = draw(n, seed=seed)
-    order, gains = coverage_order(*inputs, k)
+    order, gains = coverage_order(*coverage_matrices(*inputs), k)
     assert order.tolist() == dense_greedy(stacked(inputs), k)
     matrix = stacked(inputs)
     value = [matrix[:, order[: i + 1]].amax(1).sum() for i in range(k)]
@@ -50,7 +50,7 @@ def test_equals_the_dense_greedy(n, k, seed):
 def test_duplicates_are_taken_lowest_index_first(seed):
     """Tokens in clusters of equal tokens: equal gains at every step, and no gain after one token of each cluster."""
     inputs = draw(90, seed=seed, clusters=11)
-    assert coverage_order(*inputs, 30)[0].tolist() == dense_greedy(stacked(inputs), 30)
+    assert coverage_order(*coverage_matrices(*inputs), 30)[0].tolist() == dense_greedy(stacked(inputs), 30)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -71,27 +71,35 @@ def test_all_tokens_alike_gives_the_first_ones():
     assert max_coverage(alike, alike, alike[:3], 20).tolist() == list(range(20))
 
 
-@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(0, 6), st.integers(0, 45), st.integers(0, 5))
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(0, 6), st.integers(0, 45))
 @settings(max_examples=60, deadline=None)
-def test_is_an_ascending_set_of_the_right_size(seed, n, m, k, excluded):
+def test_is_an_ascending_set_of_the_right_size(seed, n, m, k):
     inputs = draw(n, m=m, seed=seed)
-    exclude = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:excluded]
-    chosen = max_coverage(*inputs, k, exclude=exclude).tolist()
-    assert chosen == sorted(set(chosen)) and len(chosen) == min(k, n - len(exclude))
-    assert not set(chosen) & set(exclude.tolist())
-    allowed = torch.ones(n, dtype=torch.bool)
-    allowed[exclude] = False
-    assert chosen == sorted(dense_greedy(stacked(inputs), k, allowed))
+    chosen = max_coverage(*inputs, k).tolist()
+    assert chosen == sorted(set(chosen)) and len(chosen) == min(k, n)
+    assert chosen == sorted(dense_greedy(stacked(inputs), k))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 6), st.integers(0, 45), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_candidates_may_be_fewer_than_what_is_covered(seed, n, m, k, fewer):
+    candidates = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[fewer:].sort().values
+    by_text, by_visual = (matrix[:, candidates] for matrix in coverage_matrices(*draw(n, m=m, seed=seed)))
+    matrix = torch.cat((by_text, 0.5 * by_visual)).double()
+    assert coverage_order(by_text, by_visual, k)[0].tolist() == dense_greedy(matrix, k)
 
 
 def test_gains_shrink_and_coverage_grows():
-    _, gains = coverage_order(*draw(120, seed=3), 120)
+    _, gains = coverage_order(*coverage_matrices(*draw(120, seed=3)), 120)
     assert (gains >= 0).all() and (gains[1:] <= gains[:-1] * (1 + 1e-6)).all()
 
 
 def test_a_larger_budget_extends_a_smaller_one():
     inputs = draw(200, seed=4)
-    small, large = coverage_order(*inputs, 20)[0], coverage_order(*inputs, 50)[0]
+    small, large = (
+        coverage_order(*coverage_matrices(*inputs), 20)[0],
+        coverage_order(*coverage_matrices(*inputs), 50)[0],
+    )
     assert large[:20].tolist() == small.tolist()
 
 

@@ -2,6 +2,7 @@
 import json
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 from transformers.image_processing_utils import select_best_resolution
 
@@ -15,9 +16,24 @@ from . import Vector, close, handles, kept, one_group, same
 from .layouts import mosaic_order, padding_patches
 from .mmtok_llava_next import through_a_session
 
+REFERENCE_TARGET = 64
+"""The reference's Qwen2.5-VL entry point returns all tokens, padding included, where they are no more than this: it
+compares their number with a default and not with what was asked for."""
+
 
 def settings(v: Vector) -> dict[str, float]:
     return dict(alpha=v["alpha"], tau_text=v["tv_temp"], tau_visual=v["vv_temp"])
+
+
+def order_among(allowed: Tensor, by_text: Tensor, by_visual: Tensor, k: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """`coverage_order` among some tokens; the others, which are padding in the reference, still have to be covered."""
+    order, gains = coverage_order(by_text[:, allowed], by_visual[:, allowed], k, alpha=alpha)
+    return allowed[order], gains
+
+
+def without(excluded, n: int) -> Tensor:
+    """(candidates,) indices below n that are not excluded."""
+    return torch.tensor([index for index in range(n) if index not in set(map(int, excluded))], dtype=torch.long)
 
 
 @handles("mmtok_core_*")
@@ -34,13 +50,12 @@ def coverage(v: Vector) -> None:
         close(by_visual[0], v["Q_row0"])
         close(by_visual.sum(0), v["Q_colsum"])
 
-    inputs = (features, encoder_features, text, v["k"])
-    order, gains = coverage_order(*inputs, **settings(v), exclude=excluded)
+    order, gains = order_among(without(excluded, len(features)), by_text, by_visual, v["k"], v["alpha"])
     # These two cases have nearly equal gains: the set is defined, but not the order.
     if v.case not in ("mmtok_core_llava_k192", "mmtok_core_kn"):
         same(order, v["selection_order"])
         close(gains, v["gains"], rtol=1e-4, atol=1e-7)
-    chosen = max_coverage(*inputs, **settings(v), exclude=excluded)
+    chosen = order.sort().values
     same(chosen, v["selected_sorted"])
     close(features[chosen], v["selected_tokens"])
 
@@ -53,30 +68,31 @@ def coverage(v: Vector) -> None:
 
 @handles("mmtok_quirk_pad_exhaust")
 def more_asked_for_than_candidates(v: Vector) -> None:
-    inputs = (v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["k"])
-    excluded = v["exclude_indices"]
-    same(max_coverage(*inputs, **settings(v), exclude=excluded, reference_quirks=True), v["selected_sorted"])
-    chosen = max_coverage(*inputs, **settings(v), exclude=excluded).tolist()
-    assert len(set(chosen)) == len(chosen) == v["n_candidates"]
-    assert not set(chosen) & set(excluded.tolist())
+    matrices = coverage_matrices(
+        v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], tau_text=v["tv_temp"], tau_visual=v["vv_temp"]
+    )
+    n = len(v["vision_tokens"])
+    candidates = without(v["exclude_indices"], n)
+    chosen, _ = order_among(candidates, *matrices, v["k"], v["alpha"])
+    assert sorted(chosen.tolist()) == candidates.tolist() and len(candidates) == v["n_candidates"]
+    # The reference fills up with index 0, repeated.
+    filled = torch.cat((chosen, chosen.new_zeros(min(v["k"], n) - len(chosen))))
+    same(filled.sort().values, v["selected_sorted"])
 
 
 @handles("mmtok_quirk_target_ge_n")
 def more_asked_for_than_tokens(v: Vector) -> None:
-    inputs = (v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["target"])
-    for quirks in (False, True):
-        chosen = max_coverage(*inputs, reference_quirks=quirks)
-        same(chosen, v["selected_sorted"])
-        close(v["vision_tokens"][chosen], v["selected_tokens"])
+    chosen = max_coverage(v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["target"])
+    same(chosen, v["selected_sorted"])
+    close(v["vision_tokens"][chosen], v["selected_tokens"])
 
 
 @handles("mmtok_quirk_qwen_le64")
 def early_return(v: Vector) -> None:
     inputs = (v["vision_tokens"], v["vision_tokens_clip"], v["text_tokens"], v["requested"])
-    chosen = max_coverage(*inputs, tau_text=0.01, reference_quirks=True)
-    same(chosen, v["selected_sorted"])
-    close(v["vision_tokens"][chosen], v["selected_tokens"])
-    assert len(max_coverage(*inputs, tau_text=0.01)) == v["requested"]
+    assert len(max_coverage(*inputs, tau_text=0.01)) == v["requested"] < len(v["vision_tokens"]) <= REFERENCE_TARGET
+    same(torch.arange(len(v["vision_tokens"])), v["selected_sorted"])  # the defect
+    close(v["vision_tokens"], v["selected_tokens"])
 
 
 @handles("mmtok_text_keywords")
@@ -105,7 +121,14 @@ def llava_path(v: Vector) -> None:
     excluded = padding_patches(width, height) if v.case == "mmtok_llava15_pad" else []
     assert excluded == sorted(v["exclude_indices"].tolist())
     chosen = [
-        max_coverage(features, encoded, text, v["k_per_crop"], **settings(v), exclude=excluded)
+        order_among(
+            without(excluded, len(features)),
+            *coverage_matrices(features, encoded, text, tau_text=v["tv_temp"], tau_visual=v["vv_temp"]),
+            v["k_per_crop"],
+            v["alpha"],
+        )[0]
+        .sort()
+        .values
         for features, encoded in zip(projected, encoder_features, strict=True)
     ]
     same(torch.stack(chosen), v["kept_per_crop"])

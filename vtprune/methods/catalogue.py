@@ -37,5 +37,6 @@ from vtprune.methods.visionzip import VisionZip as VisionZip
 from vtprune.methods.random import Random as Random
 from vtprune.methods.uniform import Uniform as Uniform
 from vtprune.methods.uniform_frames import UniformFrames as UniformFrames
+from vtprune.methods.block import Block as Block
 from vtprune.methods.pool import Pool as Pool
 from vtprune.methods.zero import Zero as Zero

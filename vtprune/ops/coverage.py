@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy maximum coverage (MMTok): the subset of visual tokens that covers the question and all visual tokens best."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -18,7 +16,6 @@ _BATCH_ELEMENTS = 16_000
 _TIE = 1e-6
 # Torch sums this many columns side by side. It sums the remaining columns at the end of a row in another order.
 _COLUMN_BLOCK = 64
-_REFERENCE_TARGET = 64
 
 
 def coverage_matrices(
@@ -45,37 +42,25 @@ def coverage_matrices(
 
 
 @torch.no_grad()
-def coverage_order(
-    features: Tensor,
-    encoder_features: Tensor,
-    text: Tensor,
-    k: int,
-    *,
-    alpha: float = 0.5,
-    tau_text: float = 0.02,
-    tau_visual: float = 0.2,
-    exclude: Sequence[int] | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def coverage_order(by_text: Tensor, by_visual: Tensor, k: int, *, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
     """The greedy solution of :func:`max_coverage` in the order in which it was found.
 
-    The arguments are those of :func:`max_coverage`.
+    Args:
+        by_text: ``(m, n)`` how well each of the ``n`` candidates covers each text token (:func:`coverage_matrices`).
+        by_visual: ``(n_v, n)`` how well each candidate covers each visual token.
+        k: candidates to choose, at least 0.
+        alpha: weight of covering the visual tokens against covering the text, at least 0.
 
     Returns:
-        ``(chosen,)`` long indices and ``(chosen,)`` float32 marginal gains, both in order of choice.
+        ``(min(k, n),)`` long indices and float32 marginal gains, both in order of choice.
     """
-    by_text, by_visual = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
     # The search has many small steps. On an accelerator it would only wait for each of them.
     covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1).cpu()
-    allowed = torch.arange(len(covers))
-    if exclude is not None and len(exclude):
-        candidates = torch.ones(len(covers), dtype=torch.bool)
-        candidates[torch.as_tensor(exclude, dtype=torch.long, device="cpu")] = False
-        allowed = candidates.nonzero().flatten()
-        covers = covers.index_select(0, allowed)
     order, gains = _greedy(covers, k)
-    return allowed[order].to(features.device), torch.tensor(gains, device=features.device)
+    return torch.tensor(order, device=by_text.device, dtype=torch.long), torch.tensor(gains, device=by_text.device)
 
 
+@torch.no_grad()
 def max_coverage(
     features: Tensor,
     encoder_features: Tensor,
@@ -85,8 +70,6 @@ def max_coverage(
     alpha: float = 0.5,
     tau_text: float = 0.02,
     tau_visual: float = 0.2,
-    exclude: Sequence[int] | Tensor | None = None,
-    reference_quirks: bool = False,
 ) -> Tensor:
     """Choose ``k`` visual tokens by greedy maximum coverage (MMTok, arXiv 2508.18264).
 
@@ -104,24 +87,15 @@ def max_coverage(
         alpha: weight of covering the visual tokens against covering the text, at least 0.
         tau_text: temperature of the text-visual softmax, > 0.
         tau_visual: temperature of the visual-visual softmax, > 0.
-        exclude: ``(e,)`` indices that must not be chosen (padding). They still have to be covered.
-        reference_quirks: behave as the reference implementation in two edge cases. With at most 64 tokens it returns
-            all of them, excluded ones too (its Qwen2.5-VL entry point compares their number with a default and not
-            with ``k``). If ``k`` is above the number of candidates, it fills up with index 0, repeated.
 
     Returns:
-        ``(min(k, n - e),)`` long, ascending indices without repetition.
+        ``(min(k, n),)`` long, ascending indices without repetition.
 
     Raises:
         VTPruneError: a feature is NaN or infinite.
     """
-    if reference_quirks and len(features) <= _REFERENCE_TARGET:
-        return torch.arange(len(features), device=features.device)
-    order, _ = coverage_order(
-        features, encoder_features, text, k, alpha=alpha, tau_text=tau_text, tau_visual=tau_visual, exclude=exclude
-    )
-    if reference_quirks:
-        order = torch.cat((order, order.new_zeros(min(k, len(features)) - len(order))))
+    matrices = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
+    order, _ = coverage_order(*matrices, k, alpha=alpha)
     return order.sort().values
 
 

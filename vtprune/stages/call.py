@@ -113,8 +113,8 @@ class Call:
 
         A layer that carries a state instead has what all others have: where such layers are, nothing is cut between.
         """
-        own = self.cache.layers[layer]
-        return own if isinstance(own, PrunedLayer) else pruned_layers(self.cache)[0]
+        there = self.cache.layers[layer]
+        return there if isinstance(there, PrunedLayer) else pruned_layers(self.cache)[0]
 
     def sequence_at(self, layer: int) -> SequenceLayout:
         return self.sequence_layouts[bisect_right(self.starts, layer) - 1]

@@ -32,9 +32,6 @@ from vtprune.stages.in_layers import TowerCut
 from vtprune.tokens import Medium
 from vtprune.transformers_private import EncoderScores, encoder_scores, is_rotated, query_key_projections
 
-CLIP = "clip_vision_model"
-"""What configs of CLIP's vision tower call themselves."""
-
 COMPUTED_ELSEWHERE = "the image features of this call were computed elsewhere; pass the pixels inside the session"
 
 
@@ -104,7 +101,7 @@ class EncoderRecorder:
                 "there; methods that read the projected features, or act inside the LLM, work: mmtok, transprune"
             )
         needs = next((signal.needs_clip for signal in signals if signal.needs_clip), None)
-        if needs and adapter.vision_config.model_type != CLIP:
+        if needs and not adapter.has_clip_tower:
             raise UnsupportedStageError(
                 f"{needs} needs a CLIP as vision encoder, and that of {adapter.family} is a "
                 f"{adapter.vision_config.model_type}; leave text_tower out to compare in the LLM's space"

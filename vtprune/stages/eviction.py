@@ -72,7 +72,7 @@ class EvictionStage:
             ]
 
     def _evict(self, call: Call, method: AfterPrefill) -> None:
-        made: dict[int, tuple[Tensor, PrunedLayer]] = {}
+        made: dict[tuple[int, int, int], tuple[Tensor, PrunedLayer]] = {}
         for i in method.layers(self.shape):
             layer = call.cache.layers[i]
             if layer.is_sliding:
@@ -102,9 +102,9 @@ class EvictionStage:
             stays[:, past:] &= ~lost.to(stays.device)
             index, real = compact_columns(stays)
             layer.evict(index.to(layer.inner.keys.device), None if bool(real.all()) else real)
-            # Layers that hold the same share one layout, and so their masks.
-            same = made.get(id(sequence))
+            # Layers that hold the same, also of earlier turns, share one layout, and so their masks.
+            same = made.get(call.key(i))
             if same is not None and torch.equal(same[0], left):
                 layer.layout = same[1].layout
-            made[id(sequence)] = left, layer
+            made[call.key(i)] = left, layer
             call.left_in_cache[i] = left

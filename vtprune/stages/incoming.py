@@ -233,7 +233,7 @@ def open_call(
         cache=cache_of(kwargs),
         real=columns.real,
         positions=columns.positions,
-        media=None if incoming is None else _place(adapter, recorder, incoming, hidden, columns.real),
+        media=None if incoming is None else _media_in_prompt(adapter, recorder, incoming, hidden, columns.real),
         blocks=None if incoming is None else incoming.blocks,
         masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
         deepstack=(),
@@ -244,7 +244,9 @@ def open_call(
     )
 
 
-def _place(adapter: Adapter, recorder: EncoderRecorder, incoming: Incoming, hidden: Tensor, real: Tensor) -> Media:
+def _media_in_prompt(
+    adapter: Adapter, recorder: EncoderRecorder, incoming: Incoming, hidden: Tensor, real: Tensor
+) -> Media:
     """Where the media of a call stand in it. Raises UnsupportedStageError if that cannot be told."""
     # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
     kinds = [kind for kind in adapter.visual_token_ids if kind in incoming.kinds]

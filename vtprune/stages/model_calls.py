@@ -36,6 +36,8 @@ from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
     check_decoder,
+    deepstack_of,
+    drop_deepstack,
     is_paged,
     longest_prunable,
     state_kinds,
@@ -242,10 +244,10 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
 
         The language model would add them where the visual tokens stood before any was dropped.
         """
-        deepstack = kwargs.get("deepstack_visual_embeds")
+        deepstack = deepstack_of(kwargs)
         if deepstack and (call.pruned or self._in_llm.cuts_before(len(deepstack))):
-            call.deepstack = kwargs.pop("deepstack_visual_embeds")
-            kwargs.pop("visual_pos_masks", None)
+            call.deepstack = deepstack
+            drop_deepstack(kwargs)
 
     def _needs_no_mask(self, length: int, mask: Tensor | None, pruned: list[PrunedLayer]) -> bool:
         """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.

@@ -30,7 +30,7 @@ def text_embeddings(text: Text | None, call: Call, groups: Groups, keywords: boo
     """
     if text is None:
         chosen = _in_prompt(call, groups).to(call.embeddings.device)
-        return [call.embeddings[row][own] for row, own in zip(groups.rows.tolist(), chosen, strict=True)]
+        return [call.embeddings[row][columns] for row, columns in zip(groups.rows.tolist(), chosen, strict=True)]
     embed, device = call.adapter.base.get_input_embeddings(), call.embeddings.device
     rows = [embed(_token_ids(call.adapter, item, keywords).to(device)) for item in _items(text, call)]
     return _per_group(rows, call, groups)
@@ -58,8 +58,8 @@ def _joint_space(text: Text | None, call: Call, groups: Groups, source: str) -> 
         if call.ids is None:
             raise ConfigError("a text tower reads strings, and the prompt came as embeddings: pass text=")
         chosen = _in_prompt(call, groups).to(call.ids.device)
-        ids = [call.ids[row][own] for row, own in zip(groups.rows.tolist(), chosen, strict=True)]
-        return tower.encode([_string(call.adapter, own) for own in ids]), tower.projection
+        ids = [call.ids[row][columns] for row, columns in zip(groups.rows.tolist(), chosen, strict=True)]
+        return tower.encode([_string(call.adapter, question) for question in ids]), tower.projection
     rows = tower.encode([_string(call.adapter, item) for item in _items(text, call)])
     return torch.stack(_per_group(list(rows), call, groups)), tower.projection
 

@@ -226,9 +226,9 @@ class RevivalStage(ThreadAware[_Following]):
             # All lengths that are asked for stay those of the unpruned sequence.
             missing = layer.layout.dropped + step.new.shape[1] - grown
             layer.layout = replace(layer.layout, dropped=missing, _derived={})
-            own = {"position_embeddings": view.places.rope, "attention_mask": view.mask}
-            own["position_ids"] = view.places.ids if reads_positions(module) else None
-            return with_hidden(args, {**kwargs, **own}, hidden)
+            changed = {"position_embeddings": view.places.rope, "attention_mask": view.mask}
+            changed["position_ids"] = view.places.ids if reads_positions(module) else None
+            return with_hidden(args, {**kwargs, **changed}, hidden)
 
         return hook
 
@@ -240,8 +240,8 @@ class RevivalStage(ThreadAware[_Following]):
             keys = torch.cat([slots.columns, queries], 1)
             seen = keys[:, None] <= queries[..., None]
             if table.blocks is not None:
-                own, other = (table.look_up(table.blocks, columns, -1) for columns in (queries, keys))
-                seen |= (own[..., None] == other[:, None]) & (own[..., None] >= 0)
+                block, other = (table.look_up(table.blocks, columns, -1) for columns in (queries, keys))
+                seen |= (block[..., None] == other[:, None]) & (block[..., None] >= 0)
             seen &= self._visible(keys)[:, None]
             mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
             mask.masked_fill_(~seen.to(hidden.device), torch.finfo(hidden.dtype).min)
@@ -266,14 +266,12 @@ class RevivalStage(ThreadAware[_Following]):
         back = step.revived.shape[1]
         step.chosen = self._chosen(i)
         layer = step.layers[i]
-        there = layer.slots.columns
-        prunable = step.table.look_up(step.table.prunable, there, False)
-        present = spread_columns(step.table.places(there), prunable, step.chosen.shape[1])
         columns, states = step.revived, hidden[:, :back]
         if layer.stored is not None:
             columns = torch.cat([columns, layer.stored.columns], 1)
             states = torch.cat([states, layer.stored.hidden.to(states)], 1)
-        wanted = step.table.look_up(step.chosen & ~present, columns, False)
+        # No key of these is in the layer's cache: a token that gets past a cut is not stored there any more.
+        wanted = step.table.look_up(step.chosen, columns, False)
         returning, left = (_gathered(states, columns, which) for which in (wanted, (columns >= 0) & ~wanted))
         layer.stored = left
         step.revived = columns[:, :0] if returning is None else returning.columns

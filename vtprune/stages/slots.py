@@ -62,7 +62,7 @@ class CacheContents:
             return columns[:: len(columns) // len(visual)].cpu()
 
         in_cache = tuple(
-            tuple(row[torch.isin(row, own)].sort().values for row, own in zip(rows(columns), visual, strict=True))
+            tuple(row[torch.isin(row, tokens)].sort().values for row, tokens in zip(rows(columns), visual, strict=True))
             for columns in self.columns
         )
         return in_cache, sum(int((rows(columns) >= 0).sum()) * size for columns, size in self.stored)

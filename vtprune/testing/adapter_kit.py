@@ -38,7 +38,7 @@ def check_adapter(model: Any, inputs: Mapping[str, Tensor] | Sequence[Mapping[st
     """
     adapter = vtprune.adapter_for(model)
     where = f"{type(adapter).__name__} on {type(model).__name__}"
-    together = padded(inputs, getattr(model.config.get_text_config(), "pad_token_id", None) or 0)
+    together = padded(model, inputs)
     look = Look(adapter, together)
     results = [replace(_stated(name, look), check=name) for name in STATEMENTS]
     if not _broken(results):

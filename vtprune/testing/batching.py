@@ -66,13 +66,13 @@ def joined(singles: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, T
     names = dict.fromkeys(name for single in singles for name in single)
     inputs = {}
     for name in names:
-        own = [single[name] for single in singles if name in single]
+        values = [single[name] for single in singles if name in single]
         if all(_is_text(name, single) for single in singles if name in single):
             fill = padding if name == "input_ids" else 0
-            inputs[name] = torch.cat([pad(x, (longest - x.shape[1], 0), value=fill) for x in own])
+            inputs[name] = torch.cat([pad(x, (longest - x.shape[1], 0), value=fill) for x in values])
         else:
-            sizes = torch.tensor([x.shape[1:] for x in own]).amax(0).tolist() if own[0].ndim > 1 else []
-            inputs[name] = torch.cat([pad(x, _missing(x.shape[1:], sizes)) for x in own])
+            sizes = torch.tensor([x.shape[1:] for x in values]).amax(0).tolist() if values[0].ndim > 1 else []
+            inputs[name] = torch.cat([pad(x, _missing(x.shape[1:], sizes)) for x in values])
     return inputs
 
 
@@ -89,16 +89,17 @@ def split(encoded: Iterable[Encoded], inputs: Mapping[str, Tensor]) -> list[dict
         if _is_text(name, inputs):
             parts = [value[[row], start:] for row, start in enumerate(starts)]
         else:
-            own = [e for e in encoded if ("video" in name) == (e.kind == "video")]
-            parts = list(value.split(_rows(name, value, own[0], inputs) if own else _unknown(name)))
+            of_kind = [e for e in encoded if ("video" in name) == (e.kind == "video")]
+            parts = list(value.split(_rows(name, value, of_kind[0], inputs) if of_kind else _unknown(name)))
         for single, part in zip(singles, parts, strict=True):
             if len(part):
                 single[name] = part
     return singles
 
 
-def padded(inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:
+def padded(model: Any, inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The inputs of a batch, which may come as a list of those of its samples. Raises ConfigError if they are none."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     together = dict(inputs) if isinstance(inputs, Mapping) else joined(_masked(inputs), padding) if inputs else {}
     mask = together.get("attention_mask")
     real = mask is not None and "input_ids" in together and len(mask) > 1 and bool(mask[:, -1].all())
@@ -146,7 +147,7 @@ def _rows(name: str, value: Tensor, encoded: Encoded, inputs: Mapping[str, Tenso
         return media
     grid = inputs.get(f"{encoded.kind}_grid_thw")
     if grid is not None and len(value) == int(grid.prod(1).sum()):
-        return [int(own.prod(1).sum()) for own in grid.split(media)]
+        return [int(grids.prod(1).sum()) for grids in grid.split(media)]
     if len(value) == len(tokens):
         return [1] * len(tokens)
     if len(value) == int((tokens > 0).sum()):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 
 import vtprune
 from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
+from vtprune.methods.in_layers import InLayers
 from vtprune.methods.schedules import Reviving
 from vtprune.testing.families import Batch
 from vtprune.testing.observed import ObservedSession, Sample
@@ -102,6 +103,21 @@ def found(status: Status, detail: str = "") -> Result:
 def steps(output: Any) -> Tensor:
     """(batch, new tokens, vocabulary) logits of a generation."""
     return torch.stack(output.logits, 1)
+
+
+def numbering(parts: Iterable[Method]) -> str:
+    """`positions` of a recompute of what methods of one stage each leave. Raises Refused if no recompute knows that."""
+    parts = list(parts)
+    if any(isinstance(part, Reviving) for part in parts):
+        raise Refused("not checked: the recompute does not know tokens that come back while decoding")
+    before = {part.positions for part in parts if isinstance(part, BeforeLLM | InEncoder | InLayers)}
+    # What is only hidden keeps its place.
+    inside = {"original" if part.masks else part.positions for part in parts if isinstance(part, InLLM)}
+    if len(before | inside) <= 1:
+        return next(iter(before | inside), "original")
+    if (before, inside) == ({"compact"}, {"original"}):
+        return "compact once"
+    raise Refused("not checked: the recompute does not know parts that number tokens in turns")
 
 
 class Case:
@@ -207,18 +223,8 @@ class Case:
         return logits[-NEW:]
 
     def positions(self, method: Method) -> str:
-        """How a recompute has to number the tokens that a method leaves. Raises Refused if no recompute knows that."""
-        parts = method.parts(vtprune.adapter_for(self.model).shape)
-        if any(isinstance(part, Reviving) for part in parts):
-            raise Refused("not checked: the recompute does not know tokens that come back while decoding")
-        before = {part.positions for part in parts if isinstance(part, BeforeLLM | InEncoder)}
-        # What is only hidden keeps its place.
-        inside = {"original" if part.masks else part.positions for part in parts if isinstance(part, InLLM)}
-        if len(before | inside) <= 1:
-            return next(iter(before | inside), "original")
-        if (before, inside) == ({"compact"}, {"original"}):
-            return "compact once"
-        raise Refused("not checked: the recompute does not know parts that number tokens in turns")
+        """`numbering` of a method on this model."""
+        return numbering(method.parts(vtprune.adapter_for(self.model).shape))
 
     def second_turn(self, first: Any) -> Any:
         """Generation of an answer to a second turn of text, on the cache of a first turn.

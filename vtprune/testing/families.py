@@ -125,23 +125,26 @@ def batch(name: str, model, samples: int = 3, media: str = "image", padding_side
     items: list[dict[str, list[Item]]] = []
     for prompt in _PROMPTS[media][:samples]:
         tokens = [BOS]
-        own: dict[str, list[Item]] = {"image": [], "video": []}
+        media_items: dict[str, list[Item]] = {"image": [], "video": []}
         if name.startswith("paligemma"):  # images first, then BOS
             tokens, prompt = [], "I" * prompt.count("I") + "b" + "t" * prompt.count("t")
         for letter in prompt:
             if (kind := kinds.get(letter)) is not None:
                 item = LAYOUTS[name][kind].make(model, next(shapes[kind]), prompt.count(letter), generator)
-                own[kind].append(item)
+                media_items[kind].append(item)
                 tokens += item.ids
             else:
                 word = torch.randint(FIRST_WORD, IMAGE, (1,), generator=generator).item()
                 tokens.append(BOS if letter == "b" else word)
         ids.append(torch.tensor(tokens))
-        items.append(own)
+        items.append(media_items)
     longest = max(map(len, ids))
     return Batch(
         inputs=_inputs(name, model, ids, items, padding_side),
-        singles=[_inputs(name, model, [one], [own], padding_side) for one, own in zip(ids, items, strict=True)],
+        singles=[
+            _inputs(name, model, [one], [media_items], padding_side)
+            for one, media_items in zip(ids, items, strict=True)
+        ],
         visual_ids=(IMAGE, VIDEO) if name in VIDEO_NAMES else (IMAGE,),
         pads=[longest - len(one) for one in ids],
         padding_side=padding_side,
@@ -159,7 +162,7 @@ def _inputs(
     if name in _TOKEN_TYPES:
         inputs |= _TOKEN_TYPES[name](columns)
     for kind, layout in LAYOUTS[name].items():
-        of_kind = [own[kind] for own in items]
+        of_kind = [media_items[kind] for media_items in items]
         if any(of_kind):
             inputs |= layout.collate(of_kind)
     if "pixel_values" in inputs and "pixel_values" not in inspect.signature(model.forward).parameters:

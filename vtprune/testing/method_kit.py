@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ import vtprune
 from vtprune.errors import ConfigError
 from vtprune.methods import build_method
 from vtprune.methods.base import Method
+from vtprune.plugins import load_plugins
 from vtprune.testing import families as tiny
+from vtprune.testing.batching import batch_of, padded
 from vtprune.testing.cases import Case, PromiseBroken, Result
 from vtprune.testing.promises import ALL_CHECKS, run_checks, told
 
@@ -38,7 +41,8 @@ def check_method(
         method: a class, which is given `keep_ratio=0.5` if it needs a budget; or an object, a registered name, a
             mapping with `name`. A budget under which tokens go is needed: keeping everything proves nothing.
         families: names of `vtprune.testing.families.NAMES`, of which those that the installed transformers lacks are
-            left out; or a `vtprune.testing.Case` for a model that is not among them. Default: all names.
+            left out; or a `vtprune.testing.Case` for a model that is not among them. Default: all names, and the models
+            of other packages (`models_of_others`).
         media: what prompts hold, of "image", "video" and "mixed" (both); each family is shown what it takes of these.
     Returns:
         What every check found. A family that refuses the method by name (UnsupportedStageError when the session opens)
@@ -83,7 +87,7 @@ def _cases(families: Iterable[str | Case] | None, media: Sequence[str]) -> Itera
     kinds = dict.fromkeys(kind for own in tiny.MEDIA.values() for kind in own)
     if isinstance(media, str) or not set(media) <= kinds.keys():
         raise ConfigError(f"media={media!r}: expected some of {', '.join(kinds)}, in a list")
-    for family in tiny.NAMES if families is None else families:
+    for family in (*tiny.NAMES, *models_of_others()) if families is None else families:
         if isinstance(family, Case):
             yield type(family.model).__name__, family
             continue
@@ -94,6 +98,23 @@ def _cases(families: Iterable[str | Case] | None, media: Sequence[str]) -> Itera
             model = tiny.build(family)
             for kind in shown:
                 yield f"{family}, {kind}", Case(model, tiny.batch(family, model, media=kind))
+
+
+@functools.cache
+def models_of_others() -> tuple[Case, ...]:
+    """Tiny models that packages outside bring for their adapters.
+
+    An entry point in the group `vtprune.test_models` names a function without arguments, which returns a model and
+    inputs as `check_adapter` takes them. Six decoder layers are enough for every method of this library.
+    """
+    cases: list[Case] = []
+
+    def register(make: Callable[[], tuple[Any, Any]]) -> None:
+        model, inputs = make()
+        cases.append(Case(model, batch_of(vtprune.adapter_for(model), inputs, padded(model, inputs))))
+
+    load_plugins("vtprune.test_models", register)
+    return tuple(cases)
 
 
 def _checked(where: str, case: Case, method: Method) -> list[Result]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, Method
+from vtprune.methods.in_layers import InLayers
 from vtprune.report import Report
 from vtprune.session import Session
 from vtprune.stages.model_calls import ModelCalls
@@ -40,7 +41,8 @@ class _ObservedCalls(ModelCalls):
     def start_prefill(self, call, incoming):
         super().start_prefill(call, incoming)
         self.merged = []
-        if any(isinstance(part, InEncoder) for method in self.methods for part in method.parts(self.adapter.shape)):
+        parts = [part for method in self.methods for part in method.parts(self.adapter.shape)]
+        if any(isinstance(part, InEncoder | InLayers) for part in parts):
             for row, visual in enumerate(call.media.visual):
                 self.merged.append((0, row, visual.nonzero().flatten(), call.embeddings[row, visual].detach().clone()))
 

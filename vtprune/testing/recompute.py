@@ -133,8 +133,8 @@ def recompute(
         )[0]
         if index < len(vision.deepstack):
             added = hidden.new_zeros(len(ids), hidden.shape[-1])
-            own = vision.deepstack[index]
-            added[vision.columns] = own if merges is None else vision.mean(own, alive, merges.sources[index])
+            features = vision.deepstack[index]
+            added[vision.columns] = features if merges is None else vision.mean(features, alive, merges.sources[index])
             hidden = hidden + added[columns]
 
     last = model.get_output_embeddings()(decoder.norm(hidden))
@@ -178,8 +178,8 @@ def look(model, inputs: dict[str, Tensor]) -> Vision:
     ids = inputs["input_ids"][0]
     columns, deepstack = [ids[:0]], []
     features = [model.get_input_embeddings()(ids[:0])]
-    for _, own, _, output in encoded(model, inputs):
-        columns.append(own)
+    for _, placeholders, _, output in encoded(model, inputs):
+        columns.append(placeholders)
         features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
         deepstack.append([torch.cat(list(added)) for added in getattr(output, "deepstack_features", [])])
     where, order = torch.cat(columns).sort()

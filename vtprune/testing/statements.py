@@ -58,7 +58,7 @@ class Look:
 
             def scores(self, tokens):
                 # Groups of a mixed batch are in the order of the prompt.
-                order = [group for kind in kinds for group, own in enumerate(tokens.kinds) if own == kind]
+                order = [group for kind in kinds for group, found in enumerate(tokens.kinds) if found == kind]
                 for signal in asked:
                     value = tokens[signal]
                     if isinstance(signal, ClsAttention):  # (groups, layers, heads, tokens)

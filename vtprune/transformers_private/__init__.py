@@ -19,7 +19,14 @@ model has done it already.
 
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-from vtprune.transformers_private.arguments import CACHE, cache_of, check_arguments, with_cache
+from vtprune.transformers_private.arguments import (
+    CACHE,
+    cache_of,
+    check_arguments,
+    deepstack_of,
+    drop_deepstack,
+    with_cache,
+)
 from vtprune.transformers_private.capture import EncoderScores, Scored
 from vtprune.transformers_private.decoder_attention import (
     attention_input,
@@ -76,6 +83,8 @@ __all__ = [
     "check_replay",
     "commit_of",
     "create_missing_layers",
+    "deepstack_of",
+    "drop_deepstack",
     "eager_encoder_attention",
     "eager_weights",
     "encoder_mask",

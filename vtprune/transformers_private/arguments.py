@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,19 @@ _CACHE_NAMES = ("cache", "past_key_values")
 CACHE = _CACHE_NAMES[0] if version() >= (5, 24) else _CACHE_NAMES[1]
 """What the installed release calls a KV cache, as an argument and in what models return."""
 
+_DEEPSTACK, _DEEPSTACK_COLUMNS = "deepstack_visual_embeds", "visual_pos_masks"
+
 _KNOWN_ARGUMENTS = {
     *_CACHE_NAMES,
+    _DEEPSTACK,
+    _DEEPSTACK_COLUMNS,
     "attention_mask",
-    "deepstack_visual_embeds",
     "hidden_states",
     "input_ids",
     "inputs_embeds",
     "mamba_attention_mask",
     "position_embeddings",
     "position_ids",
-    "visual_pos_masks",
 }
 """Arguments of decoders and their layers that may hold one entry a token, and that are cut along."""
 
@@ -61,6 +63,18 @@ def cache_parameter(decoder: nn.Module) -> inspect.Parameter | None:
     """The parameter of a decoder's forward that takes the KV cache."""
     parameters = inspect.signature(decoder.forward).parameters
     return next((parameters[name] for name in _CACHE_NAMES if name in parameters), None)
+
+
+def deepstack_of(kwargs: Mapping[str, Any]) -> Sequence[Tensor] | None:
+    """The features that a decoder adds to the visual tokens behind its first layers: (tokens, dim) each; None if
+    none."""
+    return kwargs.get(_DEEPSTACK)
+
+
+def drop_deepstack(kwargs: dict[str, Any]) -> None:
+    """Take these features from the arguments of a decoder."""
+    kwargs.pop(_DEEPSTACK)
+    kwargs.pop(_DEEPSTACK_COLUMNS, None)
 
 
 def check_arguments(where: str, kwargs: Mapping[str, Any], batch: int, length: int) -> None:

@@ -157,10 +157,10 @@ class EncoderScores:
         images."""
         parts, start = [], 0
         for length in lengths:
-            own = slice(start, start + length)
+            image = slice(start, start + length)
             mask = self.mask
             if mask is not None:
-                mask = mask[..., own] if mask.ndim == 2 or mask.shape[2] == 1 else mask[:, :, own, own]
-            parts.append(EncoderScores(self.queries[:, :, own], self.keys[:, :, own], self.scale, mask))
+                mask = mask[..., image] if mask.ndim == 2 or mask.shape[2] == 1 else mask[:, :, image, image]
+            parts.append(EncoderScores(self.queries[:, :, image], self.keys[:, :, image], self.scale, mask))
             start += length
         return parts
