@@ -145,8 +145,8 @@ def test_visual_tokens_of_several_patches(name, media):
         model(**inputs)
     assert session.report.keep_ratio == 1.0 and session.report.encoder_flops < flops
     with (
-        vtprune.prune(model, "zero_tprune", keep_ratio=0.5),
         pytest.raises(vtprune.UnsupportedStageError, match="zero_tprune drops patches"),
+        vtprune.prune(model, "zero_tprune", keep_ratio=0.5),
     ):
         model(**inputs)
 
