@@ -137,7 +137,7 @@ def accuracies(model, tokenize, images, device) -> dict[str, float]:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
     save_to: Annotated[Path | None, typer.Option(help="Where weights and tokenizer go; default OUT/model.")] = None,
-    steps: int = 1500,
+    steps: int = 1000,
     batch: Annotated[int, typer.Option(help="Images a step; each has two captions.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: int = 2,
@@ -188,7 +188,9 @@ def save(model, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         model.logit_scale.clamp_(max=np.log(100))
-    save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
+    )
     build_open_clip_tokenizer().save_pretrained(folder)
     config = f"{OPEN_CLIP_NAME}.json"
     (folder / config).write_text((OPEN_CLIP_PATH / config).read_text())
