@@ -21,7 +21,6 @@ import typer
 from digitscenes_data import model_input, random_tokens
 from digitscenes_video_data import bent
 from safetensors.torch import save_file
-from torch import nn
 from train_digitscenes import Stage, begin, chosen, train
 from transformers import AutoModelForImageTextToText
 
