@@ -135,7 +135,7 @@ class _Transformers:
         self.preprocess = processor and (lambda image: processor(image, return_tensors="pt")["pixel_values"][0])
 
     def encode_texts(self, prompts: list[str]) -> Tensor:
-        # SigLIP was trained on texts padded to its context, without a mask; CLIP ignores what follows the end of a text.
+        # SigLIP was trained on texts padded to its context, without a mask. CLIP ignores the padding.
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.model.get_text_features(input_ids=tokens.input_ids.to(self.model.device)).pooler_output
