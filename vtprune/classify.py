@@ -47,7 +47,7 @@ class ZeroShotClassifier:
         *,
         preprocess: Callable[[Any], Tensor] | None = None,
     ):
-        self.model = model
+        self.model: Any = model
         self._towers = _towers(model, tokenizer)
         self._preprocess = preprocess or self._towers.preprocess
         self.set_classes(classes, templates)

@@ -67,7 +67,7 @@ def test_the_label_is_what_is_drawn():
         pixels, value, colour, (x, y, side) = draw_labelled(np.random.RandomState(number), "test")
         values.add(value)
         colours.add(colour)
-        assert 0 <= min(x, y) and max(x, y) + side <= 168 and side <= LARGEST
+        assert min(x, y) >= 0 and max(x, y) + side <= 168 and side <= LARGEST
         box = pixels[y : y + side, x : x + side].reshape(-1, 3).astype(int)
         exact = {name: (np.abs(box - tint).sum(1) == 0).sum() for name, tint in COLOURS.items()}
         assert max(exact, key=exact.get) == colour and exact[colour] >= 40

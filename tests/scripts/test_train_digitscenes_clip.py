@@ -62,7 +62,9 @@ def test_loss_is_least_where_all_that_fits_is_equal(script):
     assert script.pair_loss(torch.zeros(2, 3), fits) > best
     uneven = torch.where(fits, 50.0, -50.0)
     uneven[0, 2] = 45
-    assert script.pair_loss(uneven, fits) > best + 1
+    unlikely = math.log1p(math.exp(-5)) + 2.5  # mean of the two that fit, one of which is 5 below the other
+    expected = ((unlikely + math.log(2)) / 2 + unlikely / 3) / 2
+    torch.testing.assert_close(script.pair_loss(uneven, fits), torch.tensor(expected))
 
 
 def test_a_whole_run_in_small(script, tmp_path, monkeypatch, one_thread):
