@@ -51,6 +51,6 @@ def _contrast(pixels: np.ndarray, percent: int, rng: np.random.RandomState) -> n
 CORRUPTIONS: dict[str, tuple[Callable[[np.ndarray, int, np.random.RandomState], np.ndarray], tuple[int, int, int]]] = {
     "noise": (_noise, (24, 48, 72)),
     "blur": (_blur, (2, 3, 4)),
-    "contrast": (_contrast, (40, 25, 15)),
+    "contrast": (_contrast, (45, 30, 20)),
 }
 """Name -> function and its strength by severity: deviation in grey levels, deviation in pixels, per cent left."""

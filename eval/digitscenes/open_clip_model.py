@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from .scenes import COLOURS
 
 if TYPE_CHECKING:
-    from open_clip import CLIP, HFTokenizer
+    from open_clip import CLIP
+    from open_clip.tokenizer import HFTokenizer
 
 OPEN_CLIP_PATH = Path(__file__).parent / "open_clip_model"
 """Folder of the configuration, the trained weights and the tokenizer."""
@@ -82,10 +83,10 @@ def load_open_clip() -> tuple[CLIP, HFTokenizer, Callable[[Image.Image], torch.T
     The tokenizer gives ids, (texts, 10); longer texts are cut off. `open_clip.get_tokenizer` does not find it, as it
     knows tokenizers by hub name or an absolute folder only.
     """
-    import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
     model, preprocess = build_open_clip(OPEN_CLIP_PATH / "model.safetensors")
-    tokenizer = open_clip.HFTokenizer(str(OPEN_CLIP_PATH), context_length=_text_config()["context_length"])
+    tokenizer = HFTokenizer(str(OPEN_CLIP_PATH), context_length=_text_config()["context_length"])
     return model, tokenizer, preprocess
 
 

@@ -52,7 +52,7 @@ def test_same_images_everywhere():
     ]
     assert (
         hashlib.sha256(b"".join(parts)).hexdigest()
-        == "6bd4d64a237d36558f2041128cf52bbb4745ef7fda858daea7a05bb66d954dcf"
+        == "ef70e53c07204bfb19a8b9f88193bbb6c97a12b9f3492266e09122e2e2926e67"
     )
 
 
@@ -94,7 +94,7 @@ def test_corruptions_are_what_they_say():
         assert abs(spread**0.5 - deviation) < 0.15 * deviation
         assert np.array_equal(corrupt(flat, "blur", severity, rng), flat)
     ramp = np.arange(0, 200, 2, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
-    for severity, percent in ((1, 40), (2, 25), (3, 15)):
+    for severity, percent in ((1, 45), (2, 30), (3, 20)):
         weak = corrupt(ramp, "contrast", severity, rng).astype(float)
         assert abs(weak.std() / ramp.std() - percent / 100) < 0.02 and abs(weak.mean() - ramp.mean()) < 1.5
 
