@@ -136,7 +136,7 @@ def accuracies(model, tokenize, images, device) -> dict[str, float]:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the log.")],
     save_to: Annotated[Path | None, typer.Option(help="Where weights and tokenizer go; default OUT/model.")] = None,
-    steps: int = 1000,
+    steps: int = 800,
     batch: Annotated[int, typer.Option(help="Images a step; each has two captions.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: int = 2,
