@@ -29,7 +29,7 @@ setup(
         "vtprune": ["py.typed"],
         "vtprune.adapters": ["py.typed"],
         "vtprune.eval": ["py.typed", "configs/*.yaml", "configs/lmms/*.yaml"],
-        "vtprune.eval.digitscenes": ["model/*", "video_model/*"],
+        "vtprune.eval.digitscenes": ["model/*", "video_model/*", "open_clip_model/*"],
         "vtprune.eval.pages": ["templates/*.j2"],
         "vtprune.eval.presets": ["*.yaml"],
         "vtprune.eval.tasks": ["*.yaml", "*.jsonl"],

@@ -82,7 +82,7 @@ def test_wheel_holds_every_module_and_data_file(sources, wheel, wheel_site, tmp_
         for path in (sources / folder).rglob("*")
         if path.suffix in (".py", ".yaml", ".j2", ".jsonl")
         or path.name == "py.typed"
-        or path.parent.name == "model"
+        or path.parent.name in ("model", "video_model", "open_clip_model")
         and path.is_file()
     }
     assert wanted - packed == set()

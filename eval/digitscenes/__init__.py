@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DigitScenes: a small visual-question-answering benchmark, with images and with videos, and trained LLaVA checkpoints
-that travel with it.
+"""DigitScenes: a small visual-question-answering benchmark, with images and with videos, zero-shot classification of
+single digits, and trained LLaVA and CLIP checkpoints that travel with it.
 
 from vtprune.eval import digitscenes
 model = AutoModelForImageTextToText.from_pretrained(digitscenes.MODEL_PATH)
@@ -9,6 +9,9 @@ for example in digitscenes.examples(limit=10): ...
 
 model = AutoModelForImageTextToText.from_pretrained(digitscenes.VIDEO_MODEL_PATH)
 for example in digitscenes.video_examples(limit=10): example.video_path() ...
+
+model, tokenizer, preprocess = digitscenes.load_open_clip()
+for item in digitscenes.labelled_images(limit=10, corruption="noise", severity=2): preprocess(item.image) ...
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,10 @@ from PIL import Image
 from . import clip_questions
 from .clip_questions import VIDEO_FAMILIES
 from .clips import Clip, draw_clip
+from .corruptions import CORRUPTIONS
+from .labelled import CLASSES, TEMPLATES, LabelledImage, labelled_images
 from .mp4 import write_once
+from .open_clip_model import OPEN_CLIP_PATH, load_open_clip
 from .questions import FAMILIES, ask
 from .scenes import SPLITS, draw_scene
 
@@ -37,16 +43,23 @@ VIDEO_SIZE = 300
 """Questions in a set about clips by default."""
 
 __all__ = [
+    "CLASSES",
+    "CORRUPTIONS",
     "FAMILIES",
     "MODEL_PATH",
+    "OPEN_CLIP_PATH",
     "SIZE",
+    "TEMPLATES",
     "VIDEO_FAMILIES",
     "VIDEO_MODEL_PATH",
     "VIDEO_SIZE",
     "Example",
+    "LabelledImage",
     "VideoExample",
     "example",
     "examples",
+    "labelled_images",
+    "load_open_clip",
     "score",
     "video_example",
     "video_examples",
