@@ -117,6 +117,8 @@ def main(
     linear: Linear = Linear.ONEDNN,
 ) -> None:
     """Prints a table for each shape."""
+    if shape and shape not in SHAPES:
+        raise typer.BadParameter(f"{shape}: expected one of {', '.join(SHAPES)}")
     for name in [shape] if shape else SHAPES:
         model = build(SHAPES[name])
         side = SHAPES[name]["image_size"]
