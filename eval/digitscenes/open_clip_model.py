@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DigitScenes CLIP: a small model of open_clip with a word-level tokenizer.
+"""The DigitScenes CLIP: a small model of open_clip (pip install "vtprune[clip]") with a word-level tokenizer.
 
 open_clip takes seconds to import, so it is imported when the model is built.
 """
