@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 
+import vtprune
 from vtprune.classify import ZeroShotClassifier
 from vtprune.eval import digitscenes
 from vtprune.eval.digitscenes.corruptions import CORRUPTIONS, corrupt
@@ -139,3 +140,13 @@ def test_corruptions_cost_accuracy_and_leave_some(trained):
     clean = accuracy(trained, "digit")
     for name in CORRUPTIONS:
         assert 0.15 <= accuracy(trained, "digit", corruption=name, severity=2) <= clean - 0.05, name
+
+
+def test_merging_keeps_what_random_merging_loses(trained):
+    """Half of the patches, by similarity and at random."""
+    with vtprune.prune(trained[0], "tome", keep_ratio=0.5):
+        similar = accuracy(trained, "digit")
+    with vtprune.prune(trained[0], {"name": "tome", "variant": "random", "keep_ratio": 0.5}):
+        at_random = accuracy(trained, "digit")
+    assert similar >= accuracy(trained, "digit") - 0.03
+    assert at_random <= similar - 0.1
