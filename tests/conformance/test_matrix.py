@@ -154,17 +154,17 @@ def check_revival(run: Unpatched, sample: int, logits: Tensor, generated: Tensor
 def _cells():
     """Every cell with both back ends.
 
-    The default run has all methods on all families: with the first back end on images and on one of videos and mixed
-    prompts; with the second one a quarter of them, on images.
+    The default run has every method on every family once, with images or, where the family takes them, videos or mixed
+    prompts, in turns; with the first back end, and a quarter of those on images with the second one, too.
     """
     methods = list(METHODS)
     for name, media, method in CELLS:
         number = families.NAMES.index(name) + methods.index(method)
+        turns = families.MEDIA[name]
         for attention in POSITIONS:
-            if attention == "sdpa":
-                chosen = media == "image" or number % 2 == (media == "mixed")
-            else:
-                chosen = media == "image" and number % 4 == 0
+            chosen = (
+                media == turns[number % len(turns)] if attention == "sdpa" else media == "image" and number % 4 == 0
+            )
             marks = [] if chosen else [pytest.mark.slow]
             yield pytest.param(name, media, method, attention, marks=marks, id=f"{name}-{media}-{method}-{attention}")
 
