@@ -104,6 +104,11 @@ def acts(name: str, stage: type[Method]) -> bool:
     return any(isinstance(part, stage) for part in parts(_ALL[name]))
 
 
+def drops_patches(name: str) -> bool:
+    """Whether it drops patches inside the encoder's layers."""
+    return any(isinstance(part, InLayers) and part.drops for part in parts(_ALL[name]))
+
+
 def needs_cls(name: str) -> bool:
     """Whether it reads what only a CLS token gives."""
     if name == "tca":  # inside encoder layers nothing is listed

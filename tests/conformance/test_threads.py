@@ -98,7 +98,7 @@ def check(name: str, method: str, calls: int, **options) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(method, marks=() if method in FIRST else pytest.mark.slow) for method in METHODS]
+    "method", [pytest.param(name, marks=() if name in ("fastv", "lazyllm") else pytest.mark.slow) for name in METHODS]
 )
 def test_concurrent_calls_are_those_one_by_one(method):
     check("llava", method, CALLS if method not in FIRST[3:] else CALLS // 2)

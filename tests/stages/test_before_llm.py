@@ -30,7 +30,8 @@ def choose(method, tokens) -> Selection:
 def recorder(cuts=(), compact=False, into=None, original=None, keys=()) -> SimpleNamespace:
     """What was merged inside the encoder: see `EncoderRecorder.copied_into`."""
     return SimpleNamespace(
-        cut=SimpleNamespace(cuts=cuts, compact=compact),
+        merges=bool(cuts),
+        compact=compact,
         copied_into=lambda encodings: (torch.tensor(into), torch.tensor(original)),
         image_keys=lambda encoding: keys,
     )
@@ -189,7 +190,7 @@ def test_positions_of_merged_tokens_are_the_encoder_methods_choice():
 
 def test_an_encoder_that_merged_nothing_leaves_everything():
     prompts = call()
-    assert prune(prompts, record=SimpleNamespace(cut=SimpleNamespace(cuts=(1,)))).shape == (2, 6, 1)
+    assert prune(prompts, record=SimpleNamespace(merges=True)).shape == (2, 6, 1)
     assert not prompts.pruned
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from torch import nn
@@ -134,7 +135,8 @@ def test_strings_are_tokenized(tokenizer):
     assert ids_read("is there a dog", prompts, groups, keywords=True) == [[6, 4]], "words by themselves, no stop words"
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_named():
+def test_a_tokenizer_that_cannot_be_loaded_is_named(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # asks no hub again and again
     prompts = call("tittt", lengths=(1,))
     with pytest.raises(ConfigError, match="no tokenizer could be loaded from the model's checkpoint 'a/checkpoint'"):
         ids_read("a dog", prompts, prompts.crop_groups())

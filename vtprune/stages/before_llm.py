@@ -24,7 +24,7 @@ def prune_before_llm(
 
     text: the question that the session was given.
     """
-    if recorder.cut.cuts or recorder.in_layers.methods:
+    if recorder.merges:
         hidden = _drop_merged(call, hidden, recorder)
     for method in methods:
         by_crop = call.crop_groups()

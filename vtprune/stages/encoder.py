@@ -131,6 +131,11 @@ class EncoderRecorder:
                 yield layers[index].register_forward_hook(self._take_output(index))
 
     @property
+    def merges(self) -> bool:
+        """Whether a method acts inside the encoder."""
+        return bool(self.cut.cuts or self.in_layers.methods)
+
+    @property
     def compact(self) -> bool:
         """Whether positions are renumbered where tokens went inside the encoder."""
         return self.cut.compact or any(method.positions == "compact" for method in self.in_layers.methods)

@@ -156,11 +156,12 @@ def test_a_batch_answers_what_each_question_alone_does(finished, config_file, tm
 def test_the_grid_for_video():
     config = load_config(Path(vtprune.eval.__file__).parent / "configs" / "video.yaml")
     cells = expand(config)
-    assert len(cells) == len({str(cell) for cell in cells}) == 2 + 4 * (1 + 3 + 15)
+    assert len(cells) == len({str(cell) for cell in cells}) == 2 + 4 * (1 + 3 + 3 + 15)
     assert [cell.keep_ratio for cell in cells if cell.method == "holitom"] == [0.25, 0.15, 0.1, 0.05]
-    assert {cell.seed for cell in cells if cell.method == "random"} == {0, 1, 2}
+    for drawn in ("random", "block"):
+        assert {cell.seed for cell in cells if cell.method == drawn} == {0, 1, 2}
     for_video = {"holitom", "vidcom2", "fastvid", "aim", "bvllm_merge", "progressive_pooling", "adaptive_pool"}
-    baselines = {"full", "zero", "downsample", "random", "uniform", "uniform_frames", "pool"}
+    baselines = {"full", "zero", "downsample", "random", "uniform", "uniform_frames", "block", "pool"}
     assert for_video | baselines <= {cell.method for cell in cells}
 
 
