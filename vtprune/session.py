@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -36,8 +36,8 @@ def prune(
     prompt_length: PromptLength = None,
     profile: bool = False,
     **parameters: Any,
-) -> Session | EncoderSession:
-    """A context manager inside which `model` prunes visual tokens.
+) -> Session:
+    """A context manager inside which `model` prunes visual tokens; an `EncoderSession` for a vision encoder alone.
 
     Args:
         model: a loaded Hugging Face vision-language model of a supported family (`vtprune.adapter_for`); or a vision
@@ -69,11 +69,12 @@ def prune(
         names = [name for name, value in given.items() if value is not None]
         if names:
             raise ConfigError(f"{', '.join(names)}: only for vision-language models; this is a vision encoder alone")
-        return EncoderSession(model, encoder, methods, strict=strict)
+        # Which of the two it is only the model says. Type checkers are told the one that most callers get.
+        return cast(Session, EncoderSession(model, encoder, methods, strict=strict))
     return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
 
 
-def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session | EncoderSession:
+def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
     """Like `prune`, but starts at once and lasts until `session.remove()`."""
     session = prune(model, method, **options)
     session.install()

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import nn
 
@@ -102,7 +102,7 @@ class SessionLife(Uncopied):
         self._entered = False
         self._calls.forget()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self._entered:
             raise VTPruneError(
                 "this session is entered already, and leaving it once would end it for the block around, too; open it "
