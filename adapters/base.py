@@ -185,13 +185,21 @@ class Adapter(ABC):
 
     @property
     def shape(self) -> ModelShape:
-        """Depths, which layer the projector reads (the config's `vision_feature_layer`, or the last), and `has_cls`."""
+        """Depths, the deepest of `feature_layers`, and `has_cls`."""
+        depth = len(self.encoder_layers())
+        return ModelShape(depth, len(self.decoder_layers), max(*self.feature_layers, 0), self.has_cls)
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """0-based encoder layers whose outputs the projector reads: the config's `vision_feature_layer`, or the last.
+
+        -1 is the embedding.
+        """
         depth = len(self.encoder_layers())
         chosen = getattr(self.config, "vision_feature_layer", -1)
         chosen = [chosen] if isinstance(chosen, int) else chosen
         # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
-        deepest = max(layer if layer >= 0 else depth + 1 + layer for layer in chosen) - 1
-        return ModelShape(depth, len(self.decoder_layers), max(deepest, 0), self.has_cls)
+        return [(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in chosen]
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         """Length, in patches without CLS, of every sequence that the encoder ran for a call; for counting FLOPs."""

@@ -22,17 +22,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, CLIPVisionModel
 
 import vtprune
 from vtprune.eval.bench.linear import use_onednn
+from vtprune.eval.bench.shapes import CLIP_L_336
 from vtprune.eval.bench.stopwatch import Spread, paired, timed
 from vtprune.methods.in_layers import InLayers
 
 console = Console()
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "vit-b-16": {
+        "model_type": "clip_vision_model",
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
@@ -40,14 +42,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "image_size": 224,
         "patch_size": 16,
     },
-    "vit-l-14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    },
+    "vit-l-14-336": CLIP_L_336,
 }
 ROWS: dict[str, Mapping[str, Any] | None] = {
     "full": None,
@@ -64,10 +59,10 @@ class Linear(StrEnum):
     TORCH = "torch"
 
 
-def build(shape: Mapping[str, int]) -> CLIPVisionModel:
+def build(shape: Mapping[str, Any]) -> CLIPVisionModel:
     """An encoder with random weights."""
     torch.manual_seed(0)
-    config = CLIPVisionConfig(**shape)
+    config = AutoConfig.for_model(**shape)
     return CLIPVisionModel._from_config(config, attn_implementation="sdpa").eval()
 
 

@@ -37,7 +37,7 @@ class Shape:
     """whether the model takes `mm_token_type_ids`, which tell image tokens from text"""
 
 
-_CLIP_L_336 = {
+CLIP_L_336 = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -107,18 +107,18 @@ _CUT_CLS = {"vision_feature_layer": -2, "vision_feature_select_strategy": "defau
 
 SHAPES: dict[str, Shape] = {
     "llava-1.5-7b": Shape(
-        {"model_type": "llava", "vision_config": _CLIP_L_336, "text_config": _VICUNA_7B, **_CUT_CLS},
+        {"model_type": "llava", "vision_config": CLIP_L_336, "text_config": _VICUNA_7B, **_CUT_CLS},
         visual_tokens=576,
         pixels=(3, 336, 336),
     ),
     "llava-1.5-13b": Shape(
-        {"model_type": "llava", "vision_config": _CLIP_L_336, "text_config": _VICUNA_13B, **_CUT_CLS},
+        {"model_type": "llava", "vision_config": CLIP_L_336, "text_config": _VICUNA_13B, **_CUT_CLS},
         visual_tokens=576,
         pixels=(3, 336, 336),
     ),
     # 672 x 672 pixels: the overview and four tiles; 48 rows of 48 tokens and a newline
     "llava-next-7b": Shape(
-        {"model_type": "llava_next", "vision_config": _CLIP_L_336, "text_config": _VICUNA_7B, **_CUT_CLS},
+        {"model_type": "llava_next", "vision_config": CLIP_L_336, "text_config": _VICUNA_7B, **_CUT_CLS},
         visual_tokens=576 + 48 * 49,
         pixels=(5, 3, 336, 336),
         per_image={"image_sizes": (672, 672)},

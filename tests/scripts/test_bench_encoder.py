@@ -6,6 +6,7 @@ import torch
 
 SCRIPT = "bench_encoder"
 TINY = {
+    "model_type": "clip_vision_model",
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 12,

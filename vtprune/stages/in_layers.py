@@ -28,19 +28,18 @@ class TowerCut:
         Raises UnsupportedStageError if tokens cannot be taken away inside the encoder of this family.
         """
         self.adapter, self.methods, self.encoding = adapter, methods, encoding
-        self._installed: list[LayerCalls] = []
         if len(methods) > 1:
             raise ConfigError(f"{', '.join(m.name for m in methods)}: only one method acts inside encoder layers")
-        for kind in adapter.visual_token_ids if methods else ():
-            self._calls(kind)
+        # Kinds may share a tower.
+        towers = {id(adapter.vision_tower(kind)): kind for kind in adapter.visual_token_ids} if methods else {}
+        self._by_tower = {tower: self._calls(kind) for tower, kind in towers.items()}
 
     def _calls(self, kind: str) -> LayerCalls:
         (method,) = self.methods
-        layers = getattr(self.adapter.config, "vision_feature_layer", -1)
         reason = None
         if not self.adapter.merges_in_encoder:
             reason = "packed or masked images"
-        elif not isinstance(layers, int) and len(layers) > 1:
+        elif len(self.adapter.feature_layers) > 1:
             reason = "the projector reads several layers"
         elif (encoder := self._encoder(kind)) is None:
             reason = f"its vision tower is a {type(self.adapter.vision_tower(kind)).__name__}"
@@ -67,14 +66,12 @@ class TowerCut:
     def install(self, kind: str) -> Iterator[RemovableHandle]:
         """Yields what takes each hook on the tower of a kind off again, as soon as it is on."""
         if self.methods:
-            self._installed.append(self._calls(kind))
-            yield from self._installed[-1].install()
+            yield from self._by_tower[id(self.adapter.vision_tower(kind))].install()
 
     def stop(self) -> None:
         """Let later images be encoded as they are. Waits for those that another thread encodes."""
-        for calls in self._installed:
+        for calls in self._by_tower.values():
             calls.stop()
-        self._installed.clear()
 
     def _note(self, batch: EncoderPass) -> None:
         """Say of the images that ran which of their tokens are left."""
