@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for tests of every folder."""
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def pytest_collection_finish():
+    """Thousands of tests and a few large libraries lie in memory for good: collections need not go through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,12 @@ CELLS = [
 ]
 
 
+def in_turns(name: str, media: str, method: str) -> bool:
+    """Whether a cell is one of those that have every method on every family once, with media in turns."""
+    kinds = families.MEDIA[name]
+    return media == kinds[(families.NAMES.index(name) + list(METHODS).index(method)) % len(kinds)]
+
+
 def refusal(model, methods: Spec) -> str | None:
     """Why a session with these methods cannot even be made; None if it can."""
     try:
