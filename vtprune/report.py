@@ -60,7 +60,7 @@ class Report:
     visual: tuple[Tensor, ...]
     """A sample each: columns of all its visual tokens."""
     text_tokens: tuple[int, ...]
-    """A sample each: its real tokens that are not visual."""
+    """A sample each: real tokens of its prompt that are not visual."""
     text_config: Any
     vision_config: Any
     encoder_has_cls: bool

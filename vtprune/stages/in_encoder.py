@@ -239,11 +239,11 @@ class EncoderCut:
                 layer=layer,
             )
         )
-        own = torch.arange(prefix, device=hidden.device).expand(crops, -1)
-        keep = torch.cat([torch.ones_like(own, dtype=torch.bool), selection.keep], 1)
+        first_rows = torch.arange(prefix, device=hidden.device).expand(crops, -1)
+        keep = torch.cat([torch.ones_like(first_rows, dtype=torch.bool), selection.keep], 1)
         sources = selection.sources
         if sources is not None:
-            sources = torch.cat([own, torch.where(sources >= 0, sources + prefix, -1)], 1)
+            sources = torch.cat([first_rows, torch.where(sources >= 0, sources + prefix, -1)], 1)
         if selection.features is not None:
             merged = torch.where(selection.keep[..., None], selection.features.to(hidden), hidden[:, prefix:])
             hidden = torch.cat([hidden[:, :prefix], merged], 1)
