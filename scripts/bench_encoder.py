@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionModel
 
 import vtprune
+from vtprune.eval.bench.choices import around_choices
 from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.shapes import CLIP_L_336
 from vtprune.eval.bench.stopwatch import Spread, paired, timed
@@ -68,20 +69,17 @@ def build(shape: Mapping[str, Any]) -> CLIPVisionModel:
 
 @contextmanager
 def choosing(method: InLayers) -> Iterator[list[float]]:
-    """While it lasts, the seconds that a method takes to choose what goes are added to the list."""
-    cls, reduce, spent = type(method), type(method).reduce, [0.0]
+    """While it lasts, the seconds of each choice of what goes are added to the list."""
+    spent: list[float] = []
 
-    def measured(self, tokens):
+    @contextmanager
+    def clock() -> Iterator[None]:
         started = time.perf_counter()
-        result = reduce(self, tokens)
-        spent[0] += time.perf_counter() - started
-        return result
+        yield
+        spent.append(time.perf_counter() - started)
 
-    cls.reduce = measured
-    try:
+    with around_choices([method], clock):
         yield spent
-    finally:
-        cls.reduce = reduce
 
 
 @torch.inference_mode()
@@ -90,7 +88,8 @@ def one_round(model: Any, pixels: Tensor, row: Mapping[str, Any] | None) -> tupl
     if row is None:
         return timed(lambda: model(pixels), pixels.device)[0], 0.0
     with vtprune.prune(model, row) as session, choosing(session.methods[0]) as spent:
-        return timed(lambda: model(pixels), pixels.device)[0], spent[0]
+        total = timed(lambda: model(pixels), pixels.device)[0]
+    return total, sum(spent)
 
 
 @torch.inference_mode()

@@ -35,13 +35,21 @@ def of_row(row: Row) -> Record:
 
 def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inputs, model: Any) -> Record:
     """The measurements of a row; `full` holds the passes of the full model."""
-    text_config = model.config.get_text_config()
-    visual = (inputs["input_ids"] == vtprune.adapter_for(model).visual_token_ids["image"]).sum(1).tolist()
+    text_config, adapter = model.config.get_text_config(), vtprune.adapter_for(model)
+    visual = (inputs["input_ids"] == adapter.visual_token_ids["image"]).sum(1).tolist()
     length, layers = inputs["input_ids"].shape[1], text_config.num_hidden_layers
     unpruned = sum(cost.llm_prefill_flops(text_config, [count] * layers, length - count) for count in visual)
     head = len(visual) * cost.lm_head_flops(text_config)
     report = holding.report
     decoder = unpruned if report is None else report.prefill_flops
+    whole_encoder = cost.encoder_flops(
+        adapter.vision_config,
+        adapter.encoder_sequences("image", inputs),
+        has_cls=adapter.has_cls,
+        gated_mlp=adapter.gated_encoder_mlp,
+    )
+    encoder = whole_encoder if report is None else report.encoder_flops
+    first_token = encoder + holding.selection_flops + decoder + head
     lengths = list(full[0].steps)
     speedups = {
         "prefill": paired([p.prefill for p in passes], [p.prefill for p in full]),
@@ -54,6 +62,9 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
         "final_tokens": mean(visual if report is None else report.final_tokens),
         "measured_keep_ratio": 1.0 if report is None else report.keep_ratio,
         "prefill_flops": decoder + head,
+        "encoder_flops": encoder,
+        "selection_flops": holding.selection_flops,
+        "first_token_flops": first_token,
         "seconds": {
             "encoder": _spread(p.encoder for p in passes),
             "selector": _spread(p.selector for p in passes),
@@ -66,6 +77,7 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
         "kv_bytes": holding.kv_bytes,
         "auxiliary_bytes": holding.auxiliary_bytes,
         "ideal_prefill_speedup": ideal,
+        "ideal_first_token_speedup": (whole_encoder + unpruned + head) / first_token,
         "speedup": {
             **{name: spread.to_dict() for name, spread in speedups.items()},
             "answer": {str(n): spread.to_dict() for n, spread in answers.items()},

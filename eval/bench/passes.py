@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vtprune
+from vtprune.eval.bench.choices import counted_choices
 from vtprune.eval.bench.config import BenchConfig
 from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
 from vtprune.eval.bench.rows import Row
@@ -98,6 +100,8 @@ class Holding:
     """of hidden states kept for tokens that may come back"""
     report: Report | None
     """None for the full model"""
+    selection_flops: int
+    """of choosing tokens"""
 
 
 @torch.inference_mode()
@@ -114,6 +118,10 @@ def hold(model: Any, inputs: Inputs, row: Row) -> Holding:
     with row.session(model) as session:
         if model.device.type == "cuda":
             work()  # libraries set up their workspaces on first use
-        peak = peak_bytes(work, model.device)
+        shape = vtprune.adapter_for(model).shape
+        parts = [] if session is None else [part for method in session.methods for part in method.parts(shape)]
+        with counted_choices(parts) as flops:
+            peak = peak_bytes(work, model.device)
         report = None if session is None else session.report
-    return Holding(peak, found["kv_bytes"], 0 if report is None else report.auxiliary_bytes, report)
+    auxiliary = 0 if report is None else report.auxiliary_bytes
+    return Holding(peak, found["kv_bytes"], auxiliary, report, sum(flops))

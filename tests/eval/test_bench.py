@@ -5,6 +5,7 @@ No assertion depends on how long anything takes.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.bench import lines as bench_lines
 from vtprune.eval.bench import passes, path, rounds, run
+from vtprune.eval.bench.choices import counted_choices
 from vtprune.eval.bench.config import BenchConfig, load_config
 from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.passes import Pass, one_pass
@@ -370,9 +372,46 @@ def test_what_a_row_holds_is_counted(measured, model, batch):
         assert line["measured_keep_ratio"] == pytest.approx(visual / 36)
         assert line["prefill_flops"] == batch * cost.llm_prefill_flops(text, [visual] * 8, 10) + head
         assert line["kv_bytes"] == batch * cost.kv_bytes(text, [visual + 10] * 8, dtype_bytes=4)
+    encoder = batch * cost.encoder_flops(model.config.vision_config, [36], has_cls=True, gated_mlp=False)
+    for line in (full, uniform):
+        assert (line["encoder_flops"], line["selection_flops"]) == (encoder, 0)
+        assert line["first_token_flops"] == encoder + line["prefill_flops"]
+    assert uniform["ideal_first_token_speedup"] == full["first_token_flops"] / uniform["first_token_flops"]
+    assert 1 < uniform["ideal_first_token_speedup"] < uniform["ideal_prefill_speedup"]
+    divprune = line_of(lines, "divprune", 0.11, batch)
+    assert divprune["first_token_flops"] - encoder - divprune["prefill_flops"] == divprune["selection_flops"] > 0
     assert uniform["ideal_prefill_speedup"] == full["prefill_flops"] / uniform["prefill_flops"] > 3
     assert uniform["peak_bytes"] < full["peak_bytes"]
     assert full["ideal_prefill_speedup"] == full["realised"] == full["of_plain"] == 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiplies(vtprune.Scorer, vtprune.BeforeLLM):
+    name = "multiplies"
+    signal = "none"
+
+    def scores(self, tokens):
+        return (tokens.features @ tokens.features.new_ones(tokens.features.shape[-1], 3)).sum(-1)
+
+
+def test_what_a_choice_computes_is_counted(model):
+    inputs = random_inputs(TINY["tiny"], model, 2, 10)
+    choose = vars(Multiplies).get("choose")
+    with vtprune.prune(model, Multiplies(keep_ratio=0.5)) as session, torch.no_grad():
+        with counted_choices(session.methods) as flops:
+            model(**inputs)
+        model(**inputs)
+    assert flops == [2 * 2 * 36 * 32 * 3]
+    assert vars(Multiplies).get("choose") is choose
+
+
+def test_what_a_choice_in_the_encoder_computes_is_counted(model):
+    inputs = random_inputs(TINY["tiny"], model, 1, 10)
+    session = vtprune.prune(model, "tome", keep_tokens=30)
+    with session, torch.no_grad(), counted_choices(session.methods) as flops:
+        model(**inputs)
+    # Two layers merge three each: similarities of every second token to the others, in the width of a head.
+    assert flops == [2 * 19 * 18 * 8, 2 * 17 * 17 * 8]
 
 
 def test_every_measurement_is_kept(measured):
