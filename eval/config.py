@@ -6,17 +6,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.presets import find
 from vtprune.eval.tasks import TASKS
-from vtprune.methods import build_method, list_methods
+from vtprune.methods import build_method, build_methods, list_methods
 
 Baseline = Literal["full", "zero", "downsample"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -125,6 +126,46 @@ def _entry(value: Any) -> Any:
     return {**known, "params": {key: item for key, item in value.items() if key not in _ENTRY_KEYS}}
 
 
+class ComposedEntry(ConfigModel):
+    """A row with several methods in one session: a list of names and mappings, as `vtprune.prune` takes it.
+
+    Each part has a budget of its own, or its own schedule. A ratio counts the tokens that reach the method.
+    """
+
+    parts: tuple[dict[str, Any], ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, parts: Any) -> Any:
+        return {"parts": [{"name": part} if isinstance(part, str) else part for part in parts]}
+
+    @model_validator(mode="after")
+    def _buildable(self) -> ComposedEntry:
+        if len(self.parts) < 2:
+            raise ValueError("expected at least two methods in a list; a single one needs no list")
+        try:
+            build_methods(self.parts)
+        except VTPruneError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def keep_ratio(self) -> float | None:
+        """What all parts together are asked to keep; None if one of them has another budget than a ratio."""
+        asked = [part.get("keep_ratio") for part in self.parts]
+        return None if None in asked else round(prod(asked), 4)
+
+
+def _kind_of_row(value: Any) -> str:
+    return "composed" if isinstance(value, list | ComposedEntry) else "single"
+
+
+Row = Annotated[
+    Annotated[MethodEntry, BeforeValidator(_entry), Tag("single")] | Annotated[ComposedEntry, Tag("composed")],
+    Discriminator(_kind_of_row),
+]
+
+
 class EvalConfig(ConfigModel):
     """The settings of `vtprune eval`. Each method at each budget on each model and task is one cell of the result."""
 
@@ -144,7 +185,7 @@ class EvalConfig(ConfigModel):
     """default: enough for the task's answers"""
     keep_ratios: tuple[KeepRatio, ...] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = BASELINES
-    methods: tuple[Annotated[MethodEntry, BeforeValidator(_entry)], ...] = ()
+    methods: tuple[Row, ...] = ()
 
     @field_validator("model")
     @classmethod

@@ -124,7 +124,9 @@ def validate(schema: type[Model], file: YamlFile) -> Model:
     except ValidationError as error:
         problems = []
         for item in error.errors(include_url=False):
-            location = tuple(item["loc"]) if item["type"] == "missing" else _in_file(file.data, item["loc"])
+            location = _in_file(file.data, item["loc"])
+            if item["type"] == "missing":
+                location = (*location, item["loc"][-1])
             if item["type"] == "at_key":
                 location = (*location, item["ctx"]["key"])
             problems.append(str(file.error(location, _problem(item))))

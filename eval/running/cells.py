@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -20,7 +21,7 @@ import vtprune
 import vtprune.adapters
 import vtprune.eval
 from vtprune.errors import ConfigError
-from vtprune.eval.config import BASELINES, BUDGETS, EvalConfig, MethodEntry
+from vtprune.eval.config import BASELINES, BUDGETS, ComposedEntry, EvalConfig, MethodEntry
 from vtprune.eval.tasks import TASKS
 from vtprune.methods import build_method, list_methods
 from vtprune.transformers_private import commit_of
@@ -42,38 +43,76 @@ class Cell:
     """the budget as a count per crop; without a ratio and a count, the method's own schedule holds"""
     preset: str | None = None
     """name of the published setting, if the cell is one"""
+    parts: tuple[dict[str, Any], ...] = ()
+    """the methods of a composed row, each with its budget; `method` has their names then"""
 
     @property
     def label(self) -> str:
-        """For people: the method and its parameters, e.g. `fastv(layer=3)`; the same for all seeds and ratios."""
+        """For people: the method and its parameters, e.g. `fastv(layer=3)`; the same for all seeds and ratios.
+
+        A composed row shows the budgets of its parts, too: `divprune(keep_ratio=0.5) + fastv(keep_ratio=0.5)`.
+        """
         if self.preset is not None:
             return self.preset
-        parts = [f"{key}={_short(value)}" for key, value in self.given.items()]
+        if self.parts:
+            return " + ".join(_call(part["name"], _given(part)) for part in self.parts)
+        given = dict(self.given)
         if self.keep_tokens is not None:
-            parts.append(f"keep_tokens={self.keep_tokens}")
-        elif self.keep_ratio is None:
-            parts.append("own schedule")
-        return f"{self.method}({', '.join(parts)})" if parts else self.method
+            given["keep_tokens"] = self.keep_tokens
+        return _call(self.method, given, () if self.has_budget else ("own schedule",))
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it is asked for a ratio or a count; else the method's own schedule holds."""
+        return self.keep_ratio is not None or self.keep_tokens is not None
 
     @property
     def title(self) -> str:
         """The label, the ratio and the seed."""
-        ratio = "" if self.keep_ratio in (None, 0.0, 1.0) else f" {self.keep_ratio:g}"
+        ratio = "" if self.keep_ratio in (None, 0.0, 1.0) or self.parts else f" {self.keep_ratio:g}"
         return f"{self.label}{ratio}{'' if self.seed is None else f' seed{self.seed}'}"
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """The argument for `vtprune.build_method`."""
+    def spec(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """The argument for `vtprune.build_methods`."""
+        if self.parts:
+            return list(self.parts)
         set_here = {"seed": self.seed, "keep_ratio": self.keep_ratio, "keep_tokens": self.keep_tokens}
         return {"name": self.method, **self.given, **{k: v for k, v in set_here.items() if v is not None}}
 
     @property
     def params(self) -> dict[str, Any]:
-        """All parameters except the budget and the seed, with defaults, in JSON types."""
+        """All parameters except the budget and the seed, with defaults, in JSON types.
+
+        Of a composed row: `{"parts": [...]}`, the name and all parameters of each part, budget and seed included.
+        """
         if self.method in BASELINES:
             return {}
-        fields = dataclasses.asdict(build_method(self.spec))
-        return json.loads(json.dumps({k: v for k, v in fields.items() if k not in (*BUDGETS, "seed")}, default=str))
+        if self.parts:
+            return {"parts": [{"name": part["name"]} | _fields(part) for part in self.parts]}
+        return {key: value for key, value in _fields(self.spec).items() if key not in (*BUDGETS, "seed")}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of its methods; none for a baseline."""
+        if self.method in BASELINES:
+            return ()
+        return tuple(part["name"] for part in self.parts) or (self.method,)
+
+
+def _fields(spec: dict[str, Any]) -> dict[str, Any]:
+    """All parameters of a method, with defaults, in JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(build_method(spec)), default=str))
+
+
+def _given(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "name"}
+
+
+def _call(name: str, given: dict[str, Any], more: Sequence[str] = ()) -> str:
+    """A method and its parameters, e.g. `fastv(layer=3)`."""
+    inside = [*(f"{key}={_short(value)}" for key, value in given.items()), *more]
+    return f"{name}({', '.join(inside)})" if inside else name
 
 
 def _short(value: Any) -> str:
@@ -89,6 +128,10 @@ def expand(config: EvalConfig) -> list[Cell]:
         else:
             cells.append(Cell(name, {"full": 1.0, "zero": 0.0}[name]))
     for entry in config.methods:
+        if isinstance(entry, ComposedEntry):
+            name = " + ".join(part["name"] for part in entry.parts)
+            cells.append(Cell(name, entry.keep_ratio, parts=entry.parts))
+            continue
         for params in entry.rows():
             default = getattr(build_method({"name": entry.name, **params}), "seed", None)
             given = {key: value for key, value in params.items() if key != "seed"}
@@ -137,7 +180,7 @@ class Identity:
             # The commit is left out: the hash of the code says the same, also about uncommitted changes.
             "versions": {name: value for name, value in self.versions.items() if name != "commit"},
             "cell": [cell.method, cell.keep_ratio, cell.keep_tokens, cell.params, cell.seed],
-            "source": None if cell.method in BASELINES else _source_hash(list_methods()[cell.method]),
+            "source": [_source_hash(list_methods()[name]) for name in cell.methods],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

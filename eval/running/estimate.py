@@ -20,7 +20,7 @@ from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.status import UNDER_FLOOR, status_text
 from vtprune.eval.running.cells import Cell, expand
 from vtprune.eval.tasks import TASKS, Task
-from vtprune.methods import build_method
+from vtprune.methods import build_methods
 from vtprune.plan import Prompt, plan
 from vtprune.tokens import ModelShape
 
@@ -109,4 +109,4 @@ def layer_counts(cell: Cell, shape: ModelShape, prompt: Prompt) -> list[float] |
     """
     if cell.method in BASELINES:
         return [prompt.visual * cell.keep_ratio] * shape.decoder_layers
-    return plan([build_method(cell.spec)], shape, prompt)
+    return plan(build_methods(cell.spec), shape, prompt)

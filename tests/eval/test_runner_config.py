@@ -69,6 +69,20 @@ def test_a_grid_of_budgets_and_seeds_is_the_row_that_lists_them(tmp_path):
     assert len(cells({"grid": grid | {"keep_tokens": [8, 4]}})) - len(cells({"seeds": [0]})) == 8 - 2
 
 
+def test_a_list_is_a_row_of_several_methods(tmp_path):
+    rows = [["divprune", "transprune"], [{"name": "divprune", "keep_ratio": 0.5}, {"name": "fastv", "keep_ratio": 0.4}]]
+    rows[0][0] = {"name": "divprune", "keep_tokens": 64}
+    config = load_config(write(tmp_path, baselines=["full"], methods=rows))
+    scheduled, ratios = expand(config)[1:]
+    assert scheduled.spec == [{"name": "divprune", "keep_tokens": 64}, {"name": "transprune"}]
+    assert (scheduled.keep_ratio, ratios.keep_ratio) == (None, 0.2)
+    assert scheduled.title == "divprune(keep_tokens=64) + transprune"
+    assert ratios.title == "divprune(keep_ratio=0.5) + fastv(keep_ratio=0.4)"
+    assert ratios.methods == ("divprune", "fastv") and ratios.params["parts"][1]["keep_ratio"] == 0.4
+    changed = load_config(write(tmp_path, methods=rows), {"methods.1.1.keep_ratio": 0.3})
+    assert expand(changed)[-1].spec[1]["keep_ratio"] == 0.3
+
+
 def test_the_same_cell_twice(tmp_path):
     with pytest.raises(ConfigError, match="the configuration has uniform 0.5 twice"):
         expand(load_config(write(tmp_path, methods=["uniform", "uniform"])))
@@ -109,10 +123,10 @@ def test_what_is_wrong_with_a_value_set_on_the_command_line(tmp_path, assignment
 def test_the_quickstart_compares_methods_and_baselines():
     config = load_config("quickstart")
     cells = expand(config)
-    one_row = {"vtc_cls", "divprune", "mmtok", "fastv", "transprune", "uniform", "pool"}
-    assert {cell.method for cell in cells} == one_row | {"random", "full", "zero", "downsample"}
-    budgets, seeds = 4, 3
-    assert len(cells) == len(set(map(str, cells))) == 2 + budgets * (1 + seeds + len(one_row))
+    one_row = {"vtc_cls", "divprune", "mmtok", "fastv", "transprune", "tome", "uniform", "pool"}
+    assert {cell.method for cell in cells} == one_row | {"random", "full", "zero", "downsample", "tome + transprune"}
+    budgets, seeds, composed = 4, 3, 2
+    assert len(cells) == len(set(map(str, cells))) == 2 + budgets * (1 + seeds + len(one_row)) + composed
     assert str(config.output) == "results/quickstart"
 
 
@@ -174,6 +188,11 @@ def test_defaults_and_overrides(tmp_path):
         ({"methods": [{"name": "random", "seeds": [1, 1]}]}, "key 'methods.0.seeds': a seed is given twice"),
         ({"methods": [{"name": "random", "seed": 1, "seeds": [1]}]}, "give 'seed' or 'seeds', not both"),
         ({"methods": [{"seeds": [1]}]}, "key 'methods.0.name': missing"),
+        ({"methods": [["uniform"]]}, "key 'methods.0': expected at least two methods in a list"),
+        ({"methods": [["fastv", {"name": "mmtokk"}]]}, "key 'methods.0': unknown method 'mmtokk': did you mean mmtok"),
+        ({"methods": [[{"name": "mmtok", "keep_ratio": 2}, "fastv"]]}, "key 'methods.0': mmtok: keep_ratio=2"),
+        ({"methods": [[{"name": "fastv", "layr": 1}, "mmtok"]]}, "key 'methods.0': fastv: unknown parameter 'layr'"),
+        ({"methods": [[3, "fastv"]]}, "key 'methods.0.0': expected dictionary, got 3"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, changes, part):

@@ -27,9 +27,15 @@ CONFIG = {
     "task": "tiny",
     "batch_size": 4,
     "keep_ratios": [0.5, 0.1],
-    "methods": [{"name": "random", "seeds": [0, 1]}, "uniform", {"name": "fastv", "positions": "original"}, "divprune"],
+    "methods": [
+        {"name": "random", "seeds": [0, 1]},
+        "uniform",
+        {"name": "fastv", "positions": "original"},
+        "divprune",
+        [{"name": "divprune", "keep_ratio": 0.5}, {"name": "fastv", "layer": 1, "keep_ratio": 0.5}],
+    ],
 }
-CELLS = 14  # full, zero, 2 downsample, 2 x 2 random, 3 x 2 others
+CELLS = 15  # full, zero, 2 downsample, 2 x 2 random, 3 x 2 others, the composed one
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,7 @@ def test_one_line_a_cell_in_the_order_of_the_configuration(finished):
         ("downsample", 0.1, None),
         *(("random", ratio, seed) for ratio in (0.5, 0.1) for seed in (0, 1)),
         *((name, ratio, None) for name in ("uniform", "fastv", "divprune") for ratio in (0.5, 0.1)),
+        ("divprune + fastv", 0.25, None),
     ]
 
 
@@ -85,6 +92,18 @@ def test_numbers_of_a_cell(finished):
     assert half["versions"]["transformers"] and half["config"]["batch_size"] == 4
     assert cell(results, "fastv", 0.5)["params"]["positions"] == "original"
     assert cell(results, "zero", 0.0)["final_tokens"] == 0
+
+
+def test_a_composed_row_runs_its_methods_in_one_session(finished):
+    """8 of 16 tokens in the first layers, and so many in the others that 4 are left on average."""
+    composed = cell(finished[1], "divprune + fastv", 0.25)
+    assert composed["label"] == "divprune(keep_ratio=0.5) + fastv(keep_ratio=0.5, layer=1)"
+    assert composed["measured_keep_ratio"] == pytest.approx(0.25, abs=0.05)
+    assert composed["final_tokens"] < 4 < cell(finished[1], "divprune", 0.5)["final_tokens"]
+    assert [(part["name"], part["keep_ratio"]) for part in composed["params"]["parts"]] == [
+        ("divprune", 0.5),
+        ("fastv", 0.5),
+    ]
 
 
 def test_seeds_draw_different_tokens_and_their_records_say_what_was_answered(finished):
@@ -235,7 +254,7 @@ def test_a_dry_run_writes_nothing(config_file, tmp_path):
     options = ["--dry-run", "--output", str(output), "--set", "keep_ratios=[0.3]", "--set", "methods.2.layer=2"]
     result = CliRunner().invoke(app, ["eval", str(config_file), *options])
     assert result.exit_code == 0, result.output
-    assert "8 cells" in result.stdout and "random 0.3 seed1" in result.stdout
+    assert "9 cells" in result.stdout and "random 0.3 seed1" in result.stdout
     assert "layer=2" in result.stdout
     assert not output.exists()
 
