@@ -59,7 +59,7 @@ def schema():
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "video"])
+@pytest.mark.parametrize("name", ["quickstart", "video", "clip"])
 def test_the_configurations_that_come_with_the_library(schema, name):
     assert fits(schema, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
 
