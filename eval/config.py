@@ -170,8 +170,9 @@ class EvalConfig(ConfigModel):
     """The settings of `vtprune eval`. Each method at each budget on each model and task is one cell of the result."""
 
     model: Names
-    """folders or hub ids of models; `digitscenes` and `digitscenes_video` come with the library"""
+    """folders or hub ids of models; `digitscenes`, `digitscenes_video` and `digitscenes_clip` come with the library"""
     task: Names = ("digitscenes",)
+    """names of `vtprune.eval.tasks.TASKS`; all of them ask questions, or all of them have classes for a CLIP"""
     limit: int | None = Field(default=None, ge=1)
     """number of examples, the first ones of the task; default all"""
     output: Path
@@ -182,9 +183,10 @@ class EvalConfig(ConfigModel):
     """attention back end, the same for every row"""
     device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """default: enough for the task's answers"""
+    """default: enough for the task's answers; not for tasks of classes"""
     keep_ratios: tuple[KeepRatio, ...] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = BASELINES
+    """tasks of classes have "full" only, and the file has to say so"""
     methods: tuple[Row, ...] = ()
 
     @field_validator("model")

@@ -28,7 +28,9 @@ def json_schema() -> dict[str, Any]:
     properties["task"] = _one_or_more({"enum": list(TASKS)}) | {"default": "digitscenes"}
     rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
     preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
-    properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows]}
+    parts = [{"enum": list(methods)}, *(_part(name, method) for name, method in methods.items())]
+    composed = {"type": "array", "items": {"anyOf": parts}, "minItems": 2}
+    properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows, composed]}
     schema["required"] = [key for key in schema["required"] if key != "output"]  # its default is the file's name
     schema.pop("$defs", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -44,12 +46,21 @@ def _mapping(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
 
 def _row(name: str, method: type[Method], fields_of_entry: dict[str, Any]) -> dict[str, Any]:
     """The schema of a row of one method with its parameters."""
-    hints = typing.get_type_hints(method, include_extras=True)
-    fields = [field.name for field in dataclasses.fields(method) if field.name not in BUDGETS]
-    parameters = {field: TypeAdapter(hints[field]).json_schema() for field in fields}
+    parameters = {field: schema for field, schema in _parameters(method).items() if field not in BUDGETS}
     lists = {field: {"type": "array", "items": parameter, "minItems": 1} for field, parameter in parameters.items()}
-    shared = {key: fields_of_entry[key] for key in _SHARED if key != "seeds" or "seed" in fields}
+    shared = {key: fields_of_entry[key] for key in _SHARED if key != "seeds" or "seed" in parameters}
     lists |= {field: fields_of_entry[key] for field, key in LISTS.items() if key in shared}
     grid = {"grid": {"type": "object", "properties": lists, "additionalProperties": False}}
     summary = inspect.getdoc(method).splitlines()[0]
     return _mapping({"name": {"const": name}, **parameters, **shared, **grid}, ["name"]) | {"description": summary}
+
+
+def _part(name: str, method: type[Method]) -> dict[str, Any]:
+    """The schema of a part of a composed row: a method with its parameters and its budget."""
+    return _mapping({"name": {"const": name}, **_parameters(method)}, ["name"])
+
+
+def _parameters(method: type[Method]) -> dict[str, Any]:
+    """Schemas of all parameters of a method, budgets included."""
+    hints = typing.get_type_hints(method, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]).json_schema() for field in dataclasses.fields(method)}

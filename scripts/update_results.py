@@ -16,13 +16,16 @@ from typing import Annotated
 import typer
 
 from vtprune.eval.results.formatting import accuracy
-from vtprune.eval.results.records import read_results
-from vtprune.eval.results.summary import budget_table
+from vtprune.eval.results.records import Record, read_results
+from vtprune.eval.results.summary import budget_table, tasks_table
+from vtprune.eval.results.terms import terms
+from vtprune.eval.results.timings import examples_per_second
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "quickstart": ("README.md", "DigitScenes, the benchmark in the repository,"),
     "video": ("docs/results.md", "DigitScenes-Video, the same with clips,"),
+    "clip": ("docs/results.md", "DigitScenes, zero-shot,"),
 }
 """Name of a run -> the page that shows it, and the benchmark that its questions are from."""
 
@@ -44,19 +47,39 @@ def main(
     docs = root / "docs" / name
     link = docs.relative_to(page.parent).as_posix()
     docs.mkdir(parents=True, exist_ok=True)
-    for file in ("pareto.png", "families.png", "summary.md"):
+    for file in (*docs.glob("*.png"), *docs.glob("*.md")):  # of an earlier run, which may have had other tasks
+        file.unlink()
+    plots = sorted(file.name for file in results.glob("*.png"))
+    for file in (*plots, "summary.md"):
         shutil.copyfile(results / file, docs / file)
-    caption = (
-        f"Accuracy in % (95 % interval, ± over seeds) on {records[0]['n']:,} questions of {subject} by share of "
-        "visual tokens kept. All numbers (retention, measured tokens, FLOPs, kinds of question): "
-        f"[summary]({link}/summary.md)."
-    )
+    caption, table = _classes(results, records, subject) if terms(records).classifies else _questions(records, subject)
+    caption += f" [summary]({link}/summary.md)."
+    pareto = next(file for file in plots if file.startswith("pareto"))
     block = (
         f"{textwrap.fill(caption, 120, break_on_hyphens=False)}\n\n"
-        f"{budget_table(records, accuracy)}\n\n"
-        f"![accuracy against measured visual tokens and FLOPs]({link}/pareto.png)\n"
+        f"{table}\n\n"
+        f"![accuracy against measured {terms(records).tokens} and FLOPs]({link}/{pareto})\n"
     )
     page.write_text(markers.sub(lambda m: m[1] + block + m[2], text), encoding="utf-8")
+
+
+def _questions(records: list[Record], subject: str) -> tuple[str, str]:
+    """The caption and the table of one model on one task."""
+    caption = (
+        f"Accuracy in % (95 % interval, ± over seeds) on {records[0]['n']:,} questions of {subject} by share of "
+        "visual tokens kept. All numbers (retention, measured tokens, FLOPs, kinds of question):"
+    )
+    return caption, budget_table(records, accuracy)
+
+
+def _classes(results: Path, records: list[Record], subject: str) -> tuple[str, str]:
+    """The caption and the table of one CLIP on several tasks. The plot below it is of the first one."""
+    caption = (
+        f"Accuracy in % on {records[0]['n']:,} images of each task of {subject} by share of patches left behind the "
+        "last layer; in brackets, times those of `full`. The plot is of the first task. All numbers (intervals, "
+        "retention, measured patches, classes):"
+    )
+    return caption, tasks_table(records, examples_per_second([results]))
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def test_the_command_runs_in_the_checkout(sources, wheel_site):
 def test_shipped_evaluations_are_found_by_name(wheel_site, tmp_path):
     code = (
         "from vtprune.eval.config import load_config\n"
-        "print(*(load_config(name).output for name in ('quickstart', 'video')))"
+        "print(*(load_config(name).output for name in ('quickstart', 'video', 'clip')))"
     )
-    assert python(code, tmp_path, wheel_site) == ["results/quickstart", "results/video"]
+    assert python(code, tmp_path, wheel_site) == ["results/quickstart", "results/video", "results/clip"]
 
 
 def test_a_script_beside_an_editable_clone_gets_the_package(sources, editable_site):

@@ -50,7 +50,8 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 @_plain_errors
 def evaluate(
     config: Annotated[
-        Path, typer.Argument(help="YAML file: a model, a task, methods and budgets. Or 'quickstart' or 'video'.")
+        Path,
+        typer.Argument(help="YAML file: a model, a task, methods and budgets. Or 'quickstart', 'video' or 'clip'."),
     ],
     output: Annotated[Path | None, typer.Option(help="Folder of the results, instead of the file's.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of the file's.")] = None,

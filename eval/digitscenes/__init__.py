@@ -24,7 +24,7 @@ from . import clip_questions
 from .clip_questions import VIDEO_FAMILIES
 from .clips import Clip, draw_clip
 from .corruptions import CORRUPTIONS
-from .labelled import CLASSES, TEMPLATES, LabelledImage, labelled_images
+from .labelled import CLASSES, LABELLED_SIZE, TEMPLATES, LabelledImage, labelled_images
 from .mp4 import write_once
 from .open_clip_model import OPEN_CLIP_PATH, load_open_clip
 from .questions import FAMILIES, ask
@@ -46,6 +46,7 @@ __all__ = [
     "CLASSES",
     "CORRUPTIONS",
     "FAMILIES",
+    "LABELLED_SIZE",
     "MODEL_PATH",
     "OPEN_CLIP_PATH",
     "SIZE",

@@ -19,6 +19,9 @@ TEMPLATES = {
 }
 """Prompts of both tasks, with {} for the class."""
 
+LABELLED_SIZE = 1000
+"""Images in a set by default."""
+
 SMALLEST, LARGEST = 30, 44
 """Side of the digit's box in pixels."""
 
@@ -57,7 +60,7 @@ def draw_labelled(
 
 
 def labelled_images(
-    split: str = "test", limit: int = 1000, seed: int = 0, corruption: str | None = None, severity: int = 1
+    split: str = "test", limit: int = LABELLED_SIZE, seed: int = 0, corruption: str | None = None, severity: int = 1
 ) -> list[LabelledImage]:
     """The first `limit` images of the set that `split` and `seed` name; the same on every machine.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,41 @@ import torch
 
 from vtprune.errors import ConfigError
 
-_OWN_MODELS = {"digitscenes": "MODEL_PATH", "digitscenes_video": "VIDEO_MODEL_PATH"}
+_OWN_MODELS = {
+    "digitscenes": "MODEL_PATH",
+    "digitscenes_video": "VIDEO_MODEL_PATH",
+    "digitscenes_clip": "OPEN_CLIP_PATH",
+}
 """Name of a model that comes with the library -> name of its folder in `vtprune.eval.digitscenes`."""
 
 
 def resolve_model(model: str) -> str:
-    """Folder or hub id behind a model's name; `digitscenes` and `digitscenes_video` come with the library."""
+    """Folder or hub id behind a model's name; `digitscenes`, `digitscenes_video` and `digitscenes_clip` come with the
+    library."""
     if model in _OWN_MODELS:
         from vtprune.eval import digitscenes
 
         return str(getattr(digitscenes, _OWN_MODELS[model]))
     return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Shows no progress bars, which would break the caller's.
+
+    Raises ConfigError for what transformers raises if it cannot load the model at `path`.
+    """
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_model(model: str, dtype: str = "auto", attention: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -36,23 +62,15 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
         ConfigError: transformers cannot load it.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
 
     path = resolve_model(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would break the caller's progress bar
-    try:
+    with loading(path):
         spread = {"device_map": "auto"} if device == "auto" else {}
         loaded = AutoModelForImageTextToText.from_pretrained(
             path, dtype=kind, attn_implementation=attention, **spread
         ).eval()
         return loaded if spread else loaded.to(device), AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int, **sampling: Any) -> tuple[list[str], Any]:

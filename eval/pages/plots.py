@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws `pareto.png`, accuracy against measured visual tokens and FLOPs, and `families.png`, by kind of question.
+"""Draws `pareto.png`, accuracy against measured tokens and FLOPs, and `families.png`, by kind of question or class.
 
 Importing this module imports matplotlib.
 """
@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vtprune.eval.results.entries import Entry, rows
 from vtprune.eval.results.records import Record
+from vtprune.eval.results.terms import terms
 
 COLOURS = [
     "#0072b2",
@@ -34,6 +35,8 @@ MARKERS = "osD^vP*X<>"
 PLAIN = {
     "random": "#8a8a8a",
     "uniform": "#6b6b6b",
+    "random_patches": "#8a8a8a",
+    "uniform_patches": "#6b6b6b",
     "uniform_frames": "#9c9c9c",
     "block": "#7a7a7a",
     "pool": "#a8a8a8",
@@ -78,11 +81,11 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     FigureCanvasAgg(figure)
     by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
     panel(by_tokens, results, average_tokens)
-    panel(by_flops, results, prefill_flops)
-    first = results[0]
+    panel(by_flops, results, flops)
+    first, words = results[0], terms(results)
     by_tokens.set_ylabel("accuracy (%)")
-    by_tokens.set_xlabel("visual tokens measured, averaged over decoder layers")
-    by_flops.set_xlabel("prefill FLOPs of the language model, one example")
+    by_tokens.set_xlabel(words.average)
+    by_flops.set_xlabel(f"{words.flops_of}, one example")
     figure.suptitle(
         f"{first['task']}, {first['n']} examples; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11
     )
@@ -92,7 +95,7 @@ def pareto(results: Sequence[Record], path: Path) -> None:
 
 
 def families(results: Sequence[Record], path: Path) -> None:
-    """Draws accuracy against visual tokens to a PNG, one panel for each kind of question, without intervals.
+    """Draws accuracy against tokens to a PNG, one panel for each kind of question or class, without intervals.
 
     Args:
         results: lines of `results.jsonl`; cells without numbers are left out.
@@ -108,7 +111,7 @@ def families(results: Sequence[Record], path: Path) -> None:
         axes.set_title(name, fontsize=10)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
-    figure.supxlabel("visual tokens measured, averaged over decoder layers", fontsize=10)
+    figure.supxlabel(terms(results).average, fontsize=10)
     figure.supylabel("accuracy (%)", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
@@ -116,13 +119,13 @@ def families(results: Sequence[Record], path: Path) -> None:
 
 
 def average_tokens(entry: Entry) -> float:
-    """Visual tokens measured, averaged over the decoder layers."""
+    """Tokens measured, averaged over the layers."""
     return entry.mean("measured_keep_ratio") * entry.mean("visual_tokens")
 
 
-def prefill_flops(entry: Entry) -> float:
-    """FLOPs of the language model's prefill of one example."""
-    return entry.mean("prefill_flops")
+def flops(entry: Entry) -> float:
+    """FLOPs of one example: of the language model's prefill, or of the encoder that classifies."""
+    return entry.mean(terms(entry.cells).flops)
 
 
 def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:

@@ -18,11 +18,12 @@ from vtprune.errors import ConfigError
 from vtprune.eval.pages import tables
 from vtprune.eval.pages.charts import chart, legend
 from vtprune.eval.pages.pictures import Album, Picture, Thumbnails, dimmed, seams
-from vtprune.eval.pages.plots import LINES, average_tokens, prefill_flops, styles
+from vtprune.eval.pages.plots import LINES, average_tokens, flops, styles
 from vtprune.eval.pages.views import read_views, views_folder
 from vtprune.eval.results.entries import rows
 from vtprune.eval.results.finished import Asked, Comparison, comparisons
-from vtprune.eval.results.records import write_atomically
+from vtprune.eval.results.records import json_lines, write_atomically
+from vtprune.eval.results.terms import terms
 
 SHOWN = 4
 """Number of examples whose kept tokens the page shows."""
@@ -91,7 +92,7 @@ def _only_bench(folder: Path) -> bool:
 
 
 def _bench(folder: Path) -> dict[str, Any] | None:
-    lines = tables.json_lines(folder / "bench.jsonl")
+    lines = json_lines(folder / "bench.jsonl")
     if not lines:
         return None
     from vtprune.eval.bench.table import NOTES, sheets
@@ -143,16 +144,17 @@ def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
     apart = tables.disagreements(comparison)
     listed = [place for found in apart for place in (*found.lost[:LISTED], *found.won[:LISTED])]
     thumbnails = Thumbnails(comparison, album, max(listed, default=0))
-    grid = rows(lines)
+    grid, words = rows(lines), terms(lines)
     return {
         "name": name,
+        "terms": words,
         "comparison": comparison,
         "budgets": tables.budgets(comparison),
         "budget_name": tables.budget_name,
         "legend": legend(styles(grid)),
         "plots": [
-            chart(f"{name}-tokens", lines, average_tokens, "visual tokens, mean of the decoder layers"),
-            chart(f"{name}-flops", lines, prefill_flops, "prefill FLOPs of the language model"),
+            chart(f"{name}-tokens", lines, average_tokens, words.average),
+            chart(f"{name}-flops", lines, flops, words.flops_of),
         ],
         "overview": tables.overview(comparison),
         "rankings": [(budget, tables.ranking(comparison, budget)) for budget in tables.budgets(comparison)],
@@ -160,7 +162,7 @@ def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
         "costs": list(tables.costs(comparison)),
         "kinds": kinds,
         "kind_plots": [
-            (kind, chart(f"{name}-kind{number}", lines, average_tokens, "visual tokens", kind, size=(3.6, 2.7)))
+            (kind, chart(f"{name}-kind{number}", lines, average_tokens, words.tokens, kind, size=(3.6, 2.7)))
             for number, kind in enumerate(kinds)
         ],
         "families": [(budget, tables.families(comparison, budget)) for budget in tables.budgets(comparison)],

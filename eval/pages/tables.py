@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -16,6 +15,9 @@ from vtprune.eval.results.finished import Comparison
 from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import Difference, corrected, difference
+from vtprune.eval.results.summary import speed
+from vtprune.eval.results.terms import terms
+from vtprune.eval.results.timings import examples_per_second, seconds_per_example
 
 Budget = float | None
 
@@ -139,7 +141,8 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
     """The rows at a budget and those of `LINES`, best first, each compared with the next one."""
     chosen = [row for row in table_rows(comparison) if row.label in LINES or row.budget == budget]
     chosen.sort(key=lambda row: row.entry.mean("score"), reverse=True)  # stable: ties stay in the order of the results
-    drawn = next((row for row in chosen if row.seed_cell["method"] == "random"), None)
+    drawn = next((row for row in chosen if row.seed_cell["method"] in ("random", "random_patches")), None)
+    key = terms(comparison.lines).flops
 
     def against(others: Sequence[Row | None]) -> list[Verdict | None]:
         """Compares each row with the one in `others`, if any; p values are corrected for the number of comparisons."""
@@ -156,7 +159,7 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
             accuracy(row.entry),
             retention(row.entry),
             f"{row.entry.mean('final_tokens'):.1f}",
-            percent(row.entry.mean("prefill_flops") / row.entry.mean("unpruned_prefill_flops")),
+            percent(row.entry.mean(key) / row.entry.mean(f"unpruned_{key}")),
             against_next,
             against_random,
             published(row.seed_cell),
@@ -189,47 +192,38 @@ def published(line: Record) -> str | None:
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
-def seconds_per_example(folders: Sequence[Path]) -> dict[str, float]:
-    """Name of a cell -> wall seconds per example, from the runs. If a batch ran twice, the last time counts."""
-    batches: dict[tuple[str, int], tuple[float, int]] = {}
-    for line in (line for folder in folders for line in json_lines(folder / "timings.jsonl")):
-        batches[line["cell"], line["first"]] = line["seconds"], line["examples"]
-    cells = dict.fromkeys(cell for cell, _ in batches)
-    found = {}
-    for cell in cells:
-        of_cell = [batch for (name, _), batch in batches.items() if name == cell]
-        found[cell] = sum(seconds for seconds, _ in of_cell) / sum(examples for _, examples in of_cell)
-    return found
-
-
-def json_lines(path: Path) -> list[Record]:
-    """The whole lines of a file; none if there is no file."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the line is torn, because a run was killed
-            continue
-    return found
-
-
 def costs(comparison: Comparison) -> Iterator[tuple[Row, dict[str, str]]]:
     """Every row with its measured cost of one example."""
-    seconds = seconds_per_example(comparison.folders)
+    words = terms(comparison.lines)
+    seconds, per_second = (of(comparison.folders) for of in (seconds_per_example, examples_per_second))
     for row in table_rows(comparison):
         entry = row.entry
 
         def share(key: str, entry: Entry = entry) -> str:
             return percent(entry.mean(key) / entry.mean(f"unpruned_{key}"))
 
+        tokens = {
+            words.final: f"{entry.mean('final_tokens'):.1f}",
+            "tokens, mean of layers": f"{entry.mean('average_tokens'):.1f}",
+            "kept, %": percent(entry.mean("measured_keep_ratio")),
+        }
+        if words.classifies:
+            fast = speed(entry, per_second)
+            yield (
+                row,
+                tokens
+                | {
+                    "encoder": flops(entry.mean("encoder_flops")),
+                    "encoder, %": share("encoder_flops"),
+                    "images/s": MISSING if fast is None else f"{fast:.0f}",
+                },
+            )
+            continue
         timed = [seconds[cell["cell"]] for cell in entry.cells if cell["cell"] in seconds]
         yield (
             row,
-            {
-                "tokens in the last layer": f"{entry.mean('final_tokens'):.1f}",
-                "tokens, mean of layers": f"{entry.mean('average_tokens'):.1f}",
-                "kept, %": percent(entry.mean("measured_keep_ratio")),
+            tokens
+            | {
                 "prefill": flops(entry.mean("prefill_flops")),
                 "prefill, %": share("prefill_flops"),
                 "KV cache": size(entry.mean("kv_bytes")),

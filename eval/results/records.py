@@ -233,6 +233,18 @@ def read_results(path: str | Path) -> list[Record]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
+def json_lines(path: Path) -> list[Record]:
+    """The whole lines of a file that runs append to; none if there is no file."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the line is torn, because a run was killed
+            continue
+    return found
+
+
 def cell_records(output: Path, cell: str) -> list[Record]:
     """The records of the examples of a finished cell, in their order; `cell` is the name in its line of results.
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from rich.markup import escape
@@ -13,6 +13,7 @@ from rich.table import Table
 from vtprune.eval.results.entries import Entry, ratios, rows, studies
 from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
 from vtprune.eval.results.records import Record
+from vtprune.eval.results.terms import terms
 
 
 def retention(entry: Entry) -> str:
@@ -25,23 +26,33 @@ def retention(entry: Entry) -> str:
 
 
 def tokens(entry: Entry) -> str:
-    """Measured visual tokens that enter the last layer, and their share averaged over the layers."""
+    """Measured tokens of the last layer, and their share averaged over the layers."""
     return f"{entry.mean('final_tokens'):.1f} ({percent(entry.mean('measured_keep_ratio'))} %)"
 
 
 def cost(entry: Entry) -> str:
-    """Prefill FLOPs of the language model and their share of the unpruned ones."""
-    share = entry.mean("prefill_flops") / entry.mean("unpruned_prefill_flops")
-    return f"{flops(entry.mean('prefill_flops'))} ({percent(share)} %)"
+    """FLOPs of one example and their share of the unpruned ones."""
+    key = terms(entry.cells).flops
+    share = entry.mean(key) / entry.mean(f"unpruned_{key}")
+    return f"{flops(entry.mean(key))} ({percent(share)} %)"
+
+
+def speed(entry: Entry, per_second: Mapping[str, float]) -> float | None:
+    """Images in a second, mean over the seeds; None if a cell has no times.
+
+    per_second: name of a cell -> images in a second.
+    """
+    found = [per_second.get(cell["cell"]) for cell in entry.cells]
+    return None if None in found else mean(found)
 
 
 def terminal_table(results: Sequence[Record]) -> Table:
     """Methods by budgets. Each place has accuracy, retention, measured tokens and FLOPs."""
-    first = results[0]
+    first, words = results[0], terms(results)
     table = Table(
         title=f"{first['task']}, {first['model']}, {first['n']} examples",
         caption="accuracy in %, ± over seeds; ret: share of the full model's accuracy in %; "
-        "visual tokens measured in the last layer, share of the unpruned prefill FLOPs",
+        f"{words.final}, measured; share of the unpruned {words.flops_name}",
         show_lines=True,
     )
     table.add_column("method", no_wrap=True)
@@ -62,7 +73,8 @@ def _place(entry: Entry | None) -> str:
     if not entry.ok:
         return f"[dim]{escape(entry.status)}[/dim]"
     spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
-    share = entry.mean("prefill_flops") / entry.mean("unpruned_prefill_flops")
+    key = terms(entry.cells).flops
+    share = entry.mean(key) / entry.mean(f"unpruned_{key}")
     return (
         f"[bold]{percent(entry.mean('score'))}[/bold]{spread}\n"
         f"ret {percent(entry.mean('retention'))}\n"
@@ -101,13 +113,20 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
 
 _ON_ACCURACY = """\
 Per cent of the answers that are right, with a 95 % bootstrap interval. Rows with several seeds show their
-mean, ± their standard deviation, and the mean interval of one seed. `full` and `zero` have no budget and
+mean, ± their standard deviation, and the mean interval of one seed. """
+
+_ON_BASELINES = """\
+`full` and `zero` have no budget and
 stand in the first column: all visual tokens, and none (what the question alone gives away). So do rows whose budget
 is a count of tokens or their own schedule."""
 
+_ON_FULL = """\
+`full` has no budget and stands in the
+first column. So do rows whose budget is a count of patches or their own schedule."""
+
 _ON_RETENTION = """\
 Accuracy over that of the full model in per cent. The interval is a paired bootstrap over examples: both
-models answer the same drawn questions, so what makes all of them easy or hard cancels."""
+models see the same drawn examples, so what makes all of them easy or hard cancels."""
 
 _ON_TOKENS = """\
 Visual tokens that enter the last decoder layer, averaged over examples; in brackets the visual tokens
@@ -122,11 +141,30 @@ of the unpruned model's. Convention `exact` of `vtprune.cost`: two FLOPs per mul
 image encoder and selection not included (`downsample` makes the encoder cheaper as well, no method before the
 LLM does). FLOPs are not seconds."""
 
+_ON_PATCHES = """\
+Patches that are left behind the last layer of the encoder; in brackets the patches left behind a layer, averaged over
+all layers, as a share of the unpruned model's. The columns are the budget *asked for*: the share of the patches left
+behind the last layer."""
+
+_ON_ENCODER_COST = """\
+FLOPs of the vision encoder for one image, from the measured tokens of every layer, and their share of the unpruned
+model's: two FLOPs per multiply-add; the features of the classes, which are computed once, and what a method itself
+computes are not included. FLOPs are not seconds."""
+
+_ON_SPEED = """\
+Images in a second, and in brackets how many times those of `full`: measured in this run, the median over the batches,
+mean over seeds. The time is that of the classifier on preprocessed pixels, with all that the method computes. All rows,
+`full` too, run in a session. On a machine that was busy the numbers are smaller, and not equally for all rows."""
+
+_ON_ALL_TASKS = """\
+Accuracy in per cent on every task. FLOPs and images in a second are those of one image, means over the tasks; in
+brackets, times those of `full`."""
+
 _ON_PUBLISHED = """\
 Ours beside what a paper prints for the setting. Its number is of its own benchmarks and model, so the difference says
 something only where these are the same."""
 
-_ON_FAMILIES = "Per cent right of each kind of question, mean over seeds; `full` and `zero` repeated for comparison."
+_ON_FAMILIES = "Per cent right of each {kind}, mean over seeds; rows without a budget are repeated for comparison."
 
 
 def _published(results: Sequence[Record]) -> str:
@@ -143,21 +181,78 @@ def _published(results: Sequence[Record]) -> str:
     return _markdown_table(["setting", "in %", "ours", "theirs", "difference", "theirs is of", "source"], body)
 
 
-def summary_markdown(results: Sequence[Record]) -> str:
-    """All tables of every model on every task, with notes on how to read them, and the provenance."""
-    return "\n\n".join(_study_markdown(study, suffix) for suffix, study in studies(results).items()) + "\n"
+def summary_markdown(results: Sequence[Record], per_second: Mapping[str, float]) -> str:
+    """All tables of every model on every task, with notes on how to read them, and the provenance.
+
+    per_second: name of a cell -> examples in a second.
+    """
+    parts = [_study_markdown(study, suffix, per_second) for suffix, study in studies(results).items()]
+    if terms(results).classifies and len({line["task"] for line in results}) > 1:
+        models = dict.fromkeys(line["model"] for line in results)
+        lines = [[line for line in results if line["model"] == model] for model in models]
+        tables = [
+            f"# All tasks: {own[0]['model']}\n\n{_ON_ALL_TASKS}\n\n{tasks_table(own, per_second)}" for own in lines
+        ]
+        parts = tables + parts
+    return "\n\n".join(parts) + "\n"
 
 
-def _study_markdown(results: Sequence[Record], suffix: str) -> str:
-    first = results[0]
+def tasks_table(results: Sequence[Record], per_second: Mapping[str, float]) -> str:
+    """Markdown table of rows and budgets by tasks, with FLOPs and images in a second.
+
+    results: of one model on classification tasks. per_second: name of a cell -> images in a second.
+    """
+    by_task = {study[0]["task"]: rows(study) for study in studies(results).values()}
+    first, *_ = by_task.values()
+    (full,) = first["full"].values()
+    key = terms(results).flops
+    full_speed = _mean([speed(entry, per_second) for found in by_task.values() for entry in found["full"].values()])
+    body = []
+    for label, ratio in ((label, ratio) for label, by_ratio in first.items() for ratio in by_ratio):
+        entries = [found[label][ratio] for found in by_task.values()]
+        line = [label, MISSING if ratio in (None, 1.0) else f"{100 * ratio:g} %"]
+        if entries[0].ok:
+            spent = mean(entry.mean(key) for entry in entries)
+            fast = _relative(_mean([speed(entry, per_second) for entry in entries]), full_speed)
+            line += [f"{entries[0].mean('final_tokens'):.0f}", f"{flops(spent)} ({spent / full.mean(key):.2f})", fast]
+        else:
+            line += [MISSING] * 3
+        body.append(line + [percent(entry.mean("score")) if entry.ok else f"*{entry.status}*" for entry in entries])
+    return _markdown_table(["method", "asked", "patches left", "encoder, one image", "images/s", *by_task], body)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else mean(values)
+
+
+def _relative(per_second: float | None, full: float | None) -> str:
+    """Images in a second, and how many times those of the full model."""
+    if per_second is None:
+        return MISSING
+    return f"{per_second:.0f}" + ("" if full is None else f" ({per_second / full:.2f})")
+
+
+def _study_markdown(results: Sequence[Record], suffix: str, per_second: Mapping[str, float]) -> str:
+    first, words = results[0], terms(results)
+    on_tokens, on_cost = (_ON_PATCHES, _ON_ENCODER_COST) if words.classifies else (_ON_TOKENS, _ON_COST)
+    on_accuracy = _ON_ACCURACY + (_ON_FULL if words.classifies else _ON_BASELINES)
+    title = "Encoder cost" if words.classifies else "Prefill cost"
     parts = [
         f"# {first['task']}: {first['model']}, {first['n']} examples",
-        f"![accuracy against visual tokens and FLOPs](pareto{suffix}.png)",
-        *("## Accuracy", _ON_ACCURACY, budget_table(results, accuracy)),
+        f"![accuracy against {words.tokens} and FLOPs](pareto{suffix}.png)",
+        *("## Accuracy", on_accuracy, budget_table(results, accuracy)),
         *("## Retention", _ON_RETENTION, budget_table(results, retention)),
-        *("## Visual tokens, measured", _ON_TOKENS, budget_table(results, tokens)),
-        *("## Prefill cost", _ON_COST, budget_table(results, cost)),
-        *("## By kind of question", _ON_FAMILIES, f"![accuracy by kind of question](families{suffix}.png)"),
+        *(f"## {words.tokens.capitalize()}, measured", on_tokens, budget_table(results, tokens)),
+        *(f"## {title}", on_cost, budget_table(results, cost)),
+    ]
+    if words.classifies:
+        full = speed(*rows(results)["full"].values(), per_second)
+        shown = budget_table(results, lambda entry: _relative(speed(entry, per_second), full))
+        parts += ["## Images in a second", _ON_SPEED, shown]
+    parts += [
+        f"## By {words.kind}",
+        _ON_FAMILIES.format(kind=words.kind),
+        f"![accuracy by {words.kind}](families{suffix}.png)",
     ]
     for ratio in ratios(results):
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]

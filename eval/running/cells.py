@@ -22,6 +22,8 @@ import vtprune.adapters
 import vtprune.eval
 from vtprune.errors import ConfigError
 from vtprune.eval.config import BASELINES, BUDGETS, ComposedEntry, EvalConfig, MethodEntry
+from vtprune.eval.inputs import resolve_model
+from vtprune.eval.inputs.classifiers import OPEN_CLIP
 from vtprune.eval.tasks import TASKS
 from vtprune.methods import build_method, list_methods
 from vtprune.transformers_private import commit_of
@@ -171,7 +173,9 @@ class Identity:
         settings = config.resolved(model_path, task)
         for key in ("model", "keep_ratios", "baselines", "methods"):
             settings.pop(key)
-        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[task]), versions())
+        # The model of open_clip that comes with the library is computed by code that others do not run.
+        own = {"open_clip_torch": version("open_clip_torch")} if model_path == resolve_model(OPEN_CLIP) else {}
+        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[task]), versions() | own)
 
     def key(self, cell: Cell) -> str:
         """16 hex digits that change if a number of the cell could change."""

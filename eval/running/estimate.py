@@ -19,7 +19,8 @@ from vtprune.eval.inputs import chat_inputs, resolve_model
 from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.status import UNDER_FLOOR, status_text
 from vtprune.eval.running.cells import Cell, expand
-from vtprune.eval.tasks import TASKS, Task
+from vtprune.eval.running.evaluator import refuse_mismatches
+from vtprune.eval.tasks import TASKS, AnyTask, Classification
 from vtprune.methods import build_methods
 from vtprune.plan import Prompt, plan
 from vtprune.tokens import ModelShape
@@ -32,12 +33,18 @@ def estimate_tables(config: EvalConfig) -> Iterator[Table]:
     """One table for each model on each task, with a line for each cell.
 
     A line has the visual tokens averaged over the layers, and the FLOPs of the LLM's prefill. Both are means over the
-    task's first examples. Raises ConfigError if a model's config or processor cannot be loaded.
+    task's first examples. Raises ConfigError if a model's config or processor cannot be loaded, and for a task of
+    classes: what a CLIP costs is not estimated.
     """
+    tasks = {name: TASKS[name]() for name in config.task}
+    for name, task in tasks.items():
+        if isinstance(task, Classification):
+            raise ConfigError(f"--dry-run: {name} is a task of classes, whose cost is not estimated; run it")
+    refuse_mismatches(config, tasks)
     for model in config.model:
         adapter, processor = _on_paper(model)
-        for name in config.task:
-            prompts = _prompts(adapter, processor, TASKS[name]())
+        for name, task in tasks.items():
+            prompts = _prompts(adapter, processor, task)
             full = _flops(adapter, prompts, [[p.visual] * adapter.shape.decoder_layers for p in prompts])
             cells = expand(config)
             table = Table(title=escape(f"{name}, {model}: {len(cells)} cells"))
@@ -83,7 +90,7 @@ def _on_paper(model: str) -> tuple[Adapter, Any]:
         raise ConfigError(f"model {path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
-def _prompts(adapter: Adapter, processor: Any, task: Task) -> list[Prompt]:
+def _prompts(adapter: Adapter, processor: Any, task: AnyTask) -> list[Prompt]:
     if task.kind not in adapter.kinds:
         raise ConfigError(f"the task shows {task.kind}s, which {adapter.family} does not take")
     found = []

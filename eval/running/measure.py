@@ -23,6 +23,10 @@ NOTHING_PRUNED = {"name": "uniform", "keep_ratio": 1.0}
 """The method of a session that only measures: it keeps every token."""
 
 
+_COSTS = ("prefill_flops", "kv_bytes", "encoder_flops")
+"""Fields of records that lines have twice, for the cell and for the full model: the first two, or the last one."""
+
+
 def measure(report: Report, indices: Sequence[int]) -> list[Record]:
     """One record for each sample of the last prefill: visual tokens, FLOPs and bytes.
 
@@ -87,6 +91,8 @@ def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:
     families: dict[str, list[float]] = {}
     for record in records:
         families.setdefault(record["family"], []).append(record["score"])
+    if "encoder_flops" in full[0]:  # families are classes, which come by chance
+        families = dict(sorted(families.items()))
     average_tokens = average(records, "average_tokens")
     visual_tokens = average(full, "average_tokens")
     return {
@@ -99,8 +105,10 @@ def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:
         "final_tokens": average(records, "final_tokens"),
         "average_tokens": average_tokens,
         "visual_tokens": visual_tokens,
-        "prefill_flops": average(records, "prefill_flops"),
-        "unpruned_prefill_flops": average(full, "prefill_flops"),
-        "kv_bytes": average(records, "kv_bytes"),
-        "unpruned_kv_bytes": average(full, "kv_bytes"),
+        **{
+            name: average(of, key)
+            for key in _COSTS
+            if key in full[0]
+            for name, of in ((key, records), (f"unpruned_{key}", full))
+        },
     }

@@ -4,38 +4,26 @@
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-import vtprune
-from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
+from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
-from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model, resolve_model
-from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
-from vtprune.eval.pages.views import views_folder, write_views
+from vtprune.eval.inputs import resolve_model
 from vtprune.eval.progress import progress_bar
-from vtprune.eval.results.records import (
-    CellFile,
-    CellPart,
-    Record,
-    append,
-    cell_path,
-    to_line,
-    write_atomically,
-    writing,
-)
-from vtprune.eval.results.status import Refusal
+from vtprune.eval.results.records import CellFile, CellPart, Record, cell_path, to_line, write_atomically, writing
 from vtprune.eval.running.cells import Cell, Identity, expand
-from vtprune.eval.running.measure import NOTHING_PRUNED, SHOWN, measure, result_lines
+from vtprune.eval.running.classifiers import ClassifierEvaluator
+from vtprune.eval.running.evaluator import Evaluator, refuse_mismatches
+from vtprune.eval.running.measure import result_lines
 from vtprune.eval.running.processes import Processes
-from vtprune.eval.tasks import TASKS, Example, Task
+from vtprune.eval.running.questions import QuestionEvaluator
+from vtprune.eval.tasks import TASKS, AnyTask, Classification, Example
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
@@ -51,7 +39,8 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
         The lines of `results.jsonl`, in the order of the configuration. Only the first process returns any.
 
     Raises:
-        ConfigError: a model or a task cannot be loaded, a package is missing, or another run uses the output folder.
+        ConfigError: a model or a task cannot be loaded, they do not go together, a package is missing, or another run
+            uses the output folder.
         VTPruneError: the results cannot be written.
     """
     tasks = {name: TASKS[name]() for name in config.task}
@@ -59,6 +48,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
     for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f'evaluation needs {module}: pip install "vtprune[eval]"')
+    refuse_mismatches(config, tasks)
     processes = Processes.start(config.device)
     with ExitStack() as stack:
         if processes.first:
@@ -84,7 +74,7 @@ class Study:
 
     model: str
     task_name: str
-    task: Task
+    task: AnyTask
     identity: Identity
     cells: list[Cell]
     paths: list[Path]
@@ -96,7 +86,7 @@ class Study:
     """the batches of each cell that still have to run"""
 
     @classmethod
-    def of(cls, config: EvalConfig, model: str, name: str, task: Task) -> Study:
+    def of(cls, config: EvalConfig, model: str, name: str, task: AnyTask) -> Study:
         cells = expand(config)
         identity = Identity.of(config, name, resolve_model(model))
         paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
@@ -152,12 +142,13 @@ def _run(config: EvalConfig, studies: Sequence[Study], processes: Processes, con
 def _run_model(
     config: EvalConfig, studies: Sequence[Study], processes: Processes, progress: Callable[[str, int], None]
 ) -> None:
-    model, processor = load_model(studies[0].model, config.dtype, config.attention, processes.device)
+    classifies = isinstance(studies[0].task, Classification)
+    kind: type[Evaluator] = ClassifierEvaluator if classifies else QuestionEvaluator
+    loaded = kind.load(config, studies[0].model, processes.device)
     for study in studies:
-        evaluator = Evaluator(config, study, model, processor)
+        evaluator = kind(config, study, loaded)
         if processes.first:
-            folder = views_folder(config.output, study.task_name, study.identity.model)
-            write_views(folder, model, processor, study.examples[:SHOWN], study.task.kind)
+            evaluator.write_views()
         study.run(evaluator, processes, progress)
 
 
@@ -165,100 +156,10 @@ def _summarise(results: Sequence[Record], output: Path) -> None:
     from vtprune.eval.pages.plots import families, pareto
     from vtprune.eval.results.entries import studies
     from vtprune.eval.results.summary import summary_markdown
+    from vtprune.eval.results.timings import examples_per_second
 
-    write_atomically(output / "summary.md", summary_markdown(results).encode())
+    write_atomically(output / "summary.md", summary_markdown(results, examples_per_second([output])).encode())
     with writing(output):
         for suffix, study in studies(results).items():
             pareto(study, output / f"pareto{suffix}.png")
             families(study, output / f"families{suffix}.png")
-
-
-class Evaluator:
-    """A loaded model and the examples that every cell runs over.
-
-    Raises:
-        ConfigError: the model does not take the task's kind of media.
-    """
-
-    def __init__(self, config: EvalConfig, study: Study, model: Any, processor: Any):
-        task = study.task
-        adapter = vtprune.adapter_for(model)
-        if task.kind not in adapter.kinds:
-            raise ConfigError(f"task {study.task_name!r} shows {task.kind}s, which {adapter.family} does not take")
-        self.config = config
-        self.task = task
-        self.examples = study.examples
-        self.model = model
-        self.processor = processor
-        self.inputs = InputCache(lambda batch: chat_inputs(processor, *self._asked(batch), task.kind))
-
-    def _asked(self, batch: range) -> tuple[list[Any], list[str]]:
-        """The media and the questions of a batch of examples."""
-        examples = [self.examples[i] for i in batch]
-        media = [e.video_path() if self.task.kind == "video" else e.image for e in examples]
-        return media, [e.question for e in examples]
-
-    def run_cell(
-        self, cell: Cell, batches: Sequence[range], part: CellPart, progress: Callable[[str, int], None]
-    ) -> None:
-        """Runs `batches` and adds their records to `part`, or ends `part` if the cell cannot run."""
-        progress(cell.title, 0)
-        try:
-            with ExitStack() as stack:
-                prepare, session = self._open(cell, stack)
-                for batch in batches:
-                    started = time.perf_counter()
-                    part.append(self._run_batch(batch, prepare(batch), session))
-                    self._log_time(part, batch, time.perf_counter() - started)
-                    progress(cell.title, len(batch))
-        except (BudgetError, UnsupportedStageError) as error:
-            part.end(Refusal.of(error))
-
-    def _open(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[range], Mapping[str, Any]], Any]:
-        """The function that makes the inputs of a batch of the cell, and the cell's session, which `stack` closes.
-
-        The baselines `full` and `downsample` run in a session that prunes nothing, because a session measures.
-        """
-        prepare: Callable[[range], Mapping[str, Any]] = self.inputs
-        if cell.method == "downsample":
-            smaller = self._downsampled(cell.keep_ratio, stack)
-
-            def prepare(batch: range) -> Mapping[str, Any]:
-                return smaller.inputs(*self._asked(batch))
-
-        if cell.method in ("full", "downsample"):
-            session = vtprune.prune(self.model, NOTHING_PRUNED)
-        elif cell.method == "zero":
-            session = vtprune.prune(self.model, "zero")
-        else:
-            session = vtprune.prune(self.model, cell.spec)
-        return prepare, stack.enter_context(session)
-
-    def _downsampled(self, keep_ratio: float, stack: ExitStack) -> Downsampler | FewerFrames:
-        if self.task.kind == "video":
-            return FewerFrames(self.processor, keep_ratio)
-        downsampler = Downsampler(self.model, self.processor, keep_ratio)
-        stack.enter_context(downsampler.interpolated())
-        return downsampler
-
-    def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
-        limit = self.config.max_new_tokens or self.task.max_new_tokens
-        predictions, _ = answers(self.model, self.processor, inputs, limit)
-        measured = measure(session.report, batch)
-        examples = [self.examples[i] for i in batch]
-        return [
-            {
-                "index": index,
-                "question": example.question,
-                "family": example.family,
-                "answer": example.answer,
-                "prediction": prediction,
-                "score": self.task.score(prediction, example.answer),
-                **costs,
-            }
-            for index, example, prediction, costs in zip(batch, examples, predictions, measured, strict=True)
-        ]
-
-    def _log_time(self, part: CellPart, batch: range, seconds: float) -> None:
-        line = {"cell": part.name, "first": batch.start, "examples": len(batch), "seconds": round(seconds, 4)}
-        append(self.config.output / "timings.jsonl", to_line(line))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks: examples with an image or a video, a question and an answer, and the function that scores a prediction.
 
+A vision-language model answers the questions of a `Task`. A CLIP names the class of each image of a `Classification`.
 `TASKS` maps a name to a function that loads the task, so that listing tasks loads none of them.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from PIL.Image import Image
 
@@ -54,6 +55,26 @@ class Task:
     """kind of the examples' media"""
 
 
+@dataclass(frozen=True)
+class Classification:
+    """Images, and the classes that a CLIP tells apart by prompts."""
+
+    examples: Callable[[int | None], Sequence[ImageExample]]
+    """as of `Task`; an answer is the name of a class"""
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    """prompts, with {} for the name of the class"""
+    kind: ClassVar[Kind] = "image"
+
+    @staticmethod
+    def score(prediction: str, answer: str) -> float:
+        """1.0 for the right class, else 0.0."""
+        return float(prediction == answer)
+
+
+AnyTask = Task | Classification
+
+
 def _digitscenes() -> Task:
     from vtprune.eval import digitscenes
 
@@ -71,4 +92,42 @@ def _digitscenes_video() -> Task:
     )
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digitscenes": _digitscenes, "digitscenes_video": _digitscenes_video}
+@dataclass(frozen=True)
+class _Labelled:
+    """An image whose class is asked for."""
+
+    image: Image
+    question: str
+    answer: str
+
+    @property
+    def family(self) -> str:
+        """The class, so that tables show each of them."""
+        return self.answer
+
+
+_SEVERITY = 2
+"""Of the corruptions: they cost a good part of the accuracy, and leave a good part."""
+
+
+def _labelled(label: str, corruption: str | None = None) -> Classification:
+    """Images of DigitScenes with one digit; label: "digit" or "colour"."""
+    from vtprune.eval import digitscenes
+
+    def examples(limit: int | None) -> list[_Labelled]:
+        count = digitscenes.LABELLED_SIZE if limit is None else limit
+        items = digitscenes.labelled_images("test", count, corruption=corruption, severity=_SEVERITY)
+        return [_Labelled(item.image, f"what {label} ?", getattr(item, label)) for item in items]
+
+    return Classification(examples, digitscenes.CLASSES[label], digitscenes.TEMPLATES[label])
+
+
+TASKS: dict[str, Callable[[], AnyTask]] = {
+    "digitscenes": _digitscenes,
+    "digitscenes_video": _digitscenes_video,
+    "digitscenes_digits": lambda: _labelled("digit"),
+    "digitscenes_colours": lambda: _labelled("colour"),
+    "digitscenes_digits_noise": lambda: _labelled("digit", "noise"),
+    "digitscenes_digits_blur": lambda: _labelled("digit", "blur"),
+    "digitscenes_digits_contrast": lambda: _labelled("digit", "contrast"),
+}

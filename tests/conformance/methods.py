@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lazyllm": {"keep_ratio": 0.4},
     # What the few layers of tiny encoders can merge or drop of a few patches.
     **{name: {"keep_ratio": 0.6} for name in ("tome", "auroracap", "tinychart", "mctf", "zero_tprune", "tca")},
+    **{name: {"keep_ratio": 0.6} for name in ("random_patches", "uniform_patches")},
 }
 """Methods that are given something else than the budget of all others alone."""
 

@@ -115,7 +115,7 @@ def test_generation_is_that_of_the_merged_tokens(name, inside):
     assert (session.report.counts[:, -1] < session.report.counts[:, 0]).all() == bool(inside)
 
 
-@pytest.mark.parametrize("method", ["tome", "mctf", "zero_tprune", "tca", "auroracap"])
+@pytest.mark.parametrize("method", ["tome", "mctf", "zero_tprune", "tca", "auroracap", "random_patches"])
 @torch.no_grad()
 def test_budgets_batches_and_nothing_to_do(method):
     model = families.build("llava").eval()

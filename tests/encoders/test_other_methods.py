@@ -11,6 +11,7 @@ from vtprune.ops.condensation import condensation
 from vtprune.ops.multi_criteria_fusion import fused_attention, fusion
 from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.ops.soft_matching import kth_matching, random_matching
+from vtprune.ops.token_reduction import Reduction
 from vtprune.ops.weighted_page_rank import rank_pruning
 
 from . import hosts, reference
@@ -153,6 +154,68 @@ def test_every_kth_and_random_merging(name):
     assert report.counts == (12, 12, 4, 4)
     report = written.check(vtprune.ToMe(variant="random", r=5, seed=7), lambda: run(random), spread=True)
     assert report.counts == (31, 26, 21, 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_random_and_uniform_patches(name):
+    written = Written(name)
+
+    def run(left_of):
+        for index, layer in enumerate(written.layers):
+            *_, values, weights = written.attention(layer)
+            written.attend(layer, weights, values)
+            patches = list(range(written.protected, len(written.x)))
+            places = [*range(written.protected), *sorted(patches[i] for i in left_of(index, len(patches)))]
+            written.reduce(Reduction.gather(torch.tensor([places]), len(written.x)), sizes=False)
+            written.x = written.x + layer.mlp(written.x)
+
+    def random(index, patches):
+        return seeded_uniform([index], 7, patches)[0].sort(descending=True).indices[: patches - 5].tolist()
+
+    def uniform(index, patches):
+        left = patches - 5
+        return [int((i + 0.5) * patches / left) for i in range(left)]
+
+    report = written.check(vtprune.RandomPatches(r=5, seed=7), lambda: run(random), spread=False)
+    assert report.counts == (31, 26, 21, 16)
+    report = written.check(vtprune.UniformPatches(r=5), lambda: run(uniform), spread=False)
+    assert report.counts == (31, 26, 21, 16)
+
+
+@pytest.mark.parametrize("method", ["random_patches", "uniform_patches"])
+@torch.no_grad()
+def test_patches_are_dropped_on_the_schedule_of_tome(method):
+    model, images = hosts.shared("clip"), hosts.pixels(3)
+    plain = hosts.encode(model, images)
+    for budget in ({"keep_ratio": 0.5}, {"keep_ratio": 0.1}, {"keep_tokens": 20}, {"r": [5, 7, 0, 6]}, {"r": 15}):
+        with vtprune.prune(model, "tome", **budget) as session:
+            hosts.encode(model, images)
+            expected = session.report.counts
+        with vtprune.prune(model, method, **budget) as session:
+            together = hosts.encode(model, images)
+            assert session.report.counts == expected
+            alone = hosts.encode(model, images[2:])
+        for key, value in together.items():
+            torch.testing.assert_close(value[2:], alone[key], rtol=1e-5, atol=1e-5)
+    with vtprune.prune(model, method, keep_ratio=1.0):
+        same = hosts.encode(model, images)
+    assert all(torch.equal(value, plain[key]) for key, value in same.items())
+    with (
+        pytest.raises(vtprune.BudgetError, match=f"{method} takes away at most half of the patches in a layer"),
+        vtprune.prune(model, method, keep_tokens=2),
+    ):
+        hosts.encode(model, images)
+
+
+def test_seeds_draw_other_patches():
+    model, images = hosts.shared("clip"), hosts.pixels()
+    left = []
+    for seed in (0, 1, 0):
+        with torch.no_grad(), vtprune.prune(model, "random_patches", keep_ratio=0.5, seed=seed) as session:
+            hosts.encode(model, images)
+        left.append([session.report.sources(image).tolist() for image in range(2)])
+    assert left[0] == left[2] != left[1] and left[0][0] == left[0][1]
 
 
 @pytest.mark.parametrize("method", ["auroracap", "tinychart", "mctf", "zero_tprune", "tca"])

@@ -147,7 +147,7 @@ def test_defaults_and_overrides(tmp_path):
         ({"batch_size": 0}, "key 'batch_size': expected greater than or equal to 1, got 0"),
         (
             {"task": "digitscene"},
-            "key 'task': expected the name of a task (did you mean digitscenes or digitscenes_video?), got",
+            "key 'task': expected the name of a task (did you mean digitscenes or digitscenes_video or",
         ),
         ({"model": "./nowhere"}, "key 'model': expected a folder that exists, got './nowhere'"),
         ({"baselines": ["zero"]}, "key 'baselines': expected 'full' among them"),

@@ -59,7 +59,7 @@ def schema():
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "video"])
+@pytest.mark.parametrize("name", ["quickstart", "video", "clip"])
 def test_the_configurations_that_come_with_the_library(schema, name):
     assert fits(schema, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
 
@@ -72,6 +72,7 @@ GOOD = [
     {"methods": [{"name": "fastv", "grid": {"layer": [2, 3], "keep_ratio": [0.5, 0.4]}}]},
     {"methods": [{"name": "random", "grid": {"seed": [2, 3], "keep_tokens": [5]}}]},
     {"methods": [{"preset": "fastv/llava-1.5-7b/192"}]},
+    {"methods": [["fastv", {"name": "divprune", "keep_ratio": 0.5}], [{"name": "mmtok", "keep_tokens": 9}, "pdrop"]]},
     {"output": "there", "limit": None, "max_new_tokens": 3, "attention": "eager"},
 ]
 BAD = [
@@ -91,6 +92,10 @@ BAD = [
     {"methods": [{"name": "fastv", "grid": {"seed": [2]}}]},
     {"methods": [{"name": "fastv", "grid": {"keep_ratio": [2]}}]},
     {"methods": [{"preset": "fastv/llava-1.5-7b/193"}]},
+    {"methods": [["fastv"]]},
+    {"methods": [["fastv", {"name": "divprune", "keep_ratio": 2}]]},
+    {"methods": [["fastv", {"name": "divprune", "seeds": [1]}]]},
+    {"methods": [["fastv", "mmtokk"]]},
 ]
 
 

@@ -36,6 +36,8 @@ from vtprune.methods.glsim import GLSim as GLSim
 from vtprune.methods.visionzip import VisionZip as VisionZip
 from vtprune.methods.random import Random as Random
 from vtprune.methods.uniform import Uniform as Uniform
+from vtprune.methods.random_patches import RandomPatches as RandomPatches
+from vtprune.methods.uniform_patches import UniformPatches as UniformPatches
 from vtprune.methods.uniform_frames import UniformFrames as UniformFrames
 from vtprune.methods.block import Block as Block
 from vtprune.methods.pool import Pool as Pool

@@ -6,12 +6,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.base import Method
+from vtprune.ops.soft_matching import layer_counts
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
 
@@ -49,6 +52,19 @@ class LayerTokens:
         if self.biases and self.sizes is not None:
             scores = scores + self.sizes.log()[:, None, None]
         return scores.float().softmax(-1)
+
+    @property
+    def patches(self) -> int:
+        """How many tokens of an image are not protected."""
+        return self.hidden.shape[1] - self.protected
+
+    def keep(self, patches: Tensor) -> Reduction:
+        """Keep the same patches of every image as they are, and drop the others.
+
+        patches: (kept,) long, rising; 0 is the first token that is not protected.
+        """
+        places = torch.cat([torch.arange(self.protected), patches + self.protected]).to(self.hidden.device)
+        return Reduction.gather(places.expand(len(self.hidden), -1), self.hidden.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +134,48 @@ class InLayers(Method):
         return self.keep_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class InEveryLayer(InLayers):
+    """A method that takes a few tokens away in every layer of the vision encoder.
+
+    Fields (all methods in every layer)
+        r: how many tokens go in a layer, at most half: an int >= 0 for every layer, a list with one for each layer (0
+            for those it lacks), or (r, inflect) with inflect in [-1, 1]: from r * (1 - inflect) in the first layer to
+            r * (1 + inflect) in the last one. Give r, keep_ratio or keep_tokens; the latter two take about as many
+            tokens in every layer.
+    """
+
+    r: Annotated[int, Ge(0)] | tuple[Annotated[int, Ge(0)], float] | list[Annotated[int, Ge(0)]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r is not None) + (self.keep_ratio is not None) + (self.keep_tokens is not None) > 1:
+            raise BudgetError(f"{self.name}: give one of r, keep_ratio and keep_tokens")
+
+    @property
+    def _has_budget(self) -> bool:
+        return self.r is not None or self.keep_ratio is not None or self.keep_tokens is not None
+
+    def check_budget(self, shape: ModelShape) -> None:
+        if self.r is not None:
+            layer_counts(shape.encoder_layers, self.r)  # complains of what does not fit
+        elif self._has_budget:
+            super().check_budget(shape)
+        elif self.needs_budget:
+            raise BudgetError(f"{self.name} needs a budget: r=13, keep_ratio=0.25 or keep_tokens=64, for example")
+
+    def schedule(self, layers: int, patches: int, protected: int) -> list[int]:
+        if not self._has_budget:
+            return self.published(layers, patches)
+        if self.r is not None:
+            return layer_counts(layers, self.r)
+        return equal_steps(self.name, layers, patches, self.patches_left(patches))
+
+    def published(self, layers: int, patches: int) -> list[int]:
+        """The schedule without a budget, of methods that have one."""
+        raise NotImplementedError
+
+
 def depths(layers: tuple[int, ...] | None, published: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """The layers that a method names, or those published for 12 layers, at the same relative depth of so many.
 
@@ -139,8 +197,8 @@ def placed(steps: list[int], layers: tuple[int, ...], depth: int) -> list[int]:
 def equal_steps(name: str, layers: int, patches: int, left: int) -> list[int]:
     """A schedule that leaves exactly so many patches, by steps that differ by at most one.
 
-    A layer merges half of its tokens at most, so the last steps may be smaller, and the others then larger. The larger
-    ones of two sizes come first.
+    A layer takes away half of its patches at most, so the last steps may be smaller, and the others then larger. The
+    larger ones of two sizes come first.
 
     Raises BudgetError if halving in every layer does not suffice.
     """
@@ -158,8 +216,8 @@ def equal_steps(name: str, layers: int, patches: int, left: int) -> list[int]:
     if sum(steps(patches, layers)) < remove:
         floor = patches - sum(steps(patches, layers))
         raise BudgetError(
-            f"{name} merges at most half of the patches in a layer, so of {patches} at least {floor} are left behind "
-            f"{layers} layers; {left} were asked for",
+            f"{name} takes away at most half of the patches in a layer, so of {patches} at least {floor} are left "
+            f"behind {layers} layers; {left} were asked for",
             floor=floor / patches,
         )
     larger = next(n for n in range(patches + 1) if sum(steps(n, layers)) >= remove)

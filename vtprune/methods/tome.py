@@ -9,15 +9,15 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, depths, equal_steps, placed
+from vtprune.methods.in_layers import InEveryLayer, LayerTokens, Projection, depths, placed
 from vtprune.ops.seeded_random import seeded_uniform
-from vtprune.ops.soft_matching import kth_matching, layer_counts, random_matching, soft_matching
+from vtprune.ops.soft_matching import kth_matching, random_matching, soft_matching
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(InLayers):
+class ToMe(InEveryLayer):
     """Merges similar patches between attention and MLP of every layer of the vision encoder (arXiv 2210.09461).
 
     Stage: inside the vision encoder. Every second token looks for the most similar of the others, by the cosine of
@@ -28,10 +28,8 @@ class ToMe(InLayers):
     is weighted by sizes, too.
 
     Fields
-        r: how many tokens merge in a layer, at most half: an int >= 0 for every layer, a list with one for each layer
-            (0 for those it lacks), or (r, inflect) with inflect in [-1, 1]: from r * (1 - inflect) in the first layer
-            to r * (1 + inflect) in the last one. Published for ImageNet: 13 for ViT-B/16, 7 for ViT-L/16. Give r,
-            keep_ratio or keep_tokens; the latter two merge about as many tokens in every layer.
+        r: how many tokens merge in a layer, as in all methods in every layer. Published for ImageNet: 13 for ViT-B/16,
+            7 for ViT-L/16.
         prop_attn: add the logarithm of a token's size to its attention scores, default True. The authors turn it off
             for MAE models that are not trained with it.
         track_size: weight means by sizes, default True. False takes plain means in every layer, and needs
@@ -49,7 +47,6 @@ class ToMe(InLayers):
     place = "between"
     reads: ClassVar[tuple[Projection, ...]] = ("keys",)
 
-    r: Annotated[int, Ge(0)] | tuple[Annotated[int, Ge(0)], float] | list[Annotated[int, Ge(0)]] | None = None
     prop_attn: bool = True
     track_size: bool = True
     variant: Literal["soft", "kth", "random"] = "soft"
@@ -59,18 +56,12 @@ class ToMe(InLayers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.r is not None) + (self.keep_ratio is not None) + (self.keep_tokens is not None) > 1:
-            raise BudgetError(f"{self.name}: give one of r, keep_ratio and keep_tokens")
         if self.prop_attn and not self.track_size:
             raise ConfigError(f"{self.name}: without track_size there are no sizes; set prop_attn=False, too")
 
     @property
     def biases(self) -> bool:
         return self.prop_attn
-
-    @property
-    def _has_budget(self) -> bool:
-        return self.r is not None or self.keep_ratio is not None or self.keep_tokens is not None
 
     def check_budget(self, shape: ModelShape) -> None:
         if self.variant == "kth":
@@ -80,26 +71,13 @@ class ToMe(InLayers):
             return
         if self.layers is not None:
             raise ConfigError(f"{self.name}: layers is for variant='kth'")
-        if self.r is not None:
-            layer_counts(shape.encoder_layers, self.r)  # complains of what does not fit
-        elif self._has_budget:
-            super().check_budget(shape)
-        elif self.needs_budget:
-            raise BudgetError(f"{self.name} needs a budget: r=13, keep_ratio=0.25 or keep_tokens=64, for example")
+        super().check_budget(shape)
 
     def schedule(self, layers: int, patches: int, protected: int) -> list[int]:
         if self.variant == "kth":
             chosen = depths(self.layers, (6,), layers)
             return placed([1] * len(chosen), chosen, layers)
-        if not self._has_budget:
-            return self.published(layers, patches)
-        if self.r is not None:
-            return layer_counts(layers, self.r)
-        return equal_steps(self.name, layers, patches, self.patches_left(patches))
-
-    def published(self, layers: int, patches: int) -> list[int]:
-        """The schedule without a budget, of methods that have one."""
-        raise NotImplementedError
+        return super().schedule(layers, patches, protected)
 
     def reduce(self, tokens: LayerTokens) -> Reduction | None:
         metric = tokens.read("keys").mean(1)

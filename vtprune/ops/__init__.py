@@ -22,7 +22,7 @@ Choices
     attention_threshold: tokens whose attention reaches a threshold. LTP.
     dual_attention: tokens that the text as a whole or one text token attends to. MustDrop.
     random_block: one rectangle of a grid. Block.
-    seeded_random: uniform random numbers from a seed. Random, Token correlation, Block.
+    seeded_random: uniform random numbers from a seed. Random, Random patches, Token correlation, Block.
 
 Merges
     merging: the result of a merge. B-VLLM, AIM, MustDrop, Recoverable Compression, pooling.

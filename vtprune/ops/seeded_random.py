@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that depend only on a seed and on one key a row (Random, Token correlation)."""
+"""Random numbers that depend only on a seed and on one key a row (Random, Random patches, Token correlation)."""
 
 from collections.abc import Iterable
 

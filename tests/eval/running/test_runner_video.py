@@ -22,7 +22,7 @@ from vtprune.eval.digitscenes.video_model import build_video_model, build_video_
 from vtprune.eval.inputs import InputCache, chat_inputs, load_model
 from vtprune.eval.inputs.downsample import FewerFrames
 from vtprune.eval.results.records import cell_records
-from vtprune.eval.running import runner
+from vtprune.eval.running import questions, runner
 from vtprune.eval.running.cells import expand
 
 WHOLE = {"scope": "image"}
@@ -60,7 +60,7 @@ def finished(config_file, tmp_path_factory):
     """An uninterrupted run: its folder, its lines, and how often inputs were made."""
     output, made = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "chat_inputs", lambda *args: made.append(args) or chat_inputs(*args))
+        patch.setattr(questions, "chat_inputs", lambda *args: made.append(args) or chat_inputs(*args))
         return output, runner.run(load_config(config_file, output=output)), len(made)
 
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rows of a study are counted in, and the words for it in tables, plots and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vtprune.eval.results.records import Record
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The words of one kind of study."""
+
+    classifies: bool
+    """whether a vision encoder classifies images, or a vision-language model answers questions"""
+    flops: str
+    """field of a line of `results.jsonl`; with `unpruned_` before it, the full model's"""
+    flops_of: str
+    """whose FLOPs of one example they are"""
+    flops_name: str
+    """the same in short"""
+    tokens: str
+    """what is pruned"""
+    final: str
+    """tokens of the field `final_tokens`"""
+    average: str
+    """tokens of the field `average_tokens`"""
+    kind: str
+    """what a family of examples is"""
+
+
+QUESTIONS = Terms(
+    classifies=False,
+    flops="prefill_flops",
+    flops_of="prefill FLOPs of the language model",
+    flops_name="prefill FLOPs",
+    tokens="visual tokens",
+    final="tokens in the last layer",
+    average="visual tokens measured, averaged over decoder layers",
+    kind="kind of question",
+)
+CLASSES = Terms(
+    classifies=True,
+    flops="encoder_flops",
+    flops_of="FLOPs of the vision encoder",
+    flops_name="encoder FLOPs",
+    tokens="patches",
+    final="patches behind the last layer",
+    average="patches measured, averaged over encoder layers",
+    kind="class",
+)
+
+
+def terms(results: Sequence[Record]) -> Terms:
+    """The words for the lines of one model on one task."""
+    return CLASSES if CLASSES.flops in results[0] else QUESTIONS

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to a CLIP: the classes that it names and what they cost, under the session of a cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+
+import vtprune
+from vtprune.classify import ZeroShotClassifier
+from vtprune.eval.config import EvalConfig
+from vtprune.eval.inputs import InputCache
+from vtprune.eval.inputs.classifiers import load_classifier
+from vtprune.eval.results.records import Record
+from vtprune.eval.running.cells import Cell
+from vtprune.eval.running.evaluator import Evaluator, RunBatch
+
+if TYPE_CHECKING:
+    from vtprune.eval.running.runner import Study
+
+_NOTHING_DROPPED = {"name": "uniform_patches", "keep_ratio": 1.0}
+"""The method of a session that only measures: it keeps every patch."""
+
+
+class ClassifierEvaluator(Evaluator):
+    """A CLIP and the images that every cell classifies."""
+
+    def __init__(self, config: EvalConfig, study: Study, loaded: tuple[Any, Any, Callable]):
+        super().__init__(config, study, loaded)
+        self.task: Any = study.task
+        model, tokenizer, self.preprocess = loaded
+        self.classifier = ZeroShotClassifier(model, tokenizer, self.task.classes, self.task.templates)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.inputs = InputCache(self._preprocessed)
+        for batch in study.batches:  # before anything is timed: the memory that this takes and gives back slows it down
+            self.inputs(batch)
+
+    @classmethod
+    def load(cls, config: EvalConfig, model: str, device: str) -> tuple[Any, Any, Callable]:
+        return load_classifier(model, config.dtype, config.attention, device)
+
+    def write_views(self) -> None:
+        """Nothing: merged and dropped inside the layers, patches have no single place where they were kept."""
+
+    def _preprocessed(self, batch: range) -> BatchFeature:
+        images = [self.preprocess(self.examples[i].image) for i in batch]
+        return BatchFeature({"pixel_values": torch.stack(images)})
+
+    def _classify(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[Tensor], Tensor], Any]:
+        """What makes logits, (batch, classes), of the cell's pixels, and what has the `report` of its last batch.
+
+        `full` runs in a session that keeps every patch, because a session measures. A classifier that adapts to its
+        images would be made here. Its state depends on all batches before, in their order: such a cell could not go on
+        after a stop, nor be shared by several processes.
+        """
+        method = _NOTHING_DROPPED if cell.method == "full" else cell.spec
+        return self.classifier, stack.enter_context(vtprune.prune(self.classifier.model, method))
+
+    def _open(self, cell: Cell, stack: ExitStack) -> RunBatch:
+        """The seconds are those of the classifier alone: images are read and resized before."""
+        classify, session = self._classify(cell, stack)
+
+        @torch.inference_mode()
+        def run(batch: range) -> tuple[list[Record], float]:
+            pixels = self.inputs(batch)["pixel_values"].to(self.device, self.dtype)
+            self._wait()
+            started = time.perf_counter()
+            logits = classify(pixels)
+            self._wait()
+            seconds = time.perf_counter() - started
+            names = [self.task.classes[place] for place in logits.argmax(1).tolist()]
+            return self._records(batch, names, session.report), seconds
+
+        return run
+
+    def _wait(self) -> None:
+        """For what a GPU still computes."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _records(self, batch: range, names: list[str], report: Any) -> list[Record]:
+        costs = {
+            "final_tokens": report.final_tokens,
+            "average_tokens": mean(report.counts),
+            "encoder_flops": report.encoder_flops // report.images,
+        }
+        examples = [self.examples[i] for i in batch]
+        return [
+            {
+                "index": index,
+                "question": example.question,
+                "family": example.family,
+                "answer": example.answer,
+                "prediction": name,
+                "score": self.task.score(name, example.answer),
+                **costs,
+            }
+            for index, example, name in zip(batch, examples, names, strict=True)
+        ]

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions to a vision-language model: its inputs, its answers and what they cost, under the session of a cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import vtprune
+from vtprune.errors import ConfigError
+from vtprune.eval.config import EvalConfig
+from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model
+from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
+from vtprune.eval.pages.views import views_folder, write_views
+from vtprune.eval.results.records import Record
+from vtprune.eval.running.cells import Cell
+from vtprune.eval.running.evaluator import Evaluator, RunBatch
+from vtprune.eval.running.measure import NOTHING_PRUNED, SHOWN, measure
+
+if TYPE_CHECKING:
+    from vtprune.eval.running.runner import Study
+
+
+class QuestionEvaluator(Evaluator):
+    """A vision-language model and the questions that every cell asks.
+
+    Raises:
+        ConfigError: the model does not take the task's kind of media.
+    """
+
+    def __init__(self, config: EvalConfig, study: Study, loaded: tuple[Any, Any]):
+        super().__init__(config, study, loaded)
+        self.task = task = study.task
+        self.model, self.processor = loaded
+        adapter = vtprune.adapter_for(self.model)
+        if task.kind not in adapter.kinds:
+            raise ConfigError(f"task {study.task_name!r} shows {task.kind}s, which {adapter.family} does not take")
+        self.inputs = InputCache(lambda batch: chat_inputs(self.processor, *self._asked(batch), task.kind))
+
+    @classmethod
+    def load(cls, config: EvalConfig, model: str, device: str) -> tuple[Any, Any]:
+        return load_model(model, config.dtype, config.attention, device)
+
+    def write_views(self) -> None:
+        folder = views_folder(self.config.output, self.study.task_name, self.study.identity.model)
+        write_views(folder, self.model, self.processor, self.examples[:SHOWN], self.task.kind)
+
+    def _asked(self, batch: range) -> tuple[list[Any], list[str]]:
+        """The media and the questions of a batch of examples."""
+        examples = [self.examples[i] for i in batch]
+        media = [e.video_path() if self.task.kind == "video" else e.image for e in examples]
+        return media, [e.question for e in examples]
+
+    def _open(self, cell: Cell, stack: ExitStack) -> RunBatch:
+        """The seconds are those of the inputs, which are made once, and of the answers.
+
+        The baselines `full` and `downsample` run in a session that prunes nothing, because a session measures.
+        """
+        prepare: Callable[[range], Mapping[str, Any]] = self.inputs
+        if cell.method == "downsample":
+            smaller = self._downsampled(cell.keep_ratio, stack)
+
+            def prepare(batch: range) -> Mapping[str, Any]:
+                return smaller.inputs(*self._asked(batch))
+
+        if cell.method in ("full", "downsample"):
+            session = vtprune.prune(self.model, NOTHING_PRUNED)
+        elif cell.method == "zero":
+            session = vtprune.prune(self.model, "zero")
+        else:
+            session = vtprune.prune(self.model, cell.spec)
+        stack.enter_context(session)
+
+        def run(batch: range) -> tuple[list[Record], float]:
+            started = time.perf_counter()
+            records = self._run_batch(batch, prepare(batch), session)
+            return records, time.perf_counter() - started
+
+        return run
+
+    def _downsampled(self, keep_ratio: float, stack: ExitStack) -> Downsampler | FewerFrames:
+        if self.task.kind == "video":
+            return FewerFrames(self.processor, keep_ratio)
+        downsampler = Downsampler(self.model, self.processor, keep_ratio)
+        stack.enter_context(downsampler.interpolated())
+        return downsampler
+
+    def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
+        limit = self.config.max_new_tokens or self.task.max_new_tokens
+        predictions, _ = answers(self.model, self.processor, inputs, limit)
+        measured = measure(session.report, batch)
+        examples = [self.examples[i] for i in batch]
+        return [
+            {
+                "index": index,
+                "question": example.question,
+                "family": example.family,
+                "answer": example.answer,
+                "prediction": prediction,
+                "score": self.task.score(prediction, example.answer),
+                **costs,
+            }
+            for index, example, prediction, costs in zip(batch, examples, predictions, measured, strict=True)
+        ]
