@@ -89,13 +89,16 @@ class ZeroShotClassifier:
         images: pixel values, (batch, 3, height, width), or images that `preprocess` takes. Raises ConfigError if these
         are images and there is no `preprocess`.
         """
-        if not isinstance(images, Tensor):
-            if self._preprocess is None:
-                raise ConfigError(
-                    "predict: give pixel values, or images to a classifier that was made with preprocess="
-                )
-            images = torch.stack([self._preprocess(image) for image in images])
-        return [self.classes[i] for i in self(images).argmax(1).tolist()]
+        return [self.classes[i] for i in self(self.pixels(images)).argmax(1).tolist()]
+
+    def pixels(self, images: Tensor | Sequence[Any]) -> Tensor:
+        """Pixel values, (batch, 3, height, width), of images; what is given as pixel values stays. Errors as of
+        `predict`."""
+        if isinstance(images, Tensor):
+            return images
+        if self._preprocess is None:
+            raise ConfigError("predict: give pixel values, or images to a classifier that was made with preprocess=")
+        return torch.stack([self._preprocess(image) for image in images])
 
 
 def _check(classes: Sequence[str], templates: Sequence[str]) -> None:

@@ -66,7 +66,7 @@ class EncoderReport:
     images: int
     prefix_tokens: int
     entered: tuple[int, ...]
-    """A layer each: tokens of an image, prefix included, that its attention ran on."""
+    """A layer each: tokens of an image, prefix included, that its attention ran on, and an extra row if it read one."""
     in_mlp: tuple[int, ...]
     """A layer each: those that its MLP ran on."""
     left: tuple[int, ...]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
 from torch import nn
@@ -14,7 +15,8 @@ from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedStageErro
 from vtprune.methods.base import Method
 from vtprune.methods.in_layers import InLayers
 from vtprune.session_life import SessionLife
-from vtprune.stages.layer_calls import EncoderPass, LayerCalls
+from vtprune.stages.encoder_pass import EncoderPass
+from vtprune.stages.layer_calls import LayerCalls
 
 
 class EncoderSession(SessionLife):
@@ -23,8 +25,17 @@ class EncoderSession(SessionLife):
     Several threads may call the model at the same time.
     """
 
-    def __init__(self, model: nn.Module, adapter: EncoderAdapter, methods: list[Method], *, strict: bool):
-        """model: what the adapter was found for, which may be a wrapper."""
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: EncoderAdapter,
+        methods: list[Method],
+        *,
+        strict: bool,
+        follows: Callable[[], bool] = lambda: True,
+    ):
+        """model: what the adapter was found for, which may be a wrapper. follows: whether images that come now are the
+        session's."""
         self.adapter = adapter
         name = type(adapter.model).__name__
         for method in methods:
@@ -40,7 +51,7 @@ class EncoderSession(SessionLife):
         super().__init__([adapter.tower], chain(model.modules(), adapter.model.modules()), methods, strict=strict)
         self._reports: PerCaller[EncoderReport] = PerCaller()
         self._weights = LayerWeights.of(adapter)
-        self._calls = LayerCalls(adapter, method, self._finished)
+        self._calls = LayerCalls(adapter, method, self._finished, follows=follows)
 
     @property
     def report(self) -> EncoderReport | None:

@@ -108,6 +108,15 @@ def test_low_precision_is_kept_in_float32():
     assert correction.dtype == torch.float32 and reservoir.cls.dtype == torch.float32
 
 
+def test_samples_can_be_inserted_in_any_mode_wherever_they_were_made_or_moved():
+    with torch.inference_mode():
+        reservoir = Reservoir(2, 2, 3, 5)
+        made = reservoir.cls, reservoir.entropies
+        reservoir.to("meta")
+    moved = reservoir.cls, reservoir.entropies
+    assert {x.device.type for x in moved} == {"meta"} and not any(x.is_inference() for x in (*made, *moved))
+
+
 def test_entropy():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [200.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(entropy(logits), torch.tensor([4.0, 1.0]).log())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block of a vision transformer, in parts, from recorded weights: what reductions between layers are checked with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,6 @@ from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_att
 from . import Vector
 
 
-def quick_gelu(values: Tensor) -> Tensor:
-    return values * torch.sigmoid(1.702 * values)
-
-
 @dataclass(frozen=True)
 class Block:
     """A pre-norm block. Weights have timm's names."""
@@ -22,7 +18,6 @@ class Block:
     weights: Mapping[str, Tensor]
     heads: int
     eps: float
-    activation: Callable[[Tensor], Tensor] = gelu
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(batch, tokens, dim) -> queries, keys and values, (3, batch, heads, tokens, head_dim)."""
@@ -48,7 +43,7 @@ class Block:
         return x + self.projected(scaled_dot_product_attention(queries, keys, values, attn_mask=bias)), keys
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self._linear("mlp.fc1", self._norm("norm2", x)))
+        hidden = gelu(self._linear("mlp.fc1", self._norm("norm2", x)))
         return x + self._linear("mlp.fc2", hidden)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:

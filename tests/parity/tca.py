@@ -1,52 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-import torch
+"""TCA: recorded blocks inside an open_clip encoder, run in a session, and recorded streams."""
 
+from unittest import mock
+
+import open_clip
+import torch
+from torch import Tensor
+
+import vtprune
+from vtprune.adaptation import AnchoredTCA
+from vtprune.methods import tca
 from vtprune.ops.condensation import condensation, condensation_counts, coreset
 from vtprune.ops.reservoir import Reservoir, nearest_anchor
 
 from . import Vector, close, handles, same
-from .encoder_blocks import Block, quick_gelu
-
-NAMES = {
-    "ln_": "norm",
-    "attn.in_proj_": "attn.qkv.",
-    "attn.out_proj": "attn.proj",
-    "c_fc": "fc1",
-    "c_proj": "fc2",
-}
 
 
 @handles("tca_block*")
 def block(v: Vector) -> None:
-    weights = {}
-    for name, weight in v.weights().items():
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        weights[name] = weight
-    layer = Block(weights, v["heads"], v["ln_eps"], quick_gelu)
-    x, anchors = v["x"].transpose(0, 1), v["anchors"]
-    attended = x
-    if len(anchors):
-        anchor = nearest_anchor(anchors, x[:, 0])
-        same(anchor, anchors[v["anchor_choice"]])
-        attended = torch.cat([anchor[:, None], x], dim=1)
-    first = attended.shape[1] - x.shape[1]
-    attention = layer.probabilities(*layer.heads_of(attended)[:2])[:, :, first, first:].mean(1)
-    close(attention[:, 1:], v["cls_attn_mean"], rtol=1e-5, atol=1e-6)
-    x = layer.attend(attended)[0][:, first:]
-    close(x, v["x_after_attn"].transpose(0, 1), rtol=1e-5, atol=1e-5)
+    """The block is the second layer, behind one that changes nothing: no layer before the first has anchors."""
+    x, weights = v["x"].transpose(0, 1), v.weights()
+    dim, hidden = x.shape[2], len(weights["mlp.c_fc.bias"])
+    model = open_clip.transformer.VisionTransformer(
+        image_size=8, patch_size=4, width=dim, layers=2, heads=v["heads"], mlp_ratio=hidden / dim, output_dim=dim,
+        act_layer=open_clip.transformer.QuickGELU,
+    )  # fmt: skip
+    model.eval()
+    layers = model.transformer.resblocks
+    for last in (layers[0].attn.out_proj, layers[0].mlp.c_proj):
+        for parameter in last.parameters():
+            torch.nn.init.zeros_(parameter)
+    layers[1].load_state_dict(weights)
+    layers[1].ln_1.eps = layers[1].ln_2.eps = v["ln_eps"]
 
+    anchors = torch.zeros(len(v["anchors"]), 2, dim)
+    anchors[:, 0] = v["anchors"]
+    if len(anchors):
+        same(nearest_anchor(anchors[:, 0], x[:, 0]), v["anchors"][v["anchor_choice"]])
+    method = AnchoredTCA(drop_rate=v["drop_rate"], layers=(1,), anchors=anchors if len(anchors) else None)
+    reductions = []
+
+    def with_start(features: Tensor, attention: Tensor, rate: float, *, protected: int):
+        close(features, v["x_after_attn"].transpose(0, 1), rtol=1e-5, atol=1e-5)
+        close(attention[:, 1:], v["cls_attn_mean"], rtol=1e-5, atol=1e-6)
+        reductions.append(condensation(features, attention, rate, start=v["kcenter_start"], protected=protected))
+        rows = reductions[0].features(features)
+        close(rows[:, v["n_kept"] + 1 : -1], v["merged_tokens"].transpose(0, 1), rtol=1e-5, atol=1e-5)
+        return reductions[0]
+
+    # The reference draws the first centre at random.
+    with (
+        torch.no_grad(),
+        mock.patch.object(tca, "condensation", with_start),
+        vtprune.prune(model, method) as session,
+    ):
+        out = model.transformer(x)
+    close(out, v["x_out"].transpose(0, 1), rtol=1e-5, atol=1e-5)
+    assert session.report.entered == (x.shape[1], x.shape[1] + bool(len(anchors)))
+
+    (reduction,) = reductions
     stay, clustered, dropped = condensation_counts(x.shape[1] - 1, v["drop_rate"])
     assert (stay, clustered, stay + clustered) == (v["n_kept"], 2 * v["merged_count"], v["left_tokens"])
-    reduction = condensation(x, attention, v["drop_rate"], start=v["kcenter_start"])
     patches, last = reduction.into[:, 1:], reduction.rows - 1
     same(patches.gather(1, v["kept_idx_desc"]), torch.arange(1, stay + 1).expand(len(x), -1))
     in_clusters = patches.gather(1, v["cluster_idx_desc"])
     assert ((in_clusters > stay) & (in_clusters < last)).all()
     same((patches == last).nonzero()[:, 1].view(-1, dropped), v["dropped_idx_asc"])
-    rows = reduction.features(x)
-    close(rows[:, stay + 1 : -1], v["merged_tokens"].transpose(0, 1), rtol=1e-5, atol=1e-5)
-    close(layer.feed_forward(rows), v["x_out"].transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @handles("tca_coreset*")

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.base import Method
@@ -44,13 +45,19 @@ class LayerTokens:
     biases: bool
     """Whether the logarithms of `sizes` are added to the attention's scores."""
     read: Callable[[Projection], Tensor]
-    """Reads a projection of this layer's attention as (batch, heads, tokens, head dim); only one of `reads`."""
+    """Reads a projection of this layer's attention as (batch, heads, tokens, head dim); only one of `reads`. If the
+    attention read an extra row (`InLayers.extra_row`), that comes behind the tokens."""
 
     def attention(self, queries: int | None = None) -> Tensor:
-        """(batch, heads, queries, tokens) float32: attention of the first so many tokens, by default of all."""
+        """(batch, heads, queries, tokens) float32: attention of the first so many tokens, by default of all.
+
+        If the attention read an extra row, there is one column more for it, the last one. Rows sum to one with it.
+        """
+        tokens = self.hidden.shape[1]
+        queries = tokens if queries is None else queries
         scores = self.read("queries")[:, :, :queries] @ self.read("keys").transpose(2, 3) * self.scale
         if self.biases and self.sizes is not None:
-            scores = scores + self.sizes.log()[:, None, None]
+            scores = scores + pad(self.sizes.log(), (0, scores.shape[-1] - tokens))[:, None, None]
         return scores.float().softmax(-1)
 
     @property
@@ -116,6 +123,18 @@ class InLayers(Method):
         """What the layer's attention is to be behind a reduction before it; None: computed anew, among the rows.
 
         Returns (batch, heads, rows, rows), or None.
+        """
+        return None
+
+    def extra_row(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What the layer's attention is to read besides the tokens; None: nothing.
+
+        Only layers that take tokens away are asked, and only of methods that act between attention and MLP or behind
+        the layer. All tokens may attend to the row. It goes through the layer's first norm as they do, has no output,
+        and counts in the FLOPs.
+
+        layer: 0-based. hidden: (batch, tokens, dim), the residual stream that enters the layer. Returns (batch, dim),
+        on the same scale, or None.
         """
         return None
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 
-from vtprune.errors import BudgetError, UnsupportedStageError
+from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, depths, placed
 from vtprune.ops.condensation import condensation, condensation_counts
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
 
 PUBLISHED_LAYERS = (3, 6, 9)
+Positive = Annotated[float, Gt(0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,9 @@ class TCA(InLayers):
 
     Stage: inside the vision encoder. By falling attention of the CLS token, patches stay, become four means of clusters
     that are far apart, or become one sum weighted by that attention. The encoder puts out what is left, in that order.
-    Only the condensation: the paper's anchors of a stream of images, and its correction of CLIP's logits, are no part
-    of this method (`vtprune.ops.reservoir` has both).
+    With `reservoir`, it also adapts a zero-shot classifier to the stream of images that it sees: a few samples of each
+    class are kept, layers that condense also attend to what CLS tokens of one class have in common, and logits are
+    corrected. That needs logits, so `vtprune.prune` refuses it: see `vtprune.adaptation.AdaptingClassifier`.
     Deviations: the first cluster's centre is the patch of the most attention, not a random one; where few tokens are
     left, fewer stay (the reference fails).
 
@@ -32,6 +34,14 @@ class TCA(InLayers):
         drop_rate: share of the patches that a layer sums up, in (0, 1); 0.1 if there is neither drop_rate nor
             keep_ratio nor keep_tokens. The latter two take the smallest rate, in steps of 0.001, that leaves no more.
         layers: 0-based layers; default None: 3, 6 and 9 of 12, at the same relative depth.
+        reservoir: how many samples each class keeps, >= 1; default None: condensation alone. Published: 3, for
+            EuroSAT 2.
+        scale: with `reservoir`: temperature of the weights of layers in the correction, > 0; with a small one only the
+            last layers count. Default 0.1, that for ImageNet; published for other data sets: 0.01 to 5.5.
+        strength: with `reservoir`: factor of the correction, > 0, called lambda in the paper. Default 3, that for
+            ImageNet; published for other data sets: 1.5 to 8.
+        beta: with `reservoir`: how much less a sample counts that is less similar, > 0. Default 5, that for ImageNet;
+            published for other data sets: 2 to 9.
     """
 
     name: ClassVar[str] = "tca"
@@ -44,14 +54,34 @@ class TCA(InLayers):
 
     drop_rate: Annotated[float, Interval(gt=0, lt=1)] | None = None
     layers: tuple[Annotated[int, Ge(0)], ...] | None = None
+    reservoir: Annotated[int, Ge(1)] | None = None
+    scale: Positive | None = None
+    strength: Positive | None = None
+    beta: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        given = [name for name in ("scale", "strength", "beta") if getattr(self, name) is not None]
+        if given and self.reservoir is None:
+            raise ConfigError(f"{self.name}: {', '.join(given)}: only with reservoir, reservoir=3 for example")
         if self.drop_rate is not None and (self.keep_ratio is not None or self.keep_tokens is not None):
             raise BudgetError(f"{self.name}: give one of drop_rate, keep_ratio and keep_tokens")
 
+    @property
+    def correction(self) -> dict[str, float]:
+        """How logits are corrected: scale, strength and beta, as given or by default."""
+        published = {"scale": 0.1, "strength": 3.0, "beta": 5.0}
+        given = {name: getattr(self, name) for name in published}
+        return published | {name: value for name, value in given.items() if value is not None}
+
     def check_budget(self, shape: ModelShape) -> None:
         super().check_budget(shape)
+        if self.reservoir is not None:
+            raise ConfigError(
+                f"{self.name}: reservoir={self.reservoir} adapts a zero-shot classifier, whose logits are needed: call "
+                "vtprune.adaptation.AdaptingClassifier(classifier, method) in place of the classifier; without "
+                "reservoir, a session condenses only"
+            )
         if not shape.has_cls:
             raise UnsupportedStageError(
                 f"{self.name} reads the attention of a CLS token, and this vision encoder has none; methods that need "
@@ -77,7 +107,8 @@ class TCA(InLayers):
         rate = self.drop_rate or 0.1
         if self.keep_ratio is not None or self.keep_tokens is not None:
             rate = next(rate for rate in _RATES if _removed(patches, rate) == tokens.remove)
-        attention = tokens.attention(queries=1).mean(1)[:, 0]
+        # An anchor's share is left out, and the others are not scaled up for it.
+        attention = tokens.attention(queries=1).mean(1)[:, 0, : tokens.hidden.shape[1]]
         return condensation(tokens.hidden, attention, rate, protected=tokens.protected)
 
 

@@ -47,10 +47,16 @@ class Reservoir:
             dim: width of the encoder.
             device: where the samples are kept.
         """
-        self.entropies = torch.full((classes, size), torch.inf, device=device)
-        """(classes, size) float32, ascending; inf where nothing is kept yet."""
-        self.cls = torch.zeros(classes, size, layers, dim, device=device)
-        """(classes, size, layers, dim) float32: the CLS tokens after each layer, in the same order."""
+        with torch.inference_mode(False):  # samples are inserted in any mode
+            self.entropies = torch.full((classes, size), torch.inf, device=device)
+            """(classes, size) float32, ascending; inf where nothing is kept yet."""
+            self.cls = torch.zeros(classes, size, layers, dim, device=device)
+            """(classes, size, layers, dim) float32: the CLS tokens after each layer, in the same order."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the samples to a device."""
+        with torch.inference_mode(False):
+            self.entropies, self.cls = self.entropies.to(device), self.cls.to(device)
 
     @torch.no_grad()
     def observe(

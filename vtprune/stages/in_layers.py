@@ -15,8 +15,9 @@ from vtprune.adapters.base import Adapter
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.errors import ConfigError, UnsupportedModelError, UnsupportedStageError
 from vtprune.methods.in_layers import InLayers
+from vtprune.stages.encoder_pass import EncoderPass
 from vtprune.stages.in_encoder import EncoderMerge, copied_tokens, has_mixed_tokens
-from vtprune.stages.layer_calls import EncoderPass, LayerCalls
+from vtprune.stages.layer_calls import LayerCalls
 
 
 class TowerCut:

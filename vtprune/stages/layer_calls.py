@@ -5,72 +5,28 @@ A layer computes `x + a(attention(x))` and then `x + end(mlp(second_norm(x)))`. 
 second norm is handed the rows that are left, and so the MLP runs on them. What `end` puts out no longer fits the tokens
 that the layer adds it to, so it is kept here, nothing is added in its place, and the layer's output becomes the sum of
 both. LayerScale, drop path and norms are the layer's own throughout.
+
+A method may let a layer's attention read one row more. It stands behind the tokens that the attention is called with,
+and is taken off again from what the attention puts out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.encoder import EncoderAdapter, LayerParts
 from vtprune.callers import ThreadAware, Underway
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.methods.in_layers import InLayers, LayerTokens, Projection
-from vtprune.ops.token_reduction import Reduction
+from vtprune.stages.encoder_pass import EncoderPass
 from vtprune.stages.hooks import Uncopied, hidden_of
-
-
-@dataclass
-class EncoderPass:
-    """One batch of images on its way through the layers. All tensors are of the batch's tokens, prefix included."""
-
-    images: int
-    tokens: int
-    """Tokens of an image that enter the first layer."""
-    schedule: list[int]
-    """How many tokens each layer is to take away."""
-    entered: list[int] = field(default_factory=list)
-    """Tokens that entered each layer so far, and so its attention."""
-    in_mlp: list[int] = field(default_factory=list)
-    """Tokens that the MLP of each layer so far ran on."""
-    left: list[int] = field(default_factory=list)
-    """Tokens behind each layer so far."""
-    sizes: Tensor | None = None
-    """(images, rows) float32: patches that each row stands for; None: nothing was merged so far."""
-    sources: Tensor | None = None
-    """(images, tokens) long: the row that each token went into, -1 if dropped; None: each is its own."""
-    recorded: dict[str, Tensor] = field(default_factory=dict)
-    """What a layer's attention was called with, and what projections of it put out."""
-    reduced: Tensor | None = None
-    """(images, rows, dim): the residual stream of this layer behind a reduction, until the MLP has run."""
-    branch: Tensor | None = None
-    """What the layer's MLP adds to it."""
-    weights: Tensor | None = None
-    """(images, heads, rows, rows): what this layer's attention is to be; None: what it computes."""
-
-    def apply(self, reduction: Reduction) -> None:
-        """Follow the tokens through a reduction."""
-        self.sizes = reduction.sizes(self.sizes)
-        self.sources = reduction.trace(self.sources)
-
-    @property
-    def places(self) -> Tensor:
-        """(images, rows) long: the first token of each row, once there are sources."""
-        rows = self.sizes.shape[1]
-        first = self.sources.new_full((self.images, rows + 1), self.tokens)
-        into = self.sources.masked_fill(self.sources < 0, rows)
-        numbers = torch.arange(self.tokens, device=into.device).expand(self.images, -1)
-        return first.scatter_reduce(1, into, numbers, "amin")[:, :rows]
-
-    def to(self, device: torch.device) -> None:
-        """Follow the layers to the device that they are on."""
-        if self.sizes is not None and self.sizes.device != device:
-            self.sizes, self.sources = self.sizes.to(device), self.sources.to(device)
 
 
 @dataclass
@@ -107,6 +63,12 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         self._underway = Underway()
         self._parts: list[LayerParts] = [adapter.parts(layer) for layer in adapter.layers]
         self._replaces = type(method).attention_behind is not InLayers.attention_behind
+        self._extends = type(method).extra_row is not InLayers.extra_row
+        if self._extends and method.place == "before":
+            raise UnsupportedStageError(
+                f"{method.name} acts before layers, and has an extra row for their attention; only methods that act "
+                "between attention and MLP, or behind layers, can have one"
+            )
         # Before a layer its projections are computed ahead, so there is nothing to record.
         self._tapped = method.reads if method.place != "before" else ("values",) if self._replaces else ()
         if method.biases:
@@ -125,6 +87,8 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                     yield tapped.register_forward_hook(self._take(projection))
             if self._replaces:
                 yield attention.module.register_forward_hook(self._after_attention(parts))
+            if self._extends:
+                yield attention.module.register_forward_hook(self._without_extra)
             yield parts.second_norm.register_forward_pre_hook(self._before_mlp(index, parts))
             yield parts.end.register_forward_hook(self._after_branch)
             # transformers collects hidden states by hooks of its own, which are to see what is left.
@@ -154,7 +118,11 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             if self._last is not None and now.sources is not None:
                 hidden = _rows(hidden, now.places)
             changed = with_rows(hidden)
-            if self.method.place != "before" or not now.schedule[index]:
+            if not now.schedule[index]:
+                return changed
+            if self.method.place != "before":
+                if (row := self.method.extra_row(index, hidden)) is not None:
+                    now.extra = parts.first_norm(row[:, None])
                 return changed
 
             def read(projection):
@@ -206,15 +174,20 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             now, hidden = self.now.batch, hidden_of(args, kwargs)
             if now is None:  # somebody calls this layer alone
                 return None
-            now.entered.append(hidden.shape[1])
-            now.recorded["input"] = hidden
             if index == 0 and any(now.schedule):
                 _check_unmasked(parts.attention.mask(args, kwargs))
-            if now.sources is None:
+            if now.extra is not None:
+                longer = torch.cat([hidden, now.extra], dim=1)
+                args, kwargs = _replaced(args, kwargs, hidden, longer)
+                hidden = longer
+            now.entered.append(hidden.shape[1])
+            now.recorded["input"] = hidden
+            if now.sources is None and now.extra is None:
                 return None
             bias = None
             if self.method.biases and now.sizes is not None:
                 bias = now.sizes.log().to(hidden.dtype)
+                bias = bias if now.extra is None else pad(bias, (0, 1))
             return parts.attention.with_bias(args, kwargs, bias)
 
         return hook
@@ -234,9 +207,17 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             values = self._recorded(now, parts)("values")
             attended = parts.attention.attended(now.weights.to(values.dtype) @ values)
             now.weights = None
-            return (attended, *output[1:]) if isinstance(output, tuple) else attended
+            return _with_first(output, attended)
 
         return hook
+
+    def _without_extra(self, module, args, output):
+        now = self.now.batch
+        if now is None or now.extra is None:
+            return None
+        now.extra = None
+        attended = output[0] if isinstance(output, tuple) else output
+        return _with_first(output, attended[:, :-1])
 
     def _before_mlp(self, index: int, parts: LayerParts):
         def hook(module, args):
@@ -333,6 +314,17 @@ def _input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tenso
         return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
     name = next(name for name, value in kwargs.items() if torch.is_tensor(value))
     return kwargs[name], lambda hidden: (args, {**kwargs, name: hidden})
+
+
+def _replaced(args: tuple, kwargs: Mapping[str, Any], old: Tensor, new: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The same arguments with one tensor in place of another. torch's attention is called with it three times."""
+    by_name = {name: new if value is old else value for name, value in kwargs.items()}
+    return tuple(new if value is old else value for value in args), by_name
+
+
+def _with_first(output: Any, attended: Tensor) -> Any:
+    """What an attention module puts out, alone or first of several, with another tensor in its place."""
+    return (attended, *output[1:]) if isinstance(output, tuple) else attended
 
 
 def _check_unmasked(mask: Any) -> None:
