@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 import vtprune
+from vtprune.adaptation import AdaptingClassifier
 from vtprune.classify import ZeroShotClassifier
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import InputCache
@@ -21,6 +22,7 @@ from vtprune.eval.inputs.classifiers import load_classifier
 from vtprune.eval.results.records import Record
 from vtprune.eval.running.cells import Cell
 from vtprune.eval.running.evaluator import Evaluator, RunBatch
+from vtprune.methods import TCA
 
 if TYPE_CHECKING:
     from vtprune.eval.running.runner import Study
@@ -57,12 +59,19 @@ class ClassifierEvaluator(Evaluator):
     def _classify(self, cell: Cell, stack: ExitStack) -> tuple[Callable[[Tensor], Tensor], Any]:
         """What makes logits, (batch, classes), of the cell's pixels, and what has the `report` of its last batch.
 
-        `full` runs in a session that keeps every patch, because a session measures. A classifier that adapts to its
-        images would be made here. Its state depends on all batches before, in their order: such a cell could not go on
-        after a stop, nor be shared by several processes.
+        `full` runs in a session that keeps every patch, because a session measures.
         """
+        if _adapts(cell):
+            adapting = AdaptingClassifier(self.classifier, cell.spec)
+            return adapting, adapting
         method = _NOTHING_DROPPED if cell.method == "full" else cell.spec
         return self.classifier, stack.enter_context(vtprune.prune(self.classifier.model, method))
+
+    def _stream(self, cell: Cell, batches: Sequence[range]) -> Sequence[range]:
+        """What a classifier that adapts makes of a batch depends on all batches before it, so these run again."""
+        if not _adapts(cell) or not batches:
+            return batches
+        return [batch for batch in self.study.batches if batch.start <= batches[-1].start]
 
     def _open(self, cell: Cell, stack: ExitStack) -> RunBatch:
         """The seconds are those of the classifier alone: images are read and resized before."""
@@ -105,3 +114,8 @@ class ClassifierEvaluator(Evaluator):
             }
             for index, example, name in zip(batch, examples, names, strict=True)
         ]
+
+
+def _adapts(cell: Cell) -> bool:
+    """Whether a cell's classifier adapts to the images it sees."""
+    return cell.method == TCA.name and cell.given.get("reservoir") is not None

@@ -40,6 +40,10 @@ class Evaluator(ABC):
     def _open(self, cell: Cell, stack: ExitStack) -> RunBatch:
         """The function that runs a batch of the cell. What it needs open, `stack` closes."""
 
+    def _stream(self, cell: Cell, batches: Sequence[range]) -> Sequence[range]:
+        """The batches that have to run, in their order, for the records of those that are wanted."""
+        return batches
+
     @abstractmethod
     def write_views(self) -> None:
         """Writes what pages show of the first examples."""
@@ -52,8 +56,10 @@ class Evaluator(ABC):
         try:
             with ExitStack() as stack:
                 run_batch = self._open(cell, stack)
-                for batch in batches:
+                for batch in self._stream(cell, batches):
                     records, seconds = run_batch(batch)
+                    if batch not in batches:
+                        continue
                     part.append(records)
                     self._log_time(part, batch, seconds)
                     progress(cell.title, len(batch))

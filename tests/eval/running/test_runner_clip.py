@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor, SiglipProcessor
 from typer.testing import CliRunner
 
 import vtprune
+from vtprune.adaptation import AdaptingClassifier
 from vtprune.classify import ZeroShotClassifier
 from vtprune.cli import app
 from vtprune.errors import ConfigError
@@ -35,7 +36,13 @@ CONFIG = {
     "batch_size": 5,
     "keep_ratios": [0.5, 0.05],
     "baselines": ["full"],
-    "methods": ["tome", "mctf", {"name": "random_patches", "seeds": [0, 1]}, "divprune"],
+    "methods": [
+        "tome",
+        "mctf",
+        {"name": "random_patches", "seeds": [0, 1]},
+        "divprune",
+        {"name": "tca", "reservoir": 2, "beta": 1.0, "strength": 9.0, "keep_ratios": [0.5]},
+    ],
 }
 BATCHES = [range(0, 5), range(5, 8)]
 
@@ -91,6 +98,21 @@ def test_numbers_of_a_cell_are_those_of_a_session(finished, method, ratio, seed,
     assert list(line["family_scores"]) == sorted({item.digit for item in items})
 
 
+@torch.no_grad()
+def test_a_classifier_that_adapts_sees_the_batches_in_their_order(finished):
+    output, results = finished
+    records = cell_records(output, cell(results, "tca", 0.5)["cell"])
+    model, tokenizer, preprocess = digitscenes.load_open_clip()
+    classifier = ZeroShotClassifier(model, tokenizer, digitscenes.CLASSES["digit"], digitscenes.TEMPLATES["digit"])
+    adapting = AdaptingClassifier(classifier, "tca", keep_ratio=0.5, reservoir=2, beta=1.0, strength=9.0)
+    items = digitscenes.labelled_images(limit=8)
+    said = []
+    for batch in BATCHES:
+        logits = adapting(torch.stack([preprocess(items[i].image) for i in batch]))
+        said += [classifier.classes[i] for i in logits.argmax(1)]
+    assert [record["prediction"] for record in records] == said
+
+
 def test_lines_say_what_was_counted(finished):
     output, results = finished
     full, half = cell(results, "full", 1.0), cell(results, "tome", 0.5, 0)
@@ -104,9 +126,12 @@ def test_lines_say_what_was_counted(finished):
     assert cell(results, "divprune", 0.5)["status"] == "unsupported"
 
 
-def test_a_run_that_stops_goes_on_and_ends_in_the_same_files(finished, config_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("within", ["random", "tca"])
+def test_a_run_that_stops_goes_on_and_ends_in_the_same_files(finished, config_file, tmp_path, monkeypatch, within):
+    """Also where it stops between the batches of a classifier that adapts."""
     config = load_config(config_file, output=tmp_path)
-    log, left = evaluator.append, [9]
+    times = (finished[0] / "timings.jsonl").read_text().splitlines()
+    log, left = evaluator.append, [1 + next(i for i, line in enumerate(times) if f'"cell": "{within}' in line)]
 
     def stops(path, content):
         left[0] -= 1
@@ -243,6 +268,6 @@ def test_the_shipped_file_compares_the_methods_inside_encoder_layers():
     cells = expand(config)
     methods = {"tome", "mctf", "zero_tprune", "tca", "random_patches", "uniform_patches"}
     assert {cell.method for cell in cells} == methods | {"full"}
-    assert len(cells) == 1 + 4 * (5 + 3) and str(config.output) == "results/clip"
+    assert len(cells) == 1 + 4 * (6 + 3) and str(config.output) == "results/clip"
     evaluator.refuse_mismatches(config, {name: TASKS[name]() for name in config.task})
     assert Identity.of(config, TASK, str(digitscenes.OPEN_CLIP_PATH)).versions["open_clip_torch"]
