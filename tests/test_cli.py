@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
+from vtprune.plan import Prompt, plan
+from vtprune.testing import families
 
 sys.path.insert(0, str(Path(__file__).parent / "eval"))
 import tiny_eval
@@ -68,9 +70,35 @@ def test_run_takes_a_method_file(model, image, tmp_path):
     assert "vtprune uniform + fastv" in result.stdout
 
 
+def test_run_takes_a_count_parameters_and_a_precision(model, image):
+    chosen = ["--method", "fastv", "--keep-tokens", 9, "--set", "layer=2", "--set", "positions=compact"]
+    result = invoke(*RUN, *chosen, "--model", model, "--image", image, "--dtype", "bfloat16", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "LlavaForConditionalGeneration on cpu, bfloat16\n"
+    fastv = vtprune.build_method("fastv", keep_tokens=9, layer=2)
+    shape = vtprune.ModelShape(encoder_layers=3, decoder_layers=8, feature_layer=1, has_cls=True)
+    last = plan([fastv], shape, Prompt(visual=16, crops=1, text=5))[-1]
+    assert f"{last:>14,.4g}" in result.stdout  # visual tokens, final
+
+
+def test_run_draws_no_picture_of_tiles_and_says_so_before_it_answers(image, tmp_path, monkeypatch):
+    """A family whose adapter states no grid."""
+    from vtprune.eval import inputs
+
+    model = families.shared("qwen2_vl")
+    monkeypatch.setattr(inputs, "load_model", lambda *args, **kwargs: (model, None))
+    result = invoke(*RUN, "--keep-ratio", 0.5, "--model", "any", "--image", image, "--show", tmp_path / "shown.png")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --show needs a model that lays every image out in one grid")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([*RUN, "--keep-ratio", "0.5", "--device", "gpu"], "error: device 'gpu' cannot be used: "),
+        ([*RUN, "--keep-ratio", "0.5", "--dtype", "float8"], "error: --dtype float8: expected auto, float32, bfloat16"),
+        ([*RUN, "--keep-ratio", "0.5", "--set", "layr=2"], "error: mmtok: unknown parameter 'layr'"),
+        ([*RUN, "--keep-ratio", "0.5", "--set", "layer"], "error: --set layer: expected KEY=VALUE"),
         ([*RUN, "--method", "mmtk"], "error: unknown method 'mmtk': did you mean mmtok?"),
         ([*RUN, "--keep-ratio", "1.5"], "error: mmtok: keep_ratio=1.5"),
         ([*RUN], "error: mmtok needs a budget"),

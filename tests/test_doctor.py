@@ -155,8 +155,8 @@ def test_bfloat16_states_its_tolerances():
     [
         (("--family", "lava"), "error: --family 'lava': expected one of llava, pixtral"),
         (("--dtype", "int8"), "error: --dtype 'int8': expected float32, bfloat16, float16"),
-        (("--device", "cuda:77"), "error: --device 'cuda:77' cannot be used: "),
-        (("--device", "nowhere"), "error: --device 'nowhere' cannot be used: "),
+        (("--device", "cuda:77"), "error: device 'cuda:77' cannot be used: "),
+        (("--device", "nowhere"), "error: device 'nowhere' cannot be used: "),
         (("--attention", "flash_attention_2"), "error: --attention flash_attention_2 computes in bfloat16 or float16"),
         (("--model", "./nowhere"), "error: model './nowhere' cannot be loaded"),
     ],

@@ -207,6 +207,13 @@ def run(
     image: Annotated[Path, typer.Option(help="Image file.")],
     prompt: Annotated[str, typer.Option(help="Question about the image.")],
     keep_ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, in (0, 1].")] = None,
+    keep_tokens: Annotated[int | None, typer.Option(min=0, help="Number of visual tokens to keep of a crop.")] = None,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method: layer=3. Repeats."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: all accelerators, else cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: that of the weights.")] = "auto",
     show: Annotated[Path | None, typer.Option(help="Write the image here, dropped patches dimmed.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
@@ -214,27 +221,32 @@ def run(
     import torch
 
     import vtprune
+    from vtprune.eval.config import parse_changes
     from vtprune.eval.inputs import chat_inputs, load_model, processed_view
     from vtprune.methods import build_methods
     from vtprune.show import check_target, load_picture, overlay
 
-    budget = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
-    chosen = build_methods(method, **budget)  # before the model is loaded: a misspelt name should not wait for it
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+    budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
+    given = {key: value for key, value in budget.items() if value is not None} | parse_changes(parameters or [])
+    chosen = build_methods(method, **given)  # before the model is loaded: a misspelt name should not wait for it
     picture = load_picture(image)
     if show is not None:
         check_target(show)
-    vlm, processor = load_model(model)
+    vlm, processor = load_model(model, dtype=dtype, device=device)
+    grid = vtprune.adapter_for(vlm).image_grid
+    if show is not None and grid is None:
+        raise ConfigError("--show needs a model that lays every image out in one grid; leave it out")
     inputs = chat_inputs(processor, [picture], [prompt]).to(vlm.device, vlm.dtype)
     with vtprune.prune(vlm, chosen) as session:
+        typer.echo(f"{type(vlm).__name__} on {vlm.device}, {str(vlm.dtype).removeprefix('torch.')}", err=True)
         output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         report = session.report
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     typer.echo(answer.strip())
     typer.echo(str(report))
     if show is not None:
-        grid = vtprune.adapter_for(vlm).image_grid
-        if grid is None:
-            raise ConfigError("--show needs a model that lays every image out in one grid; no picture was written")
         kept = torch.searchsorted(report.visual[0], report.kept(0))
         overlay(processed_view(processor, picture), kept, grid).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")

@@ -54,13 +54,11 @@ class Settings:
     """attention back end; None: sdpa for tiny models, transformers' choice for a checkpoint"""
 
     def __post_init__(self):
+        from vtprune.eval.inputs import check_device
+
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype!r}: expected {', '.join(DTYPES)}")
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"--device {self.device!r} cannot be used: {reason}") from error
+        check_device(self.device)
         if "flash" in (self.attention or "") and self.dtype == "float32":
             raise ConfigError(f"--attention {self.attention} computes in bfloat16 or float16: give --dtype, too")
 

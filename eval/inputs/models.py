@@ -49,6 +49,14 @@ def loading(path: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_device(device: str) -> None:
+    """Raise ConfigError unless there is such a device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+
+
 def load_model(model: str, dtype: str = "auto", attention: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """The model in evaluation mode and its processor.
 
@@ -59,10 +67,12 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
         device: where to put it; `auto` spreads its layers over the accelerators there are.
 
     Raises:
-        ConfigError: transformers cannot load it.
+        ConfigError: transformers cannot load it, or there is no such device.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    if device != "auto":
+        check_device(device)
     path = resolve_model(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with loading(path):
