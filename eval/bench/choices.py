@@ -50,7 +50,8 @@ def _within(choose: Callable, context: Callable[[], AbstractContextManager]) -> 
 def counted_choices(parts: Iterable[Method]) -> Iterator[list[int]]:
     """While it lasts, the FLOPs of each choice are added to the list: two for each multiply-add of matrix products.
 
-    What a method reads, for example rows of attention, is computed while it chooses, and so counts.
+    What a method reads counts where it is computed for the choice, as rows of the language model's attention are. What
+    hooks note on the way, as attention in the encoder, does not.
     """
     found: list[int] = []
 

@@ -257,3 +257,13 @@ def test_published_budgets_are_those_of_the_papers():
     assert [197 - sum(condensed[: layer + 1]) for layer in (3, 6, 9)] == [182, 167, 155]
     assert vtprune.ZeroTPrune().schedule(12, 196, 1) == [0, 0, 20, 0, 0, 36, 0, 0, 42, 0, 0, 0]
     assert vtprune.ToMe(r=13).schedule(12, 196, 1) == [13] * 12
+
+
+def test_tca_says_how_few_patches_it_can_leave():
+    with pytest.raises(vtprune.BudgetError, match="of 64 patches, layers .* leave .* at least; 1 were asked") as caught:
+        vtprune.TCA(keep_tokens=1, layers=(3,)).schedule(6, 64, 1)
+    fewest = round(caught.value.floor * 64)
+    assert 1 < fewest <= 6  # four means and a sum, or fewer
+    assert 64 - sum(vtprune.TCA(keep_tokens=fewest, layers=(3,)).schedule(6, 64, 1)) == fewest
+    with pytest.raises(vtprune.BudgetError, match="leave"):
+        vtprune.TCA(keep_tokens=fewest - 1, layers=(3,)).schedule(6, 64, 1)

@@ -100,7 +100,11 @@ class TCA(InLayers):
             steps = _steps(patches, rate, len(chosen))
             if sum(steps) >= patches - left:
                 return placed(steps, chosen, layers)
-        raise BudgetError(f"{self.name}: of {patches} patches, layers {chosen} cannot leave {left} or fewer")
+        floor = patches - max(sum(_steps(patches, rate, len(chosen))) for rate in _RATES)
+        raise BudgetError(
+            f"{self.name}: of {patches} patches, layers {chosen} leave {floor} at least; {left} were asked for",
+            floor=floor / patches,
+        )
 
     def reduce(self, tokens: LayerTokens) -> Reduction | None:
         patches = tokens.hidden.shape[1] - tokens.protected
