@@ -62,7 +62,7 @@ A cell that *works* keeps these promises:
 * text is never dropped, and the report counts what every cache layer holds.
 
 Any other cell is refused when the session is made, before anything is computed, for the reason under the table.
-Methods inside encoder layers (`tome` to `tca`, `random_patches`, `uniform_patches`): where visual tokens are means of
+Methods inside encoder layers (`tome` to `tca`, and names with `_patches`): where visual tokens are means of
 several patches (Gemma 3, videos of LLaVA-OneVision and LLaVA-NeXT-Video, resized images of LLaVA-OneVision), merging
 makes only the encoder cheaper, and methods that drop patches refuse the batch.
 """

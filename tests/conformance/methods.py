@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lazyllm": {"keep_ratio": 0.4},
     # What the few layers of tiny encoders can merge or drop of a few patches.
     **{name: {"keep_ratio": 0.6} for name in ("tome", "auroracap", "tinychart", "mctf", "zero_tprune", "tca")},
-    **{name: {"keep_ratio": 0.6} for name in ("random_patches", "uniform_patches")},
+    **{name: {"keep_ratio": 0.6} for name in ("random_patches", "uniform_patches", "glsim_patches")},
 }
 """Methods that are given something else than the budget of all others alone."""
 
@@ -112,8 +113,12 @@ def drops_patches(name: str) -> bool:
 
 def needs_cls(name: str) -> bool:
     """Whether it reads what only a CLS token gives."""
-    if name == "tca":  # inside encoder layers nothing is listed
-        return True
+    for part in parts(_ALL[name]):
+        if isinstance(part, InLayers):
+            try:
+                part.check_budget(replace(_SHAPE, has_cls=False))
+            except vtprune.UnsupportedStageError:
+                return True
     signals = [signal for part in parts(_ALL[name]) for signal in part.signals(_SHAPE)]
     return any(isinstance(signal, ClsAttention | ClsSimilarity) for signal in signals)
 

@@ -183,7 +183,7 @@ def test_random_and_uniform_patches(name):
     assert report.counts == (31, 26, 21, 16)
 
 
-@pytest.mark.parametrize("method", ["random_patches", "uniform_patches"])
+@pytest.mark.parametrize("method", ["random_patches", "uniform_patches", "glsim_patches"])
 @torch.no_grad()
 def test_patches_are_dropped_on_the_schedule_of_tome(method):
     model, images = hosts.shared("clip"), hosts.pixels(3)
@@ -206,6 +206,30 @@ def test_patches_are_dropped_on_the_schedule_of_tome(method):
         vtprune.prune(model, method, keep_tokens=2),
     ):
         hosts.encode(model, images)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1", "l2"])
+@torch.no_grad()
+def test_glsim_patches_drops_what_is_least_like_the_cls_token(metric):
+    """Of each image other patches; the first layer's output is that of the plain model."""
+    model, images = hosts.shared("clip"), hosts.pixels(3)
+    behind = []
+    handle = find_encoder(model).layers[0].register_forward_hook(lambda module, args, output: behind.append(output))
+    hosts.encode(model, images)
+    handle.remove()
+    cls, patches = behind[0][:, :1], behind[0][:, 1:]
+    scores = {
+        "cosine": torch.nn.functional.cosine_similarity(cls, patches, dim=-1),
+        "l1": -(cls - patches).abs().mean(-1),
+        "l2": -(cls - patches).square().mean(-1),
+    }[metric]
+    with vtprune.prune(model, "glsim_patches", r=[10], metric=metric) as session:
+        hosts.encode(model, images)
+    gone = [(session.report.sources(image)[1:] < 0).nonzero().flatten().tolist() for image in range(3)]
+    assert gone == scores.topk(10, largest=False).indices.sort().values.tolist()
+    assert len(set(map(tuple, gone))) == 3
+    with pytest.raises(vtprune.UnsupportedStageError, match="ranks by similarity to a CLS token.*none: tome, mctf"):
+        vtprune.prune(hosts.shared("siglip"), "glsim_patches", r=3)
 
 
 def test_seeds_draw_other_patches():

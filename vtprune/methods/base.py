@@ -21,12 +21,14 @@ from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
-def require_cls(name: str, use: str, shape: ModelShape) -> None:
-    """Raise UnsupportedStageError if the encoder has no CLS token, which the method `name` has a `use` for."""
+def require_cls(name: str, use: str, shape: ModelShape, others: str = "mmtok, divprune, fastv, transprune") -> None:
+    """Raise UnsupportedStageError if the encoder has no CLS token, which the method `name` has a `use` for.
+
+    others: names of methods that need none.
+    """
     if not shape.has_cls:
         raise UnsupportedStageError(
-            f"{name} {use} a CLS token, and this vision encoder has none; methods that need none: mmtok, divprune, "
-            "fastv, transprune"
+            f"{name} {use} a CLS token, and this vision encoder has none; methods that need none: {others}"
         )
 
 

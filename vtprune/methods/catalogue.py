@@ -33,6 +33,7 @@ from vtprune.methods.bvllm_merge import BVLLMMerge as BVLLMMerge
 from vtprune.methods.token_correlation import TokenCorrelation as TokenCorrelation
 from vtprune.methods.recoverable import Recoverable as Recoverable
 from vtprune.methods.glsim import GLSim as GLSim
+from vtprune.methods.glsim_patches import GLSimPatches as GLSimPatches
 from vtprune.methods.visionzip import VisionZip as VisionZip
 from vtprune.methods.random import Random as Random
 from vtprune.methods.uniform import Uniform as Uniform

@@ -66,12 +66,15 @@ class LayerTokens:
         return self.hidden.shape[1] - self.protected
 
     def keep(self, patches: Tensor) -> Reduction:
-        """Keep the same patches of every image as they are, and drop the others.
+        """Keep patches as they are, and drop the others.
 
-        patches: (kept,) long, rising; 0 is the first token that is not protected.
+        patches: (kept,), the same of every image, or (batch, kept); long, rising; 0 is the first token that is not
+            protected.
         """
-        places = torch.cat([torch.arange(self.protected), patches + self.protected]).to(self.hidden.device)
-        return Reduction.gather(places.expand(len(self.hidden), -1), self.hidden.shape[1])
+        images, device = len(self.hidden), self.hidden.device
+        first = torch.arange(self.protected, device=device).expand(images, -1)
+        places = torch.cat([first, (patches.to(device) + self.protected).expand(images, -1)], dim=1)
+        return Reduction.gather(places, self.hidden.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)

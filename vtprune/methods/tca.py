@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Interval
 
-from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
+from vtprune.errors import BudgetError, ConfigError
+from vtprune.methods.base import require_cls
 from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, depths, placed
 from vtprune.ops.condensation import condensation, condensation_counts
 from vtprune.ops.token_reduction import Reduction
@@ -82,11 +83,7 @@ class TCA(InLayers):
                 "vtprune.adaptation.AdaptingClassifier(classifier, method) in place of the classifier; without "
                 "reservoir, a session condenses only"
             )
-        if not shape.has_cls:
-            raise UnsupportedStageError(
-                f"{self.name} reads the attention of a CLS token, and this vision encoder has none; methods that need "
-                "none: tome, mctf, zero_tprune"
-            )
+        require_cls(self.name, "reads the attention of", shape, others="tome, mctf, zero_tprune")
         depths(self.layers, PUBLISHED_LAYERS, shape.encoder_layers)
 
     def schedule(self, layers: int, patches: int, protected: int) -> list[int]:

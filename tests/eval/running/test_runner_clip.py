@@ -266,8 +266,8 @@ def test_tasks_are_the_images_with_one_digit():
 def test_the_shipped_file_compares_the_methods_inside_encoder_layers():
     config = load_config("clip")
     cells = expand(config)
-    methods = {"tome", "mctf", "zero_tprune", "tca", "random_patches", "uniform_patches"}
+    methods = {"tome", "mctf", "zero_tprune", "tca", "random_patches", "uniform_patches", "glsim_patches"}
     assert {cell.method for cell in cells} == methods | {"full"}
-    assert len(cells) == 1 + 4 * (6 + 3) and str(config.output) == "results/clip"
+    assert len(cells) == 1 + 4 * (7 + 3) and str(config.output) == "results/clip"
     evaluator.refuse_mismatches(config, {name: TASKS[name]() for name in config.task})
     assert Identity.of(config, TASK, str(digitscenes.OPEN_CLIP_PATH)).versions["open_clip_torch"]
