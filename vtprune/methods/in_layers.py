@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -53,11 +54,16 @@ class LayerTokens:
 
         If the attention read an extra row, there is one column more for it, the last one. Rows sum to one with it.
         """
-        tokens = self.hidden.shape[1]
-        queries = tokens if queries is None else queries
+        return self._all_attention if queries is None else self._attention(queries)
+
+    @cached_property
+    def _all_attention(self) -> Tensor:
+        return self._attention(self.hidden.shape[1])  # it is large, and may be read more than once
+
+    def _attention(self, queries: int) -> Tensor:
         scores = self.read("queries")[:, :, :queries] @ self.read("keys").transpose(2, 3) * self.scale
         if self.biases and self.sizes is not None:
-            scores = scores + pad(self.sizes.log(), (0, scores.shape[-1] - tokens))[:, None, None]
+            scores = scores + pad(self.sizes.log(), (0, scores.shape[-1] - self.hidden.shape[1]))[:, None, None]
         return scores.float().softmax(-1)
 
     @property

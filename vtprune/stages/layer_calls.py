@@ -70,7 +70,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                 "between attention and MLP, or behind layers, can have one"
             )
         # Before a layer its projections are computed ahead, so there is nothing to record.
-        self._tapped = method.reads if method.place != "before" else ("values",) if self._replaces else ()
+        self._tapped = method.reads if method.place != "before" else ()
         if method.biases:
             for parts in self._parts:
                 parts.attention.check_bias()
@@ -125,8 +125,10 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                     now.extra = parts.first_norm(row[:, None])
                 return changed
 
+            normed = parts.first_norm(hidden)
+
             def read(projection):
-                return parts.attention.project(projection, parts.first_norm(hidden))
+                return parts.attention.project(projection, normed)
 
             tokens = self._tokens(now, index, parts, hidden, read)
             reduction = self.method.reduce(tokens)
@@ -182,6 +184,9 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                 hidden = longer
             now.entered.append(hidden.shape[1])
             now.recorded["input"] = hidden
+            if now.weights is not None:
+                # What it puts out is replaced, so it computes one row only.
+                return parts.attention.with_bias(*_replaced(args, kwargs, hidden, hidden[:, :1]), None)
             if now.sources is None and now.extra is None:
                 return None
             bias = None
@@ -204,7 +209,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             now = self.now.batch
             if now is None or now.weights is None:
                 return None
-            values = self._recorded(now, parts)("values")
+            values = parts.attention.project("values", now.recorded["input"])
             attended = parts.attention.attended(now.weights.to(values.dtype) @ values)
             now.weights = None
             return _with_first(output, attended)
