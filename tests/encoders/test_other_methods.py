@@ -291,3 +291,18 @@ def test_tca_says_how_few_patches_it_can_leave():
     assert 64 - sum(vtprune.TCA(keep_tokens=fewest, layers=(3,)).schedule(6, 64, 1)) == fewest
     with pytest.raises(vtprune.BudgetError, match="leave"):
         vtprune.TCA(keep_tokens=fewest - 1, layers=(3,)).schedule(6, 64, 1)
+
+
+@torch.no_grad()
+def test_mctf_hands_out_the_attention_that_it_used():
+    """One step ahead: CLS attends to itself as it would have done before patches merged."""
+    model, images = hosts.make("clip"), hosts.pixels(2)
+    model.set_attn_implementation("eager")
+    plain = model(images, output_attentions=True).attentions
+    with vtprune.prune(model, "mctf") as session:
+        ahead = model(images, output_attentions=True).attentions
+    for weights, rows in zip(ahead, session.report.entered, strict=True):
+        assert weights.shape[2:] == (rows, rows)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    torch.testing.assert_close(ahead[1][..., 0, 0], plain[1][..., 0, 0])
+    assert ahead[1].shape != plain[1].shape

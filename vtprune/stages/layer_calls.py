@@ -86,12 +86,12 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                 if (tapped := attention.tap(projection)) is not None:
                     yield tapped.register_forward_hook(self._take(projection))
             if self._replaces:
-                yield attention.module.register_forward_hook(self._after_attention(parts))
+                yield attention.module.register_forward_hook(self._after_attention(parts), prepend=True)
             if self._extends:
                 yield attention.module.register_forward_hook(self._without_extra)
             yield parts.second_norm.register_forward_pre_hook(self._before_mlp(index, parts))
             yield parts.end.register_forward_hook(self._after_branch)
-            # transformers collects hidden states by hooks of its own, which are to see what is left.
+            # transformers collects states and attention by hooks of its own, which are to see what is left.
             yield layer.register_forward_hook(self._after_layer(index, parts), prepend=True, always_call=True)
 
     def stop(self) -> None:
@@ -210,8 +210,11 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             if now is None or now.weights is None:
                 return None
             values = parts.attention.project("values", now.recorded["input"])
-            attended = parts.attention.attended(now.weights.to(values.dtype) @ values)
+            weights = now.weights.to(values.dtype)
             now.weights = None
+            attended = parts.attention.attended(weights @ values)
+            if isinstance(output, tuple) and any(map(torch.is_tensor, output[1:])):  # the weights were asked for
+                return attended, weights
             return _with_first(output, attended)
 
         return hook
