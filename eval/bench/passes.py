@@ -101,27 +101,27 @@ class Holding:
     report: Report | None
     """None for the full model"""
     selection_flops: int
-    """of choosing tokens"""
+    """of choosing tokens until the first one is answered"""
 
 
 @torch.inference_mode()
 def hold(model: Any, inputs: Inputs, row: Row) -> Holding:
     """Counts in a pass that is not timed. The pass also warms the machine up."""
     found: dict[str, Any] = {}
-
-    def work() -> None:
-        encoded = encode(model, inputs)
-        ids, cache = prefill(model, inputs, encoded)
-        found["kv_bytes"] = cache_bytes(cache)
-        decode(model, ids, cache)
-
     with row.session(model) as session:
-        if model.device.type == "cuda":
-            work()  # libraries set up their workspaces on first use
         shape = vtprune.adapter_for(model).shape
         parts = [] if session is None else [part for method in session.methods for part in method.parts(shape)]
         with counted_choices(parts) as flops:
+
+            def work() -> None:
+                flops.clear()
+                encoded = encode(model, inputs)
+                ids, cache = prefill(model, inputs, encoded)
+                found.update(kv_bytes=cache_bytes(cache), selection_flops=sum(flops))
+                decode(model, ids, cache)
+
+            if model.device.type == "cuda":
+                work()  # libraries set up their workspaces on first use
             peak = peak_bytes(work, model.device)
         report = None if session is None else session.report
-    auxiliary = 0 if report is None else report.auxiliary_bytes
-    return Holding(peak, found["kv_bytes"], auxiliary, report, sum(flops))
+    return Holding(peak, auxiliary_bytes=0 if report is None else report.auxiliary_bytes, report=report, **found)

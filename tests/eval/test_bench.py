@@ -405,6 +405,28 @@ def test_what_a_choice_computes_is_counted(model):
     assert vars(Multiplies).get("choose") is choose
 
 
+@dataclass(frozen=True, kw_only=True)
+class Costly(vtprune.LazyLLM):
+    """Chooses anew for every generated token, and multiplies matrices each time."""
+
+    name = "costly"
+
+    def select(self, tokens):
+        torch.ones(2, 3) @ torch.ones(3, 2)
+        return super().select(tokens)
+
+
+def test_choices_while_decoding_are_not_those_of_the_first_token(model):
+    inputs = random_inputs(TINY["tiny"], model, 1, 10)
+    row = Row("costly", Costly(keep_ratio=0.5), 0.5)
+    with row.session(model) as session, counted_choices(session.methods) as flops, torch.inference_mode():
+        ids, cache = prefill(model, inputs, encode(model, inputs))
+        first = sum(flops)
+        decode(model, ids, cache)
+    assert 0 < first < sum(flops)
+    assert passes.hold(model, inputs, row).selection_flops == first
+
+
 def test_what_a_choice_in_the_encoder_computes_is_counted(model):
     inputs = random_inputs(TINY["tiny"], model, 1, 10)
     session = vtprune.prune(model, "tome", keep_tokens=30)
