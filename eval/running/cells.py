@@ -61,12 +61,8 @@ class Cell:
         given = dict(self.given)
         if self.keep_tokens is not None:
             given["keep_tokens"] = self.keep_tokens
-        return _call(self.method, given, () if self.has_budget else ("own schedule",))
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether it is asked for a ratio or a count; else the method's own schedule holds."""
-        return self.keep_ratio is not None or self.keep_tokens is not None
+        scheduled = self.keep_ratio is None and self.keep_tokens is None
+        return _call(self.method, given, ["own schedule"] if scheduled else [])
 
     @property
     def title(self) -> str:

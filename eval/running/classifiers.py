@@ -16,6 +16,7 @@ from transformers import BatchFeature
 import vtprune
 from vtprune.adaptation import AdaptingClassifier
 from vtprune.classify import ZeroShotClassifier
+from vtprune.encoder_report import EncoderReport
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import InputCache
 from vtprune.eval.inputs.classifiers import load_classifier
@@ -36,7 +37,6 @@ class ClassifierEvaluator(Evaluator):
 
     def __init__(self, config: EvalConfig, study: Study, loaded: tuple[Any, Any, Callable]):
         super().__init__(config, study, loaded)
-        self.task: Any = study.task
         model, tokenizer, self.preprocess = loaded
         self.classifier = ZeroShotClassifier(model, tokenizer, self.task.classes, self.task.templates)
         parameter = next(model.parameters())
@@ -86,7 +86,7 @@ class ClassifierEvaluator(Evaluator):
             self._wait()
             seconds = time.perf_counter() - started
             names = [self.task.classes[place] for place in logits.argmax(1).tolist()]
-            return self._records(batch, names, session.report), seconds
+            return self._records(batch, names, [_costs(session.report)] * len(batch)), seconds
 
         return run
 
@@ -95,25 +95,14 @@ class ClassifierEvaluator(Evaluator):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _records(self, batch: range, names: list[str], report: Any) -> list[Record]:
-        costs = {
-            "final_tokens": report.final_tokens,
-            "average_tokens": mean(report.counts),
-            "encoder_flops": report.encoder_flops // report.images,
-        }
-        examples = [self.examples[i] for i in batch]
-        return [
-            {
-                "index": index,
-                "question": example.question,
-                "family": example.family,
-                "answer": example.answer,
-                "prediction": name,
-                "score": self.task.score(name, example.answer),
-                **costs,
-            }
-            for index, example, name in zip(batch, examples, names, strict=True)
-        ]
+
+def _costs(report: EncoderReport) -> Record:
+    """Of each image of a batch."""
+    return {
+        "final_tokens": report.final_tokens,
+        "average_tokens": mean(report.counts),
+        "encoder_flops": report.encoder_flops // report.images,
+    }
 
 
 def _adapts(cell: Cell) -> bool:

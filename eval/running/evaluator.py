@@ -29,6 +29,7 @@ class Evaluator(ABC):
     def __init__(self, config: EvalConfig, study: Study, loaded: Any):
         """loaded: what `load` returned."""
         self.config, self.study = config, study
+        self.task: Any = study.task
         self.examples = study.examples
 
     @classmethod
@@ -65,6 +66,22 @@ class Evaluator(ABC):
                     progress(cell.title, len(batch))
         except (BudgetError, UnsupportedStageError) as error:
             part.end(Refusal.of(error))
+
+    def _records(self, batch: range, predictions: Sequence[str], costs: Sequence[Record]) -> list[Record]:
+        """What was answered to the examples of a batch, and what each of them cost."""
+        examples = [self.examples[i] for i in batch]
+        return [
+            {
+                "index": index,
+                "question": example.question,
+                "family": example.family,
+                "answer": example.answer,
+                "prediction": prediction,
+                "score": self.task.score(prediction, example.answer),
+                **cost,
+            }
+            for index, example, prediction, cost in zip(batch, examples, predictions, costs, strict=True)
+        ]
 
     def _log_time(self, part: CellPart, batch: range, seconds: float) -> None:
         line = {"cell": part.name, "first": batch.start, "examples": len(batch), "seconds": round(seconds, 4)}

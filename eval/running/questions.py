@@ -32,12 +32,11 @@ class QuestionEvaluator(Evaluator):
 
     def __init__(self, config: EvalConfig, study: Study, loaded: tuple[Any, Any]):
         super().__init__(config, study, loaded)
-        self.task = task = study.task
         self.model, self.processor = loaded
         adapter = vtprune.adapter_for(self.model)
-        if task.kind not in adapter.kinds:
-            raise ConfigError(f"task {study.task_name!r} shows {task.kind}s, which {adapter.family} does not take")
-        self.inputs = InputCache(lambda batch: chat_inputs(self.processor, *self._asked(batch), task.kind))
+        if self.task.kind not in adapter.kinds:
+            raise ConfigError(f"task {study.task_name!r} shows {self.task.kind}s, which {adapter.family} does not take")
+        self.inputs = InputCache(lambda batch: chat_inputs(self.processor, *self._asked(batch), self.task.kind))
 
     @classmethod
     def load(cls, config: EvalConfig, model: str, device: str) -> tuple[Any, Any]:
@@ -90,17 +89,4 @@ class QuestionEvaluator(Evaluator):
     def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
         limit = self.config.max_new_tokens or self.task.max_new_tokens
         predictions, _ = answers(self.model, self.processor, inputs, limit)
-        measured = measure(session.report, batch)
-        examples = [self.examples[i] for i in batch]
-        return [
-            {
-                "index": index,
-                "question": example.question,
-                "family": example.family,
-                "answer": example.answer,
-                "prediction": prediction,
-                "score": self.task.score(prediction, example.answer),
-                **costs,
-            }
-            for index, example, prediction, costs in zip(batch, examples, predictions, measured, strict=True)
-        ]
+        return self._records(batch, predictions, measure(session.report, batch))

@@ -25,10 +25,15 @@ CELLS = [
 ]
 
 
+def turn(name: str, method: str) -> int:
+    """A number that is one larger for the next family, and for the next method."""
+    return families.NAMES.index(name) + list(METHODS).index(method)
+
+
 def in_turns(name: str, media: str, method: str) -> bool:
     """Whether a cell is one of those that have every method on every family once, with media in turns."""
     kinds = families.MEDIA[name]
-    return media == kinds[(families.NAMES.index(name) + list(METHODS).index(method)) % len(kinds)]
+    return media == kinds[turn(name, method) % len(kinds)]
 
 
 def refusal(model, methods: Spec) -> str | None:

@@ -20,7 +20,7 @@ from vtprune.transformers_private import CACHE
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
-from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal
+from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal, turn
 from .methods import METHODS, acts, keep_everything, needs_cls, numbered, revives, spec
 
 ATOL = 1e-4
@@ -153,7 +153,7 @@ def samples_alone(name: str, method: str, attention: str, samples: int) -> range
     """Samples that run alone, too: all with the first back end, and with the second one of them, in turns."""
     if attention == "sdpa":
         return range(samples)
-    one = (families.NAMES.index(name) + list(METHODS).index(method)) % samples
+    one = turn(name, method) % samples
     return range(one, one + 1)
 
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from vtprune.methods.base import require_cls
-from vtprune.methods.in_layers import InEveryLayer, LayerTokens
+from vtprune.methods.in_layers import DropInEveryLayer, LayerTokens
 from vtprune.ops.similarity import similarity_to
-from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class GLSimPatches(InEveryLayer):
+class GLSimPatches(DropInEveryLayer):
     """Drops the patches least similar to the CLS token, behind every layer of the vision encoder (arXiv 2407.12891).
 
     Stage: inside the vision encoder, on the schedule of `tome`. No attention is looked at. The encoder puts out the
@@ -30,7 +31,6 @@ class GLSimPatches(InEveryLayer):
     signal: ClassVar[str] = "similarity to CLS in the encoder"
     paper: ClassVar[str] = "arXiv 2407.12891"
     place = "behind"
-    drops = True
 
     metric: Literal["cosine", "l1", "l2"] = "cosine"
 
@@ -38,10 +38,6 @@ class GLSimPatches(InEveryLayer):
         super().check_budget(shape)
         require_cls(self.name, "ranks by similarity to", shape, others="tome, mctf, zero_tprune")
 
-    def reduce(self, tokens: LayerTokens) -> Reduction | None:
-        remove = min(tokens.remove, tokens.patches // 2)
-        if remove == 0:
-            return None
+    def left(self, tokens: LayerTokens, count: int) -> Tensor:
         scores = similarity_to(tokens.hidden[:, 0], tokens.hidden[:, tokens.protected :], self.metric)
-        best = scores.argsort(dim=1, descending=True, stable=True)[:, : tokens.patches - remove]
-        return tokens.keep(best.sort(dim=1).values)
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values

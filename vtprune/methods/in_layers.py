@@ -204,6 +204,21 @@ class InEveryLayer(InLayers):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class DropInEveryLayer(InEveryLayer):
+    """A method that drops a few patches in every layer. Those that stay are as they were, in their order."""
+
+    drops = True
+
+    def reduce(self, tokens: LayerTokens) -> Reduction | None:
+        remove = min(tokens.remove, tokens.patches // 2)
+        return tokens.keep(self.left(tokens, tokens.patches - remove)) if remove else None
+
+    @abstractmethod
+    def left(self, tokens: LayerTokens, count: int) -> Tensor:
+        """The patches that stay, as `LayerTokens.keep` takes them: `count` of each image."""
+
+
 def depths(layers: tuple[int, ...] | None, published: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """The layers that a method names, or those published for 12 layers, at the same relative depth of so many.
 

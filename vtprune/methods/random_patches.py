@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge
+from torch import Tensor
 
-from vtprune.methods.in_layers import InEveryLayer, LayerTokens
+from vtprune.methods.in_layers import DropInEveryLayer, LayerTokens
 from vtprune.ops.seeded_random import seeded_uniform
-from vtprune.ops.token_reduction import Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomPatches(InEveryLayer):
+class RandomPatches(DropInEveryLayer):
     """Drops random patches between attention and MLP of every layer of the vision encoder, on the schedule of `tome`.
 
     Stage: inside the vision encoder. Those that stay are as they were; nothing merges. The encoder puts out the tokens
@@ -28,13 +28,9 @@ class RandomPatches(InEveryLayer):
     name: ClassVar[str] = "random_patches"
     signal: ClassVar[str] = "none"
     place = "between"
-    drops = True
 
     seed: Annotated[int, Ge(0)] = 0
 
-    def reduce(self, tokens: LayerTokens) -> Reduction | None:
-        remove = min(tokens.remove, tokens.patches // 2)
-        if remove == 0:
-            return None
+    def left(self, tokens: LayerTokens, count: int) -> Tensor:
         (draws,) = seeded_uniform([tokens.layer], self.seed, tokens.patches)
-        return tokens.keep(draws.argsort()[remove:].sort().values)
+        return draws.argsort()[tokens.patches - count :].sort().values

@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtprune.methods.in_layers import InEveryLayer, LayerTokens
+from torch import Tensor
+
+from vtprune.methods.in_layers import DropInEveryLayer, LayerTokens
 from vtprune.methods.uniform import even_stride
-from vtprune.ops.token_reduction import Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformPatches(InEveryLayer):
+class UniformPatches(DropInEveryLayer):
     """Drops patches between attention and MLP of every layer of the vision encoder, on the schedule of `tome`.
 
     Stage: inside the vision encoder. Of the patches that reach a layer, in raster order, the middles of equal intervals
@@ -23,8 +24,6 @@ class UniformPatches(InEveryLayer):
     name: ClassVar[str] = "uniform_patches"
     signal: ClassVar[str] = "none"
     place = "between"
-    drops = True
 
-    def reduce(self, tokens: LayerTokens) -> Reduction | None:
-        remove = min(tokens.remove, tokens.patches // 2)
-        return tokens.keep(even_stride(tokens.patches, tokens.patches - remove)) if remove else None
+    def left(self, tokens: LayerTokens, count: int) -> Tensor:
+        return even_stride(tokens.patches, count)
