@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.multi_criteria_fusion import fused_attention, fusion, fusion_count
+from vtprune.ops.multi_criteria_fusion import OneStepAhead, fused_attention, fusion, fusion_count
+from vtprune.ops.token_reduction import Reduction
 
 
 def generator(seed):
@@ -138,6 +139,24 @@ def test_attention_is_fused_like_the_tokens(seed, n, heads, pooling):
                 torch.testing.assert_close(fused[sample, head, row], expected)
     if pooling != "max":
         torch.testing.assert_close(fused.sum(-1), torch.ones(fused.shape[:3]))
+
+
+@given(st.integers(0, 10_000), st.integers(4, 16), st.integers(1, 3), st.sampled_from(["importance", "mean", "max"]))
+@settings(max_examples=40, deadline=None)
+def test_the_rows_attend_by_the_fused_attention(seed, n, heads, pooling):
+    attention = attention_of(2, n, heads, seed=seed)
+    reduction = fusion(draw(2, n, 4, seed=seed), attention.mean((1, 2)), n // 3, pooling=pooling)
+    ahead = OneStepAhead(attention, reduction)
+    values = draw(2, heads * reduction.rows, 5, seed=seed + 1).view(2, heads, reduction.rows, 5)
+    torch.testing.assert_close(ahead.attend(values), fused_attention(attention, reduction) @ values)
+
+
+def test_dropped_tokens_are_not_attended_to():
+    attention = attention_of(1, 4, 2, seed=0)
+    reduction = Reduction.gather(torch.tensor([[0, 2, 3]]), 4)
+    values = draw(1, 6, 5, seed=1).view(1, 2, 3, 5)
+    expected = attention[:, :, [0, 2, 3]][..., [0, 2, 3]] @ values
+    torch.testing.assert_close(OneStepAhead(attention, reduction).attend(values), expected)
 
 
 def test_groups_chain():

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods.base import Method
+from vtprune.ops.multi_criteria_fusion import OneStepAhead
 from vtprune.ops.soft_matching import layer_counts
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
@@ -61,10 +62,12 @@ class LayerTokens:
         return self._attention(self.hidden.shape[1])  # it is large, and may be read more than once
 
     def _attention(self, queries: int) -> Tensor:
-        scores = self.read("queries")[:, :, :queries] @ self.read("keys").transpose(2, 3) * self.scale
+        # In place, because the scores are large.
+        scaled = self.read("queries")[:, :, :queries] * self.scale
+        scores = (scaled @ self.read("keys").transpose(2, 3)).float()
         if self.biases and self.sizes is not None:
-            scores = scores + pad(self.sizes.log(), (0, scores.shape[-1] - self.hidden.shape[1]))[:, None, None]
-        return scores.float().softmax(-1)
+            scores += pad(self.sizes.log(), (0, scores.shape[-1] - self.hidden.shape[1]))[:, None, None]
+        return scores.softmax(-1)
 
     @property
     def patches(self) -> int:
@@ -128,11 +131,8 @@ class InLayers(Method):
     def reduce(self, tokens: LayerTokens) -> Reduction | None:
         """Take `tokens.remove` tokens away; None if nothing is to change. Only called if there are any to take away."""
 
-    def attention_behind(self, tokens: LayerTokens, reduction: Reduction) -> Tensor | None:
-        """What the layer's attention is to be behind a reduction before it; None: computed anew, among the rows.
-
-        Returns (batch, heads, rows, rows), or None.
-        """
+    def attention_behind(self, tokens: LayerTokens, reduction: Reduction) -> OneStepAhead | None:
+        """What the layer's attention is to be behind a reduction before it; None: computed anew, among the rows."""
         return None
 
     def extra_row(self, layer: int, hidden: Tensor) -> Tensor | None:

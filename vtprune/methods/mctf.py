@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
-from torch import Tensor
 
 from vtprune.errors import BudgetError
 from vtprune.methods.in_layers import InLayers, LayerTokens, Projection, depths, equal_steps, placed
-from vtprune.ops.multi_criteria_fusion import fused_attention, fusion, fusion_count
+from vtprune.ops.multi_criteria_fusion import OneStepAhead, fusion, fusion_count
 from vtprune.ops.token_reduction import Reduction
 from vtprune.tokens import ModelShape
 
@@ -105,5 +104,5 @@ class MCTF(InLayers):
             protected=tokens.protected,
         )
 
-    def attention_behind(self, tokens: LayerTokens, reduction: Reduction) -> Tensor | None:
-        return fused_attention(tokens.attention(), reduction) if self.one_step_ahead == 1 else None
+    def attention_behind(self, tokens: LayerTokens, reduction: Reduction) -> OneStepAhead | None:
+        return OneStepAhead(tokens.attention(), reduction) if self.one_step_ahead == 1 else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-criteria token fusion (MCTF): similar, uninformative and small tokens merge."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -152,3 +152,30 @@ def fused_attention(attention: Tensor, reduction: Reduction) -> Tensor:
     by_query = reduction.sums(by_key).view(batch, rows, heads, tokens).permute(0, 3, 2, 1)
     fused = reduction.features(by_query.reshape(batch, tokens, heads * rows))
     return fused.view(batch, rows, heads, rows).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class OneStepAhead:
+    """The attention of the rows, from that of the tokens that they were reduced from (arXiv 2403.10030)."""
+
+    attention: Tensor
+    """(batch, heads, tokens, tokens), queries before keys; its rows sum to one."""
+    reduction: Reduction
+
+    def weights(self) -> Tensor:
+        """(batch, heads, rows, rows) float32: `fused_attention`."""
+        return fused_attention(self.attention, self.reduction)
+
+    def attend(self, values: Tensor) -> Tensor:
+        """(batch, heads, rows, dim) -> the same: `weights() @ values`, without the large weights where they are linear.
+
+        Each token gets the value of its row and attends as before. Its results are reduced as its features are.
+        """
+        if self.reduction.pooling == "max":
+            return self.weights().to(values.dtype) @ values
+        batch, heads, rows, _ = values.shape
+        by_row = values.transpose(1, 2).reshape(batch, rows, -1)
+        by_token = self.reduction.members(by_row).view(batch, -1, heads, values.shape[-1]).transpose(1, 2)
+        attended = self.attention.to(values.dtype) @ by_token
+        reduced = self.reduction.features(attended.transpose(1, 2).flatten(2))
+        return reduced.view(batch, rows, heads, -1).transpose(1, 2)

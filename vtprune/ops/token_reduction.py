@@ -110,6 +110,10 @@ class Reduction:
             return self.into
         return self.into.gather(1, sources.clamp_min(0)).masked_fill(sources < 0, -1)
 
+    def members(self, rows: Tensor) -> Tensor:
+        """Give every token the values of its row: ``(batch, rows, dim)`` -> ``(batch, tokens, dim)``; 0 if dropped."""
+        return _per_token(rows, self.into, filling=0)
+
     def spread(self, rows: Tensor) -> Tensor:
         """Give the tokens values of which :meth:`features` makes the rows again.
 
@@ -128,7 +132,7 @@ class Reduction:
         if self.pooling == "sum":
             totals = self.sums(self.weights.unsqueeze(-1))
             values = (rows.float() / totals).masked_fill(totals == 0, 0).to(rows.dtype)
-        return _per_token(values, self.into, filling=0)
+        return self.members(values)
 
 
 def _with_spare_row(into: Tensor, rows: int) -> Tensor:

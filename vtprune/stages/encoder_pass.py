@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtprune.ops.multi_criteria_fusion import OneStepAhead
 from vtprune.ops.token_reduction import Reduction
 
 
@@ -36,8 +37,8 @@ class EncoderPass:
     """(images, rows, dim): the residual stream of this layer behind a reduction, until the MLP has run."""
     branch: Tensor | None = None
     """What the layer's MLP adds to it."""
-    weights: Tensor | None = None
-    """(images, heads, rows, rows): what this layer's attention is to be; None: what it computes."""
+    ahead: OneStepAhead | None = None
+    """What this layer's attention is to be; None: what it computes."""
     extra: Tensor | None = None
     """(images, 1, dim), behind the first norm: what this layer's attention reads besides the rows; None: nothing."""
 

@@ -134,7 +134,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             reduction = self.method.reduce(tokens)
             if reduction is None:
                 return changed
-            now.weights = self.method.attention_behind(tokens, reduction)
+            now.ahead = self.method.attention_behind(tokens, reduction)
             now.apply(reduction)
             return with_rows(reduction.features(hidden))
 
@@ -184,7 +184,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                 hidden = longer
             now.entered.append(hidden.shape[1])
             now.recorded["input"] = hidden
-            if now.weights is not None:
+            if now.ahead is not None:
                 # What it puts out is replaced, so it computes one row only.
                 return parts.attention.with_bias(*_replaced(args, kwargs, hidden, hidden[:, :1]), None)
             if now.sources is None and now.extra is None:
@@ -207,14 +207,13 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
     def _after_attention(self, parts: LayerParts):
         def hook(module, args, output):
             now = self.now.batch
-            if now is None or now.weights is None:
+            if now is None or now.ahead is None:
                 return None
             values = parts.attention.project("values", now.recorded["input"])
-            weights = now.weights.to(values.dtype)
-            now.weights = None
-            attended = parts.attention.attended(weights @ values)
+            ahead, now.ahead = now.ahead, None
+            attended = parts.attention.attended(ahead.attend(values))
             if isinstance(output, tuple) and any(map(torch.is_tensor, output[1:])):  # the weights were asked for
-                return attended, weights
+                return attended, ahead.weights().to(values.dtype)
             return _with_first(output, attended)
 
         return hook
