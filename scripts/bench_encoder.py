@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -25,11 +26,11 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionModel
 
 import vtprune
-from vtprune.eval.bench.choices import around_choices
 from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.shapes import CLIP_L_336
 from vtprune.eval.bench.stopwatch import Spread, paired, timed
-from vtprune.methods.in_layers import InLayers
+from vtprune.methods.in_layers import InLayers, LayerTokens
+from vtprune.ops.token_reduction import Reduction
 
 console = Console()
 
@@ -71,14 +72,15 @@ def build(shape: Mapping[str, Any]) -> CLIPVisionModel:
 def choosing(method: InLayers) -> Iterator[list[float]]:
     """While it lasts, the seconds of each choice of what goes are added to the list."""
     spent: list[float] = []
+    reduce = type(method).reduce
 
-    @contextmanager
-    def clock() -> Iterator[None]:
+    def timed_reduce(self: InLayers, tokens: LayerTokens) -> Reduction | None:
         started = time.perf_counter()
-        yield
+        reduction = reduce(self, tokens)
         spent.append(time.perf_counter() - started)
+        return reduction
 
-    with around_choices([method], clock):
+    with patch.object(type(method), "reduce", timed_reduce):
         yield spent
 
 

@@ -76,6 +76,9 @@ class EncoderReport:
     weights: LayerWeights
     merged_into: Tensor | None
     """(images, tokens) long: the row behind the last layer that each token went into; None: each is its own."""
+    selection_flops: int | None = None
+    """FLOPs of what the method computes to choose, for the batch, two for each multiply-add of matrix products; None
+    unless `profile="flops"`."""
 
     @property
     def layers(self) -> int:
@@ -114,7 +117,7 @@ class EncoderReport:
     def encoder_flops(self) -> int:
         """FLOPs of the patch embedding and all layers for the batch, two for each multiply-add.
 
-        What the method itself computes does not count.
+        What the method itself computes is not among them: see `selection_flops`.
         """
         return self.images * self.weights.flops(self.original_tokens, self.entered, self.in_mlp)
 
@@ -138,20 +141,23 @@ class EncoderReport:
             "keep_ratio": self.keep_ratio,
             "encoder_flops": self.encoder_flops,
             "unpruned_encoder_flops": self.unpruned_encoder_flops,
+            "selection_flops": self.selection_flops,
             "sources": [self.sources(image).tolist() for image in range(self.images)],
         }
 
     def __str__(self) -> str:
         def row(name: str, pruned: float, full: float) -> str:
-            return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{pruned / full:>10.1%}"
+            share = f"{pruned / full:.1%}" if full else "-"
+            return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{share:>10}"
 
-        return "\n".join(
-            (
-                f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.images} image(s), {self.layers} "
-                "encoder layers",
-                f"  {'':<24}{'unpruned':>12}{'pruned':>14}{'share':>10}",
-                row("patches, final", self.final_tokens, self.original_tokens),
-                row("encoder GFLOPs", self.encoder_flops / 1e9, self.unpruned_encoder_flops / 1e9),
-                f"  patches by layer          {', '.join(map(str, self.counts))}",
-            )
-        )
+        lines = [
+            f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.images} image(s), {self.layers} "
+            "encoder layers",
+            f"  {'':<24}{'unpruned':>12}{'pruned':>14}{'share':>10}",
+            row("patches, final", self.final_tokens, self.original_tokens),
+            row("encoder GFLOPs", self.encoder_flops / 1e9, self.unpruned_encoder_flops / 1e9),
+        ]
+        if self.selection_flops is not None:
+            lines.append(row("selection GFLOPs", self.selection_flops / 1e9, 0.0))
+        lines.append(f"  patches by layer          {', '.join(map(str, self.counts))}")
+        return "\n".join(lines)

@@ -15,6 +15,7 @@ from vtprune.errors import ConfigError, NothingPrunedError, UnsupportedStageErro
 from vtprune.methods.base import Method
 from vtprune.methods.in_layers import InLayers
 from vtprune.session_life import SessionLife
+from vtprune.stages.choosing import Profile
 from vtprune.stages.encoder_pass import EncoderPass
 from vtprune.stages.layer_calls import LayerCalls
 
@@ -32,11 +33,17 @@ class EncoderSession(SessionLife):
         methods: list[Method],
         *,
         strict: bool,
+        profile: Profile = False,
         follows: Callable[[], bool] = lambda: True,
     ):
         """model: what the adapter was found for, which may be a wrapper. follows: whether images that come now are the
         session's."""
-        self.adapter = adapter
+        if profile is True:
+            raise ConfigError(
+                "profile=True measures the times of vision-language models, and this is a vision encoder alone; "
+                "profile='flops' counts the FLOPs of choosing tokens"
+            )
+        self.adapter, self._profile = adapter, profile
         name = type(adapter.model).__name__
         for method in methods:
             if not isinstance(method, InLayers):
@@ -51,7 +58,7 @@ class EncoderSession(SessionLife):
         super().__init__([adapter.tower], chain(model.modules(), adapter.model.modules()), methods, strict=strict)
         self._reports: PerCaller[EncoderReport] = PerCaller()
         self._weights = LayerWeights.of(adapter)
-        self._calls = LayerCalls(adapter, method, self._finished, follows=follows)
+        self._calls = LayerCalls(adapter, method, self._finished, profile=profile, follows=follows)
 
     @property
     def report(self) -> EncoderReport | None:
@@ -73,6 +80,7 @@ class EncoderSession(SessionLife):
             tokens=batch.tokens,
             weights=self._weights,
             merged_into=batch.sources,
+            selection_flops=batch.selection_flops if self._profile == "flops" else None,
         )
         self._reports.set(report)
         wants_less = any(batch.schedule) or self.methods[0].keep_ratio not in (None, 1.0)

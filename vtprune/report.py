@@ -71,6 +71,12 @@ class Report:
     where tokens were merged between layers, and two (of its attention and of its MLP) where they went inside layers."""
     kv_dtype_bytes: int
     timings: Timings | None = None
+    selection_flops: int | None = None
+    """FLOPs of choosing tokens for the whole batch, two for each multiply-add of matrix products, as torch's
+    `FlopCounterMode` counts them (without fused attention on a CPU); None unless `profile="flops"`. Choices in the
+    vision encoder count, those before the LLM and inside it, and eviction after the prefill. What a method reads counts
+    where it is computed for the choice, as rows of the LLM's attention are. What hooks note on the way, as attention in
+    the encoder, does not. Copies of a prompt count each."""
     notes: tuple[str, ...] = ()
     """What methods read instead of what their papers name, e.g. on an encoder without a CLS token."""
     in_cache: tuple[tuple[Tensor, ...], ...] | None = None
@@ -250,6 +256,7 @@ class Report:
             "prefill_flops": self.prefill_flops,
             "unpruned_prefill_flops": self.unpruned_prefill_flops,
             "encoder_flops": self.encoder_flops,
+            "selection_flops": self.selection_flops,
             "sample_prefill_flops": list(self.sample_prefill_flops),
             "sample_unpruned_prefill_flops": list(self.sample_unpruned_prefill_flops),
             "sample_kv_bytes": list(self.sample_kv_bytes),
@@ -276,6 +283,8 @@ class Report:
             row("prefill GFLOPs", self.prefill_flops / 1e9, self.unpruned_prefill_flops / 1e9),
             row("KV cache MB", self.kv_bytes / 1e6, self.unpruned_kv_bytes / 1e6),
         ]
+        if self.selection_flops is not None:
+            lines.insert(-1, row("selection GFLOPs", self.selection_flops / 1e9, 0.0))
         if len(self.layer_ranges) > 1:
             counts = (f"from {s.start}: {sum(map(len, s.kept))}" for s in self.layer_ranges)
             lines.append(f"  visual tokens by layer    {', '.join(counts)}")

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtprune
-from vtprune.eval.bench.choices import counted_choices
 from vtprune.eval.bench.config import BenchConfig
 from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
 from vtprune.eval.bench.rows import Row
@@ -99,29 +97,28 @@ class Holding:
     auxiliary_bytes: int
     """of hidden states kept for tokens that may come back"""
     report: Report | None
-    """None for the full model"""
-    selection_flops: int
-    """of choosing tokens until the first one is answered"""
+    """with the FLOPs of choices; None for the full model"""
+
+    @property
+    def selection_flops(self) -> int:
+        """Of choosing tokens until the first one is answered."""
+        return 0 if self.report is None else self.report.selection_flops
 
 
 @torch.inference_mode()
 def hold(model: Any, inputs: Inputs, row: Row) -> Holding:
     """Counts in a pass that is not timed. The pass also warms the machine up."""
     found: dict[str, Any] = {}
-    with row.session(model) as session:
-        shape = vtprune.adapter_for(model).shape
-        parts = [] if session is None else [part for method in session.methods for part in method.parts(shape)]
-        with counted_choices(parts) as flops:
+    with row.session(model, profile="flops") as session:
 
-            def work() -> None:
-                flops.clear()
-                encoded = encode(model, inputs)
-                ids, cache = prefill(model, inputs, encoded)
-                found.update(kv_bytes=cache_bytes(cache), selection_flops=sum(flops))
-                decode(model, ids, cache)
+        def work() -> None:
+            encoded = encode(model, inputs)
+            ids, cache = prefill(model, inputs, encoded)
+            found.update(kv_bytes=cache_bytes(cache))
+            decode(model, ids, cache)
 
-            if model.device.type == "cuda":
-                work()  # libraries set up their workspaces on first use
-            peak = peak_bytes(work, model.device)
+        if model.device.type == "cuda":
+            work()  # libraries set up their workspaces on first use
+        peak = peak_bytes(work, model.device)
         report = None if session is None else session.report
     return Holding(peak, auxiliary_bytes=0 if report is None else report.auxiliary_bytes, report=report, **found)

@@ -13,6 +13,7 @@ from vtprune.errors import BudgetError, UnsupportedStageError
 from vtprune.eval.bench.config import BenchConfig
 from vtprune.eval.results.status import OK, UNDER_FLOOR, Refusal
 from vtprune.methods import list_methods
+from vtprune.stages.choosing import Profile
 
 
 @dataclass
@@ -29,15 +30,15 @@ class Row:
     reason: str | None = None
     floor: float | None = None
 
-    def session(self, model: Any) -> AbstractContextManager[vtprune.Session | None]:
-        """The context that the row's passes run in.
+    def session(self, model: Any, *, profile: Profile = True) -> AbstractContextManager[vtprune.Session | None]:
+        """The context that the row's passes run in. profile: see `vtprune.prune`.
 
         Raises BudgetError or UnsupportedStageError if the model cannot be pruned like this.
         """
         if self.method is None:
             return nullcontext()
         budget = {} if self.keep_ratio is None else {"keep_ratio": self.keep_ratio}
-        return vtprune.prune(model, self.method, profile=True, **budget)
+        return vtprune.prune(model, self.method, profile=profile, **budget)
 
     def refused(self, error: BudgetError | UnsupportedStageError) -> None:
         """Notes why the row has no numbers. Raises `error` if it is a mistake in the configuration."""

@@ -37,8 +37,9 @@ def call(**fields):
     return call_of(".tiiit", "iitttt", encodings=[media], adapter=adapter(**FACTS), **fields)
 
 
-def report(prompts, notes=(), timings=None):
-    return prefill_report(prompts, RECORDER, METHODS, notes, timings)
+def report(prompts, notes=(), timings=None, selection_flops=None):
+    measured = {"timings": timings, "selection_flops": selection_flops}
+    return prefill_report(prompts, RECORDER, METHODS, notes, **measured)
 
 
 def lists(tensors) -> list[list[int]]:
@@ -120,11 +121,13 @@ def test_what_the_encoder_ran_is_counted_only_if_it_was_seen():
 def test_a_prompt_of_text_alone():
     hidden = torch.zeros(2, 5, 8)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    found = text_report(adapter(**FACTS), METHODS, ("a note",), hidden, mask)
+    found = text_report(adapter(**FACTS), METHODS, ("a note",), hidden, mask, selection_flops=0)
+    assert found.selection_flops == 0
     assert found.text_tokens == (3, 5) and found.notes == ("a note",)
     assert found.original_tokens == [0, 0] and found.keep_ratio == 1.0 and found.depth == DEPTH
     for other in (None, torch.zeros(2, 1, 5, 5)):
-        assert text_report(adapter(**FACTS), METHODS, (), hidden, other).text_tokens == (5, 5)
+        found = text_report(adapter(**FACTS), METHODS, (), hidden, other, selection_flops=None)
+        assert found.text_tokens == (5, 5)
 
 
 def test_notes_name_what_stands_in_for_a_cls_token_once():

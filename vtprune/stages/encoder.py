@@ -25,6 +25,7 @@ from vtprune.methods.base import InEncoder
 from vtprune.methods.in_layers import InLayers
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.signals import EncoderRecord, EncoderSignal
+from vtprune.stages.choosing import Profile
 from vtprune.stages.encoder_call import EncoderCall
 from vtprune.stages.hooks import Wrapped
 from vtprune.stages.in_encoder import EncoderCut
@@ -71,14 +72,14 @@ class EncoderRecorder:
         methods: Sequence[InEncoder] = (),
         in_layers: Sequence[InLayers] = (),
         *,
-        profile: bool,
+        profile: Profile,
     ):
         """requests: what is taken down; methods: what acts between layers of the encoder; in_layers: what acts inside
         them."""
         self.adapter = adapter
         self._seen = PerThread(_Seen)
-        self.cut = EncoderCut(adapter, methods, lambda: self._seen().open)
-        self.in_layers = TowerCut(adapter, in_layers, lambda: self._seen().open)
+        self.cut = EncoderCut(adapter, methods, lambda: self._seen().open, profile=profile)
+        self.in_layers = TowerCut(adapter, in_layers, lambda: self._seen().open, profile=profile)
         signals = [request for request in requests if isinstance(request, EncoderSignal)]
         taps = [signal.taps(adapter.shape) for signal in signals]
         self.cls_layers = {layer for tap in taps for layer in tap.cls_rows}
@@ -106,7 +107,7 @@ class EncoderRecorder:
                 f"{needs} needs a CLIP as vision encoder, and that of {adapter.family} is a "
                 f"{adapter.vision_config.model_type}; leave text_tower out to compare in the LLM's space"
             )
-        self.profile = profile
+        self._times = profile is True
 
     def install(self) -> Iterator[RemovableHandle | Wrapped]:
         """Yields what takes each hook off again, as soon as it is on."""
@@ -158,7 +159,7 @@ class EncoderRecorder:
                 seen = self._seen()
                 if seen.open is not None:  # called by another one: Qwen3-VL encodes videos as images
                     return method(*args, **kwargs)
-                started = clock(self.adapter.model) if self.profile else 0.0
+                started = clock(self.adapter.model) if self._times else 0.0
                 # A call that fails leaves nothing behind.
                 seen.last.pop(kind, None)
                 seen.open = encoding = EncoderCall(kind, signature.bind(*args, **kwargs).arguments)
@@ -167,7 +168,7 @@ class EncoderRecorder:
                 finally:
                     seen.open = None
                     seen.projected.clear()
-                if self.profile:
+                if self._times:
                     encoding.seconds = clock(self.adapter.model) - started
                 if hasattr(encoding.output, "pooler_output"):  # a tuple, on request, is nothing a model is fed with
                     encoding.pooled = _pooled(encoding.output)

@@ -40,6 +40,8 @@ class EncoderCall:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens, dim), what it put out; only for the layers asked for."""
     seconds: float = 0.0
+    selection_flops: int = 0
+    """FLOPs of the choices inside the encoder; only if they are counted."""
 
     @property
     def features(self) -> Tensor:

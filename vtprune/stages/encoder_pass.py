@@ -39,6 +39,8 @@ class EncoderPass:
     """What the layer's MLP adds to it."""
     ahead: OneStepAhead | None = None
     """What this layer's attention is to be; None: what it computes."""
+    selection_flops: int = 0
+    """FLOPs of the method's choices so far; only if they are counted."""
     extra: Tensor | None = None
     """(images, 1, dim), behind the first norm: what this layer's attention reads besides the rows; None: nothing."""
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Adapter
 from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import InEncoder
+from vtprune.stages.choosing import Profile, counting
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layout import take_columns
 from vtprune.stages.reading import signal_reader
@@ -149,10 +150,13 @@ def _nothing_to_read(signal: Any) -> Any:
 class EncoderCut:
     """Hooks on the layers of the vision encoder that merge on the output of chosen ones."""
 
-    def __init__(self, adapter: Adapter, methods: Sequence[InEncoder], encoding: Callable[[], Any]):
+    def __init__(
+        self, adapter: Adapter, methods: Sequence[InEncoder], encoding: Callable[[], Any], *, profile: Profile
+    ):
         """encoding: gives the `EncoderCall` that is being computed, None outside of the session's encode methods."""
         self.adapter = adapter
         self.encoding = encoding
+        self.profile = profile
         self.cuts: dict[int, list[InEncoder]] = {}
         for method in methods:
             for layer in method.cuts(adapter.shape):
@@ -227,18 +231,18 @@ class EncoderCut:
         patches = tokens - prefix
         side = isqrt(patches)
         whole = not merge.lengths and side * side == patches
-        selection = method.choose(
-            VisualTokens(
-                features=hidden[:, prefix:].detach(),
-                valid=merge.valid[:, prefix:],
-                budget=budget.to(hidden.device),
-                layouts=((Grid(side, side) if whole else None,),) * crops,
-                kinds=(encoding.kind,) * crops,
-                signals=signal_reader(method, self.adapter.shape, _nothing_to_read, hidden.device),
-                shape=self.adapter.shape,
-                layer=layer,
-            )
+        visual_tokens = VisualTokens(
+            features=hidden[:, prefix:].detach(),
+            valid=merge.valid[:, prefix:],
+            budget=budget.to(hidden.device),
+            layouts=((Grid(side, side) if whole else None,),) * crops,
+            kinds=(encoding.kind,) * crops,
+            signals=signal_reader(method, self.adapter.shape, _nothing_to_read, hidden.device),
+            shape=self.adapter.shape,
+            layer=layer,
         )
+        with counting(encoding, self.profile):
+            selection = method.choose(visual_tokens)
         first_rows = torch.arange(prefix, device=hidden.device).expand(crops, -1)
         keep = torch.cat([torch.ones_like(first_rows, dtype=torch.bool), selection.keep], 1)
         sources = selection.sources

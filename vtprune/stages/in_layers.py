@@ -15,6 +15,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.errors import ConfigError, UnsupportedModelError, UnsupportedStageError
 from vtprune.methods.in_layers import InLayers
+from vtprune.stages.choosing import Profile
 from vtprune.stages.encoder_pass import EncoderPass
 from vtprune.stages.in_encoder import EncoderMerge, copied_tokens, has_mixed_tokens
 from vtprune.stages.layer_calls import LayerCalls
@@ -23,12 +24,12 @@ from vtprune.stages.layer_calls import LayerCalls
 class TowerCut:
     """Hooks on the layers of the vision towers of one model."""
 
-    def __init__(self, adapter: Adapter, methods: Sequence[InLayers], encoding: Callable[[], Any]):
+    def __init__(self, adapter: Adapter, methods: Sequence[InLayers], encoding: Callable[[], Any], *, profile: Profile):
         """encoding: gives the `EncoderCall` that is being computed, None outside of the session's encode methods.
 
         Raises UnsupportedStageError if tokens cannot be taken away inside the encoder of this family.
         """
-        self.adapter, self.methods, self.encoding = adapter, methods, encoding
+        self.adapter, self.methods, self.encoding, self.profile = adapter, methods, encoding, profile
         if len(methods) > 1:
             raise ConfigError(f"{', '.join(m.name for m in methods)}: only one method acts inside encoder layers")
         # Kinds may share a tower.
@@ -54,6 +55,7 @@ class TowerCut:
             encoder,
             method,
             self._note,
+            profile=self.profile,
             last=self.adapter.shape.feature_layer,
             follows=lambda: self.encoding() is not None,
         )
@@ -82,6 +84,7 @@ class TowerCut:
                 f"{method.name}: the vision encoder ran twice for the {encoding.kind}s of one call, which is not "
                 "supported"
             )
+        encoding.selection_flops += batch.selection_flops
         if batch.sources is None:
             return
         place = self.adapter, encoding.kind, encoding.inputs, batch.images, batch.tokens

@@ -25,6 +25,7 @@ from vtprune.adapters.encoder import EncoderAdapter, LayerParts
 from vtprune.callers import ThreadAware, Underway
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.methods.in_layers import InLayers, LayerTokens, Projection
+from vtprune.stages.choosing import Profile, counting
 from vtprune.stages.encoder_pass import EncoderPass
 from vtprune.stages.hooks import Uncopied, hidden_of
 
@@ -45,6 +46,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         method: InLayers,
         finished: Callable[[EncoderPass], None],
         *,
+        profile: Profile,
         last: int | None = None,
         follows: Callable[[], bool] = lambda: True,
     ):
@@ -55,7 +57,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
         finished: is given each batch behind the last layer. follows: whether a batch that comes now is the session's.
         """
         super().__init__(_Following)
-        self._last, self._follows = last, follows
+        self._last, self._follows, self._profile = last, follows, profile
         self.adapter, self.method, self.finished = adapter, method, finished
         self.protected = adapter.prefix_tokens
         self.prunes = method.keep_ratio != 1.0
@@ -130,13 +132,8 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             def read(projection):
                 return parts.attention.project(projection, normed)
 
-            tokens = self._tokens(now, index, parts, hidden, read)
-            reduction = self.method.reduce(tokens)
-            if reduction is None:
-                return changed
-            now.ahead = self.method.attention_behind(tokens, reduction)
-            now.apply(reduction)
-            return with_rows(reduction.features(hidden))
+            reduced = self._reduced(now, index, parts, hidden, read)
+            return changed if reduced is None else with_rows(reduced)
 
         return hook
 
@@ -232,10 +229,7 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             if now is None:
                 return None
             if self.method.place == "between" and now.schedule[index]:
-                reduction = self.method.reduce(self._tokens(now, index, parts, args[0], self._recorded(now, parts)))
-                if reduction is not None:
-                    now.reduced = reduction.features(args[0])
-                    now.apply(reduction)
+                now.reduced = self._reduced(now, index, parts, args[0], self._recorded(now, parts))
             rows = args[0] if now.reduced is None else now.reduced
             now.in_mlp.append(rows.shape[1])
             return (rows, *args[1:])
@@ -251,10 +245,12 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
 
         return read
 
-    def _tokens(
+    def _reduced(
         self, now: EncoderPass, index: int, parts: LayerParts, hidden: Tensor, read: Callable[[Projection], Tensor]
-    ) -> LayerTokens:
-        return LayerTokens(
+    ) -> Tensor | None:
+        """What the method leaves of the tokens (images, tokens, dim) at its place in a layer: (images, rows, dim). None
+        if nothing is to change."""
+        tokens = LayerTokens(
             hidden=hidden,
             protected=self.protected,
             sizes=now.sizes,
@@ -266,6 +262,14 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
             biases=self.method.biases,
             read=read,
         )
+        with counting(now, self._profile):
+            reduction = self.method.reduce(tokens)
+            if reduction is None:
+                return None
+            if self.method.place == "before":
+                now.ahead = self.method.attention_behind(tokens, reduction)
+        now.apply(reduction)
+        return reduction.features(hidden)
 
     def _after_branch(self, module, args, output):
         now = self.now.batch
@@ -291,10 +295,8 @@ class LayerCalls(Uncopied, ThreadAware[_Following]):
                 output = now.reduced + now.branch
                 now.reduced = now.branch = None
             if self.method.place == "behind" and now.schedule[index]:
-                reduction = self.method.reduce(self._tokens(now, index, parts, output, self._recorded(now, parts)))
-                if reduction is not None:
-                    output = reduction.features(output)
-                    now.apply(reduction)
+                reduced = self._reduced(now, index, parts, output, self._recorded(now, parts))
+                output = output if reduced is None else reduced
             now.recorded.clear()
             now.left.append(output.shape[1])
             if index == len(self._parts) - 1:

@@ -22,6 +22,7 @@ from vtprune.report import Report, Timings
 from vtprune.stages.before_llm import prune_before_llm
 from vtprune.stages.cache import Owner, PrunedLayer, check_cache, pruned_layers
 from vtprune.stages.call import Call
+from vtprune.stages.choosing import Profile, counting
 from vtprune.stages.encoder import EncoderRecorder, clock
 from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.hooks import Uncopied
@@ -57,6 +58,8 @@ class _Following:
     """The call of the language model that runs now."""
     replays: Replays = field(default_factory=Replays)
     selector_seconds: float = 0.0
+    selection_flops: int = 0
+    """Of choices since the prefill began; those in the vision encoder are not among them."""
     started: float = 0.0
     """Clock at the beginning of the prefill."""
 
@@ -74,7 +77,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         guidance: Guidance,
         finished: Callable[[Report, CacheContents, bool], None],
         *,
-        profile: bool,
+        profile: Profile,
     ):
         """finished: is given the report of each prefill, what the KV cache contains from then on, and whether the
         methods were asked to drop anything of it."""
@@ -269,7 +272,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         # Without a cache generate() sends the whole prompt again for every token; the choices of its prefill hold.
         replayable = not incoming.pixels and call.cache is None and call.ids is not None
         now.replays.begin(tuple(incoming.encoded.values()), call.ids if replayable else None)
-        now.selector_seconds, now.started = 0.0, self._clock()
+        now.selector_seconds, now.selection_flops, now.started = 0.0, 0, self._clock()
         self._eviction.check(now.replays.replaying)
         self._revival.check(call, now.replays.replaying)
         features = call.embeddings[call.sequence.visual.to(call.embeddings.device)]
@@ -300,13 +303,14 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
 
     @torch.no_grad()
     def _select(self, method: Method, tokens: VisualTokens) -> Selection:
-        started = self._clock()
-        selection = method.choose(tokens)
-        self.now.selector_seconds += self._clock() - started
+        now, started = self.now, self._clock()
+        with counting(now, self._profile):
+            selection = method.choose(tokens)
+        now.selector_seconds += self._clock() - started
         return selection
 
     def _clock(self) -> float:
-        return clock(self.adapter.model) if self._profile else 0.0
+        return clock(self.adapter.model) if self._profile is True else 0.0
 
     # -- report -------------------------------------------------------------------------------------------------
 
@@ -314,14 +318,19 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
         if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
             return
-        self.finished(text_report(self.adapter, self.methods, self._notes, hidden, mask), CacheContents(), False)
+        flops = 0 if self._profile == "flops" else None
+        report = text_report(self.adapter, self.methods, self._notes, hidden, mask, selection_flops=flops)
+        self.finished(report, CacheContents(), False)
 
     def _finish_prefill(self, call: Call, contents: CacheContents) -> None:
-        timings = None
-        if self._profile:
-            now, encoding = self.now, sum(encoding.seconds for encoding in call.media.encodings)
+        timings = flops = None
+        now, encodings = self.now, call.media.encodings
+        if self._profile is True:
+            encoding = sum(encoding.seconds for encoding in encodings)
             timings = Timings(encoding, now.selector_seconds, self._clock() - now.started)
-        report = prefill_report(call, self._recorder, self.methods, self._notes, timings)
+        elif self._profile == "flops":
+            flops = now.selection_flops + sum(encoding.selection_flops for encoding in encodings)
+        report = prefill_report(call, self._recorder, self.methods, self._notes, timings=timings, selection_flops=flops)
         wants_less = not all(_asks_for_everything(method, call) for method in self.methods)
         self.finished(report, contents, wants_less)
 

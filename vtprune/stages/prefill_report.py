@@ -32,7 +32,13 @@ def substitutes(methods: Sequence[Method], shape: ModelShape) -> tuple[str, ...]
 
 
 def prefill_report(
-    call: Call, recorder: EncoderRecorder, methods: Sequence[Method], notes: tuple[str, ...], timings: Timings | None
+    call: Call,
+    recorder: EncoderRecorder,
+    methods: Sequence[Method],
+    notes: tuple[str, ...],
+    *,
+    timings: Timings | None,
+    selection_flops: int | None,
 ) -> Report:
     """What a call that carried visual tokens kept, and where. notes: see `substitutes`."""
     rows = range(0, call.batch, call.media.copies)
@@ -68,11 +74,18 @@ def prefill_report(
         encoder_sequences=sequences,
         notes=notes,
         timings=timings,
+        selection_flops=selection_flops,
     )
 
 
 def text_report(
-    adapter: Adapter, methods: Sequence[Method], notes: tuple[str, ...], hidden: Tensor, mask: Any
+    adapter: Adapter,
+    methods: Sequence[Method],
+    notes: tuple[str, ...],
+    hidden: Tensor,
+    mask: Any,
+    *,
+    selection_flops: int | None,
 ) -> Report:
     """A prompt without visual tokens; hidden (batch, length, dim) enters the language model under a 2D mask, or any."""
     lengths = mask.sum(1).tolist() if torch.is_tensor(mask) and mask.ndim == 2 else [hidden.shape[1]] * len(hidden)
@@ -86,6 +99,7 @@ def text_report(
         text_tokens=tuple(int(length) for length in lengths),
         encoder_sequences=(),
         notes=notes,
+        selection_flops=selection_flops,
     )
 
 
