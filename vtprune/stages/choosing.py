@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol, Self
 
-from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.module_tracker import ModuleTracker
-
 from vtprune.errors import ConfigError
 
 Profile = bool | Literal["flops"]
@@ -39,19 +36,22 @@ def counting(into: Counted, profile: Profile) -> AbstractContextManager[None]:
 
 @contextmanager
 def _counting(into: Counted) -> Iterator[None]:
+    # These pull in the compiler, which takes seconds.
+    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.module_tracker import ModuleTracker
+
+    class NoModules(ModuleTracker):
+        """Tracks no modules, for counts by module are not wanted. Tracking would put hooks on the modules of all
+        threads, which fail when two threads are in modules of one class."""
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
+    counter.mod_tracker = NoModules()
     with counter:
         yield
     into.selection_flops += counter.get_total_flops()
-
-
-class _NoModules(ModuleTracker):
-    """Tracks no modules, for counts by module are not wanted. Tracking would put hooks on the modules of all threads,
-    which fail when two threads are in modules of one class."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
