@@ -3,6 +3,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from PIL import Image
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks import FileTask, open_task
+from vtprune.eval.tasks.rows import COLUMNS
+from vtprune.eval.tasks.scores import SCORES
 
 ROW = {"image": "red.png", "question": "What colour?", "answer": "red"}
 
@@ -290,3 +294,14 @@ def test_settings_that_are_wrong(settings, said):
     with pytest.raises(ValueError) as caught:
         FileTask(file="mine.jsonl", **settings)
     assert said in str(caught.value)
+
+
+def test_the_rows_of_the_documentation(folder):
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = re.search(r"<!-- tested: own data -->\n```json\n(.*?)```", page, re.DOTALL).group(1).splitlines()
+    for name in ("kitchen", "street"):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.jpg")
+    first, second = (examples(jsonl(folder, row))[0] for row in rows)
+    assert (first.answers, first.family) == (("a cup", "a mug"), "object")
+    assert second.answer == "B. the blue one"
+    assert all(f"`{name}`" in page for name in (*COLUMNS, *FileTask.model_fields, *SCORES))
