@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch import nn
-
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.clip import TransformersEncoder
 from vtprune.adapters.encoder import EncoderAdapter
@@ -26,10 +24,13 @@ from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
+from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.timm import TimmViT
 from vtprune.adapters.video_llava import VideoLlava
+from vtprune.adapters.wrappers import unwrapped
 from vtprune.errors import ConfigError, UnsupportedModelError
 from vtprune.plugins import load_plugins
+from vtprune.transformers_private import is_remote_code
 
 __all__ = ["Adapter", "EncoderAdapter", "adapter_for", "find_encoder", "list_adapters", "register_adapter"]
 
@@ -76,29 +77,12 @@ def list_adapters() -> dict[str, type[Adapter]]:
     return dict(_ADAPTERS)
 
 
-def _unwrapped(model: Any) -> Any:
-    """The transformers model inside a wrapper: peft, distributed training, a pipeline."""
-    if isinstance(model, nn.DataParallel):
-        raise UnsupportedModelError(
-            "DataParallel runs copies of the model in threads, and hooks do not follow; pass model.module and use one "
-            "device, or DistributedDataParallel"
-        )
-    if hasattr(model, "get_base_model"):  # peft
-        return _unwrapped(model.get_base_model())
-    # The second class is the first version of FSDP. It is compared by name, because its import is slow.
-    if isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
-        return _unwrapped(model.module)
-    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
-        return _unwrapped(model.model)
-    return model
-
-
 def find_encoder(model: Any) -> EncoderAdapter | None:
     """The adapter of a vision encoder: alone, in a wrapper, or in a model of image and text; None if it is none.
 
-    Raises UnsupportedModelError if it is one of a known family with parts that are not supported.
+    Raises UnsupportedModelError if it is one of a known family with parts that are not supported, or no model at all.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     model = getattr(model, "_orig_mod", model)  # compiled
     for encoder in _ENCODERS:
         if (tower := encoder.find(model)) is not None:
@@ -109,15 +93,18 @@ def find_encoder(model: Any) -> EncoderAdapter | None:
 def adapter_for(model: Any) -> Adapter:
     """The adapter of a loaded model, which may be in a wrapper (peft, DistributedDataParallel, FSDP, a pipeline).
 
-    Raises UnsupportedModelError; the message names the supported families.
+    Raises UnsupportedModelError: the message says why, and what would help; of a model of which nothing is known, it
+    names the supported families.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     known = list_adapters()
     model_type = getattr(config, "model_type", "")
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     adapter = known.get(f"{model_type}/{tower}", known.get(model_type))
     if adapter is None:
+        if (reason := refusal(model)) is not None:
+            raise UnsupportedModelError(reason)
         supported = ", ".join(f"{a.family} ({t})" for t, a in sorted(known.items()))
         encoders = ", ".join(a.family for a in _ENCODERS)
         raise UnsupportedModelError(
@@ -129,6 +116,8 @@ def adapter_for(model: Any) -> Adapter:
     try:
         _ = found.base, found.language_model, found.vision_tower()
     except AttributeError as error:
+        if is_remote_code(model):
+            raise UnsupportedModelError(remote_code(model)) from None
         raise UnsupportedModelError(
             f"a {type(model).__name__} has the config of {found.family}, but not its parts ({error}); pass the "
             "transformers model itself"

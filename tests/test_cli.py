@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtprune
+from vtprune.adapters.coverage import coverage
 from vtprune.cli import app
 from vtprune.plan import Prompt, plan
 from vtprune.testing import families
@@ -45,6 +46,19 @@ def test_methods_lists_every_registered_method():
 
 def test_models_lists_the_families():
     assert "LLaVA-1.5" in invoke("models").stdout
+
+
+def test_models_all_lists_every_class_with_whole_names_in_80_columns():
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["models", "--all"]).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {tuple(line.split()) for line in lines} >= {(row.model_type, row.class_name) for row in coverage()}
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith("Supported, with methods at these stages: before")
+    )
+    assert "  qwen2_vl                 Qwen2VLForConditionalGeneration" in lines[start : lines.index("", start)]
+    reason = next(i for i, line in enumerate(lines) if line.startswith("Refused, few tokens: a Q-Former already makes"))
+    start = lines.index("  blip-2                   Blip2ForConditionalGeneration")
+    assert 0 < start - reason < 5 and lines[start + 1].strip() == "32 an image"
 
 
 def test_run_answers_reports_and_shows_what_was_kept(model, image, tmp_path):

@@ -184,19 +184,18 @@ def methods() -> None:
 
 @app.command()
 @_plain_errors
-def models() -> None:
+def models(
+    every: Annotated[
+        bool, typer.Option("--all", help="Every multimodal class of transformers, with the reason if it is refused.")
+    ] = False,
+) -> None:
     """List the supported model families: what they take, how they lay it out, which stages and signals methods get."""
-    from vtprune.adapters import list_adapters
+    from vtprune.model_lists import families, print_all
 
-    types: dict[type, list[str]] = {}
-    for model_type, adapter in list_adapters().items():
-        types.setdefault(adapter, []).append(model_type)
-    table = Table("family", "model type", "media", "visual tokens", "stages", "signals", show_lines=True)
-    for adapter, names in sorted(types.items(), key=lambda item: item[0].family):
-        media = ", ".join(f"{kind}s" for kind in adapter.kinds)
-        stages, signals = ", ".join(adapter.stages()), ", ".join(adapter.signals())
-        table.add_row(adapter.family, ", ".join(names), media, adapter.layout, stages, signals)
-    Console().print(table)
+    if every:
+        print_all(Console())
+    else:
+        Console().print(families())
 
 
 @app.command()

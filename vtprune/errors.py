@@ -7,7 +7,7 @@ class VTPruneError(Exception):
 
 
 class UnsupportedModelError(VTPruneError):
-    """No adapter knows this model; the message lists what is supported."""
+    """This model, or what was given as one, cannot be pruned; the message says why, and what would help."""
 
 
 class UnsupportedStageError(VTPruneError):

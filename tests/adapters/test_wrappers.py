@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conformance import models
 from conformance.models import batch_of_three
+from conformance.processors import processor
 from conformance.reference import generate
 from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import vtprune
 from vtprune.errors import UnsupportedModelError
@@ -35,18 +39,18 @@ def check(wrapper, model, call):
         assert not torch.equal(call(wrapper), got)  # and the session is off
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
-def test_peft(name):
+@pytest.mark.parametrize("name, mixed", [("llava", False), ("llava", True), ("qwen2_5_vl", False), ("internvl", False)])
+def test_peft(name, mixed):
     peft = pytest.importorskip("peft")
     model = families.build(name)
     batch = families.batch(name, model)
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
-    wrapper = peft.get_peft_model(model, config).eval()
+    wrapper = peft.get_peft_model(model, config, mixed=mixed).eval()
     for method in ("divprune", "fastv"):
         with vtprune.prune(wrapper, method, keep_ratio=0.5) as session:
             logits = wrapper(**batch.inputs).logits
             kept = [session.report.kept(0, layer).tolist() for layer in range(session.report.depth)]
-        merged = peft.get_peft_model(families.build(name), config).eval()
+        merged = peft.get_peft_model(families.build(name), config, mixed=mixed).eval()
         merged.load_state_dict(wrapper.state_dict())
         merged = merged.merge_and_unload()
         with vtprune.prune(merged, method, keep_ratio=0.5) as session:
@@ -82,6 +86,26 @@ def test_a_pipeline_like_object_is_asked_for_its_model():
 def test_data_parallel_is_refused_with_what_to_pass():
     with pytest.raises(UnsupportedModelError, match=r"pass model\.module and use one device"):
         vtprune.prune(nn.DataParallel(models.build("gqa")), "divprune", keep_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    "thing, told",
+    [
+        ("org/name", r"'org/name' is a name, not a model; load it: .*from_pretrained\(\"org/name\"\)"),
+        (Path("folder"), "'folder' is a name, not a model; load it"),
+        (LlavaForConditionalGeneration, r"is a class, not a model; load one: LlavaForConditionalGeneration\.from_pre"),
+        (processor("llava"), "a LlavaProcessor makes a model's inputs and holds no model; pass the model itself"),
+        (processor("llava").tokenizer, "makes a model's inputs and holds no model; pass the model itself"),
+        (processor("llava").image_processor, "a CLIPImageProcessor.* is not a model; pass the model"),
+        (LlavaConfig(), "a LlavaConfig is not a model; pass the model"),
+        (None, "a NoneType is not a model; pass the model"),
+    ],
+    ids=["str", "Path", "class", "processor", "tokenizer", "image processor", "config", "None"],
+)
+def test_what_is_no_model_is_told_what_to_pass(thing, told):
+    for find in (vtprune.adapter_for, lambda thing: vtprune.prune(thing, "divprune", keep_ratio=0.5)):
+        with pytest.raises(UnsupportedModelError, match=told):
+            find(thing)
 
 
 def test_a_module_with_the_config_alone_is_refused():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import vtprune
+from vtprune.adapters.coverage import coverage
 from vtprune.testing import families
 
 from . import text_models
@@ -94,8 +95,9 @@ def page() -> str:
         has_cls = "yes" if adapter.shape.has_cls else "no"
         facts.append([adapter.family, f"`{name}`", media, adapter.layout, stages, signals, has_cls])
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    text = [_TEXT_HEAD, *_markdown(_text_models())]
-    return "\n".join([_HEAD, *_markdown(table), "", *notes, "", "## Families", "", *_markdown(facts), "", *text, ""])
+    text = [_TEXT_HEAD, *_markdown(_text_models()), ""]
+    head = [_HEAD, *_markdown(table), "", *notes, "", "## Families", "", *_markdown(facts), ""]
+    return "\n".join([*head, *text, *_every_class(), ""])
 
 
 _TEXT_HEAD = """## Language models
@@ -130,6 +132,27 @@ def _brief(reason: str) -> str:
     return (
         reason.partition("; methods before")[0].rpartition("language model, which ")[2].rpartition("recomputed for ")[2]
     )
+
+
+_CLASSES_HEAD = """## Every class of transformers
+
+These are all model types that transformers loads as language models with images, videos or sound, or as models for
+retrieval. `vtprune models --all` prints them for the installed release. A model that is refused gets its reason as the
+error of `vtprune.prune`. A test fails for a class of a tested release that has neither an adapter nor a reason.
+"""
+
+
+def _every_class() -> list[str]:
+    rows = coverage()
+    reasons = sorted({row.refusal.reason for row in rows if row.refusal is not None})
+    table = [["model type", "class", "stages, or why it is refused", "what is special"]]
+    for row in rows:
+        if row.adapter is not None:
+            cells = ", ".join(f"`{stage}`" for stage in row.adapter.stages()), row.adapter.layout
+        else:
+            cells = row.refusal.reason.name, row.refusal.detail
+        table.append([f"`{row.model_type}`", f"`{row.class_name}`", *cells])
+    return [_CLASSES_HEAD, *(f"* *{name}*: {why}; {helps}." for name, why, helps in reasons), "", *_markdown(table)]
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:

@@ -117,12 +117,11 @@ def test_method_that_the_model_cannot_serve():
         vtprune.patch(models.shared("siglip"), "vtc_cls", keep_ratio=0.5)
 
 
-@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "a string", None], ids=["module", "str", "None"])
-def test_unsupported_models_name_the_supported_ones(thing):
+def test_unsupported_models_name_the_supported_ones():
     with pytest.raises(vtprune.UnsupportedModelError, match="(?i)llava"):
-        vtprune.adapter_for(thing)
+        vtprune.adapter_for(torch.nn.Linear(2, 2))
     with pytest.raises(vtprune.UnsupportedModelError, match="(?i)llava"):
-        vtprune.patch(thing, "uniform", keep_ratio=0.5)
+        vtprune.patch(torch.nn.Linear(2, 2), "uniform", keep_ratio=0.5)
 
 
 def test_nothing_pruned(gqa):

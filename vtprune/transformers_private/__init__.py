@@ -11,6 +11,7 @@ promise is here:
 * `positions`: rotary embeddings.
 * `capture`: copies of attention modules that hand out what their attention function is called with.
 * `decoder_attention`, `encoder_attention`: scores of one layer, by the layer's own code.
+* `classes`: which classes there are, and where the class of a model comes from.
 * `models`: single functions of single models, and what loading needs.
 
 Names that take seconds to import, because they pull in the compiler, are imported where they are used: any loaded
@@ -28,6 +29,7 @@ from vtprune.transformers_private.arguments import (
     with_cache,
 )
 from vtprune.transformers_private.capture import EncoderScores, Scored
+from vtprune.transformers_private.classes import is_language_model, is_remote_code, multimodal_classes
 from vtprune.transformers_private.decoder_attention import (
     attention_input,
     eager_weights,
@@ -92,16 +94,19 @@ __all__ = [
     "gemma3_blocks",
     "has_keys",
     "is_checkpointed",
+    "is_language_model",
     "is_own",
     "is_paged",
     "is_rotated",
     "is_plain_layer",
     "is_prunable",
+    "is_remote_code",
     "is_tested_release",
     "layer_mask",
     "layer_type",
     "llava_next_crops",
     "longest_prunable",
+    "multimodal_classes",
     "output_width",
     "query_key_projections",
     "qwen2_5_vl_window_order",
