@@ -59,6 +59,9 @@ def evaluate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="E.g. methods.0.layer=3; repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they would cost.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Run a share of the batches: 3/8 is every 8th from the 3rd on.")
+    ] = None,
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
     from vtprune.eval.config import load_config, parse_changes
@@ -66,15 +69,17 @@ def evaluate(
     from vtprune.eval.results.summary import terminal_table
     from vtprune.eval.running.estimate import estimate_tables
     from vtprune.eval.running.runner import run
+    from vtprune.eval.running.shards import Shard
 
     settings = load_config(config, parse_changes(change or []), output=output, limit=limit)
+    share = None if shard is None else Shard.parse(shard)
     console = Console()
     if dry_run:
         for table in estimate_tables(settings):
             console.print(table)
         return
-    results = run(settings, Console(stderr=True))
-    if not results:  # another process has them
+    results = run(settings, Console(stderr=True), share)
+    if not results:  # another process, or a later run, has them
         return
     for study in studies(results).values():
         console.print(terminal_table(study))

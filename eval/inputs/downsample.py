@@ -24,6 +24,7 @@ from PIL import Image
 import vtprune
 from vtprune.errors import BudgetError, UnsupportedStageError
 from vtprune.eval.inputs.prompts import chat_inputs, processed_view
+from vtprune.eval.tasks import Kind
 
 
 def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:
@@ -120,3 +121,8 @@ class FewerFrames:
     def inputs(self, videos: Sequence[str | Path], questions: Sequence[str]) -> Any:
         """Like `chat_inputs`, with `self.frames` frames of each video."""
         return chat_inputs(self.processor, videos, questions, "video", num_frames=self.frames)
+
+
+def smaller_medium(model: Any, processor: Any, kind: Kind, keep_ratio: float) -> Downsampler | FewerFrames:
+    """What makes the images, or the videos, of a task smaller. Raises what the two classes raise."""
+    return FewerFrames(processor, keep_ratio) if kind == "video" else Downsampler(model, processor, keep_ratio)

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vtprune.eval.results.entries import Entry, rows
+from vtprune.eval.results.entries import Entry, conditions, rows
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.terms import terms
 
@@ -86,9 +86,8 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     by_tokens.set_ylabel("accuracy (%)")
     by_tokens.set_xlabel(words.average)
     by_flops.set_xlabel(f"{words.flops_of}, one example")
-    figure.suptitle(
-        f"{first['task']}, {first['n']} examples; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11
-    )
+    shown = f"{first['task']}{conditions(first)}, {first['n']} examples"
+    figure.suptitle(f"{shown}; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11)
     handles, labels = by_tokens.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})

@@ -33,7 +33,7 @@ class Side:
     @property
     def name(self) -> str:
         budget = "" if self.keep_ratio in (None, 0.0, 1.0) else f" at {100 * self.keep_ratio:g} %"
-        return f"{self.comparison.task}: {self.label}{budget}"
+        return f"{self.comparison.task}{self.comparison.conditions}: {self.label}{budget}"
 
     @property
     def seeds(self) -> list[int | None]:
@@ -121,10 +121,11 @@ def compare(first: Path, second: Path) -> Compared:
 def _by_task(folder: Path) -> dict[str, Comparison]:
     found: dict[str, Comparison] = {}
     for comparison in comparisons([folder]):
-        if comparison.task in found:
-            names = f"{found[comparison.task].model} and {comparison.model}"
-            raise ConfigError(f"{folder}: {comparison.task} was run on several models ({names}); compare runs of one")
-        found[comparison.task] = comparison
+        task = comparison.task + comparison.conditions
+        if task in found:
+            names = f"{found[task].model} and {comparison.model}"
+            raise ConfigError(f"{folder}: {task} was run on several models ({names}); compare runs of one")
+        found[task] = comparison
     return found
 
 
@@ -153,9 +154,9 @@ def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:
 
 def terminal_tables(compared: Compared) -> Iterator[Table]:
     """A table for each task with a line for each row: both accuracies, their difference and its significance."""
-    for task in dict.fromkeys(pair.first.comparison.task for pair in compared.pairs):
+    for comparison in {id(pair.first.comparison): pair.first.comparison for pair in compared.pairs}.values():
         table = Table(
-            title=escape(task),
+            title=escape(comparison.task + comparison.conditions),
             caption="accuracy in %; difference: the second run less the first in points, paired 95 % bootstrap "
             f"interval; p: corrected for {len(compared.pairs)} rows (Holm); changed: answers that are others",
             box=SIMPLE_HEAD,
@@ -166,7 +167,7 @@ def terminal_tables(compared: Compared) -> Iterator[Table]:
         for heading in ("asked", "first", "second", "difference", "p", "changed", "verdict"):
             table.add_column(heading, justify="right", no_wrap=True)
         for pair in compared.pairs:
-            if pair.first.comparison.task == task:
+            if pair.first.comparison is comparison:
                 table.add_row(*_cells(pair))
         yield table
 

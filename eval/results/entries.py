@@ -65,14 +65,23 @@ def ratios(results: Sequence[Record]) -> list[float]:
     return sorted((ratio for ratio in given if 0 < ratio < 1), reverse=True)
 
 
+def conditions(line: Record) -> str:
+    """The axes that have several values in the run, with the line's: `, dtype bfloat16, device cuda`; else nothing."""
+    return "".join(f", {name} {value}" for name, value in line.get("axes", {}).items())
+
+
 def studies(results: Sequence[Record]) -> dict[str, list[Record]]:
-    """Suffix of the plots' names -> the results of one model on one task. A single study has the suffix \"\"."""
-    grouped: dict[tuple[str, str], list[Record]] = {}
+    """Suffix of the plots' names -> the results of one model on one task, under one value of each axis.
+
+    A single study has the suffix \"\".
+    """
+    grouped: dict[tuple[str, str, str], list[Record]] = {}
     for record in results:
-        grouped.setdefault((record["task"], record["model"]), []).append(record)
+        grouped.setdefault((record["task"], record["model"], conditions(record)), []).append(record)
     if len(grouped) == 1:
         return {"": list(results)}
     named: dict[str, list[Record]] = {}
-    for number, ((task, model), lines) in enumerate(grouped.items(), start=1):
-        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}"] = lines
+    for number, ((task, model, _), lines) in enumerate(grouped.items(), start=1):
+        words = (Path(model).name, *lines[0].get("axes", {}).values())
+        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(words))}"] = lines
     return named

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vtprune.errors import ConfigError
-from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.entries import Entry, conditions, studies
 from vtprune.eval.results.records import Record, cell_records, read_results
 from vtprune.eval.results.status import OK
 
@@ -45,6 +45,8 @@ class Comparison:
 
     model: str
     task: str
+    conditions: str
+    """`, dtype bfloat16`: the axes that have several values in the run, with those of these cells; else empty"""
     asked: list[Asked]
     lines: list[Record] = field(default_factory=list)
     """of `results.jsonl`, with the full model's line"""
@@ -71,22 +73,23 @@ def comparisons(folders: Iterable[Path]) -> list[Comparison]:
     found: dict[str, Comparison] = {}
     for folder in folders:
         lines = _lines(folder)
-        for model, task in dict.fromkeys((line["model"], line["task"]) for line in lines):
-            study = [line for line in lines if (line["model"], line["task"]) == (model, task)]
-            _add(found, Path(folder), model, task, study)
+        for study in studies(lines).values():
+            _add(found, Path(folder), study)
     return list(found.values())
 
 
-def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, lines: Sequence[Record]) -> None:
+def _add(found: dict[str, Comparison], folder: Path, lines: Sequence[Record]) -> None:
+    model, task, axes = lines[0]["model"], lines[0]["task"], lines[0].get("axes", {})
     full = next((line for line in lines if line["method"] == "full"), None)
     if full is None:
         raise ConfigError(f"{folder / 'results.jsonl'}: {task} has no row of the full model to compare with")
     records = _records(folder, full)
     asked = [Asked(r["index"], r["question"], r["answer"], r["family"]) for r in records]
     same = [task, full["weights"], *(full["config"].get(key) for key in ("dtype", "attention"))]
+    same.append(axes.get("device"))  # runs on different devices are put together, except if a run compares devices
     parts = [*same, [vars(question) for question in asked], [(r["prediction"], r["score"]) for r in records]]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    comparison = found.setdefault(key, Comparison(model, task, asked))
+    comparison = found.setdefault(key, Comparison(model, task, conditions(lines[0]), asked))
     comparison.folders.append(folder)
     for line in lines:
         answers = _answers(folder, line, asked) if line["status"] == OK else None

@@ -2,8 +2,9 @@
 """The files that a run leaves, and how an interrupted run goes on.
 
     OUTPUT/cells/<name>-<key>.jsonl.gz          a finished cell, one line for each example, in their order
-    OUTPUT/cells/<name>-<key>.<process>.batches a process's part of an unfinished cell, appended batch by batch
+    OUTPUT/cells/<name>-<key>.<process>.batches a process's or shard's part of an unfinished cell, batch by batch
     OUTPUT/timings.jsonl                        wall seconds of every batch; kept apart, because they never repeat
+    OUTPUT/timings.<shard>.jsonl                those of a shard, until a run without shards puts them into the file
     OUTPUT/results.jsonl                        one line for each cell, in the order of the configuration
 
 The key in a cell's file name is a hash of everything that determines its numbers, so files of another configuration in
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from vtprune.errors import VTPruneError
 from vtprune.eval.results.status import Refusal
@@ -52,7 +54,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that readers see the old or the new one, never a part. Raises VTPruneError, e.g. disk full."""
-    part = path.with_name(path.name + ".part")
+    # Shards may write the same file at the same time, each under another name.
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     with writing(path):
         try:
             part.write_bytes(content)
@@ -73,26 +76,28 @@ class CellFile:
     """The records of one cell: `{"index": i, ...}` for i = 0, 1, ..., or a single `{"status": ...}` that ends the cell.
 
     The constructor reads what earlier runs left, but only whole batches. The last bits of an example's numbers may
-    depend on the padding of its batch, so a batch runs again as a whole. Only one process may do that at a time.
+    depend on the padding of its batch, so a batch runs again as a whole.
 
     Args:
         path: the file of the finished cell; its folder is made if it is missing.
         batches: the examples' indices, batch by batch, the same on every start.
+        shared: whether others add to the cell now. If nobody does, what is there is put into one file.
     """
 
-    def __init__(self, path: Path, batches: Sequence[range]):
+    def __init__(self, path: Path, batches: Sequence[range], *, shared: bool = False):
         self.path = path
         self.batches = batches
         self.ending: Record | None = None
         self._done: dict[range, list[Record]] = {}
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        for file in (self.path, *self._unfinished()):
+        # The finished file last: whoever finishes the cell meanwhile removes the parts after it is there.
+        for file in (*self._unfinished(), self.path):
             for records in members(file):
                 self._take(records)
         if self.complete:
             self.finish()
-        else:
+        elif not shared:
             self._gather_up()
 
     @property
@@ -161,7 +166,7 @@ class CellFile:
     def _remove(self, files: Iterable[Path]) -> None:
         with writing(self.path):
             for file in files:
-                file.unlink()
+                file.unlink(missing_ok=True)
 
 
 class CellPart:
@@ -169,11 +174,15 @@ class CellPart:
 
     Args:
         path: the file of the finished cell.
-        process: number of the process.
+        process: number of the process, or name of the shard.
     """
 
-    def __init__(self, path: Path, process: int):
+    def __init__(self, path: Path, process: int | str):
         self._path = part_path(path, process)
+        self.timings = path.parent.parent / (
+            f"timings.{process}.jsonl" if isinstance(process, str) else "timings.jsonl"
+        )
+        """where the wall seconds of its batches go"""
         self.name = path.name.removesuffix(_SUFFIX)
         self.batches: list[list[Record]] = []
         self.ending: Record | None = None
@@ -194,9 +203,16 @@ class CellPart:
         self.ending = {"status": refusal.status, "reason": refusal.reason, **floor}
 
 
-def part_path(path: Path, process: int) -> Path:
-    """The file of a process's part of the unfinished cell whose file will be `path`."""
+def part_path(path: Path, process: int | str) -> Path:
+    """The file of a process's or a shard's part of the unfinished cell whose file will be `path`."""
     return path.with_name(f"{path.name.removesuffix(_SUFFIX)}.{process}{_PART_SUFFIX}")
+
+
+def cut_off_torn(path: Path) -> None:
+    """Removes what is behind the last whole batch of a part, so that its shard appends behind a whole one."""
+    whole = b"".join(map(_packed, members(path)))
+    if path.exists() and path.read_bytes() != whole:
+        write_atomically(path, whole)
 
 
 def _packed(records: Iterable[Record]) -> bytes:

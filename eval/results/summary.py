@@ -10,7 +10,7 @@ from statistics import mean
 from rich.markup import escape
 from rich.table import Table
 
-from vtprune.eval.results.entries import Entry, ratios, rows, studies
+from vtprune.eval.results.entries import Entry, conditions, ratios, rows, studies
 from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.terms import terms
@@ -50,7 +50,7 @@ def terminal_table(results: Sequence[Record]) -> Table:
     """Methods by budgets. Each place has accuracy, retention, measured tokens and FLOPs."""
     first, words = results[0], terms(results)
     table = Table(
-        title=f"{first['task']}, {first['model']}, {first['n']} examples",
+        title=f"{first['task']}, {first['model']}{conditions(first)}, {first['n']} examples",
         caption="accuracy in %, ± over seeds; ret: share of the full model's accuracy in %; "
         f"{words.final}, measured; share of the unpruned {words.flops_name}",
         show_lines=True,
@@ -188,10 +188,11 @@ def summary_markdown(results: Sequence[Record], per_second: Mapping[str, float])
     """
     parts = [_study_markdown(study, suffix, per_second) for suffix, study in studies(results).items()]
     if terms(results).classifies and len({line["task"] for line in results}) > 1:
-        models = dict.fromkeys(line["model"] for line in results)
-        lines = [[line for line in results if line["model"] == model] for model in models]
+        models = dict.fromkeys((line["model"], conditions(line)) for line in results)
+        lines = [[line for line in results if (line["model"], conditions(line)) == model] for model in models]
         tables = [
-            f"# All tasks: {own[0]['model']}\n\n{_ON_ALL_TASKS}\n\n{tasks_table(own, per_second)}" for own in lines
+            f"# All tasks: {own[0]['model']}{conditions(own[0])}\n\n{_ON_ALL_TASKS}\n\n{tasks_table(own, per_second)}"
+            for own in lines
         ]
         parts = tables + parts
     return "\n\n".join(parts) + "\n"
@@ -200,7 +201,8 @@ def summary_markdown(results: Sequence[Record], per_second: Mapping[str, float])
 def tasks_table(results: Sequence[Record], per_second: Mapping[str, float]) -> str:
     """Markdown table of rows and budgets by tasks, with FLOPs and images in a second.
 
-    results: of one model on classification tasks. per_second: name of a cell -> images in a second.
+    results: of one model on classification tasks, under one value of each axis. per_second: name of a cell -> images in
+    a second.
     """
     by_task = {study[0]["task"]: rows(study) for study in studies(results).values()}
     first, *_ = by_task.values()
@@ -238,7 +240,7 @@ def _study_markdown(results: Sequence[Record], suffix: str, per_second: Mapping[
     on_accuracy = _ON_ACCURACY + (_ON_FULL if words.classifies else _ON_BASELINES)
     title = "Encoder cost" if words.classifies else "Prefill cost"
     parts = [
-        f"# {first['task']}: {first['model']}, {first['n']} examples",
+        f"# {first['task']}: {first['model']}{conditions(first)}, {first['n']} examples",
         f"![accuracy against {words.tokens} and FLOPs](pareto{suffix}.png)",
         *("## Accuracy", on_accuracy, budget_table(results, accuracy)),
         *("## Retention", _ON_RETENTION, budget_table(results, retention)),

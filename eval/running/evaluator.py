@@ -85,7 +85,7 @@ class Evaluator(ABC):
 
     def _log_time(self, part: CellPart, batch: range, seconds: float) -> None:
         line = {"cell": part.name, "first": batch.start, "examples": len(batch), "seconds": round(seconds, 4)}
-        append(self.config.output / "timings.jsonl", to_line(line))
+        append(part.timings, to_line(line))
 
 
 def refuse_mismatches(config: EvalConfig, tasks: Mapping[str, AnyTask]) -> None:
@@ -103,6 +103,9 @@ def refuse_mismatches(config: EvalConfig, tasks: Mapping[str, AnyTask]) -> None:
                 )
     if not classifying:
         return
+    for name in ("positions", "device_map"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name}: only for models that answer questions, and {classifying[0]} has classes")
     if config.baselines != ("full",):
         others = " and ".join(name for name in config.baselines if name != "full")
         raise ConfigError(f"baselines: {classifying[0]} has no {others}; give baselines: [full]")

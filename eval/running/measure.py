@@ -50,9 +50,17 @@ def measure(report: Report, indices: Sequence[int]) -> list[Record]:
 
 
 def result_lines(
-    config: EvalConfig, model: str, task: str, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]
+    config: EvalConfig,
+    model: str,
+    task: str,
+    identity: Identity,
+    cells: Sequence[tuple[Cell, CellFile]],
+    axes: dict[str, str],
 ) -> list[Record]:
-    """One line for each cell of one model on one task, from the records only: all runs end in the same lines."""
+    """One line for each cell of one study, from the records only: all runs end in the same lines.
+
+    axes: the values of the axes that have several, which the lines name.
+    """
     full = next(file.records for cell, file in cells if cell.method == "full")
     nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
     shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task)}
@@ -71,6 +79,8 @@ def result_lines(
             "status": OK,
             "n": len(file.records),
         }
+        if axes:
+            line["axes"] = axes
         if cell.preset is not None:
             given = find(cell.preset).published
             line["published"] = None if given is None else given.model_dump()

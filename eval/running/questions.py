@@ -12,7 +12,7 @@ import vtprune
 from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model
-from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
+from vtprune.eval.inputs.downsample import Downsampler, FewerFrames, smaller_medium
 from vtprune.eval.pages.views import views_folder, write_views
 from vtprune.eval.results.records import Record
 from vtprune.eval.running.cells import Cell
@@ -80,11 +80,10 @@ class QuestionEvaluator(Evaluator):
         return run
 
     def _downsampled(self, keep_ratio: float, stack: ExitStack) -> Downsampler | FewerFrames:
-        if self.task.kind == "video":
-            return FewerFrames(self.processor, keep_ratio)
-        downsampler = Downsampler(self.model, self.processor, keep_ratio)
-        stack.enter_context(downsampler.interpolated())
-        return downsampler
+        smaller = smaller_medium(self.model, self.processor, self.task.kind, keep_ratio)
+        if isinstance(smaller, Downsampler):
+            stack.enter_context(smaller.interpolated())
+        return smaller
 
     def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
         limit = self.config.max_new_tokens or self.task.max_new_tokens
