@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vtprune.errors import VTPruneError
+from vtprune.eval.pages.kept import dropped_boxes
 from vtprune.eval.pages.views import View, level, strip
 from vtprune.eval.results.finished import Comparison
 from vtprune.eval.tasks import TASKS, Example, Kind
@@ -70,28 +71,11 @@ def seams(view: View, picture: Picture) -> Markup:
 
 def dimmed(view: View, kept: Iterable[int], picture: Picture) -> Markup:
     """A path over the places of the visual tokens that were dropped."""
-    alive = set(kept)
-    dark = {tuple(place) for token, place in enumerate(view.places) if place is not None and token not in alive}
-    lefts = accumulate(view.widths, initial=0)
-    strokes = []
-    for number, (left, width, (rows, cols)) in enumerate(zip(lefts, view.widths, view.grids, strict=False)):
-        across, down = width / cols, picture.height / rows
-        for row in range(rows):
-            for start, end in _runs([(number, row, col) in dark for col in range(cols)]):
-                x, y, length = left + start * across, row * down, (end - start) * across
-                strokes.append(f"M{x:.5g} {y:.5g}h{length:.5g}v{down:.5g}h{-length:.5g}z")
+    strokes = (
+        f"M{left:.5g} {top:.5g}h{width:.5g}v{height:.5g}h{-width:.5g}z"
+        for left, top, width, height in dropped_boxes(view, kept, picture.height)
+    )
     return Markup('<path class="dropped" d="{}"/>').format("".join(strokes))
-
-
-def _runs(flags: Sequence[bool]) -> Iterable[tuple[int, int]]:
-    """(start, end) of each run of True."""
-    start = None
-    for index, flag in enumerate([*flags, False]):
-        if flag and start is None:
-            start = index
-        elif not flag and start is not None:
-            yield start, index
-            start = None
 
 
 class Thumbnails:
@@ -129,7 +113,7 @@ class Thumbnails:
             return None
         if index not in self._made:
             try:
-                self._made[index] = self._album.add(strip(level(self._pictures(index), _THUMBNAIL[self._kind])))
+                self._made[index] = self._album.add(strip(level(self._pictures(index), 0, _THUMBNAIL[self._kind])))
             except (OSError, ValueError):  # the file is gone or damaged: the page has no picture of it
                 self._made[index] = None
         return self._made[index]
