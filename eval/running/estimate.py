@@ -16,7 +16,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UncheckedError, UnsupportedStageError
 from vtprune.eval.config import BASELINES, EvalConfig
-from vtprune.eval.inputs import chat_inputs, resolve_model
+from vtprune.eval.inputs import conversation_inputs, resolve_model
 from vtprune.eval.inputs.downsample import Downsampler, FewerFrames, smaller_medium
 from vtprune.eval.results.entries import conditions
 from vtprune.eval.results.formatting import flops
@@ -24,7 +24,7 @@ from vtprune.eval.results.status import Refusal, status_text
 from vtprune.eval.running.cells import Cell, expand
 from vtprune.eval.running.devices import with_devices
 from vtprune.eval.running.evaluator import refuse_mismatches
-from vtprune.eval.tasks import TASKS, AnyTask, Classification
+from vtprune.eval.tasks import AnyTask, Classification, Example, Kind, open_tasks
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
 from vtprune.methods.in_layers import InLayers
 from vtprune.plan import Prompt, plan
@@ -43,7 +43,7 @@ def estimate_tables(config: EvalConfig) -> Iterator[Table]:
     is not estimated.
     """
     config = with_devices(config)
-    tasks = {name: TASKS[name]() for name in config.task}
+    tasks = open_tasks(config.task)
     for name, task in tasks.items():
         if isinstance(task, Classification):
             raise ConfigError(f"--dry-run: {name} is a task of classes, whose cost is not estimated; run it")
@@ -61,12 +61,14 @@ def _table(title: str, config: EvalConfig, model: Any, processor: Any, task: Any
     table.add_column("cell", overflow="fold", min_width=16)
     for column in ("visual tokens", "prefill FLOPs", "of full"):
         table.add_column(column, justify="right")
-    asked = _asked(adapter, processor, task)
+    # Data may have mistakes further behind, which are refused now. What the library draws has none, and takes long.
+    examples = task.examples(_EXAMPLES if task.digest is None else config.limit)[:_EXAMPLES]
+    asked = _asked(adapter, processor, task.kind, examples)
     full = _flops(adapter, asked, [[a.prompt.visual] * adapter.shape.decoder_layers for a in asked])
     notes: dict[str, int] = {}  # reason -> its number
     for cell in cells:
         try:
-            own, counts = _counts(cell, model, processor, task, asked)
+            own, counts = _counts(cell, model, processor, task.kind, examples, asked)
         except UncheckedError as error:
             columns = _without_numbers("decided when it runs", str(error), notes)
         except (BudgetError, UnsupportedStageError) as error:
@@ -116,20 +118,21 @@ class _Asked:
 
 
 def _asked(
-    adapter: Adapter, processor: Any, task: AnyTask, smaller: Downsampler | FewerFrames | None = None
+    adapter: Adapter,
+    processor: Any,
+    kind: Kind,
+    examples: Sequence[Example],
+    smaller: Downsampler | FewerFrames | None = None,
 ) -> list[_Asked]:
-    """The first prompts of a task; smaller: what makes their images smaller."""
-    if task.kind not in adapter.kinds:
-        raise ConfigError(f"the task shows {task.kind}s, which {adapter.family} does not take")
+    """The prompts of examples; smaller: what makes their images smaller."""
+    if kind not in adapter.kinds:
+        raise ConfigError(f"the task shows {kind}s, which {adapter.family} does not take")
     found = []
-    for example in task.examples(_EXAMPLES):
-        medium = example.video_path() if task.kind == "video" else example.image
-        if smaller is None:
-            inputs = chat_inputs(processor, [medium], [example.question], task.kind)
-        else:
-            inputs = smaller.inputs([medium], [example.question])
-        visual = int((inputs["input_ids"] == adapter.visual_token_ids[task.kind]).sum())
-        crops = len(adapter.encoder_sequences(task.kind, inputs))
+    for example in examples:
+        asked = [example.conversation()]
+        inputs = conversation_inputs(processor, asked) if smaller is None else smaller.inputs(asked)
+        visual = int((inputs["input_ids"] == adapter.visual_token_ids[kind]).sum())
+        crops = len(adapter.encoder_sequences(kind, inputs))
         found.append(_Asked(Prompt(visual, crops, int(inputs["attention_mask"].sum()) - visual), inputs))
     return found
 
@@ -140,25 +143,26 @@ def _flops(adapter: Adapter, asked: Sequence[_Asked], counts: Sequence[list[floa
 
 
 def _counts(
-    cell: Cell, model: Any, processor: Any, task: AnyTask, asked: Sequence[_Asked]
+    cell: Cell, model: Any, processor: Any, kind: Kind, examples: Sequence[Example], asked: Sequence[_Asked]
 ) -> tuple[Sequence[_Asked], list[list[float] | None]]:
     """The prompts of a cell, and the visual tokens that would enter each decoder layer; None if only the data decide.
 
-    Raises VTPruneError if a run would refuse the cell.
+    asked: the prompts of the examples. Raises VTPruneError if a run would refuse the cell.
     """
     adapter = vtprune.adapter_for(model)
     layers = adapter.shape.decoder_layers
     if cell.method == "downsample":
-        asked = _asked(adapter, processor, task, smaller_medium(model, processor, task.kind, cell.keep_ratio))
+        smaller = smaller_medium(model, processor, kind, cell.keep_ratio)
+        asked = _asked(adapter, processor, kind, examples, smaller)
     if cell.method in BASELINES:
         share = 0 if cell.method == "zero" else 1
         return asked, [[one.prompt.visual * share] * layers for one in asked]
     methods = vtprune.prune(model, cell.spec).methods  # the session is not opened: it checks what it is made of
-    _check_inputs(adapter, methods, task.kind, asked)
+    _check_inputs(adapter, methods, kind, asked)
     return asked, [plan(methods, adapter.shape, one.prompt) for one in asked]
 
 
-def _check_inputs(adapter: Adapter, methods: Sequence[Method], kind: str, asked: Sequence[_Asked]) -> None:
+def _check_inputs(adapter: Adapter, methods: Sequence[Method], kind: Kind, asked: Sequence[_Asked]) -> None:
     """Raises UnsupportedStageError, or UncheckedError, for what a session finds out when its first inputs come."""
     for method in methods:
         if isinstance(method, InLayers):

@@ -38,7 +38,7 @@ from vtprune.eval.running.measure import result_lines
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
 from vtprune.eval.running.shards import Shard, claim
-from vtprune.eval.tasks import TASKS, AnyTask, Classification, Example
+from vtprune.eval.tasks import AnyTask, Classification, Example, open_tasks
 
 
 def run(config: EvalConfig, console: Console | None = None, shard: Shard | None = None) -> list[Record]:
@@ -61,7 +61,7 @@ def run(config: EvalConfig, console: Console | None = None, shard: Shard | None 
         VTPruneError: the results cannot be written.
     """
     config = with_devices(config)
-    tasks = {name: TASKS[name]() for name in config.task}
+    tasks = open_tasks(config.task)
     video = ["av"] if any(task.kind == "video" for task in tasks.values()) else []
     for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
@@ -76,10 +76,10 @@ def run(config: EvalConfig, console: Console | None = None, shard: Shard | None 
         if processes.first:
             claim(config.output, shard, stack)
         studies = [
-            Study.of(own, model, name, task, axes)
+            Study.of(own, model, task, axes)
             for model in config.model
             for axes, own in config.combinations()
-            for name, task in tasks.items()
+            for task in tasks.values()
         ]
         if processes.first:
             say(console, taken(config) + ("" if shard is None else f"; shard {shard}"))
@@ -97,12 +97,13 @@ class Study:
     axes: dict[str, str]
     """the values of the axes that have several"""
     model: str
-    task_name: str
     task: AnyTask
     identity: Identity
     cells: list[Cell]
     paths: list[Path]
     examples: list[Example]
+    digests: list[str]
+    """of the examples; none if they follow from the source code"""
     batches: list[range]
     files: list[CellFile] = field(default_factory=list)
     """of the cells; only the first process has them"""
@@ -110,18 +111,19 @@ class Study:
     """the batches of each cell that still have to run; of a shard, those that are its own"""
 
     @classmethod
-    def of(cls, config: EvalConfig, model: str, name: str, task: AnyTask, axes: dict[str, str] | None = None) -> Study:
+    def of(cls, config: EvalConfig, model: str, task: AnyTask, axes: dict[str, str] | None = None) -> Study:
         cells = expand(config)
-        identity = Identity.of(config, name, resolve_model(model))
-        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         examples = list(task.examples(config.limit))
+        digests = task.digests(examples)
+        identity = Identity.of(config, task, digests, resolve_model(model))
+        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         starts = range(0, len(examples), config.batch_size)
         batches = [range(start, min(start + config.batch_size, len(examples))) for start in starts]
-        return cls(config, axes or {}, model, name, task, identity, cells, paths, examples, batches)
+        return cls(config, axes or {}, model, task, identity, cells, paths, examples, digests, batches)
 
     def named(self, cell: Cell) -> str:
         """A cell's name for people, among those of all studies."""
-        return f"{', '.join((self.task_name, self.model, *self.axes.values()))}: {cell.title}"
+        return f"{', '.join((self.task.name, self.model, *self.axes.values()))}: {cell.title}"
 
     def open(self, processes: Processes) -> None:
         """Reads what earlier runs left of each cell."""
@@ -171,7 +173,7 @@ class Study:
     def results(self) -> list[Record]:
         """The lines of the finished cells."""
         cells = list(zip(self.cells, self.files, strict=True))
-        return result_lines(self.config, self.model, self.task_name, self.identity, cells, self.axes)
+        return result_lines(self.config, self.model, self.task, self.identity, cells, self.axes)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 import copy
 import inspect
 import json
-import types
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from vtprune.adapters.llava import Llava
 from vtprune.eval.inputs import chat_inputs, load_model
 from vtprune.eval.pages.pictures import Picture, dimmed, seams
 from vtprune.eval.pages.views import View, read_views, write_views
+from vtprune.eval.tasks import user_turn
 from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2
@@ -37,7 +37,7 @@ def video_model(tmp_path_factory):
 
 
 def example(image):
-    return types.SimpleNamespace(image=image, question="word1 word2")
+    return tiny_eval.Example(image, "word1 word2", "one", "family")
 
 
 def pixels(picture: Path) -> np.ndarray:
@@ -79,6 +79,23 @@ def test_padding_around_a_mosaic_is_not_shown(video_model, tmp_path):
     assert [views[index][0].grids for index in (0, 1)] == [[[8, 8], [8, 8]], [[8, 8], [2, 8]]]
     view, picture = views[1]
     assert view.widths == [64, 256] and (pixels(picture) > 240).all()  # an overview, and a mosaic four times as wide
+
+
+def test_several_images_of_a_prompt(image_model, tmp_path):
+    """They stand side by side. Where they have tiles, it is not known which are whose, and there is no view."""
+
+    class Two(tiny_eval.Example):
+        def conversation(self):
+            return [user_turn([self.image, Image.new("RGB", (56, 56), "red")], self.question)]
+
+    two = Two(Image.new("RGB", (56, 56), "white"), "word1 word2", "one", "family")
+    write_views(tmp_path / "images", *image_model, [two], "image")
+    ((view, picture),) = read_views(tmp_path / "images").values()
+    assert (view.grids, view.places[15:17]) == ([[4, 4], [4, 4]], [[0, 3, 3], [1, 0, 0]])
+    assert (abs(pixels(picture)[:, 60:] - [255, 0, 0]) < 12).all() and (pixels(picture)[:, :52] > 240).all()
+    tiles = families.shared("llava_next"), processor_of("llava_next")
+    write_views(tmp_path / "tiles", *tiles, [example(two.image), two], "image")
+    assert list(read_views(tmp_path / "tiles")) == [0]
 
 
 # -- every family -----------------------------------------------------------------------------------------------------
@@ -227,7 +244,7 @@ def test_tokens_of_a_video_are_where_the_model_sees_them(family, tmp_path):
     frames = np.stack([np.asarray(half(WIDE, *where)) for where in HALVES for _ in range(4)])
     for name, clip in (("clip", frames), ("black", 0 * frames)):
         tiny_video.write_clip(tmp_path / f"{name}.mp4", clip)
-    clip = types.SimpleNamespace(video_path=lambda: tmp_path / "clip.mp4", question="word1")
+    clip = tiny_video.Example(tmp_path / "clip.mp4", "word1", "one", "family")
     write_views(tmp_path, model, processor, [clip], "video")
     ((view, picture),) = read_views(tmp_path).values()
     ours, black = (features(model, processor, tmp_path / f"{name}.mp4", "video") for name in ("clip", "black"))
@@ -248,7 +265,8 @@ def test_every_picture_shows_the_medium(family, kind, tmp_path):
     """A square one, from which nothing is cut off, and a video of a still."""
     image = processors.picture(48, 48)
     tiny_video.write_clip(tmp_path / "clip.mp4", np.stack([np.asarray(image)] * 8))
-    medium = types.SimpleNamespace(image=image, video_path=lambda: tmp_path / "clip.mp4", question="word1")
+    clip = tiny_video.Example(tmp_path / "clip.mp4", "word1", "one", "family")
+    medium = example(image) if kind == "image" else clip
     write_views(tmp_path, families.shared(family), processor_of(family), [medium], kind)
     ((view, picture),) = read_views(tmp_path).values()
     strip, left = pixels(picture), 0
