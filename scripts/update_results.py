@@ -19,7 +19,7 @@ from vtprune.eval.results.formatting import accuracy
 from vtprune.eval.results.records import Record, read_results
 from vtprune.eval.results.summary import budget_table, tasks_table
 from vtprune.eval.results.terms import terms
-from vtprune.eval.results.timings import examples_per_second
+from vtprune.eval.results.timings import latencies
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -79,7 +79,7 @@ def _classes(results: Path, records: list[Record], subject: str) -> tuple[str, s
         "last layer; in brackets, times those of `full`. The plot is of the first task. All numbers (intervals, "
         "retention, measured patches, classes):"
     )
-    return caption, tasks_table(records, examples_per_second([results]))
+    return caption, tasks_table(records, latencies([results]))
 
 
 if __name__ == "__main__":

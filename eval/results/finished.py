@@ -14,8 +14,10 @@ import numpy as np
 
 from vtprune.errors import ConfigError
 from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.evidence import Answers, add_evidence
 from vtprune.eval.results.records import Record, cell_records, read_results
 from vtprune.eval.results.status import OK
+from vtprune.eval.running.unfinished import unfinished
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,6 @@ class Asked:
     question: str
     answer: str
     family: str
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers of one cell to the examples."""
-
-    scores: np.ndarray
-    """(examples,)"""
-    predictions: list[str]
-    kept: dict[int, list[int]]
-    """example -> its visual tokens that were kept; only for the first examples"""
 
 
 @dataclass
@@ -74,6 +65,8 @@ def comparisons(folders: Iterable[Path]) -> list[Comparison]:
         for model, task in dict.fromkeys((line["model"], line["task"]) for line in lines):
             study = [line for line in lines if (line["model"], line["task"]) == (model, task)]
             _add(found, Path(folder), model, task, study)
+    for comparison in found.values():  # lines of earlier versions have no such fields, and other folders more rows
+        comparison.lines = add_evidence(comparison.lines, comparison.answers)
     return list(found.values())
 
 
@@ -114,15 +107,18 @@ def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
     records = _records(folder, line)
     if [(r["index"], r["question"]) for r in records] != [(a.index, a.question) for a in asked]:
         raise ConfigError(f"{folder}: the records of {line['cell']} are not of the full model's questions")
-    return Answers(
-        np.array([r["score"] for r in records], dtype=float),
-        [r["prediction"] for r in records],
-        {r["index"]: r["kept"] for r in records if "kept" in r},
-    )
+    return Answers.of(records)
 
 
 def _lines(folder: Path) -> list[Record]:
     path = Path(folder) / "results.jsonl"
+    progress = _read(folder, lambda: unfinished(folder))
+    if progress:
+        found = [line for study in progress if study.comparable for line in study.lines()]
+        if not found:
+            said = "; ".join(map(str, progress))
+            raise ConfigError(f"{folder}: the full model, which all rows are compared with, has not finished: {said}")
+        return found
     if not path.is_file():
         raise ConfigError(f"{folder}: no results.jsonl here; `vtprune eval` writes it when all cells are done")
     lines = _read(path, lambda: read_results(path))

@@ -20,9 +20,10 @@ from vtprune.eval.results.records import CellFile, CellPart, Record, cell_path, 
 from vtprune.eval.running.cells import Cell, Identity, expand
 from vtprune.eval.running.classifiers import ClassifierEvaluator
 from vtprune.eval.running.evaluator import Evaluator, refuse_mismatches
-from vtprune.eval.running.measure import result_lines
+from vtprune.eval.running.measure import Outcome, StudyPlan
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
+from vtprune.eval.running.unfinished import write_plan
 from vtprune.eval.tasks import TASKS, AnyTask, Classification, Example
 
 
@@ -115,15 +116,21 @@ class Study:
                 self.files[place].finish(parts)
             progress(cell.title, sum(map(len, batches)) - part.examples)
 
+    def plan(self, config: EvalConfig) -> StudyPlan:
+        """What is known of the lines of the cells before they have run."""
+        cells = [(cell, file.name) for cell, file in zip(self.cells, self.files, strict=True)]
+        return StudyPlan.of(config, self.model, self.task_name, self.identity, len(self.examples), cells)
+
     def results(self, config: EvalConfig) -> list[Record]:
         """The lines of the finished cells."""
-        cells = list(zip(self.cells, self.files, strict=True))
-        return result_lines(config, self.model, self.task_name, self.identity, cells)
+        return self.plan(config).lines([Outcome(file.records, file.ending) for file in self.files])
 
 
 def _run(config: EvalConfig, studies: Sequence[Study], processes: Processes, console: Console | None) -> list[Record]:
     for study in studies:
         study.open(processes)
+    if processes.first:
+        write_plan(config.output, [study.plan(config) for study in studies])
     total = sum(len(study.examples) * len(study.cells) for study in studies)
     remaining = sum(len(batch) for study in studies for batches in study.remaining for batch in batches)
     with progress_bar(console if processes.first else None, "loading the model", total, total - remaining) as bar:
@@ -156,10 +163,11 @@ def _summarise(results: Sequence[Record], output: Path) -> None:
     from vtprune.eval.pages.plots import families, pareto
     from vtprune.eval.results.entries import studies
     from vtprune.eval.results.summary import summary_markdown
-    from vtprune.eval.results.timings import examples_per_second
+    from vtprune.eval.results.timings import latencies
 
-    write_atomically(output / "summary.md", summary_markdown(results, examples_per_second([output])).encode())
+    times = latencies([output])
+    write_atomically(output / "summary.md", summary_markdown(results, times).encode())
     with writing(output):
         for suffix, study in studies(results).items():
-            pareto(study, output / f"pareto{suffix}.png")
+            pareto(study, output / f"pareto{suffix}.png", times)
             families(study, output / f"families{suffix}.png")

@@ -79,7 +79,9 @@ def test_rows_numbers_and_provenance_are_there(run, page):
             assert f"{percent(line['score'])} [{percent(low)}, {percent(high)}]" in words
     for value in lines[0]["versions"].values():
         assert value in words
-    assert "under its floor (12.5%)" in words
+    assert "under its floor (12.5%) [1]" in words
+    (under,) = (line for line in lines if line["status"] != "ok")
+    assert f"fastv at 10 %: under its floor (12.5%): {under['reason']}" in words
     assert "0, 1" in words  # seeds of random
     assert any(json.dumps(lines[0]["config"], indent=2) == text for text in words)
 
