@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.presets import find
-from vtprune.eval.tasks import TASKS
+from vtprune.eval.tasks import FileTask, check_task_name, name_of
 from vtprune.methods import build_method, build_methods, list_methods
 
 Baseline = Literal["full", "zero", "downsample"]
@@ -32,11 +32,18 @@ LISTS = {"keep_ratio": "keep_ratios", "keep_tokens": "keep_tokens", "seed": "see
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict | FileTask) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
 """One name, or a list of them."""
+
+TaskEntry = Annotated[
+    Annotated[FileTask, Tag("file with own data")] | Annotated[str, Tag("name of a task")],
+    Discriminator(lambda value: "file with own data" if isinstance(value, dict | FileTask) else "name of a task"),
+]
+Tasks = Annotated[tuple[TaskEntry, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""One name of a task or one file, or a list of them."""
 
 
 class MethodEntry(ConfigModel):
@@ -171,8 +178,8 @@ class EvalConfig(ConfigModel):
 
     model: Names
     """folders or hub ids of models; `digitscenes`, `digitscenes_video` and `digitscenes_clip` come with the library"""
-    task: Names = ("digitscenes",)
-    """names of `vtprune.eval.tasks.TASKS`; all of them ask questions, or all of them have classes for a CLIP"""
+    task: Tasks = ("digitscenes",)
+    """names of tasks, and files with own data; all of them ask questions, or all of them have classes for a CLIP"""
     limit: int | None = Field(default=None, ge=1)
     """number of examples, the first ones of the task; default all"""
     output: Path
@@ -200,18 +207,22 @@ class EvalConfig(ConfigModel):
 
     @field_validator("task")
     @classmethod
-    def _known_task(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_tasks(cls, tasks: tuple[TaskEntry, ...]) -> tuple[TaskEntry, ...]:
         for task in tasks:
-            if task not in TASKS:
-                raise ValueError(f"expected the name of a task ({nearest(task, TASKS)})")
+            if isinstance(task, str):
+                try:
+                    check_task_name(task)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from error
         return tasks
 
     @field_validator("model", "task")
     @classmethod
-    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _once(cls, entries: tuple[TaskEntry, ...]) -> tuple[TaskEntry, ...]:
+        names = list(map(name_of, entries))
         if len(set(names)) < len(names):
             raise ValueError("expected each name once")
-        return names
+        return entries
 
     @field_validator("baselines")
     @classmethod
@@ -220,8 +231,11 @@ class EvalConfig(ConfigModel):
             raise ValueError("expected 'full' among them, retention is measured against it")
         return tuple(name for name in BASELINES if name in baselines)
 
-    def resolved(self, model: str, task: str) -> dict[str, Any]:
-        """The configuration of one model on one task as JSON: all that determines numbers, so no output folder."""
+    def resolved(self, model: str, task: Any) -> dict[str, Any]:
+        """The configuration of one model on one task as JSON: all that determines numbers, so no output folder.
+
+        task: name or entry of the task, in JSON types.
+        """
         return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
 
 
@@ -256,10 +270,20 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
         got = type(file.data).__name__
         raise file.error((), f"expected a mapping with {', '.join(EvalConfig.model_fields)}, got {got}")
     file.data.setdefault("output", f"results/{file.path.stem}")
+    entries = _listed(file.data.get("task"))
+    for entry in entries if isinstance(entries, list) else ():
+        place_beside(file, entry, ("file", "media"))
     for key, value in (changes or {}).items():
         _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})
     return validate(EvalConfig, file)
+
+
+def place_beside(file: YamlFile, data: Any, keys: Sequence[str]) -> None:
+    """Makes the paths that a mapping of a file has under `keys` relative to the folder of the file."""
+    for key in keys if isinstance(data, dict) else ():
+        if isinstance(data.get(key), str):
+            data[key] = str(file.path.parent / Path(data[key]).expanduser())
 
 
 def parse_changes(assignments: list[str]) -> dict[str, Any]:
@@ -281,12 +305,15 @@ def parse_changes(assignments: list[str]) -> dict[str, Any]:
 
 
 def _change(file: YamlFile, key: str, value: Any) -> None:
-    """Sets one value of a parsed file. If a parameter of a bare method name is set, the name becomes a mapping."""
+    """Sets one value of a parsed file.
+
+    If a parameter of a bare method name is set, the name becomes a mapping. `task.file` replaces the name of a task.
+    """
     *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
     data, parent = file.data, None
     for depth, part in enumerate([*path, last]):
-        if isinstance(data, str) and isinstance(parent, list) and part != "name":
-            data = parent[path[depth - 1]] = {"name": data}
+        if isinstance(data, str) and (isinstance(parent, list) or part == "file") and part != "name":
+            data = parent[path[depth - 1]] = {} if path[0] == "task" and part == "file" else {"name": data}
         fits = isinstance(data, list) and isinstance(part, int) and part < len(data)
         if not fits and not isinstance(data, dict):
             size = f" (a list of {len(data)})" if isinstance(data, list) else ""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,29 +143,35 @@ def _by_task(folder: Path) -> dict[str, Comparison]:
 def _common_places(ours: Comparison, theirs: Comparison, first: Path, second: Path) -> list[tuple[int, int]]:
     """The places in both lists of questions of each question that both runs asked.
 
-    Questions with the same number are the same if their texts are. If the texts of a number differ, the runs had other
-    data, and questions go by their texts; this needs texts that occur once in a run.
+    Questions with the same number are the same if all that is known of them is. If it is not, the runs had other lists
+    of questions. Then all questions of the shorter list must be in the other one, and none may be there twice.
     """
     numbers = [{asked.index: place for place, asked in enumerate(run.asked)} for run in (ours, theirs)]
     found = [(numbers[0][index], numbers[1][index]) for index in numbers[0] if index in numbers[1]]
     unlike = [(a, b) for a, b in found if ours.asked[a] != theirs.asked[b]]
     if unlike:
-        texts = [{_text(asked): place for place, asked in enumerate(run.asked)} for run in (ours, theirs)]
-        if any(len(known) < len(run.asked) for known, run in zip(texts, (ours, theirs), strict=True)):
-            mine, other = ours.asked[unlike[0][0]], theirs.asked[unlike[0][1]]
+        known = [{replace(asked, index=0): place for place, asked in enumerate(run.asked)} for run in (ours, theirs)]
+        found = [(known[0][asked], known[1][asked]) for asked in known[0] if asked in known[1]]
+        once = all(len(alike) == len(run.asked) for alike, run in zip(known, (ours, theirs), strict=True))
+        if not once or len(found) < min(map(len, known)):
             raise ConfigError(
-                f"{ours.task}: example {mine.index} is {mine.question!r} ({mine.answer!r}) in {first}, "
-                f"{other.question!r} ({other.answer!r}) in {second}, and as other questions occur more than once, they "
-                "cannot be paired by their texts"
+                f"{ours.task}: {_difference(ours.asked[unlike[0][0]], theirs.asked[unlike[0][1]], first, second)}"
             )
-        found = [(texts[0][text], texts[1][text]) for text in texts[0] if text in texts[1]]
     if not found:
         raise ConfigError(f"{ours.task}: {first} and {second} have no question in common")
     return found
 
 
-def _text(asked: Asked) -> tuple[str, str, str]:
-    return asked.question, asked.answer, asked.family
+def _difference(ours: Asked, theirs: Asked, first: Path, second: Path) -> str:
+    if replace(ours, data=None) == replace(theirs, data=None):
+        return (
+            f"example {ours.index}, {ours.question!r}, has other pictures or settings in {first} than in {second}; run "
+            "both on the same data"
+        )
+    return (
+        f"example {ours.index} is {ours.question!r} ({ours.answer!r}) in {first}, {theirs.question!r} "
+        f"({theirs.answer!r}) in {second}"
+    )
 
 
 def _sides(comparison: Comparison, places: list[int]) -> dict[tuple[str, float | None], Side]:

@@ -16,6 +16,7 @@ from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval
 from vtprune.eval.results.status import OK
 from vtprune.eval.running.cells import Cell, Identity
+from vtprune.eval.tasks import AnyTask
 from vtprune.report import Report
 
 SHOWN = 8
@@ -75,14 +76,18 @@ class StudyPlan:
         cls,
         config: EvalConfig,
         model: str,
-        task: str,
+        task: AnyTask,
         identity: Identity,
         examples: int,
         cells: Sequence[tuple[Cell, str]],
     ) -> StudyPlan:
         """cells: each with the name of its file."""
-        shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task)}
-        return cls(examples, [_planned(model, task, cell, name) for cell, name in cells], shared)
+        shared = {
+            "weights": identity.model,
+            "versions": identity.versions,
+            "config": config.resolved(model, task.entry),
+        }
+        return cls(examples, [_planned(model, task.name, cell, name) for cell, name in cells], shared)
 
     def lines(self, outcomes: Sequence[Outcome]) -> list[Record]:
         """One line for each cell, from the records only: all runs end in the same lines.

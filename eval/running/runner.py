@@ -24,7 +24,7 @@ from vtprune.eval.running.measure import Outcome, StudyPlan
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
 from vtprune.eval.running.unfinished import write_plan
-from vtprune.eval.tasks import TASKS, AnyTask, Classification, Example
+from vtprune.eval.tasks import AnyTask, Classification, Example, open_tasks
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
@@ -44,7 +44,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
             uses the output folder.
         VTPruneError: the results cannot be written.
     """
-    tasks = {name: TASKS[name]() for name in config.task}
+    tasks = open_tasks(config.task)
     video = ["av"] if any(task.kind == "video" for task in tasks.values()) else []
     for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
@@ -54,7 +54,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
     with ExitStack() as stack:
         if processes.first:
             _claim(config.output, stack)
-        studies = [Study.of(config, model, name, task) for model in config.model for name, task in tasks.items()]
+        studies = [Study.of(config, model, task) for model in config.model for task in tasks.values()]
         results = _run(config, studies, processes, console)
     processes.end()
     return results
@@ -74,12 +74,13 @@ class Study:
     """One model on one task: the cells and the examples that all of them run over."""
 
     model: str
-    task_name: str
     task: AnyTask
     identity: Identity
     cells: list[Cell]
     paths: list[Path]
     examples: list[Example]
+    digests: list[str]
+    """of the examples; none if they follow from the source code"""
     batches: list[range]
     files: list[CellFile] = field(default_factory=list)
     """of the cells; only the first process has them"""
@@ -87,14 +88,15 @@ class Study:
     """the batches of each cell that still have to run"""
 
     @classmethod
-    def of(cls, config: EvalConfig, model: str, name: str, task: AnyTask) -> Study:
+    def of(cls, config: EvalConfig, model: str, task: AnyTask) -> Study:
         cells = expand(config)
-        identity = Identity.of(config, name, resolve_model(model))
-        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         examples = list(task.examples(config.limit))
+        digests = task.digests(examples)
+        identity = Identity.of(config, task, digests, resolve_model(model))
+        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         starts = range(0, len(examples), config.batch_size)
         batches = [range(start, min(start + config.batch_size, len(examples))) for start in starts]
-        return cls(model, name, task, identity, cells, paths, examples, batches)
+        return cls(model, task, identity, cells, paths, examples, digests, batches)
 
     def open(self, processes: Processes) -> None:
         """Reads what earlier runs left of each cell."""
@@ -119,7 +121,7 @@ class Study:
     def plan(self, config: EvalConfig) -> StudyPlan:
         """What is known of the lines of the cells before they have run."""
         cells = [(cell, file.name) for cell, file in zip(self.cells, self.files, strict=True)]
-        return StudyPlan.of(config, self.model, self.task_name, self.identity, len(self.examples), cells)
+        return StudyPlan.of(config, self.model, self.task, self.identity, len(self.examples), cells)
 
     def results(self, config: EvalConfig) -> list[Record]:
         """The lines of the finished cells."""
