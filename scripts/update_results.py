@@ -58,7 +58,7 @@ def main(
     block = (
         f"{textwrap.fill(caption, 120, break_on_hyphens=False)}\n\n"
         f"{table}\n\n"
-        f"![accuracy against measured {terms(records).tokens} and FLOPs]({link}/{pareto})\n"
+        f"![accuracy against measured {terms(records).tokens}, FLOPs and latency]({link}/{pareto})\n"
     )
     page.write_text(markers.sub(lambda m: m[1] + block + m[2], text), encoding="utf-8")
 

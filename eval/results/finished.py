@@ -115,12 +115,11 @@ def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
 def _lines(folder: Path) -> list[Record]:
     path = Path(folder) / "results.jsonl"
     progress = _read(folder, lambda: unfinished(folder))
-    if progress:
-        found = [line for study in progress if study.comparable for line in study.lines()]
-        if not found:
-            said = "; ".join(map(str, progress))
-            raise ConfigError(f"{folder}: the full model, which all rows are compared with, has not finished: {said}")
+    if found := [line for study in progress if study.comparable for line in study.lines()]:
         return found
+    if progress and not path.is_file():  # otherwise a run before has left it
+        said = "; ".join(map(str, progress))
+        raise ConfigError(f"{folder}: the full model, which all rows are compared with, has not finished: {said}")
     if not path.is_file():
         raise ConfigError(f"{folder}: no results.jsonl here; `vtprune eval` writes it when all cells are done")
     lines = _read(path, lambda: read_results(path))

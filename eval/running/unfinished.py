@@ -92,14 +92,14 @@ def unfinished(folder: Path) -> list[Progress]:
     Raises:
         OSError, ValueError: the plan cannot be read, or it is damaged.
     """
-    path = folder / PLAN
+    path, results = folder / PLAN, folder / "results.jsonl"
     if not path.is_file():
         return []
-    found = [Progress.of(folder, StudyPlan(**study)) for study in json.loads(path.read_bytes())]
-    results = folder / "results.jsonl"
+    plans = [StudyPlan(**study) for study in json.loads(path.read_bytes())]
     written = {line["cell"] for line in read_results(results)} if results.is_file() else set()
-    planned = {cell["cell"] for progress in found for cell in progress.plan.cells}
-    return [] if planned <= written else found
+    if all(cell["cell"] in written for plan in plans for cell in plan.cells):
+        return []
+    return [Progress.of(folder, plan) for plan in plans]
 
 
 def _name(cell: Record) -> str:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from vtprune.cli import app
 from vtprune.errors import ConfigError
+from vtprune.eval.pages.report import write_report
 from vtprune.eval.results.finished import comparisons
 from vtprune.eval.running import evaluator
 from vtprune.eval.running.unfinished import unfinished
@@ -26,7 +27,7 @@ def finished(model, tmp_path_factory):
     return finished_runs.finish(model, tmp_path_factory.mktemp("finished"), task="tiny")
 
 
-def stopped(model, folder, batches):
+def stopped(model, folder, batches, limit=None):
     """Runs until so many batches are done, and one more is written but not logged."""
     log, left = evaluator.append, [batches]
 
@@ -39,7 +40,7 @@ def stopped(model, folder, batches):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "append", stops)
         with pytest.raises(RuntimeError, match="stopped"):
-            finished_runs.finish(model, folder, task="tiny")
+            finished_runs.finish(model, folder, task="tiny", limit=limit)
     return folder
 
 
@@ -96,3 +97,11 @@ def test_a_run_that_goes_on_and_ends_is_finished(model, folder, finished, tmp_pa
     (comparison,) = comparisons([tmp_path])
     assert comparison.lines == lines
     assert [line | {"config": None} for line in lines] == [line | {"config": None} for line in finished]
+
+
+def test_until_another_run_has_its_full_model_the_finished_one_is_shown(model, tmp_path):
+    lines = finished_runs.finish(model, tmp_path, task="tiny", limit=5)
+    stopped(model, tmp_path, 0)
+    (comparison,) = comparisons([tmp_path])
+    assert comparison.lines == lines
+    assert "0 of 10 cells" in write_report([tmp_path], tmp_path / "report.html")[0]
