@@ -221,7 +221,7 @@ class EvalConfig(ConfigModel):
     def _once(cls, entries: tuple[TaskEntry, ...]) -> tuple[TaskEntry, ...]:
         names = list(map(name_of, entries))
         if len(set(names)) < len(names):
-            raise ValueError("expected each name once")
+            raise ValueError("expected each name once; files with own data take a 'name'")
         return entries
 
     @field_validator("baselines")

@@ -73,7 +73,7 @@ def shuffled(examples, limit):
             "of 2 examples that are asked for, 1 come",
         ),
         (task(grey), "prompts show media of the kind: an image of example 0 is L, expected RGB"),
-        (task(kind="video"), "prompts show media of the kind: example 0 shows image, text; the task says video"),
+        (task(kind="video"), "prompts show media of the kind: example 0 shows image; the task says video"),
         (task(score=lambda prediction, example: 100 * right(prediction, example)), "'red', scores 100.0"),
         (task(score=lambda prediction, example: 1.0), "scores: an empty prediction scores 1.0 in example 0"),
         (task(score=lambda prediction, example: example.gold), "scores: AttributeError"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from vtprune.eval.tasks import AnyTask, Classification, Example, FileTask, open_task, shown
+from vtprune.eval.tasks import AnyTask, Classification, Example, FileTask, kinds_of, open_task, shown
 from vtprune.eval.tasks.base import BaseTask
 from vtprune.testing.cases import PromiseBroken, Result
 
@@ -82,11 +82,11 @@ def _prompts(task: AnyTask, examples: Sequence[Example]) -> Iterator[str]:
 
     for index, example in enumerate(examples):
         conversation = example.conversation()
-        kinds = {part["type"] for turn in conversation for part in turn["content"]}
+        kinds = kinds_of(conversation)
         if conversation[-1]["role"] != "user":
             yield f"the last turn of example {index} is not the user's"
-        if task.kind not in kinds or not kinds <= {task.kind, "text"}:
-            yield f"example {index} shows {', '.join(sorted(kinds))}; the task says {task.kind}"
+        if kinds != {task.kind}:
+            yield f"example {index} shows {', '.join(sorted(kinds)) or 'nothing'}; the task says {task.kind}"
         for medium in shown(conversation, task.kind):
             if task.kind == "video":
                 read_frames(medium, lambda metadata: [0])

@@ -18,7 +18,7 @@ from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval import digitscenes
 from vtprune.eval.config import EvalConfig, load_config
-from vtprune.eval.pages.report import write_report
+from vtprune.eval.pages.report import SHOWN, write_report
 from vtprune.eval.pages.views import read_views, views_folder
 from vtprune.eval.results.compare import compare
 from vtprune.eval.results.records import cell_records, read_results
@@ -243,7 +243,7 @@ def test_two_hundred_pictures_end_to_end(tmp_path):
 
     write_report([output], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("what the encoder saw of example") == 8 and "Without pictures" not in page
+    assert page.count("what the encoder saw of example") == SHOWN and "Without pictures" not in page
 
     write_rows(tmp_path, [row | {"answer": "wrong"} for row in rows])
     done = subprocess.run([*command, "--set", "methods=[]"], capture_output=True, text=True)
