@@ -66,7 +66,8 @@ def evaluate(
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
     from vtprune.eval.config import load_config, parse_changes
     from vtprune.eval.results.entries import studies
-    from vtprune.eval.results.summary import terminal_table
+    from vtprune.eval.results.terminal import terminal_table
+    from vtprune.eval.results.timings import latencies
     from vtprune.eval.running.estimate import estimate_tables
     from vtprune.eval.running.runner import run
     from vtprune.eval.running.shards import Shard
@@ -81,8 +82,9 @@ def evaluate(
     results = run(settings, Console(stderr=True), share)
     if not results:  # another process, or a later run, has them
         return
+    times = latencies([settings.output])
     for study in studies(results).values():
-        console.print(terminal_table(study))
+        console.print(terminal_table(study, times))
     console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
 
 
@@ -275,7 +277,8 @@ def report(
     from vtprune.eval.pages.report import write_report
 
     path = output or folders[0] / "report.html"
-    write_report(folders, path)
+    for text in write_report(folders, path):
+        typer.echo(f"unfinished: {text}", err=True)
     typer.echo(path)
 
 
@@ -283,13 +286,15 @@ def report(
 @_plain_errors
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of results.")],
-    second: Annotated[Path, typer.Argument(help="Folder of results of the same task and limit.")],
+    second: Annotated[Path, typer.Argument(help="Folder of results of the same task.")],
 ) -> None:
     """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
     from vtprune.eval.results.compare import compare as paired
     from vtprune.eval.results.compare import terminal_tables
 
     compared = paired(first, second)
+    for text in compared.shared:
+        typer.echo(text)
     for table in terminal_tables(compared):
         Console().print(table)
     for folder, names in zip((first, second), compared.only, strict=True):

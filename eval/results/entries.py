@@ -48,6 +48,11 @@ class Entry:
         """95 % interval of the score; over several seeds the mean of their bounds."""
         return mean(c["ci"][0] for c in self.cells), mean(c["ci"][1] for c in self.cells)
 
+    def bounds(self, key: str) -> tuple[float, float] | None:
+        """Mean over the seeds of the bounds of an interval; None if a cell has none."""
+        intervals = [cell[key] for cell in self.cells]
+        return None if None in intervals else (mean(i[0] for i in intervals), mean(i[1] for i in intervals))
+
 
 def rows(results: Sequence[Record]) -> dict[str, dict[float, Entry]]:
     """Label of a method -> keep ratio as asked for -> its entry, in the order of the results."""

@@ -14,8 +14,10 @@ import numpy as np
 
 from vtprune.errors import ConfigError
 from vtprune.eval.results.entries import Entry, conditions, studies
+from vtprune.eval.results.evidence import Answers, add_evidence
 from vtprune.eval.results.records import Record, cell_records, read_results
 from vtprune.eval.results.status import OK
+from vtprune.eval.running.unfinished import unfinished
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,6 @@ class Asked:
     family: str
     data: str | None = None
     """digest of the example with its media; None if they follow from the code of the task"""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers of one cell to the examples."""
-
-    scores: np.ndarray
-    """(examples,)"""
-    predictions: list[str]
-    kept: dict[int, list[int]]
-    """example -> its visual tokens that were kept; only for the first examples"""
 
 
 @dataclass
@@ -77,6 +68,8 @@ def comparisons(folders: Iterable[Path]) -> list[Comparison]:
         lines = _lines(folder)
         for study in studies(lines).values():
             _add(found, Path(folder), study)
+    for comparison in found.values():  # lines of earlier versions have no such fields, and other folders more rows
+        comparison.lines = add_evidence(comparison.lines, comparison.answers)
     return list(found.values())
 
 
@@ -119,15 +112,17 @@ def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
     records = _records(folder, line)
     if [(r["index"], r["question"]) for r in records] != [(a.index, a.question) for a in asked]:
         raise ConfigError(f"{folder}: the records of {line['cell']} are not of the full model's questions")
-    return Answers(
-        np.array([r["score"] for r in records], dtype=float),
-        [r["prediction"] for r in records],
-        {r["index"]: r["kept"] for r in records if "kept" in r},
-    )
+    return Answers.of(records)
 
 
 def _lines(folder: Path) -> list[Record]:
     path = Path(folder) / "results.jsonl"
+    progress = _read(folder, lambda: unfinished(folder))
+    if found := [line for study in progress if study.comparable for line in study.lines()]:
+        return found
+    if progress and not path.is_file():  # otherwise a run before has left it
+        said = "; ".join(map(str, progress))
+        raise ConfigError(f"{folder}: the full model, which all rows are compared with, has not finished: {said}")
     if not path.is_file():
         raise ConfigError(f"{folder}: no results.jsonl here; `vtprune eval` writes it when all cells are done")
     lines = _read(path, lambda: read_results(path))

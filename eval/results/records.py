@@ -3,6 +3,7 @@
 
     OUTPUT/cells/<name>-<key>.jsonl.gz          a finished cell, one line for each example, in their order
     OUTPUT/cells/<name>-<key>.<process>.batches a process's or shard's part of an unfinished cell, batch by batch
+    OUTPUT/plan.json                            the cells that the run will have, written when it begins
     OUTPUT/timings.jsonl                        wall seconds of every batch; kept apart, because they never repeat
     OUTPUT/timings.<shard>.jsonl                those of a shard, until a run without shards puts them into the file
     OUTPUT/results.jsonl                        one line for each cell, in the order of the configuration
@@ -92,7 +93,7 @@ class CellFile:
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         # The finished file last: whoever finishes the cell meanwhile removes the parts after it is there.
-        for file in (*self._unfinished(), self.path):
+        for file in (*part_paths(self.path), self.path):
             for records in members(file):
                 self._take(records)
         if self.complete:
@@ -103,7 +104,7 @@ class CellFile:
     @property
     def name(self) -> str:
         """The cell's name in `results.jsonl`."""
-        return self.path.name.removesuffix(_SUFFIX)
+        return cell_name(self.path)
 
     @property
     def records(self) -> list[Record]:
@@ -138,7 +139,7 @@ class CellFile:
             content = _packed([self.ending])
         if not self.path.exists() or self.path.read_bytes() != content:
             write_atomically(self.path, content)
-        self._remove(self._unfinished())
+        self._remove(part_paths(self.path))
 
     def _take(self, records: list[Record]) -> None:
         if len(records) == 1 and "status" in records[0]:
@@ -151,14 +152,11 @@ class CellFile:
     def _gather_up(self) -> None:
         """Writes all good batches to one file, so that a run appends behind a whole batch, never behind a torn one."""
         first = part_path(self.path, 0)
-        stale = [file for file in (self.path, *self._unfinished()) if file.exists()]
+        stale = [file for file in (self.path, *part_paths(self.path)) if file.exists()]
         if self._done:
             write_atomically(first, b"".join(_packed(self._done[batch]) for batch in self._in_order()))
             stale = [file for file in stale if file != first]
         self._remove(stale)
-
-    def _unfinished(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.name}.*{_PART_SUFFIX}"))
 
     def _in_order(self) -> list[range]:
         return sorted(self._done, key=lambda batch: batch.start)
@@ -183,7 +181,7 @@ class CellPart:
             f"timings.{process}.jsonl" if isinstance(process, str) else "timings.jsonl"
         )
         """where the wall seconds of its batches go"""
-        self.name = path.name.removesuffix(_SUFFIX)
+        self.name = cell_name(path)
         self.batches: list[list[Record]] = []
         self.ending: Record | None = None
 
@@ -206,6 +204,11 @@ class CellPart:
 def part_path(path: Path, process: int | str) -> Path:
     """The file of a process's or a shard's part of the unfinished cell whose file will be `path`."""
     return path.with_name(f"{path.name.removesuffix(_SUFFIX)}.{process}{_PART_SUFFIX}")
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The files of all parts of the unfinished cell whose file will be `path`."""
+    return sorted(path.parent.glob(f"{path.name.removesuffix(_SUFFIX)}.*{_PART_SUFFIX}"))
 
 
 def cut_off_torn(path: Path) -> None:
@@ -241,7 +244,17 @@ def members(path: Path) -> Iterator[list[Record]]:
 
 def cell_path(output: Path, label: str, key: str) -> Path:
     """The file of a cell's records: its name is readable for people, and `key` makes it unique."""
-    return output / "cells" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}{_SUFFIX}"
+    return named_path(output, f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}")
+
+
+def cell_name(path: Path) -> str:
+    """The name in `results.jsonl` of the cell whose file is `path`."""
+    return path.name.removesuffix(_SUFFIX)
+
+
+def named_path(output: Path, cell: str) -> Path:
+    """The file of a finished cell; `cell` is the name in its line of results."""
+    return output / "cells" / f"{cell}{_SUFFIX}"
 
 
 def read_results(path: str | Path) -> list[Record]:
@@ -268,7 +281,7 @@ def cell_records(output: Path, cell: str) -> list[Record]:
         OSError, ValueError: the file is missing, or it is damaged.
     """
     try:
-        lines = gzip.decompress((output / "cells" / f"{cell}{_SUFFIX}").read_bytes()).splitlines()
+        lines = gzip.decompress(named_path(output, cell).read_bytes()).splitlines()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(str(error)) from error
     return [record for line in lines if "index" in (record := json.loads(line))]

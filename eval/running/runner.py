@@ -22,6 +22,7 @@ from vtprune.eval.results.records import (
     CellFile,
     CellPart,
     Record,
+    cell_name,
     cell_path,
     cut_off_torn,
     part_path,
@@ -34,10 +35,11 @@ from vtprune.eval.running.cells import Cell, Identity, expand
 from vtprune.eval.running.classifiers import ClassifierEvaluator
 from vtprune.eval.running.devices import place_of, taken, with_devices
 from vtprune.eval.running.evaluator import Evaluator, refuse_mismatches
-from vtprune.eval.running.measure import result_lines
+from vtprune.eval.running.measure import Outcome, StudyPlan
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
 from vtprune.eval.running.shards import Shard, claim
+from vtprune.eval.running.unfinished import write_plan
 from vtprune.eval.tasks import AnyTask, Classification, Example, open_tasks
 
 
@@ -170,10 +172,14 @@ class Study:
             file.finish([part])
         return file
 
+    def plan(self) -> StudyPlan:
+        """What is known of the lines of the cells before they have run."""
+        cells = [(cell, cell_name(path)) for cell, path in zip(self.cells, self.paths, strict=True)]
+        return StudyPlan.of(self.config, self.model, self.task, self.identity, len(self.examples), cells, self.axes)
+
     def results(self) -> list[Record]:
         """The lines of the finished cells."""
-        cells = list(zip(self.cells, self.files, strict=True))
-        return result_lines(self.config, self.model, self.task, self.identity, cells, self.axes)
+        return self.plan().lines([Outcome(file.records, file.ending) for file in self.files])
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,8 @@ def _run(
             study.open(processes)
         else:
             study.open_shard(shard, numbers)
+    if processes.first:
+        write_plan(config.output, [study.plan() for study in studies])
     remaining = sum(len(batch) for study in studies for batches in study.remaining for batch in batches)
     total = sum(len(study.examples) * len(study.cells) for study in studies) if shard is None else remaining
     log = CellLog(console, sum(len(study.cells) for study in studies))
@@ -245,10 +253,11 @@ def _summarise(results: Sequence[Record], output: Path) -> None:
     from vtprune.eval.pages.plots import families, pareto
     from vtprune.eval.results.entries import studies
     from vtprune.eval.results.summary import summary_markdown
-    from vtprune.eval.results.timings import examples_per_second
+    from vtprune.eval.results.timings import latencies
 
-    write_atomically(output / "summary.md", summary_markdown(results, examples_per_second([output])).encode())
+    times = latencies([output])
+    write_atomically(output / "summary.md", summary_markdown(results, times).encode())
     with writing(output):
         for suffix, study in studies(results).items():
-            pareto(study, output / f"pareto{suffix}.png")
+            pareto(study, output / f"pareto{suffix}.png", times)
             families(study, output / f"families{suffix}.png")

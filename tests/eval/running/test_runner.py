@@ -126,8 +126,11 @@ def test_a_budget_under_the_floor_is_a_status_and_never_a_score(finished):
     assert (under["status"], under["n"], under["floor"]) == ("under its floor", 0, 0.125)
     assert under["score"] is under["ci"] is under["prefill_flops"] is None and "12.5%" in under["reason"]
     assert cell(results, "fastv", 0.5)["status"] == "ok"
-    row = next(line for line in (output / "summary.md").read_text().splitlines() if line.startswith("| fastv"))
-    assert row.rstrip(" |").endswith("*under its floor (12.5%)*")
+    lines = (output / "summary.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| fastv"))
+    assert row.rstrip(" |").endswith("*under its floor (12.5%) [1]*")
+    (note,) = (line for line in lines if line.startswith("- [1] "))
+    assert note == f"- [1] {under['label']} at 10 %: under its floor (12.5%): {under['reason']}"
 
 
 def test_downsample_runs_on_as_many_tokens_as_it_says(finished):

@@ -134,8 +134,9 @@ def test_cells_that_cannot_run_say_so(finished):
     without_cls = cell(results, "vtc_cls", 0.5)
     assert (without_cls["status"], without_cls["score"]) == ("unsupported", None) and "CLS" in without_cls["reason"]
     lines = (output / "summary.md").read_text().splitlines()
-    assert next(line for line in lines if line.startswith("| downsample")).endswith("*under its floor (16.7%)* |")
-    assert "| vtc_cls | *unsupported* | *unsupported* |" in lines
+    assert next(line for line in lines if line.startswith("| downsample")).endswith("*under its floor (16.7%) [1]* |")
+    assert "| vtc_cls | *unsupported [2]* | *unsupported [2]* |" in lines
+    assert f"- [2] vtc_cls at 50 %, 10 %: unsupported: {without_cls['reason']}" in lines
     assert "| pool(frames=2,scope=image)" in "\n".join(lines).replace(", ", ",")
     for plot in ("pareto.png", "families.png"):
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
