@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval.axes import AXES, Attention, Device, Dtype, OneOrSeveral, Positions, values_of
 from vtprune.eval.presets import find
 from vtprune.eval.tasks import FileTask, check_task_name, name_of
 from vtprune.methods import build_method, build_methods, list_methods
@@ -185,10 +186,15 @@ class EvalConfig(ConfigModel):
     output: Path
     """folder of the results, made if it is missing; default `results/<name of the file>`"""
     batch_size: int = Field(default=16, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """attention back end, the same for every row"""
-    device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
+    dtype: OneOrSeveral[Dtype] = "float32"
+    attention: OneOrSeveral[Attention] = "sdpa"
+    """attention back end, the same for every row of a study"""
+    device: OneOrSeveral[Device] = "auto"
+    """`auto` is an accelerator if there is one, else the CPU"""
+    device_map: Literal["auto"] | None = None
+    """`auto` spreads the layers of a model over all accelerators, and over the CPU if these are too small"""
+    positions: OneOrSeveral[Positions] | None = None
+    """positions of the tokens that are left, for every row that does not set its own; default the method's own"""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """default: enough for the task's answers; not for tasks of classes"""
     keep_ratios: tuple[KeepRatio, ...] = Field(min_length=1)
@@ -230,6 +236,21 @@ class EvalConfig(ConfigModel):
         if "full" not in baselines:
             raise ValueError("expected 'full' among them, retention is measured against it")
         return tuple(name for name in BASELINES if name in baselines)
+
+    @model_validator(mode="after")
+    def _go_together(self) -> EvalConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise key_error("device_map", "it takes all accelerators; leave 'device' out")
+        if "flash_attention_2" in values_of(self.attention) and "float32" in values_of(self.dtype):
+            raise key_error("attention", "flash_attention_2 computes in bfloat16 or float16, and dtype has float32")
+        return self
+
+    def combinations(self) -> list[tuple[dict[str, str], EvalConfig]]:
+        """One for each combination of the axes: the values of the axes that have several, and the configuration in
+        which every axis has that single value."""
+        several = {name: getattr(self, name) for name in AXES if isinstance(getattr(self, name), tuple)}
+        combined = [dict(zip(several, values, strict=True)) for values in product(*several.values())]
+        return [(chosen, self.model_copy(update=chosen)) for chosen in combined]
 
     def resolved(self, model: str, task: Any) -> dict[str, Any]:
         """The configuration of one model on one task as JSON: all that determines numbers, so no output folder.

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from vtprune.eval.axes import AXES
 from vtprune.eval.config import BASELINES, BUDGETS, LISTS, EvalConfig, MethodEntry
 from vtprune.eval.presets import presets
 from vtprune.eval.tasks import FileTask, task_names
@@ -31,6 +32,8 @@ def json_schema() -> dict[str, Any]:
     parts = [{"enum": list(methods)}, *(_part(name, method) for name, method in methods.items())]
     composed = {"type": "array", "items": {"anyOf": parts}, "minItems": 2}
     properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows, composed]}
+    for name in (*AXES, "positions"):
+        properties[name] = _value_or_list(properties[name])
     schema["required"] = [key for key in schema["required"] if key != "output"]  # its default is the file's name
     schema.pop("$defs", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -45,6 +48,18 @@ def _file_task() -> dict[str, Any]:
 
 def _one_or_more(item: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [item, {"type": "array", "items": item, "minItems": 1, "uniqueItems": True}]}
+
+
+def _value_or_list(setting: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a setting that may have several values, from pydantic's, which only tells the two apart by code."""
+    (one,) = (part for part in _alternatives(setting) if part.get("type") not in ("array", "null"))
+    kept = {key: value for key, value in setting.items() if key not in ("anyOf", "oneOf")}
+    return _one_or_more(one) | kept
+
+
+def _alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    parts = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    return [deeper for part in parts for deeper in _alternatives(part)] or [schema]
 
 
 def _mapping(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

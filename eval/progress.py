@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress bar of long commands."""
+"""What long commands show while they run: a progress bar, or lines."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ class ProgressBar:
     def advance(self, label: str, steps: int = 1) -> None:
         """Shows what runs now, and that `steps` more steps are done."""
         self._progress.update(self._task, description=label, advance=steps)
+
+
+def say(console: Console | None, line: str) -> None:
+    """Prints one line, however narrow the console is; nothing without one."""
+    if console is not None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

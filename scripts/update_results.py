@@ -19,7 +19,7 @@ from vtprune.eval.results.formatting import accuracy
 from vtprune.eval.results.records import Record, read_results
 from vtprune.eval.results.summary import budget_table, tasks_table
 from vtprune.eval.results.terms import terms
-from vtprune.eval.results.timings import examples_per_second
+from vtprune.eval.results.timings import latencies
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -58,7 +58,7 @@ def main(
     block = (
         f"{textwrap.fill(caption, 120, break_on_hyphens=False)}\n\n"
         f"{table}\n\n"
-        f"![accuracy against measured {terms(records).tokens} and FLOPs]({link}/{pareto})\n"
+        f"![accuracy against measured {terms(records).tokens}, FLOPs and latency]({link}/{pareto})\n"
     )
     page.write_text(markers.sub(lambda m: m[1] + block + m[2], text), encoding="utf-8")
 
@@ -79,7 +79,7 @@ def _classes(results: Path, records: list[Record], subject: str) -> tuple[str, s
         "last layer; in brackets, times those of `full`. The plot is of the first task. All numbers (intervals, "
         "retention, measured patches, classes):"
     )
-    return caption, tasks_table(records, examples_per_second([results]))
+    return caption, tasks_table(records, latencies([results]))
 
 
 if __name__ == "__main__":

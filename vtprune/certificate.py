@@ -15,7 +15,7 @@ from torch import nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, RowContext, decoder_attention_rows
-from vtprune.errors import UnsupportedStageError
+from vtprune.errors import UncheckedError, UnsupportedStageError
 from vtprune.stages.layout import last_axis
 from vtprune.transformers_private import attention_input, eager_weights, is_own, is_tested_release
 
@@ -76,6 +76,8 @@ def check_attention(adapter: Adapter, layer: int, *, of_input: bool) -> None:
     """Raise UnsupportedStageError unless attention rows of a decoder layer can be recomputed.
 
     of_input: also from what enters the layer, before it runs, and not only from projections seen while it runs.
+
+    Raises UncheckedError if that has to be tried and the model was built on paper, without weights.
     """
     module = adapter.decoder_layers[layer]
     attention = getattr(module, "self_attn", None)
@@ -89,6 +91,11 @@ def check_attention(adapter: Adapter, layer: int, *, of_input: bool) -> None:
     # Code that comes with a checkpoint may call itself what it likes.
     if tested and is_own(decoder) and is_own(module) and is_own(attention):
         return
+    if _is_on_paper(decoder):
+        raise UncheckedError(
+            f"whether attention can be recomputed for a {type(module).__name__}, which the tests do not know, is tried "
+            "when the weights are there"
+        )
     known = _KNOWN.setdefault(decoder, {})
     if (layer, of_input) not in known:
         known[layer, of_input] = _fault(adapter, layer, of_input)
@@ -113,6 +120,12 @@ def _fault(adapter: Adapter, layer: int, of_input: bool) -> str | None:
     if not error <= tolerance:
         return f"recomputed weights are off by {error:.2g} of the largest one"
     return None
+
+
+def _is_on_paper(decoder: nn.Module) -> bool:
+    """Whether a decoder has no weights. Those that accelerate has put elsewhere are brought by its hooks."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in decoder.modules())
+    return not offloaded and all(parameter.is_meta for parameter in decoder.parameters())
 
 
 def _device(decoder: nn.Module) -> torch.device:

@@ -59,25 +59,32 @@ def evaluate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="E.g. methods.0.layer=3; repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they would cost.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Run a share of the batches: 3/8 is every 8th from the 3rd on.")
+    ] = None,
 ) -> None:
     """Run a grid of methods and budgets; started again, it goes on where it was stopped."""
     from vtprune.eval.config import load_config, parse_changes
     from vtprune.eval.results.entries import studies
-    from vtprune.eval.results.summary import terminal_table
+    from vtprune.eval.results.terminal import terminal_table
+    from vtprune.eval.results.timings import latencies
     from vtprune.eval.running.estimate import estimate_tables
     from vtprune.eval.running.runner import run
+    from vtprune.eval.running.shards import Shard
 
     settings = load_config(config, parse_changes(change or []), output=output, limit=limit)
+    share = None if shard is None else Shard.parse(shard)
     console = Console()
     if dry_run:
         for table in estimate_tables(settings):
             console.print(table)
         return
-    results = run(settings, Console(stderr=True))
-    if not results:  # another process has them
+    results = run(settings, Console(stderr=True), share)
+    if not results:  # another process, or a later run, has them
         return
+    times = latencies([settings.output])
     for study in studies(results).values():
-        console.print(terminal_table(study))
+        console.print(terminal_table(study, times))
     console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
 
 
@@ -213,7 +220,7 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: all accelerators, else cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: that of the weights.")] = "auto",
-    show: Annotated[Path | None, typer.Option(help="Write the image here, dropped patches dimmed.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Write a picture here, of what was kept.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
     """Answer one question about one image with pruning, and report what went."""
@@ -221,9 +228,12 @@ def run(
 
     import vtprune
     from vtprune.eval.config import parse_changes
-    from vtprune.eval.inputs import chat_inputs, load_model, processed_view
+    from vtprune.eval.inputs import chat_inputs, check_device, load_model
+    from vtprune.eval.pages.kept import HEIGHTS, draw_kept
+    from vtprune.eval.pages.views import view_of
+    from vtprune.eval.running.devices import place_of
     from vtprune.methods import build_methods
-    from vtprune.show import check_target, load_picture, overlay
+    from vtprune.show import check_target, load_picture
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
@@ -233,21 +243,26 @@ def run(
     picture = load_picture(image)
     if show is not None:
         check_target(show)
+    if device != "auto":
+        check_device(device)
+    typer.echo(f"loading {model}", err=True)
     vlm, processor = load_model(model, dtype=dtype, device=device)
-    grid = vtprune.adapter_for(vlm).image_grid
-    if show is not None and grid is None:
-        raise ConfigError("--show needs a model that lays every image out in one grid; leave it out")
     inputs = chat_inputs(processor, [picture], [prompt]).to(vlm.device, vlm.dtype)
-    with vtprune.prune(vlm, chosen) as session:
-        typer.echo(f"{type(vlm).__name__} on {vlm.device}, {str(vlm.dtype).removeprefix('torch.')}", err=True)
+    session = vtprune.prune(vlm, chosen)
+    typer.echo(f"{type(vlm).__name__} on {place_of(vlm)}, {str(vlm.dtype).removeprefix('torch.')}", err=True)
+    seen = None if show is None else view_of(vlm, processor, inputs, prompt, "image", HEIGHTS)
+    if show is not None and seen is None:
+        family = vtprune.adapter_for(vlm).family
+        raise ConfigError(f"--show: the places of the visual tokens of this {family} are not known; leave it out")
+    with session:
         output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         report = session.report
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     typer.echo(answer.strip())
     typer.echo(str(report))
-    if show is not None:
-        kept = torch.searchsorted(report.visual[0], report.kept(0))
-        overlay(processed_view(processor, picture), kept, grid).save(show)
+    if seen is not None:
+        kept = torch.searchsorted(report.visual[0], report.kept(0)).tolist()
+        draw_kept(*seen, kept).save(show)
         typer.echo(f"kept tokens of the last layer: {show}")
 
 
@@ -261,7 +276,8 @@ def report(
     from vtprune.eval.pages.report import write_report
 
     path = output or folders[0] / "report.html"
-    write_report(folders, path)
+    for text in write_report(folders, path):
+        typer.echo(f"unfinished: {text}", err=True)
     typer.echo(path)
 
 
@@ -269,13 +285,15 @@ def report(
 @_plain_errors
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of results.")],
-    second: Annotated[Path, typer.Argument(help="Folder of results of the same task and limit.")],
+    second: Annotated[Path, typer.Argument(help="Folder of results of the same task.")],
 ) -> None:
     """Compare two runs example by example; exit code 1 if the second is significantly worse in any row."""
     from vtprune.eval.results.compare import compare as paired
     from vtprune.eval.results.compare import terminal_tables
 
     compared = paired(first, second)
+    for text in compared.shared:
+        typer.echo(text)
     for table in terminal_tables(compared):
         Console().print(table)
     for folder, names in zip((first, second), compared.only, strict=True):

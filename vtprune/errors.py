@@ -14,6 +14,10 @@ class UnsupportedStageError(VTPruneError):
     """The model, or the way it is run, cannot give what the method needs (e.g. CLS attention without a CLS token)."""
 
 
+class UncheckedError(UnsupportedStageError):
+    """Whether the model can give what the method needs shows only when its weights are there; they are on `meta`."""
+
+
 class BudgetError(VTPruneError):
     """The budget is malformed, larger than the image, or under the floor of the method."""
 

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: reading files, and drawing which visual tokens were kept."""
+"""Files of pictures: reading them, and whether one can be written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vtprune.errors import ConfigError
-from vtprune.tokens import Grid
-
-_DIM = 0.25
-"""Brightness of dropped patches."""
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -36,29 +31,3 @@ def check_target(path: Path) -> None:
         raise ConfigError(f"{path}: the ending names no picture format; use .png, for example")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: the folder does not exist")
-
-
-def overlay(image: Image.Image, kept: Iterable[int], grid: Grid) -> Image.Image:
-    """Draw the image with the patches of dropped visual tokens dimmed.
-
-    Args:
-        image: the image as the encoder sees it, after the processor's resizing and cropping.
-        kept: indices of the kept tokens within the image's tokens, 0 to `len(grid) - 1`; a LongTensor is fine.
-        grid: the layout of the image's tokens. Its prefix tokens (CLS) have no position and are not drawn.
-
-    Returns:
-        RGB image of the same size.
-
-    Raises:
-        ValueError: an index outside the grid.
-    """
-    image = image.convert("RGB")
-    mask = Image.new("L", (grid.cols, grid.rows), 0)
-    for index in map(int, kept):
-        if not 0 <= index < len(grid):
-            raise ValueError(f"token {index} is outside the grid of {len(grid)} tokens")
-        if index >= grid.prefix:
-            row, col = divmod(index - grid.prefix, grid.cols)
-            mask.putpixel((col, row), 255)
-    mask = mask.resize(image.size, Image.Resampling.NEAREST)
-    return Image.composite(image, ImageEnhance.Brightness(image).enhance(_DIM), mask)

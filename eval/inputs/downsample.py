@@ -140,3 +140,8 @@ class FewerFrames:
 def _refuse_others(conversations: Sequence[Conversation], kind: Kind) -> None:
     if any(kinds_of(conversation) - {kind} for conversation in conversations):
         raise UnsupportedStageError("downsample takes images or videos, not both in one task")
+
+
+def smaller_medium(model: Any, processor: Any, kind: Kind, keep_ratio: float) -> Downsampler | FewerFrames:
+    """What makes the images, or the videos, of a task smaller. Raises what the two classes raise."""
+    return FewerFrames(processor, keep_ratio) if kind == "video" else Downsampler(model, processor, keep_ratio)

@@ -15,11 +15,11 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from vtprune.eval.pages.plots import COLOURS, LINES, PLAIN, Style, panel
+from vtprune.eval.pages.plots import COLOURS, GREYS, LINES, Style, panel
 from vtprune.eval.results.entries import Entry
 from vtprune.eval.results.records import Record
 
-VARIABLES = {colour: f"--c{index}" for index, colour in enumerate([*COLOURS, *PLAIN.values()])}
+VARIABLES = {colour: f"--c{index}" for index, colour in enumerate([*COLOURS, *GREYS])}
 """Colour of a row -> the CSS variable that stands for it in the page."""
 
 _SHAPES = {
@@ -29,7 +29,6 @@ _SHAPES = {
     "^": '<path d="M6 1.5 11 10.5H1z"/>',
     "v": '<path d="M6 10.5 1 1.5h10z"/>',
     "<": '<path d="M1.5 6l9-5v10z"/>',
-    ">": '<path d="M10.5 6l-9-5v10z"/>',
     "P": '<path d="M4.2 1h3.6v3.2H11v3.6H7.8V11H4.2V7.8H1V4.2h3.2z"/>',
     "X": '<path d="M1 3.2 3.2 1 6 3.8 8.8 1 11 3.2 8.2 6 11 8.8 8.8 11 6 8.2 3.2 11 1 8.8 3.8 6z"/>',
     "*": '<path d="M6 .5 7.5 4.3l4 .2-3.1 2.6 1 3.9L6 8.8l-3.4 2.2 1-3.9L.5 4.5l4-.2z"/>',

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vtprune.errors import VTPruneError
+from vtprune.eval.pages.kept import dropped_boxes
 from vtprune.eval.pages.views import View, level, strip
 from vtprune.eval.results.finished import Comparison
 from vtprune.eval.tasks import AnyTask, Example, open_task, shown
@@ -70,28 +71,11 @@ def seams(view: View, picture: Picture) -> Markup:
 
 def dimmed(view: View, kept: Iterable[int], picture: Picture) -> Markup:
     """A path over the places of the visual tokens that were dropped."""
-    alive = set(kept)
-    dark = {tuple(place) for token, place in enumerate(view.places) if place is not None and token not in alive}
-    lefts = accumulate(view.widths, initial=0)
-    strokes = []
-    for number, (left, width, (rows, cols)) in enumerate(zip(lefts, view.widths, view.grids, strict=False)):
-        across, down = width / cols, picture.height / rows
-        for row in range(rows):
-            for start, end in _runs([(number, row, col) in dark for col in range(cols)]):
-                x, y, length = left + start * across, row * down, (end - start) * across
-                strokes.append(f"M{x:.5g} {y:.5g}h{length:.5g}v{down:.5g}h{-length:.5g}z")
+    strokes = (
+        f"M{left:.5g} {top:.5g}h{width:.5g}v{height:.5g}h{-width:.5g}z"
+        for left, top, width, height in dropped_boxes(view, kept, picture.height)
+    )
     return Markup('<path class="dropped" d="{}"/>').format("".join(strokes))
-
-
-def _runs(flags: Sequence[bool]) -> Iterable[tuple[int, int]]:
-    """(start, end) of each run of True."""
-    start = None
-    for index, flag in enumerate([*flags, False]):
-        if flag and start is None:
-            start = index
-        elif not flag and start is not None:
-            yield start, index
-            start = None
 
 
 class Thumbnails:
@@ -143,7 +127,7 @@ class Thumbnails:
         kind = self._task.kind
         media = shown(example.conversation(), kind)
         pictures = [frame for path in media for frame in _frames(Path(path))] if kind == "video" else media
-        return self._album.add(strip(level([picture.convert("RGB") for picture in pictures], _THUMBNAIL[kind])))
+        return self._album.add(strip(level([picture.convert("RGB") for picture in pictures], 0, _THUMBNAIL[kind])))
 
 
 def _frames(path: Path) -> list[Image.Image]:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws `pareto.png`, accuracy against measured tokens and FLOPs, and `families.png`, by kind of question or class.
+"""Draws `pareto.png`, accuracy against tokens, FLOPs and latency, and `families.png`, by kind of question or class.
 
 Importing this module imports matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,9 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vtprune.eval.results.entries import Entry, rows
+from vtprune.eval.results.entries import Entry, conditions, rows
+from vtprune.eval.results.formatting import latency
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.terms import terms
+from vtprune.eval.results.timings import Latency
 
 COLOURS = [
     "#0072b2",
@@ -31,20 +35,28 @@ COLOURS = [
     "#56b4e9",
     "#b8860b",
 ]
-MARKERS = "osD^vP*X<>"
-PLAIN = {
-    "random": "#8a8a8a",
-    "uniform": "#6b6b6b",
-    "random_patches": "#8a8a8a",
-    "uniform_patches": "#6b6b6b",
-    "uniform_frames": "#9c9c9c",
-    "block": "#7a7a7a",
-    "pool": "#a8a8a8",
-    "downsample": "#4d4d4d",
-}
-"""The baselines are grey, so that the methods stand out against them."""
+MARKERS = "osD^vP*X<"
+"""Nine, because nine has no divisor in common with the ten colours and the five greys. So a pair of colour and marker
+comes again only after 90 methods, or after 45 baselines."""
+GREYS = ["#8a8a8a", "#6b6b6b", "#a8a8a8", "#4d4d4d", "#7a7a7a"]
+"""Of the baselines, so that methods stand out against them."""
+PLAIN = (
+    "random",
+    "uniform",
+    "random_patches",
+    "uniform_patches",
+    "uniform_frames",
+    "block",
+    "pool",
+    "downsample",
+)
+"""Methods that are drawn in grey."""
 LINES = ("full", "zero")
 """Rows that are drawn as horizontal lines, because they have a single budget."""
+LATENCY = "milliseconds of one example, measured"
+"""What the axis of the latency shows."""
+Cost = Callable[[Entry], float | None]
+"""A row -> its place on the horizontal axis."""
 _DODGE = 1.015
 """Factor between neighbouring rows on the horizontal axis. Most have the same cost, so their bars would coincide."""
 
@@ -60,38 +72,50 @@ class Style:
 
 def styles(grid: Mapping[str, Mapping[float, Entry]]) -> dict[str, Style]:
     """Label of a row, except `LINES` -> its style, the same in all plots of the results."""
-    colours = iter(COLOURS * len(grid))
-    markers = iter(MARKERS * len(grid))
+    methods, baselines = _signs(COLOURS), _signs(GREYS)
     found = {}
     for label, by_ratio in grid.items():
         if label not in LINES:
-            plain = PLAIN.get(next(iter(by_ratio.values())).cells[0]["method"])
-            found[label] = Style(plain or next(colours), next(markers), plain is not None)
+            plain = next(iter(by_ratio.values())).cells[0]["method"] in PLAIN
+            found[label] = Style(*next(baselines if plain else methods), plain)
     return found
 
 
-def pareto(results: Sequence[Record], path: Path) -> None:
-    """Draws both panels to a PNG: points are cells (mean over seeds), bars their 95 % intervals.
+def _signs(colours: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a colour and a marker, all different as long as there are."""
+    return zip(cycle(colours), cycle(MARKERS))
+
+
+def pareto(results: Sequence[Record], path: Path, times: Mapping[str, Latency]) -> None:
+    """Draws all panels to a PNG: points are cells (mean over seeds), bars their 95 % intervals.
 
     Args:
         results: lines of `results.jsonl`; cells without numbers are left out.
         path: the PNG.
+        times: name of a cell -> its latency; without any there is no panel of the latency.
     """
-    figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
-    panel(by_tokens, results, average_tokens)
-    panel(by_flops, results, flops)
     first, words = results[0], terms(results)
-    by_tokens.set_ylabel("accuracy (%)")
-    by_tokens.set_xlabel(words.average)
-    by_flops.set_xlabel(f"{words.flops_of}, one example")
-    figure.suptitle(
-        f"{first['task']}, {first['n']} examples; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11
-    )
-    handles, labels = by_tokens.get_legend_handles_labels()
+    costs: list[tuple[Cost, str]] = [(average_tokens, words.average), (flops, f"{words.flops_of}, one example")]
+    if any(line["cell"] in times for line in results):
+        costs.append((milliseconds(times), LATENCY))
+    width = 1.5 + 5.5 * len(costs)
+    figure = Figure(figsize=(width, _height(results)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(costs), sharey=True)
+    for axes, (cost, label) in zip(panels, costs, strict=True):
+        panel(axes, results, cost)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("accuracy (%)")
+    shown = f"{first['task']}{conditions(first)}, {first['n']} examples"
+    figure.suptitle(f"{shown}; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
+
+
+def _height(results: Sequence[Record]) -> float:
+    """Inches of a figure, whose legend has a line for each row."""
+    return max(5.2, 0.6 + 0.2 * len(rows(results)))
 
 
 def families(results: Sequence[Record], path: Path) -> None:
@@ -103,7 +127,7 @@ def families(results: Sequence[Record], path: Path) -> None:
     """
     names = list(results[0]["family_scores"])
     lines = -(-len(names) // 3)
-    figure = Figure(figsize=(12.5, 3.3 * lines), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12.5, max(3.3 * lines, _height(results))), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, name in zip(panels, names, strict=False):
@@ -128,8 +152,21 @@ def flops(entry: Entry) -> float:
     return entry.mean(terms(entry.cells).flops)
 
 
-def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float], family: str | None = None) -> None:
-    """One plot of score against cost: of all questions with intervals, or of one family without intervals."""
+def milliseconds(times: Mapping[str, Latency]) -> Cost:
+    """The cost that is the latency of one example, until its answer has ended. times: name of a cell -> its latency."""
+
+    def cost(entry: Entry) -> float | None:
+        found = latency(entry, times)
+        return None if found is None else 1e3 * found.whole
+
+    return cost
+
+
+def panel(axes: Axes, results: Sequence[Record], cost: Cost, family: str | None = None) -> None:
+    """One plot of score against cost: of all questions with intervals, or of one family without intervals.
+
+    Rows without the cost are left out.
+    """
 
     def points(entry: Entry) -> tuple[float, float, float]:
         if family is not None:
@@ -142,9 +179,13 @@ def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float],
     grid = rows(results)
     drawn = styles(grid)
     for place, (label, by_ratio) in enumerate(grid.items(), start=-len(grid) // 2):
-        entries = sorted((entry for entry in by_ratio.values() if entry.ok), key=cost)
+        found = [(spent, entry) for entry in by_ratio.values() if entry.ok and (spent := cost(entry)) is not None]
+        costs, entries = zip(*sorted(found, key=itemgetter(0)), strict=True) if found else ((), ())
         if label in LINES:
-            score, low, high = points(entries[0])
+            (entry,) = by_ratio.values()
+            if not entry.ok:
+                continue
+            score, low, high = points(entry)
             dash = "-" if label == "full" else "--"
             axes.axhline(score, label=label, zorder=1, color="black", linestyle=dash, linewidth=1.2)
             axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
@@ -157,7 +198,7 @@ def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float],
         below = [y - bound for y, bound in zip(score, low, strict=True)]
         above = [bound - y for y, bound in zip(score, high, strict=True)]
         axes.errorbar(
-            [cost(entry) * _DODGE**place for entry in entries],
+            [spent * _DODGE**place for spent in costs],
             score,
             yerr=None if family else [below, above],
             label=label,

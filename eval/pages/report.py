@@ -18,12 +18,15 @@ from vtprune.errors import ConfigError
 from vtprune.eval.pages import tables
 from vtprune.eval.pages.charts import chart, legend
 from vtprune.eval.pages.pictures import Album, Picture, Thumbnails, dimmed, seams
-from vtprune.eval.pages.plots import LINES, average_tokens, flops, styles
+from vtprune.eval.pages.plots import LATENCY, LINES, average_tokens, flops, milliseconds, styles
 from vtprune.eval.pages.views import read_views, views_folder
 from vtprune.eval.results.entries import rows
 from vtprune.eval.results.finished import Asked, Comparison, comparisons
+from vtprune.eval.results.reasons import Reasons
 from vtprune.eval.results.records import json_lines, write_atomically
 from vtprune.eval.results.terms import terms
+from vtprune.eval.results.timings import latencies
+from vtprune.eval.running.unfinished import PLAN, unfinished
 
 SHOWN = 4
 """Number of examples whose kept tokens the page shows."""
@@ -36,16 +39,21 @@ _TURNS = {"\u061c", "\u200e", "\u200f", *map(chr, range(0x202A, 0x202F)), *map(c
 """Characters that change the direction of the text around them."""
 
 
-def write_report(folders: Sequence[Path], path: Path) -> None:
+def write_report(folders: Sequence[Path], path: Path) -> list[str]:
     """Writes one HTML file about the results in folders. The same results give the same file.
+
+    Of a run that has not finished, rows whose examples are all done are shown. The others have a reason and no numbers.
 
     Args:
         folders: with `results.jsonl` (and what lies beside it) of `vtprune eval`, `bench.jsonl` of `vtprune bench`, or
             both. Cells of the same model on the same questions stand in one comparison.
         path: the file.
 
+    Returns:
+        What has not finished, a text for each model and task.
+
     Raises:
-        ConfigError: a folder has neither file, or cannot be read.
+        ConfigError: a folder has neither file, or cannot be read; or no full model has finished.
     """
     found = comparisons(folder for folder in folders if not _only_bench(folder))
     album = Album()
@@ -58,13 +66,16 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters["said"] = said
+    progress = [f"{folder}: {study}" for folder in folders for study in unfinished(folder) if not study.finished]
     page = environment.get_template("report.html.j2").render(
         title=_title(found),
+        progress=progress,
         sections=sections,
         benches=[(folder, bench) for folder in folders if (bench := _bench(folder))],
         album=album,
     )
     write_atomically(path, page.encode())
+    return progress
 
 
 def said(text: Any) -> str:
@@ -88,7 +99,7 @@ def _title(found: Sequence[Comparison]) -> str:
 
 
 def _only_bench(folder: Path) -> bool:
-    return (folder / "bench.jsonl").is_file() and not (folder / "results.jsonl").exists()
+    return (folder / "bench.jsonl").is_file() and not any((folder / file).exists() for file in ("results.jsonl", PLAN))
 
 
 def _bench(folder: Path) -> dict[str, Any] | None:
@@ -145,6 +156,13 @@ def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
     listed = [place for found in apart for place in (*found.lost[:LISTED], *found.won[:LISTED])]
     thumbnails = Thumbnails(comparison, album, max(listed, default=0))
     grid, words = rows(lines), terms(lines)
+    times, reasons = latencies(comparison.folders), Reasons(lines)
+    plots = [
+        chart(f"{name}-tokens", lines, average_tokens, words.average),
+        chart(f"{name}-flops", lines, flops, words.flops_of),
+    ]
+    if any(line["cell"] in times for line in lines):
+        plots.append(chart(f"{name}-latency", lines, milliseconds(times), LATENCY))
     return {
         "name": name,
         "terms": words,
@@ -152,14 +170,13 @@ def _section(name: str, comparison: Comparison, album: Album) -> dict[str, Any]:
         "budgets": tables.budgets(comparison),
         "budget_name": tables.budget_name,
         "legend": legend(styles(grid)),
-        "plots": [
-            chart(f"{name}-tokens", lines, average_tokens, words.average),
-            chart(f"{name}-flops", lines, flops, words.flops_of),
-        ],
-        "overview": tables.overview(comparison),
+        "plots": plots,
+        "reasons": reasons.texts,
+        "overview": tables.overview(comparison, reasons),
         "rankings": [(budget, tables.ranking(comparison, budget)) for budget in tables.budgets(comparison)],
         "published": any(line.get("published") for line in lines),
-        "costs": list(tables.costs(comparison)),
+        "against": any(line["gain"] is not None or line["hard_score"] is not None for line in lines),
+        "costs": list(tables.costs(comparison, times)),
         "kinds": kinds,
         "kind_plots": [
             (kind, chart(f"{name}-kind{number}", lines, average_tokens, words.tokens, kind, size=(3.6, 2.7)))

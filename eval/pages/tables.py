@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -12,12 +12,25 @@ from typing import Any
 from vtprune.eval.pages.plots import LINES
 from vtprune.eval.results.entries import Entry, rows
 from vtprune.eval.results.finished import Comparison
-from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
+from vtprune.eval.results.formatting import (
+    MISSING,
+    accuracy,
+    flops,
+    flops_share,
+    gain,
+    hard,
+    latency,
+    loyalty,
+    milliseconds,
+    percent,
+    points,
+    tokens_per_correct,
+)
+from vtprune.eval.results.reasons import Reasons
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import Difference, corrected, difference
-from vtprune.eval.results.summary import speed
 from vtprune.eval.results.terms import terms
-from vtprune.eval.results.timings import examples_per_second, seconds_per_example
+from vtprune.eval.results.timings import Latency
 
 Budget = float | None
 
@@ -71,7 +84,7 @@ class Place:
     """0 for the score without visual tokens, 1 for the full model's score"""
 
 
-def overview(comparison: Comparison) -> list[tuple[str, list[Place]]]:
+def overview(comparison: Comparison, reasons: Reasons) -> list[tuple[str, list[Place]]]:
     """(label, a place for each budget); the rows of `LINES` have a single place."""
     zero = [row.entry.mean("score") for row in table_rows(comparison) if row.label == "zero"]
     floor, ceiling = (zero or [0.0])[0], comparison.full["score"]
@@ -80,7 +93,7 @@ def overview(comparison: Comparison) -> list[tuple[str, list[Place]]]:
         if entry is None:
             return Place(MISSING)
         if not entry.ok:
-            return Place(entry.status)
+            return Place(reasons.of(entry))
         score = entry.mean("score")
         spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
         warmth = min(1.0, max(0.0, (score - floor) / (ceiling - floor))) if ceiling > floor else None
@@ -112,12 +125,7 @@ def verdict(found: Difference) -> Verdict:
     low, high = found.interval
     sign = "open" if not found.significant else "better" if found.mean > 0 else "worse"
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}" if found.p < 0.1 else f"p = {found.p:.2f}"
-    return Verdict(f"{_points(found.mean)} [{_points(low)}, {_points(high)}]", p, sign)
-
-
-def _points(difference: float) -> str:
-    """A difference of accuracy in points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", "−")
+    return Verdict(f"{points(found.mean)} [{points(low)}, {points(high)}]", p, sign)
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,9 @@ class Standing:
     row: Row
     accuracy: str
     retention: str
+    gain: str
+    hard: str
+    loyalty: str
     tokens: str
     cost: str
     below: Verdict | None
@@ -142,7 +153,6 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
     chosen = [row for row in table_rows(comparison) if row.label in LINES or row.budget == budget]
     chosen.sort(key=lambda row: row.entry.mean("score"), reverse=True)  # stable: ties stay in the order of the results
     drawn = next((row for row in chosen if row.seed_cell["method"] in ("random", "random_patches")), None)
-    key = terms(comparison.lines).flops
 
     def against(others: Sequence[Row | None]) -> list[Verdict | None]:
         """Compares each row with the one in `others`, if any; p values are corrected for the number of comparisons."""
@@ -158,8 +168,11 @@ def ranking(comparison: Comparison, budget: Budget) -> list[Standing]:
             row,
             accuracy(row.entry),
             retention(row.entry),
+            gain(row.entry),
+            hard(row.entry),
+            loyalty(row.entry),
             f"{row.entry.mean('final_tokens'):.1f}",
-            percent(row.entry.mean(key) / row.entry.mean(f"unpruned_{key}")),
+            percent(flops_share(row.entry)),
             against_next,
             against_random,
             published(row.seed_cell),
@@ -192,45 +205,33 @@ def published(line: Record) -> str | None:
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
-def costs(comparison: Comparison) -> Iterator[tuple[Row, dict[str, str]]]:
-    """Every row with its measured cost of one example."""
+def costs(comparison: Comparison, times: Mapping[str, Latency]) -> Iterator[tuple[Row, dict[str, str]]]:
+    """Every row with its measured cost of one example. times: name of a cell -> its latency."""
     words = terms(comparison.lines)
-    seconds, per_second = (of(comparison.folders) for of in (seconds_per_example, examples_per_second))
     for row in table_rows(comparison):
-        entry = row.entry
-
-        def share(key: str, entry: Entry = entry) -> str:
-            return percent(entry.mean(key) / entry.mean(f"unpruned_{key}"))
-
-        tokens = {
+        entry, spent = row.entry, latency(row.entry, times)
+        cells = {
             words.final: f"{entry.mean('final_tokens'):.1f}",
-            "tokens, mean of layers": f"{entry.mean('average_tokens'):.1f}",
+            f"{words.short}, mean of layers": f"{entry.mean('average_tokens'):.1f}",
             "kept, %": percent(entry.mean("measured_keep_ratio")),
+            f"{words.short} per right answer": tokens_per_correct(entry),
         }
         if words.classifies:
-            fast = speed(entry, per_second)
-            yield (
-                row,
-                tokens
-                | {
-                    "encoder": flops(entry.mean("encoder_flops")),
-                    "encoder, %": share("encoder_flops"),
-                    "images/s": MISSING if fast is None else f"{fast:.0f}",
-                },
-            )
-            continue
-        timed = [seconds[cell["cell"]] for cell in entry.cells if cell["cell"] in seconds]
-        yield (
-            row,
-            tokens
-            | {
+            cells |= {
+                "encoder": flops(entry.mean("encoder_flops")),
+                "encoder, %": percent(flops_share(entry)),
+                "images/s": MISSING if spent is None else f"{spent.per_second:.0f}",
+            }
+        else:
+            cells |= {
                 "prefill": flops(entry.mean("prefill_flops")),
-                "prefill, %": share("prefill_flops"),
+                "prefill, %": percent(flops_share(entry)),
                 "KV cache": size(entry.mean("kv_bytes")),
-                "KV cache, %": share("kv_bytes"),
-                "wall time": f"{1e3 * mean(timed):.3g} ms" if timed else MISSING,
-            },
-        )
+                "KV cache, %": percent(entry.mean("kv_bytes") / entry.mean("unpruned_kv_bytes")),
+                "prefill, ms": MISSING if spent is None else milliseconds(spent.prefill),
+                "answer, ms": MISSING if spent is None else milliseconds(spent.whole),
+            }
+        yield row, cells
 
 
 def size(count: float) -> str:

@@ -73,21 +73,36 @@ def write_views(
 
     No view where the adapter knows no grid, and of images and videos in one prompt.
     """
-    adapter = vtprune.adapter_for(model)
     folder.mkdir(parents=True, exist_ok=True)
     for index, example in enumerate(examples):
         conversation = example.conversation()
         inputs = conversation_inputs(processor, [conversation]).to(model.device, model.dtype)
-        seen = _seen(adapter, processor, inputs, kind) if kinds_of(conversation) == {kind} else None
+        drawable = kinds_of(conversation) == {kind}
+        seen = view_of(model, processor, inputs, example.question, kind, (0, _HEIGHT[kind])) if drawable else None
         if seen is None:
             (folder / f"{index}.json").unlink(missing_ok=True)
             continue
-        images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in seen.pictures]
-        images = level(images, _HEIGHT[kind])
-        view = View(example.question, kind, [image.width for image in images], seen.grids, seen.places)
+        view, images = seen
         view = replace(view, data=digests[index]) if digests else view
         write_atomically(folder / f"{index}.jpg", strip(images))
         write_atomically(folder / f"{index}.json", json.dumps(asdict(view)).encode())
+
+
+@torch.inference_mode()
+def view_of(
+    model: Any, processor: Any, inputs: Any, question: str, kind: Kind, heights: tuple[int, int]
+) -> tuple[View, list[Image.Image]] | None:
+    """The view of one example, and its pictures. The example is encoded once. None where the adapter knows no grid.
+
+    Args:
+        inputs: of one prompt with one image or video, on the model's device.
+        heights: least and largest height of the pictures in pixels.
+    """
+    seen = _seen(vtprune.adapter_for(model), processor, inputs, kind)
+    if seen is None:
+        return None
+    images = level([Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in seen.pictures], *heights)
+    return View(question, kind, [image.width for image in images], seen.grids, seen.places), images
 
 
 def read_views(folder: Path) -> dict[int, tuple[View, Path]]:
@@ -237,20 +252,25 @@ def _small(picture: Tensor) -> Tensor:
 # -- pictures side by side --------------------------------------------------------------------------------------------
 
 
-def level(pictures: Sequence[Image.Image], height: int) -> list[Image.Image]:
-    """The pictures at one height, that of the highest, but no more than `height` pixels."""
-    height = min(height, max(picture.height for picture in pictures))
+def level(pictures: Sequence[Image.Image], least: int, most: int) -> list[Image.Image]:
+    """The pictures at one height, that of the highest, but between `least` and `most` pixels."""
+    height = min(most, max(least, *(picture.height for picture in pictures)))
     widths = [max(1, round(picture.width * height / picture.height)) for picture in pictures]
     return [p.resize((width, height), Image.Resampling.LANCZOS) for p, width in zip(pictures, widths, strict=True)]
 
 
-def strip(pictures: Sequence[Image.Image]) -> bytes:
-    """JPEG of pictures of one height, side by side."""
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height in one."""
     strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
     offset = 0
     for picture in pictures:
         strip.paste(picture, (offset, 0))
         offset += picture.width
+    return strip
+
+
+def strip(pictures: Sequence[Image.Image]) -> bytes:
+    """JPEG of pictures of one height, side by side."""
     file = io.BytesIO()
-    strip.save(file, "JPEG", quality=88)
+    side_by_side(pictures).save(file, "JPEG", quality=88)
     return file.getvalue()

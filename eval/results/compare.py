@@ -14,8 +14,8 @@ from rich.table import Table
 
 from vtprune.errors import ConfigError
 from vtprune.eval.results.entries import Entry, rows
-from vtprune.eval.results.finished import Comparison, comparisons
-from vtprune.eval.results.formatting import percent
+from vtprune.eval.results.finished import Asked, Comparison, comparisons
+from vtprune.eval.results.formatting import at_budget, percent
 from vtprune.eval.results.statistics import Difference, corrected, difference
 
 _COLOURS = {"better": "green", "worse": "red", "same": "dim"}
@@ -29,11 +29,12 @@ class Side:
     label: str
     keep_ratio: float | None
     entry: Entry
+    places: list[int]
+    """of the compared questions in `comparison.asked`"""
 
     @property
     def name(self) -> str:
-        budget = "" if self.keep_ratio in (None, 0.0, 1.0) else f" at {100 * self.keep_ratio:g} %"
-        return f"{self.comparison.task}: {self.label}{budget}"
+        return f"{self.comparison.task}{self.comparison.conditions}: {self.label}{at_budget(self.keep_ratio)}"
 
     @property
     def seeds(self) -> list[int | None]:
@@ -41,8 +42,8 @@ class Side:
 
     @property
     def scores(self) -> np.ndarray:
-        """(examples,) the mean over the seeds."""
-        return self.comparison.scores(self.entry)
+        """(compared questions,) the mean over the seeds."""
+        return self.comparison.scores(self.entry)[self.places]
 
     @property
     def score(self) -> float:
@@ -51,7 +52,8 @@ class Side:
     @property
     def predictions(self) -> list[str]:
         """The predictions of all seeds, one after another."""
-        return [said for line in self.entry.cells for said in self.comparison.answers[line["cell"]].predictions]
+        answers = [self.comparison.answers[line["cell"]].predictions for line in self.entry.cells]
+        return [said[place] for said in answers for place in self.places]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Compared:
     pairs: list[Pair]
     only: tuple[list[str], list[str]]
     """names of the rows with scores that only this run has"""
+    shared: list[str]
+    """what is compared, for each task of which a run has questions that the other has not"""
 
     @property
     def worse(self) -> bool:
@@ -92,10 +96,11 @@ class Compared:
 
 
 def compare(first: Path, second: Path) -> Compared:
-    """Pairs the rows of two folders of results.
+    """Pairs the rows of two folders of results, on the questions that both runs asked.
 
     Raises:
-        ConfigError: a folder cannot be read, the runs asked other questions, or they have no row in common.
+        ConfigError: a folder cannot be read, no question is in both runs or it is not certain which are, or they have
+            no row in common.
     """
     runs = [_by_task(folder) for folder in (first, second)]
     if set(runs[0]) != set(runs[1]):
@@ -103,9 +108,16 @@ def compare(first: Path, second: Path) -> Compared:
         raise ConfigError(f"{first} and {second} hold different tasks: {names}")
     both: list[tuple[Side, Side]] = []
     only: tuple[list[str], list[str]] = ([], [])
+    shared: list[str] = []
     for task, comparison in runs[0].items():
-        _check_questions(comparison, runs[1][task], first, second)
-        ours, theirs = _sides(comparison), _sides(runs[1][task])
+        other = runs[1][task]
+        places = _common_places(comparison, other, first, second)
+        counts = len(comparison.asked), len(other.asked)
+        if len(places) < max(counts):
+            of = f"{counts[0]} in {first}, {counts[1]} in {second}"
+            shared.append(f"{task}: compared on the {len(places)} questions that both runs asked ({of})")
+        mine, others = ([pair[side] for pair in places] for side in (0, 1))
+        ours, theirs = _sides(comparison, mine), _sides(other, others)
         both += [(ours[key], theirs[key]) for key in ours if key in theirs]
         for names, sides, others in zip(only, (ours, theirs), (theirs, ours), strict=True):
             names += [side.name for key, side in sides.items() if key not in others]
@@ -115,42 +127,57 @@ def compare(first: Path, second: Path) -> Compared:
         if ours.seeds != theirs.seeds:
             raise ConfigError(f"{ours.name}: seeds {ours.seeds} in {first}, {theirs.seeds} in {second}")
     gaps = corrected([difference(theirs.scores, ours.scores) for ours, theirs in both])
-    return Compared([Pair(ours, theirs, gap) for (ours, theirs), gap in zip(both, gaps, strict=True)], only)
+    return Compared([Pair(ours, theirs, gap) for (ours, theirs), gap in zip(both, gaps, strict=True)], only, shared)
 
 
 def _by_task(folder: Path) -> dict[str, Comparison]:
     found: dict[str, Comparison] = {}
     for comparison in comparisons([folder]):
-        if comparison.task in found:
-            names = f"{found[comparison.task].model} and {comparison.model}"
-            raise ConfigError(f"{folder}: {comparison.task} was run on several models ({names}); compare runs of one")
-        found[comparison.task] = comparison
+        task = comparison.task + comparison.conditions
+        if task in found:
+            names = f"{found[task].model} and {comparison.model}"
+            raise ConfigError(f"{folder}: {task} was run on several models ({names}); compare runs of one")
+        found[task] = comparison
     return found
 
 
-def _check_questions(ours: Comparison, theirs: Comparison, first: Path, second: Path) -> None:
-    counts = len(ours.asked), len(theirs.asked)
-    if counts[0] != counts[1]:
-        raise ConfigError(
-            f"{ours.task}: {counts[0]} examples in {first}, {counts[1]} in {second}; run both with the same limit"
-        )
-    for our_question, their_question in zip(ours.asked, theirs.asked, strict=True):
-        if our_question == their_question:
-            continue
-        if replace(our_question, data=None) == replace(their_question, data=None):
+def _common_places(ours: Comparison, theirs: Comparison, first: Path, second: Path) -> list[tuple[int, int]]:
+    """The places in both lists of questions of each question that both runs asked.
+
+    Questions with the same number are the same if all that is known of them is. If it is not, the runs had other lists
+    of questions. Then all questions of the shorter list must be in the other one, and none may be there twice.
+    """
+    numbers = [{asked.index: place for place, asked in enumerate(run.asked)} for run in (ours, theirs)]
+    found = [(numbers[0][index], numbers[1][index]) for index in numbers[0] if index in numbers[1]]
+    unlike = [(a, b) for a, b in found if ours.asked[a] != theirs.asked[b]]
+    if unlike:
+        known = [{replace(asked, index=0): place for place, asked in enumerate(run.asked)} for run in (ours, theirs)]
+        found = [(known[0][asked], known[1][asked]) for asked in known[0] if asked in known[1]]
+        once = all(len(alike) == len(run.asked) for alike, run in zip(known, (ours, theirs), strict=True))
+        if not once or len(found) < min(map(len, known)):
             raise ConfigError(
-                f"{ours.task}: example {our_question.index}, {our_question.question!r}, has other pictures or settings "
-                f"in {first} than in {second}; run both on the same data"
+                f"{ours.task}: {_difference(ours.asked[unlike[0][0]], theirs.asked[unlike[0][1]], first, second)}"
             )
-        raise ConfigError(
-            f"{ours.task}: example {our_question.index} is {our_question.question!r} ({our_question.answer!r}) in "
-            f"{first}, {their_question.question!r} ({their_question.answer!r}) in {second}"
+    if not found:
+        raise ConfigError(f"{ours.task}: {first} and {second} have no question in common")
+    return found
+
+
+def _difference(ours: Asked, theirs: Asked, first: Path, second: Path) -> str:
+    if replace(ours, data=None) == replace(theirs, data=None):
+        return (
+            f"example {ours.index}, {ours.question!r}, has other pictures or settings in {first} than in {second}; run "
+            "both on the same data"
         )
+    return (
+        f"example {ours.index} is {ours.question!r} ({ours.answer!r}) in {first}, {theirs.question!r} "
+        f"({theirs.answer!r}) in {second}"
+    )
 
 
-def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:
+def _sides(comparison: Comparison, places: list[int]) -> dict[tuple[str, float | None], Side]:
     return {
-        (label, ratio): Side(comparison, label, ratio, entry)
+        (label, ratio): Side(comparison, label, ratio, entry, places)
         for label, by_ratio in rows(comparison.lines).items()
         for ratio, entry in by_ratio.items()
         if entry.ok
@@ -159,11 +186,11 @@ def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:
 
 def terminal_tables(compared: Compared) -> Iterator[Table]:
     """A table for each task with a line for each row: both accuracies, their difference and its significance."""
-    for task in dict.fromkeys(pair.first.comparison.task for pair in compared.pairs):
+    for comparison in {id(pair.first.comparison): pair.first.comparison for pair in compared.pairs}.values():
         table = Table(
-            title=escape(task),
+            title=escape(comparison.task + comparison.conditions),
             caption="accuracy in %; difference: the second run less the first in points, paired 95 % bootstrap "
-            f"interval; p: corrected for {len(compared.pairs)} rows (Holm); changed: answers that are others",
+            f"interval; p: corrected for {len(compared.pairs)} rows (Holm); changed: answers that differ",
             box=SIMPLE_HEAD,
             pad_edge=False,
             collapse_padding=True,
@@ -172,7 +199,7 @@ def terminal_tables(compared: Compared) -> Iterator[Table]:
         for heading in ("asked", "first", "second", "difference", "p", "changed", "verdict"):
             table.add_column(heading, justify="right", no_wrap=True)
         for pair in compared.pairs:
-            if pair.first.comparison.task == task:
+            if pair.first.comparison is comparison:
                 table.add_row(*_cells(pair))
         yield table
 

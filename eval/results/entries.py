@@ -48,6 +48,11 @@ class Entry:
         """95 % interval of the score; over several seeds the mean of their bounds."""
         return mean(c["ci"][0] for c in self.cells), mean(c["ci"][1] for c in self.cells)
 
+    def bounds(self, key: str) -> tuple[float, float] | None:
+        """Mean over the seeds of the bounds of an interval; None if a cell has none."""
+        intervals = [cell[key] for cell in self.cells]
+        return None if None in intervals else (mean(i[0] for i in intervals), mean(i[1] for i in intervals))
+
 
 def rows(results: Sequence[Record]) -> dict[str, dict[float, Entry]]:
     """Label of a method -> keep ratio as asked for -> its entry, in the order of the results."""
@@ -65,14 +70,23 @@ def ratios(results: Sequence[Record]) -> list[float]:
     return sorted((ratio for ratio in given if 0 < ratio < 1), reverse=True)
 
 
+def conditions(line: Record) -> str:
+    """The axes that have several values in the run, with the line's: `, dtype bfloat16, device cuda`; else nothing."""
+    return "".join(f", {name} {value}" for name, value in line.get("axes", {}).items())
+
+
 def studies(results: Sequence[Record]) -> dict[str, list[Record]]:
-    """Suffix of the plots' names -> the results of one model on one task. A single study has the suffix \"\"."""
-    grouped: dict[tuple[str, str], list[Record]] = {}
+    """Suffix of the plots' names -> the results of one model on one task, under one value of each axis.
+
+    A single study has the suffix \"\".
+    """
+    grouped: dict[tuple[str, str, str], list[Record]] = {}
     for record in results:
-        grouped.setdefault((record["task"], record["model"]), []).append(record)
+        grouped.setdefault((record["task"], record["model"], conditions(record)), []).append(record)
     if len(grouped) == 1:
         return {"": list(results)}
     named: dict[str, list[Record]] = {}
-    for number, ((task, model), lines) in enumerate(grouped.items(), start=1):
-        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}"] = lines
+    for number, ((task, model, _), lines) in enumerate(grouped.items(), start=1):
+        words = (Path(model).name, *lines[0].get("axes", {}).values())
+        named[f"-{number}-{task}-{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(words))}"] = lines
     return named

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from vtprune.errors import ConfigError
-from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.entries import Entry, conditions, studies
+from vtprune.eval.results.evidence import Answers, add_evidence
 from vtprune.eval.results.records import Record, cell_records, read_results
 from vtprune.eval.results.status import OK
+from vtprune.eval.running.unfinished import unfinished
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,14 @@ class Asked:
     """digest of the example with its media; None if they follow from the code of the task"""
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The answers of one cell to the examples."""
-
-    scores: np.ndarray
-    """(examples,)"""
-    predictions: list[str]
-    kept: dict[int, list[int]]
-    """example -> its visual tokens that were kept; only for the first examples"""
-
-
 @dataclass
 class Comparison:
     """Cells of one model on the same questions, from folders in which the full model gave the same answers."""
 
     model: str
     task: str
+    conditions: str
+    """`, dtype bfloat16`: the axes that have several values in the run, with those of these cells; else empty"""
     asked: list[Asked]
     lines: list[Record] = field(default_factory=list)
     """of `results.jsonl`, with the full model's line"""
@@ -73,22 +66,25 @@ def comparisons(folders: Iterable[Path]) -> list[Comparison]:
     found: dict[str, Comparison] = {}
     for folder in folders:
         lines = _lines(folder)
-        for model, task in dict.fromkeys((line["model"], line["task"]) for line in lines):
-            study = [line for line in lines if (line["model"], line["task"]) == (model, task)]
-            _add(found, Path(folder), model, task, study)
+        for study in studies(lines).values():
+            _add(found, Path(folder), study)
+    for comparison in found.values():  # lines of earlier versions have no such fields, and other folders more rows
+        comparison.lines = add_evidence(comparison.lines, comparison.answers)
     return list(found.values())
 
 
-def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, lines: Sequence[Record]) -> None:
+def _add(found: dict[str, Comparison], folder: Path, lines: Sequence[Record]) -> None:
+    model, task, axes = lines[0]["model"], lines[0]["task"], lines[0].get("axes", {})
     full = next((line for line in lines if line["method"] == "full"), None)
     if full is None:
         raise ConfigError(f"{folder / 'results.jsonl'}: {task} has no row of the full model to compare with")
     records = _records(folder, full)
     asked = [Asked(r["index"], r["question"], r["answer"], r["family"], r.get("data")) for r in records]
     same = [task, full["weights"], *(full["config"].get(key) for key in ("dtype", "attention"))]
+    same.append(axes.get("device"))  # runs on different devices are put together, except if a run compares devices
     parts = [*same, [vars(question) for question in asked], [(r["prediction"], r["score"]) for r in records]]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    comparison = found.setdefault(key, Comparison(model, task, asked))
+    comparison = found.setdefault(key, Comparison(model, task, conditions(lines[0]), asked))
     comparison.folders.append(folder)
     for line in lines:
         answers = _answers(folder, line, asked) if line["status"] == OK else None
@@ -116,15 +112,17 @@ def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
     records = _records(folder, line)
     if [(r["index"], r["question"]) for r in records] != [(a.index, a.question) for a in asked]:
         raise ConfigError(f"{folder}: the records of {line['cell']} are not of the full model's questions")
-    return Answers(
-        np.array([r["score"] for r in records], dtype=float),
-        [r["prediction"] for r in records],
-        {r["index"]: r["kept"] for r in records if "kept" in r},
-    )
+    return Answers.of(records)
 
 
 def _lines(folder: Path) -> list[Record]:
     path = Path(folder) / "results.jsonl"
+    progress = _read(folder, lambda: unfinished(folder))
+    if found := [line for study in progress if study.comparable for line in study.lines()]:
+        return found
+    if progress and not path.is_file():  # otherwise a run before has left it
+        said = "; ".join(map(str, progress))
+        raise ConfigError(f"{folder}: the full model, which all rows are compared with, has not finished: {said}")
     if not path.is_file():
         raise ConfigError(f"{folder}: no results.jsonl here; `vtprune eval` writes it when all cells are done")
     lines = _read(path, lambda: read_results(path))

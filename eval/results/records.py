@@ -2,8 +2,10 @@
 """The files that a run leaves, and how an interrupted run goes on.
 
     OUTPUT/cells/<name>-<key>.jsonl.gz          a finished cell, one line for each example, in their order
-    OUTPUT/cells/<name>-<key>.<process>.batches a process's part of an unfinished cell, appended batch by batch
+    OUTPUT/cells/<name>-<key>.<process>.batches a process's or shard's part of an unfinished cell, batch by batch
+    OUTPUT/plan.json                            the cells that the run will have, written when it begins
     OUTPUT/timings.jsonl                        wall seconds of every batch; kept apart, because they never repeat
+    OUTPUT/timings.<shard>.jsonl                those of a shard, until a run without shards puts them into the file
     OUTPUT/results.jsonl                        one line for each cell, in the order of the configuration
 
 The key in a cell's file name is a hash of everything that determines its numbers, so files of another configuration in
@@ -23,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from vtprune.errors import VTPruneError
 from vtprune.eval.results.status import Refusal
@@ -52,7 +55,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that readers see the old or the new one, never a part. Raises VTPruneError, e.g. disk full."""
-    part = path.with_name(path.name + ".part")
+    # Shards may write the same file at the same time, each under another name.
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     with writing(path):
         try:
             part.write_bytes(content)
@@ -73,32 +77,34 @@ class CellFile:
     """The records of one cell: `{"index": i, ...}` for i = 0, 1, ..., or a single `{"status": ...}` that ends the cell.
 
     The constructor reads what earlier runs left, but only whole batches. The last bits of an example's numbers may
-    depend on the padding of its batch, so a batch runs again as a whole. Only one process may do that at a time.
+    depend on the padding of its batch, so a batch runs again as a whole.
 
     Args:
         path: the file of the finished cell; its folder is made if it is missing.
         batches: the examples' indices, batch by batch, the same on every start.
+        shared: whether others add to the cell now. If nobody does, what is there is put into one file.
     """
 
-    def __init__(self, path: Path, batches: Sequence[range]):
+    def __init__(self, path: Path, batches: Sequence[range], *, shared: bool = False):
         self.path = path
         self.batches = batches
         self.ending: Record | None = None
         self._done: dict[range, list[Record]] = {}
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        for file in (self.path, *self._unfinished()):
+        # The finished file last: whoever finishes the cell meanwhile removes the parts after it is there.
+        for file in (*part_paths(self.path), self.path):
             for records in members(file):
                 self._take(records)
         if self.complete:
             self.finish()
-        else:
+        elif not shared:
             self._gather_up()
 
     @property
     def name(self) -> str:
         """The cell's name in `results.jsonl`."""
-        return self.path.name.removesuffix(_SUFFIX)
+        return cell_name(self.path)
 
     @property
     def records(self) -> list[Record]:
@@ -133,7 +139,7 @@ class CellFile:
             content = _packed([self.ending])
         if not self.path.exists() or self.path.read_bytes() != content:
             write_atomically(self.path, content)
-        self._remove(self._unfinished())
+        self._remove(part_paths(self.path))
 
     def _take(self, records: list[Record]) -> None:
         if len(records) == 1 and "status" in records[0]:
@@ -146,14 +152,11 @@ class CellFile:
     def _gather_up(self) -> None:
         """Writes all good batches to one file, so that a run appends behind a whole batch, never behind a torn one."""
         first = part_path(self.path, 0)
-        stale = [file for file in (self.path, *self._unfinished()) if file.exists()]
+        stale = [file for file in (self.path, *part_paths(self.path)) if file.exists()]
         if self._done:
             write_atomically(first, b"".join(_packed(self._done[batch]) for batch in self._in_order()))
             stale = [file for file in stale if file != first]
         self._remove(stale)
-
-    def _unfinished(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.name}.*{_PART_SUFFIX}"))
 
     def _in_order(self) -> list[range]:
         return sorted(self._done, key=lambda batch: batch.start)
@@ -161,7 +164,7 @@ class CellFile:
     def _remove(self, files: Iterable[Path]) -> None:
         with writing(self.path):
             for file in files:
-                file.unlink()
+                file.unlink(missing_ok=True)
 
 
 class CellPart:
@@ -169,12 +172,16 @@ class CellPart:
 
     Args:
         path: the file of the finished cell.
-        process: number of the process.
+        process: number of the process, or name of the shard.
     """
 
-    def __init__(self, path: Path, process: int):
+    def __init__(self, path: Path, process: int | str):
         self._path = part_path(path, process)
-        self.name = path.name.removesuffix(_SUFFIX)
+        self.timings = path.parent.parent / (
+            f"timings.{process}.jsonl" if isinstance(process, str) else "timings.jsonl"
+        )
+        """where the wall seconds of its batches go"""
+        self.name = cell_name(path)
         self.batches: list[list[Record]] = []
         self.ending: Record | None = None
 
@@ -194,9 +201,21 @@ class CellPart:
         self.ending = {"status": refusal.status, "reason": refusal.reason, **floor}
 
 
-def part_path(path: Path, process: int) -> Path:
-    """The file of a process's part of the unfinished cell whose file will be `path`."""
+def part_path(path: Path, process: int | str) -> Path:
+    """The file of a process's or a shard's part of the unfinished cell whose file will be `path`."""
     return path.with_name(f"{path.name.removesuffix(_SUFFIX)}.{process}{_PART_SUFFIX}")
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The files of all parts of the unfinished cell whose file will be `path`."""
+    return sorted(path.parent.glob(f"{path.name.removesuffix(_SUFFIX)}.*{_PART_SUFFIX}"))
+
+
+def cut_off_torn(path: Path) -> None:
+    """Removes what is behind the last whole batch of a part, so that its shard appends behind a whole one."""
+    whole = b"".join(map(_packed, members(path)))
+    if path.exists() and path.read_bytes() != whole:
+        write_atomically(path, whole)
 
 
 def _packed(records: Iterable[Record]) -> bytes:
@@ -225,7 +244,17 @@ def members(path: Path) -> Iterator[list[Record]]:
 
 def cell_path(output: Path, label: str, key: str) -> Path:
     """The file of a cell's records: its name is readable for people, and `key` makes it unique."""
-    return output / "cells" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}{_SUFFIX}"
+    return named_path(output, f"{re.sub(r'[^A-Za-z0-9.]+', '-', label).strip('-')}-{key}")
+
+
+def cell_name(path: Path) -> str:
+    """The name in `results.jsonl` of the cell whose file is `path`."""
+    return path.name.removesuffix(_SUFFIX)
+
+
+def named_path(output: Path, cell: str) -> Path:
+    """The file of a finished cell; `cell` is the name in its line of results."""
+    return output / "cells" / f"{cell}{_SUFFIX}"
 
 
 def read_results(path: str | Path) -> list[Record]:
@@ -252,7 +281,7 @@ def cell_records(output: Path, cell: str) -> list[Record]:
         OSError, ValueError: the file is missing, or it is damaged.
     """
     try:
-        lines = gzip.decompress((output / "cells" / f"{cell}{_SUFFIX}").read_bytes()).splitlines()
+        lines = gzip.decompress(named_path(output, cell).read_bytes()).splitlines()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(str(error)) from error
     return [record for line in lines if "index" in (record := json.loads(line))]

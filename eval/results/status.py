@@ -10,6 +10,7 @@ from vtprune.errors import BudgetError, UnsupportedStageError
 OK = "ok"
 UNDER_FLOOR = "under its floor"
 UNSUPPORTED = "unsupported"
+UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)

@@ -1,85 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables for people, in the terminal and in `summary.md`, from the lines of `results.jsonl`."""
+"""`summary.md`: all tables of a run, from the lines of `results.jsonl`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean
 
-from rich.markup import escape
-from rich.table import Table
-
-from vtprune.eval.results.entries import Entry, ratios, rows, studies
-from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
+from vtprune.eval.results import explanations as explain
+from vtprune.eval.results.entries import Entry, conditions, ratios, rows, studies
+from vtprune.eval.results.formatting import (
+    MISSING,
+    accuracy,
+    cost,
+    flops,
+    gain,
+    hard,
+    latency,
+    loyalty,
+    milliseconds,
+    percent,
+    retention,
+    tokens,
+    tokens_per_correct,
+)
+from vtprune.eval.results.reasons import Reasons
 from vtprune.eval.results.records import Record
-from vtprune.eval.results.terms import terms
+from vtprune.eval.results.terms import Terms, terms
+from vtprune.eval.results.timings import Latency
 
-
-def retention(entry: Entry) -> str:
-    """Score over the full model's in per cent, with its paired interval; over several seeds the means."""
-    if entry.mean("retention") is None:
-        return MISSING
-    low = mean(cell["retention_ci"][0] for cell in entry.cells)
-    high = mean(cell["retention_ci"][1] for cell in entry.cells)
-    return f"{percent(entry.mean('retention'))} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def tokens(entry: Entry) -> str:
-    """Measured tokens of the last layer, and their share averaged over the layers."""
-    return f"{entry.mean('final_tokens'):.1f} ({percent(entry.mean('measured_keep_ratio'))} %)"
-
-
-def cost(entry: Entry) -> str:
-    """FLOPs of one example and their share of the unpruned ones."""
-    key = terms(entry.cells).flops
-    share = entry.mean(key) / entry.mean(f"unpruned_{key}")
-    return f"{flops(entry.mean(key))} ({percent(share)} %)"
-
-
-def speed(entry: Entry, per_second: Mapping[str, float]) -> float | None:
-    """Images in a second, mean over the seeds; None if a cell has no times.
-
-    per_second: name of a cell -> images in a second.
-    """
-    found = [per_second.get(cell["cell"]) for cell in entry.cells]
-    return None if None in found else mean(found)
-
-
-def terminal_table(results: Sequence[Record]) -> Table:
-    """Methods by budgets. Each place has accuracy, retention, measured tokens and FLOPs."""
-    first, words = results[0], terms(results)
-    table = Table(
-        title=f"{first['task']}, {first['model']}, {first['n']} examples",
-        caption="accuracy in %, ± over seeds; ret: share of the full model's accuracy in %; "
-        f"{words.final}, measured; share of the unpruned {words.flops_name}",
-        show_lines=True,
-    )
-    table.add_column("method", no_wrap=True)
-    columns = ratios(results)
-    for ratio in columns:
-        table.add_column(f"{100 * ratio:g} % kept")
-    for label, by_ratio in rows(results).items():
-        if set(by_ratio) & set(columns):
-            table.add_row(escape(label), *(_place(by_ratio.get(ratio)) for ratio in columns))
-        else:  # full, zero, counts and schedules have a single budget
-            table.add_row(escape(label), _place(next(iter(by_ratio.values()))))
-    return table
-
-
-def _place(entry: Entry | None) -> str:
-    if entry is None:
-        return MISSING
-    if not entry.ok:
-        return f"[dim]{escape(entry.status)}[/dim]"
-    spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
-    key = terms(entry.cells).flops
-    share = entry.mean(key) / entry.mean(f"unpruned_{key}")
-    return (
-        f"[bold]{percent(entry.mean('score'))}[/bold]{spread}\n"
-        f"ret {percent(entry.mean('retention'))}\n"
-        f"[dim]{entry.mean('final_tokens'):.1f} tok {100 * share:.0f}%[/dim]"
-    )
+Times = Mapping[str, Latency]
+"""Name of a cell -> its latency."""
+Shown = Callable[[Entry], str]
+"""Writes a row with numbers."""
 
 
 def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -87,8 +40,20 @@ def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def budget_table(results: Sequence[Record], show: Callable[[Entry], str]) -> str:
-    """Markdown table of methods by budgets; `show` writes the entry of a place."""
+def budget_table(results: Sequence[Record], show: Shown, refused: Shown | None = None) -> str:
+    """Markdown table of methods by budgets.
+
+    Args:
+        results: lines of `results.jsonl` of one model on one task.
+        show: writes a row with numbers.
+        refused: writes one without; default its status.
+    """
+
+    def place(entry: Entry | None) -> str:
+        if entry is None:
+            return MISSING
+        return show(entry) if entry.ok else f"*{refused(entry) if refused else entry.status}*"
+
     columns = ratios(results)
     body = []
     for label, by_ratio in rows(results).items():
@@ -96,7 +61,7 @@ def budget_table(results: Sequence[Record], show: Callable[[Entry], str]) -> str
             cells = [by_ratio.get(ratio) for ratio in columns]
         else:
             cells = [next(iter(by_ratio.values()))] + [None] * (len(columns) - 1)
-        body.append([label, *(MISSING if c is None else show(c) if c.ok else f"*{c.status}*" for c in cells)])
+        body.append([label, *map(place, cells)])
     return _markdown_table(["method", *(f"{100 * ratio:g} %" for ratio in columns)], body)
 
 
@@ -109,62 +74,6 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
             continue
         body.append([label, *(percent(entry.family(f)) for f in families)])
     return _markdown_table(["method", *families], body)
-
-
-_ON_ACCURACY = """\
-Per cent of the answers that are right, with a 95 % bootstrap interval. Rows with several seeds show their
-mean, ± their standard deviation, and the mean interval of one seed. """
-
-_ON_BASELINES = """\
-`full` and `zero` have no budget and
-stand in the first column: all visual tokens, and none (what the question alone gives away). So do rows whose budget
-is a count of tokens or their own schedule."""
-
-_ON_FULL = """\
-`full` has no budget and stands in the
-first column. So do rows whose budget is a count of patches or their own schedule."""
-
-_ON_RETENTION = """\
-Accuracy over that of the full model in per cent. The interval is a paired bootstrap over examples: both
-models see the same drawn examples, so what makes all of them easy or hard cancels."""
-
-_ON_TOKENS = """\
-Visual tokens that enter the last decoder layer, averaged over examples; in brackets the visual tokens
-averaged over all layers as a share of the unpruned model's. The columns are the budget *asked for*. A method
-that prunes inside the language model keeps everything up to its first pruning layer: a budget it cannot meet
-is shown as under its floor, with the floor in brackets. `downsample` can only make grids of whole patches, and of a
-video whole frames."""
-
-_ON_COST = """\
-FLOPs of the language model's prefill of one example, from the measured tokens of every layer, and their share
-of the unpruned model's. Convention `exact` of `vtprune.cost`: two FLOPs per multiply-add, text included,
-image encoder and selection not included (`downsample` makes the encoder cheaper as well, no method before the
-LLM does). FLOPs are not seconds."""
-
-_ON_PATCHES = """\
-Patches that are left behind the last layer of the encoder; in brackets the patches left behind a layer, averaged over
-all layers, as a share of the unpruned model's. The columns are the budget *asked for*: the share of the patches left
-behind the last layer."""
-
-_ON_ENCODER_COST = """\
-FLOPs of the vision encoder for one image, from the measured tokens of every layer, and their share of the unpruned
-model's: two FLOPs per multiply-add; the features of the classes, which are computed once, and what a method itself
-computes are not included. FLOPs are not seconds."""
-
-_ON_SPEED = """\
-Images in a second, and in brackets how many times those of `full`: measured in this run, the median over the batches,
-mean over seeds. The time is that of the classifier on preprocessed pixels, with all that the method computes. All rows,
-`full` too, run in a session. On a machine that was busy the numbers are smaller, and not equally for all rows."""
-
-_ON_ALL_TASKS = """\
-Accuracy in per cent on every task. FLOPs and images in a second are those of one image, means over the tasks; in
-brackets, times those of `full`."""
-
-_ON_PUBLISHED = """\
-Ours beside what a paper prints for the setting. Its number is of its own benchmarks and model, so the difference says
-something only where these are the same."""
-
-_ON_FAMILIES = "Per cent right of each {kind}, mean over seeds; rows without a budget are repeated for comparison."
 
 
 def _published(results: Sequence[Record]) -> str:
@@ -181,39 +90,37 @@ def _published(results: Sequence[Record]) -> str:
     return _markdown_table(["setting", "in %", "ours", "theirs", "difference", "theirs is of", "source"], body)
 
 
-def summary_markdown(results: Sequence[Record], per_second: Mapping[str, float]) -> str:
-    """All tables of every model on every task, with notes on how to read them, and the provenance.
-
-    per_second: name of a cell -> examples in a second.
-    """
-    parts = [_study_markdown(study, suffix, per_second) for suffix, study in studies(results).items()]
+def summary_markdown(results: Sequence[Record], times: Times) -> str:
+    """All tables of every model on every task, with notes on how to read them, and the provenance."""
+    parts = [_study_markdown(study, suffix, times) for suffix, study in studies(results).items()]
     if terms(results).classifies and len({line["task"] for line in results}) > 1:
-        models = dict.fromkeys(line["model"] for line in results)
-        lines = [[line for line in results if line["model"] == model] for model in models]
+        models = dict.fromkeys((line["model"], conditions(line)) for line in results)
+        lines = [[line for line in results if (line["model"], conditions(line)) == model] for model in models]
         tables = [
-            f"# All tasks: {own[0]['model']}\n\n{_ON_ALL_TASKS}\n\n{tasks_table(own, per_second)}" for own in lines
+            f"# All tasks: {own[0]['model']}{conditions(own[0])}\n\n{explain.ON_ALL_TASKS}\n\n{tasks_table(own, times)}"
+            for own in lines
         ]
         parts = tables + parts
     return "\n\n".join(parts) + "\n"
 
 
-def tasks_table(results: Sequence[Record], per_second: Mapping[str, float]) -> str:
+def tasks_table(results: Sequence[Record], times: Times) -> str:
     """Markdown table of rows and budgets by tasks, with FLOPs and images in a second.
 
-    results: of one model on classification tasks. per_second: name of a cell -> images in a second.
+    results: of one model on classification tasks, under one value of each axis.
     """
     by_task = {study[0]["task"]: rows(study) for study in studies(results).values()}
     first, *_ = by_task.values()
     (full,) = first["full"].values()
     key = terms(results).flops
-    full_speed = _mean([speed(entry, per_second) for found in by_task.values() for entry in found["full"].values()])
+    full_speed = _mean([_speed(entry, times) for found in by_task.values() for entry in found["full"].values()])
     body = []
     for label, ratio in ((label, ratio) for label, by_ratio in first.items() for ratio in by_ratio):
         entries = [found[label][ratio] for found in by_task.values()]
         line = [label, MISSING if ratio in (None, 1.0) else f"{100 * ratio:g} %"]
         if entries[0].ok:
             spent = mean(entry.mean(key) for entry in entries)
-            fast = _relative(_mean([speed(entry, per_second) for entry in entries]), full_speed)
+            fast = _relative(_mean([_speed(entry, times) for entry in entries]), full_speed)
             line += [f"{entries[0].mean('final_tokens'):.0f}", f"{flops(spent)} ({spent / full.mean(key):.2f})", fast]
         else:
             line += [MISSING] * 3
@@ -225,6 +132,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else mean(values)
 
 
+def _speed(entry: Entry, times: Times) -> float | None:
+    found = latency(entry, times)
+    return None if found is None else found.per_second
+
+
 def _relative(per_second: float | None, full: float | None) -> str:
     """Images in a second, and how many times those of the full model."""
     if per_second is None:
@@ -232,32 +144,53 @@ def _relative(per_second: float | None, full: float | None) -> str:
     return f"{per_second:.0f}" + ("" if full is None else f" ({per_second / full:.2f})")
 
 
-def _study_markdown(results: Sequence[Record], suffix: str, per_second: Mapping[str, float]) -> str:
-    first, words = results[0], terms(results)
-    on_tokens, on_cost = (_ON_PATCHES, _ON_ENCODER_COST) if words.classifies else (_ON_TOKENS, _ON_COST)
-    on_accuracy = _ON_ACCURACY + (_ON_FULL if words.classifies else _ON_BASELINES)
-    title = "Encoder cost" if words.classifies else "Prefill cost"
-    parts = [
-        f"# {first['task']}: {first['model']}, {first['n']} examples",
-        f"![accuracy against {words.tokens} and FLOPs](pareto{suffix}.png)",
-        *("## Accuracy", on_accuracy, budget_table(results, accuracy)),
-        *("## Retention", _ON_RETENTION, budget_table(results, retention)),
-        *(f"## {words.tokens.capitalize()}, measured", on_tokens, budget_table(results, tokens)),
-        *(f"## {title}", on_cost, budget_table(results, cost)),
-    ]
+def _latency(entry: Entry, times: Times) -> str:
+    """Milliseconds of one example: prefill, and the whole answer."""
+    found = latency(entry, times)
+    return MISSING if found is None else f"{milliseconds(found.prefill)} / {milliseconds(found.whole)}"
+
+
+def _quantities(results: Sequence[Record], words: Terms, times: Times) -> Iterator[tuple[str, str, Shown]]:
+    """Title, explanation and the text of a row, of each table of methods by budgets."""
+    on_tokens, on_cost = (
+        (explain.ON_PATCHES, explain.ON_ENCODER_COST) if words.classifies else (explain.ON_TOKENS, explain.ON_COST)
+    )
+    yield "Accuracy", explain.ON_ACCURACY + (explain.ON_FULL if words.classifies else explain.ON_BASELINES), accuracy
+    yield "Retention", explain.ON_RETENTION, retention
+    if any(line["hard_score"] is not None or line["gain"] is not None for line in results):
+        yield "Gain over the smaller image", explain.ON_GAIN, gain
+        yield "Questions that the smaller image gets wrong", explain.ON_HARD, hard
+    yield "Loyalty", explain.ON_LOYALTY, loyalty
+    yield f"{words.tokens.capitalize()}, measured", on_tokens, tokens
+    yield f"{words.tokens.capitalize()} per right answer", explain.ON_PER_CORRECT, tokens_per_correct
+    yield "Encoder cost" if words.classifies else "Prefill cost", on_cost, cost
     if words.classifies:
-        full = speed(*rows(results)["full"].values(), per_second)
-        shown = budget_table(results, lambda entry: _relative(speed(entry, per_second), full))
-        parts += ["## Images in a second", _ON_SPEED, shown]
+        full = _speed(*rows(results)["full"].values(), times)
+        yield "Images in a second", explain.ON_SPEED, lambda entry: _relative(_speed(entry, times), full)
+    else:
+        yield "Latency", explain.ON_LATENCY, lambda entry: _latency(entry, times)
+
+
+def _study_markdown(results: Sequence[Record], suffix: str, times: Times) -> str:
+    first, words, reasons = results[0], terms(results), Reasons(results)
+    parts = [
+        f"# {first['task']}: {first['model']}{conditions(first)}, {first['n']} examples",
+        f"![accuracy against {words.tokens}, FLOPs and latency](pareto{suffix}.png)",
+    ]
+    for title, explanation, show in _quantities(results, words, times):
+        parts += [f"## {title}", explanation, budget_table(results, show, reasons.of)]
+    if reasons.texts:
+        notes = [f"- [{number}] {text}" for number, text in enumerate(reasons.texts, start=1)]
+        parts += ["## Rows without numbers", "\n".join(notes)]
     parts += [
         f"## By {words.kind}",
-        _ON_FAMILIES.format(kind=words.kind),
+        explain.ON_FAMILIES.format(kind=words.kind),
         f"![accuracy by {words.kind}](families{suffix}.png)",
     ]
     for ratio in ratios(results):
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]
     if any(record.get("published") for record in results):
-        parts += ["## Published settings", _ON_PUBLISHED, _published(results)]
+        parts += ["## Published settings", explain.ON_PUBLISHED, _published(results)]
     parts += [
         "## Provenance",
         _markdown_table(

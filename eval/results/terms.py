@@ -23,6 +23,8 @@ class Terms:
     """the same in short"""
     tokens: str
     """what is pruned"""
+    short: str
+    """the same in short"""
     final: str
     """tokens of the field `final_tokens`"""
     average: str
@@ -37,6 +39,7 @@ QUESTIONS = Terms(
     flops_of="prefill FLOPs of the language model",
     flops_name="prefill FLOPs",
     tokens="visual tokens",
+    short="tokens",
     final="tokens in the last layer",
     average="visual tokens measured, averaged over decoder layers",
     kind="kind of question",
@@ -47,6 +50,7 @@ CLASSES = Terms(
     flops_of="FLOPs of the vision encoder",
     flops_name="encoder FLOPs",
     tokens="patches",
+    short="patches",
     final="patches behind the last layer",
     average="patches measured, averaged over encoder layers",
     kind="class",

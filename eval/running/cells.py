@@ -20,6 +20,7 @@ import vtprune
 import vtprune.adapters
 import vtprune.eval
 from vtprune.errors import ConfigError
+from vtprune.eval.axes import values_of
 from vtprune.eval.config import BASELINES, BUDGETS, ComposedEntry, EvalConfig, MethodEntry
 from vtprune.eval.inputs import resolve_model
 from vtprune.eval.inputs.classifiers import OPEN_CLIP
@@ -46,6 +47,8 @@ class Cell:
     """name of the published setting, if the cell is one"""
     parts: tuple[dict[str, Any], ...] = ()
     """the methods of a composed row, each with its budget; `method` has their names then"""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """parameters that the configuration sets for all rows; names do not show them"""
 
     @property
     def label(self) -> str:
@@ -73,9 +76,9 @@ class Cell:
     def spec(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The argument for `vtprune.build_methods`."""
         if self.parts:
-            return list(self.parts)
+            return [self.shared | part for part in self.parts]
         set_here = {"seed": self.seed, "keep_ratio": self.keep_ratio, "keep_tokens": self.keep_tokens}
-        return {"name": self.method, **self.given, **{k: v for k, v in set_here.items() if v is not None}}
+        return {"name": self.method, **self.shared, **self.given} | {k: v for k, v in set_here.items() if v is not None}
 
     @property
     def params(self) -> dict[str, Any]:
@@ -86,7 +89,7 @@ class Cell:
         if self.method in BASELINES:
             return {}
         if self.parts:
-            return {"parts": [{"name": part["name"]} | _fields(part) for part in self.parts]}
+            return {"parts": [{"name": part["name"]} | _fields(part) for part in self.spec]}
         return {key: value for key, value in _fields(self.spec).items() if key not in (*BUDGETS, "seed")}
 
     @property
@@ -127,20 +130,54 @@ def expand(config: EvalConfig) -> list[Cell]:
     for entry in config.methods:
         if isinstance(entry, ComposedEntry):
             name = " + ".join(part["name"] for part in entry.parts)
-            cells.append(Cell(name, entry.keep_ratio, parts=entry.parts))
+            for parts, shared in _placed(config, entry.parts):
+                cells.append(Cell(name, entry.keep_ratio, parts=parts, shared=shared))
             continue
         for params in entry.rows():
-            default = getattr(build_method({"name": entry.name, **params}), "seed", None)
-            given = {key: value for key, value in params.items() if key != "seed"}
-            for budget in _budgets(entry, config):
-                seeds = entry.seeds or (default,)
-                cells += [Cell(entry.name, given=given, seed=seed, preset=entry.preset, **budget) for seed in seeds]
+            row = {"name": entry.name, **params}
+            default = getattr(build_method(row), "seed", None)
+            # A published setting is what it is.
+            for (spec,), shared in [((row,), {})] if entry.preset else _placed(config, (row,)):
+                given = {key: value for key, value in spec.items() if key not in ("name", "seed")}
+                own = {"given": given, "preset": entry.preset, "shared": shared}
+                for budget in _budgets(entry, config):
+                    cells += [Cell(entry.name, seed=seed, **own, **budget) for seed in entry.seeds or (default,)]
     seen: set[str] = set()
     for cell in cells:
         if str(cell) in seen:
             raise ConfigError(f"the configuration has {cell.title} twice")
         seen.add(str(cell))
     return cells
+
+
+Specs = tuple[dict[str, Any], ...]
+"""The method of a row, or the methods of a composed one, as `vtprune.build_method` takes them."""
+
+
+def _placed(config: EvalConfig, specs: Specs) -> list[tuple[Specs, dict[str, Any]]]:
+    """A row with the positions that the configuration sets, and the parameters that all rows share.
+
+    Several positions are several rows, which name them. What sets its own positions is left as it is.
+    """
+    unset = [spec for spec in specs if "positions" not in spec]
+    if config.positions is None or not unset:
+        return [(specs, {})]
+    values = values_of(config.positions)
+    taken = [value for value in values if all(_takes(spec, value) for spec in unset)]
+    if not taken:
+        names = ", ".join(spec["name"] for spec in unset)
+        raise ConfigError(f"positions: {names} cannot have {' or '.join(values)}; give the row positions of its own")
+    if len(values) == 1:
+        return [(specs, {"positions": taken[0]})]
+    return [(tuple({**spec, "positions": spec.get("positions", value)} for spec in specs), {}) for value in taken]
+
+
+def _takes(spec: dict[str, Any], positions: str) -> bool:
+    try:
+        build_method({**spec, "positions": positions})
+    except ConfigError:
+        return False
+    return True
 
 
 def _budgets(entry: MethodEntry, config: EvalConfig) -> list[dict[str, Any]]:
@@ -169,7 +206,7 @@ class Identity:
         digests: of the examples that run, from `task.digests`.
         """
         settings = config.resolved(model_path, task.name)
-        for key in ("model", "keep_ratios", "baselines", "methods"):
+        for key in ("model", "keep_ratios", "baselines", "methods", "positions"):
             settings.pop(key)
         # The model of open_clip that comes with the library is computed by code that others do not run.
         own = {"open_clip_torch": version("open_clip_torch")} if model_path == resolve_model(OPEN_CLIP) else {}

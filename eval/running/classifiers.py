@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from statistics import mean
@@ -21,7 +20,9 @@ from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import InputCache
 from vtprune.eval.inputs.classifiers import load_classifier
 from vtprune.eval.results.records import Record
+from vtprune.eval.results.timings import Spent
 from vtprune.eval.running.cells import Cell
+from vtprune.eval.running.clock import now
 from vtprune.eval.running.evaluator import Evaluator, RunBatch
 from vtprune.methods import TCA
 
@@ -78,22 +79,15 @@ class ClassifierEvaluator(Evaluator):
         classify, session = self._classify(cell, stack)
 
         @torch.inference_mode()
-        def run(batch: range) -> tuple[list[Record], float]:
+        def run(batch: range) -> tuple[list[Record], Spent]:
             pixels = self.inputs(batch)["pixel_values"].to(self.device, self.dtype)
-            self._wait()
-            started = time.perf_counter()
+            started = now(self.device)
             logits = classify(pixels)
-            self._wait()
-            seconds = time.perf_counter() - started
+            spent = Spent(now(self.device) - started)
             names = [self.task.classes[place] for place in logits.argmax(1).tolist()]
-            return self._records(batch, names, [_costs(session.report)] * len(batch)), seconds
+            return self._records(batch, names, [_costs(session.report)] * len(batch)), spent
 
         return run
-
-    def _wait(self) -> None:
-        """For what a GPU still computes."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _costs(report: EncoderReport) -> Record:

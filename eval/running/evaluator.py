@@ -13,13 +13,14 @@ from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs.classifiers import is_classifier
 from vtprune.eval.results.records import CellPart, Record, append, to_line
 from vtprune.eval.results.status import Refusal
+from vtprune.eval.results.timings import Spent
 from vtprune.eval.running.cells import Cell
 from vtprune.eval.tasks import AnyTask, Classification
 
 if TYPE_CHECKING:
     from vtprune.eval.running.runner import Study
 
-RunBatch = Callable[[range], tuple[list[Record], float]]
+RunBatch = Callable[[range], tuple[list[Record], Spent]]
 """The numbers of a batch of examples -> their records, and the wall seconds that count."""
 
 
@@ -58,11 +59,11 @@ class Evaluator(ABC):
             with ExitStack() as stack:
                 run_batch = self._open(cell, stack)
                 for batch in self._stream(cell, batches):
-                    records, seconds = run_batch(batch)
+                    records, spent = run_batch(batch)
                     if batch not in batches:
                         continue
                     part.append(records)
-                    self._log_time(part, batch, seconds)
+                    self._log_time(part, batch, spent)
                     progress(cell.title, len(batch))
         except (BudgetError, UnsupportedStageError) as error:
             part.end(Refusal.of(error))
@@ -84,9 +85,9 @@ class Evaluator(ABC):
             for index, example, prediction, cost in zip(batch, examples, predictions, costs, strict=True)
         ]
 
-    def _log_time(self, part: CellPart, batch: range, seconds: float) -> None:
-        line = {"cell": part.name, "first": batch.start, "examples": len(batch), "seconds": round(seconds, 4)}
-        append(self.config.output / "timings.jsonl", to_line(line))
+    def _log_time(self, part: CellPart, batch: range, spent: Spent) -> None:
+        line = {"cell": part.name, "first": batch.start, "examples": len(batch), **spent.to_dict()}
+        append(part.timings, to_line(line))
 
 
 def refuse_mismatches(config: EvalConfig, tasks: Mapping[str, AnyTask]) -> None:
@@ -104,6 +105,9 @@ def refuse_mismatches(config: EvalConfig, tasks: Mapping[str, AnyTask]) -> None:
                 )
     if not classifying:
         return
+    for name in ("positions", "device_map"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name}: only for models that answer questions, and {classifying[0]} has classes")
     if config.baselines != ("full",):
         others = " and ".join(name for name in config.baselines if name != "full")
         raise ConfigError(f"baselines: {classifying[0]} has no {others}; give baselines: [full]")

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
 
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
-from vtprune.eval.results.records import CellFile, Record
+from vtprune.eval.results.evidence import Answers, add_evidence
+from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval
 from vtprune.eval.results.status import OK
 from vtprune.eval.running.cells import Cell, Identity
@@ -50,34 +52,77 @@ def measure(report: Report, indices: Sequence[int]) -> list[Record]:
     return records
 
 
-def result_lines(
-    config: EvalConfig, model: str, task: AnyTask, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]
-) -> list[Record]:
-    """One line for each cell of one model on one task, from the records only: all runs end in the same lines."""
-    full = next(file.records for cell, file in cells if cell.method == "full")
-    nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
-    shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task.entry)}
-    lines = []
-    for cell, file in cells:
-        line: Record = {
-            "model": model,
-            "method": cell.method,
-            "label": cell.label,
-            "params": cell.params,
-            "keep_ratio": cell.keep_ratio,
-            "keep_tokens": cell.keep_tokens,
-            "seed": cell.seed,
-            "task": task.name,
-            "cell": file.name,
-            "status": OK,
-            "n": len(file.records),
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a cell: the records of its examples, or why there are none."""
+
+    records: list[Record]
+    ending: Record | None = None
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What is known of the lines of one study before a cell has run."""
+
+    examples: int
+    """number of them, the same for every cell"""
+    cells: list[Record]
+    """the first fields of each line"""
+    shared: Record
+    """the last fields of all lines"""
+
+    @classmethod
+    def of(
+        cls,
+        config: EvalConfig,
+        model: str,
+        task: AnyTask,
+        identity: Identity,
+        examples: int,
+        cells: Sequence[tuple[Cell, str]],
+        axes: dict[str, str],
+    ) -> StudyPlan:
+        """cells: each with the name of its file. axes: the values of those that have several, which the lines name."""
+        shared = {
+            "weights": identity.model,
+            "versions": identity.versions,
+            "config": config.resolved(model, task.entry),
         }
-        if cell.preset is not None:
-            given = find(cell.preset).published
-            line["published"] = None if given is None else given.model_dump()
-        numbers = nothing | file.ending if file.ending else _numbers(file.records, full)
-        lines.append(line | numbers | shared)
-    return lines
+        planned = [_planned(model, task.name, cell, name) for cell, name in cells]
+        return cls(examples, [line | ({"axes": axes} if axes else {}) for line in planned], shared)
+
+    def lines(self, outcomes: Sequence[Outcome]) -> list[Record]:
+        """One line for each cell, from the records only: all runs end in the same lines.
+
+        outcomes: of each cell, in their order; the full model has records.
+        """
+        full = next(o.records for cell, o in zip(self.cells, outcomes, strict=True) if cell["method"] == "full")
+        nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
+        lines: list[Record] = []
+        answers: dict[str, Answers] = {}
+        for cell, outcome in zip(self.cells, outcomes, strict=True):
+            line = cell | {"status": OK, "n": len(outcome.records)}
+            lines.append(line | (nothing | outcome.ending if outcome.ending else _numbers(outcome.records, full)))
+            answers[line["cell"]] = Answers.of(outcome.records)
+        return [line | self.shared for line in add_evidence(lines, answers)]
+
+
+def _planned(model: str, task: str, cell: Cell, name: str) -> Record:
+    line: Record = {
+        "model": model,
+        "method": cell.method,
+        "label": cell.label,
+        "params": cell.params,
+        "keep_ratio": cell.keep_ratio,
+        "keep_tokens": cell.keep_tokens,
+        "seed": cell.seed,
+        "task": task,
+        "cell": name,
+    }
+    if cell.preset is not None:
+        given = find(cell.preset).published
+        line["published"] = None if given is None else given.model_dump()
+    return line
 
 
 def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:

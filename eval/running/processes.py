@@ -9,11 +9,18 @@ from datetime import timedelta
 from typing import TypeVar
 
 from vtprune.errors import ConfigError
+from vtprune.eval.axes import values_of
+from vtprune.eval.config import EvalConfig
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=2)
 """How long a process that has finished its part of a cell waits for the others."""
+
+
+def launched() -> int:
+    """Number of processes that a launcher started, on all machines; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
@@ -22,25 +29,29 @@ class Processes:
 
     index: int
     count: int
-    device: str
-    """of this process"""
+    device: str | None = None
+    """of this process, if there are several; a single one takes that of each study"""
 
     @classmethod
-    def start(cls, device: str) -> Processes:
-        """Joins the other processes, if a launcher says that there are any.
+    def start(cls, config: EvalConfig) -> Processes:
+        """Joins the other processes, if a launcher says that there are any. `config` has no device `auto` any more.
 
         Raises:
-            ConfigError: `device` does not work with several processes, or a launcher started one instead of several.
+            ConfigError: the devices do not work with several processes, or a launcher started one instead of several.
         """
-        count = int(os.environ.get("WORLD_SIZE", 1))
+        count = launched()
         if count == 1:
             _refuse_simple_launcher()
-            return cls(0, 1, device)
+            return cls(0, 1)
         import torch
         from accelerate import PartialState
 
+        device = config.device
+        if config.device_map is not None:
+            raise ConfigError(f"device_map takes all accelerators for one process; there are {count}: leave it out")
         if device not in ("cpu", "cuda"):
-            raise ConfigError(f"device '{device}' is not for {count} processes: expected 'cpu', or 'cuda', a GPU each")
+            listed = " and ".join(map(repr, values_of(device)))
+            raise ConfigError(f"device {listed} is not for {count} processes: expected 'cpu', or 'cuda', a GPU each")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda" and torch.cuda.device_count() < local:
             raise ConfigError(f"{local} processes on this machine, which shows {torch.cuda.device_count()} GPUs")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,12 @@ import vtprune
 from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import InputCache, answers, conversation_inputs, load_model
-from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
+from vtprune.eval.inputs.downsample import Downsampler, FewerFrames, smaller_medium
 from vtprune.eval.pages.views import views_folder, write_views
 from vtprune.eval.results.records import Record
+from vtprune.eval.results.timings import Spent
 from vtprune.eval.running.cells import Cell
+from vtprune.eval.running.clock import timed_answers
 from vtprune.eval.running.evaluator import Evaluator, RunBatch
 from vtprune.eval.running.measure import NOTHING_PRUNED, SHOWN, measure
 from vtprune.eval.tasks import Conversation
@@ -52,7 +53,7 @@ class QuestionEvaluator(Evaluator):
         return [self.examples[i].conversation() for i in batch]
 
     def _open(self, cell: Cell, stack: ExitStack) -> RunBatch:
-        """The seconds are those of the inputs, which are made once, and of the answers.
+        """The seconds are those of the answers. Inputs are made before, for most rows only once.
 
         The baselines `full` and `downsample` run in a session that prunes nothing, because a session measures.
         """
@@ -71,21 +72,17 @@ class QuestionEvaluator(Evaluator):
             session = vtprune.prune(self.model, cell.spec)
         stack.enter_context(session)
 
-        def run(batch: range) -> tuple[list[Record], float]:
-            started = time.perf_counter()
-            records = self._run_batch(batch, prepare(batch), session)
-            return records, time.perf_counter() - started
+        limit = self.config.max_new_tokens or self.task.max_new_tokens
+
+        def run(batch: range) -> tuple[list[Record], Spent]:
+            inputs = prepare(batch)
+            said, spent = timed_answers(self.model, lambda: answers(self.model, self.processor, inputs, limit))
+            return self._records(batch, said[0], measure(session.report, batch)), spent
 
         return run
 
     def _downsampled(self, keep_ratio: float, stack: ExitStack) -> Downsampler | FewerFrames:
-        if self.task.kind == "video":
-            return FewerFrames(self.processor, keep_ratio)
-        downsampler = Downsampler(self.model, self.processor, keep_ratio)
-        stack.enter_context(downsampler.interpolated())
-        return downsampler
-
-    def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
-        limit = self.config.max_new_tokens or self.task.max_new_tokens
-        predictions, _ = answers(self.model, self.processor, inputs, limit)
-        return self._records(batch, predictions, measure(session.report, batch))
+        smaller = smaller_medium(self.model, self.processor, self.task.kind, keep_ratio)
+        if isinstance(smaller, Downsampler):
+            stack.enter_context(smaller.interpolated())
+        return smaller

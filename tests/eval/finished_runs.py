@@ -32,9 +32,9 @@ TASKS["nasty"] = lambda: Task(nasty_examples, tiny_eval.score, max_new_tokens=3)
 METHODS = ({"name": "random", "seeds": (0, 1)}, {"name": "uniform"}, {"name": "fastv"})
 
 
-def finish(model, output, task="nasty", limit=None, methods=METHODS):
+def finish(model, output, task="nasty", limit=None, methods=METHODS, baselines=("full", "zero")):
     """The lines of a run of a few cells."""
-    grid = {"keep_ratios": (0.5, 0.1), "baselines": ("full", "zero"), "methods": methods}
+    grid = {"keep_ratios": (0.5, 0.1), "baselines": baselines, "methods": methods}
     return run(EvalConfig(model=model, task=task, limit=limit, batch_size=5, output=output, **grid))
 
 

@@ -12,9 +12,9 @@ from vtprune.eval.bench.shapes import SHAPES
 from vtprune.eval.config import EvalConfig, load_config
 from vtprune.eval.presets import presets
 from vtprune.eval.running.cells import expand
-from vtprune.eval.running.estimate import layer_counts
 from vtprune.eval.running.runner import run
-from vtprune.plan import Prompt
+from vtprune.methods import build_methods
+from vtprune.plan import Prompt, plan
 from vtprune.tokens import ModelShape
 
 BY_HAND = {
@@ -51,7 +51,8 @@ def test_a_setting_keeps_on_every_layer_what_is_published(name):
     text = SHAPES[name.split("/")[1]].config["text_config"]
     config = AutoConfig.for_model(text["model_type"], **{k: v for k, v in text.items() if k != "model_type"})
     depth = config.num_hidden_layers
-    counts = layer_counts(cell, ModelShape(24, depth, 22, True), Prompt(preset.visual_tokens, preset.crops, 40))
+    prompt = Prompt(preset.visual_tokens, preset.crops, 40)
+    counts = plan(build_methods(cell.spec), ModelShape(24, depth, 22, True), prompt)
     if preset.kept is None:
         assert counts is None
         return

@@ -70,7 +70,7 @@ def examples_on_disk(output: Path) -> int:
 
     Between the writing of a finished cell and the removal of its parts, its records are in both.
     """
-    kinds = (re.match(r"(.+?)(?:\.jsonl\.gz|\.\d+\.batches)$", path.name) for path in output.glob("cells/*"))
+    kinds = (re.match(r"(.+?)(?:\.jsonl\.gz|\.\w+\.batches)$", path.name) for path in output.glob("cells/*"))
     return len(
         {
             (kind[1], record["index"])

@@ -4,7 +4,7 @@ alone (`layer_calls.py`), and notes which visual tokens are copies of one row.""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,11 +88,7 @@ class TowerCut:
         if batch.sources is None:
             return
         place = self.adapter, encoding.kind, encoding.inputs, batch.images, batch.tokens
-        if method.drops and has_mixed_tokens(*place):
-            raise UnsupportedStageError(
-                f"{method.name} drops patches, and visual tokens of these {encoding.kind}s of {self.adapter.family} "
-                "are means of several, some of which would be missing; methods that merge patches work: tome, mctf"
-            )
+        refuse_mixed_tokens(method, *place)
         copies = copied_tokens(*place)
         prefix = int(self.adapter.shape.has_cls)
         places = batch.places
@@ -102,4 +98,18 @@ class TowerCut:
             torch.ones_like(places, dtype=torch.bool),
             batch.sources,
             counts=tuple((a - prefix, b - prefix) for a, b in zip(batch.entered, batch.in_mlp, strict=True)),
+        )
+
+
+def refuse_mixed_tokens(
+    method: InLayers, adapter: Adapter, kind: str, inputs: Mapping[str, Any], images: int, tokens: int
+) -> None:
+    """Raise UnsupportedStageError if a method drops patches, and visual tokens are means of several of them.
+
+    inputs: of the encoder, for media of a kind. images, tokens: what the encoder runs on, images with so many tokens.
+    """
+    if method.drops and has_mixed_tokens(adapter, kind, inputs, images, tokens):
+        raise UnsupportedStageError(
+            f"{method.name} drops patches, and visual tokens of these {kind}s of {adapter.family} are means of "
+            "several, some of which would be missing; methods that merge patches work: tome, mctf"
         )

@@ -16,8 +16,10 @@ from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.pages.report import said, write_report
 from vtprune.eval.pages.tables import ranking, verdict
+from vtprune.eval.results.evidence import FIELDS
 from vtprune.eval.results.finished import comparisons
 from vtprune.eval.results.formatting import percent
+from vtprune.eval.results.formatting import points as points_text
 from vtprune.eval.results.records import to_line
 from vtprune.eval.results.statistics import Difference, corrected, difference
 from vtprune.eval.tasks import TASKS, Task
@@ -79,7 +81,9 @@ def test_rows_numbers_and_provenance_are_there(run, page):
             assert f"{percent(line['score'])} [{percent(low)}, {percent(high)}]" in words
     for value in lines[0]["versions"].values():
         assert value in words
-    assert "under its floor (12.5%)" in words
+    assert "under its floor (12.5%) [1]" in words
+    (under,) = (line for line in lines if line["status"] != "ok")
+    assert f"fastv at 10 %: under its floor (12.5%): {under['reason']}" in words
     assert "0, 1" in words  # seeds of random
     assert any(json.dumps(lines[0]["config"], indent=2) == text for text in words)
 
@@ -193,6 +197,45 @@ def test_p_is_corrected_for_all_of_a_column(run):
     alone = [difference(s, scores[labels.index("random")]) for s, method in zip(scores, methods, strict=True) if method]
     shown = [standing.random for standing, method in zip(standings, methods, strict=True) if method]
     assert shown == [verdict(found) for found in corrected(alone)]
+
+
+def test_gain_hard_questions_and_loyalty_stand_in_the_ranking(model, tmp_path):
+    finished_runs.finish(model, tmp_path, baselines=("full", "downsample"))
+    (comparison,) = comparisons([tmp_path])
+    uniform = next(standing for standing in ranking(comparison, 0.5) if standing.row.label == "uniform")
+    line = uniform.row.seed_cell
+    assert uniform.gain == f"≈ {points_text(line['gain'])}"  # 8 tokens between the smaller images of 9 and 2
+    assert uniform.hard == (
+        "–" if line["hard_score"] is None else f"{percent(line['hard_score'])} (of {line['hard_examples']})"
+    )
+    full, own = (comparison.answers[found["cell"]].predictions for found in (comparison.full, line))
+    assert uniform.loyalty == percent(sum(a == b for a, b in zip(full, own, strict=True)) / 10)
+    write_report([tmp_path], tmp_path / "report.html")
+    words = Parsed((tmp_path / "report.html").read_text()).words
+    assert {uniform.gain, uniform.hard, uniform.loyalty, "gain over the smaller image", "prefill, ms"} <= set(words)
+
+
+def test_results_of_earlier_versions_get_the_new_columns(run, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(run[0], folder)
+    (folder / "plan.json").unlink()
+    old = [{key: value for key, value in line.items() if key not in FIELDS} for line in run[1]]
+    (folder / "results.jsonl").write_bytes(b"".join(map(to_line, old)))
+    times = [{key: line[key] for key in ("cell", "first", "examples", "seconds")} for line in timings(folder)]
+    (folder / "timings.jsonl").write_bytes(b"".join(map(to_line, times)))
+    (ours,), (theirs,) = comparisons([folder]), comparisons([run[0]])
+    assert ours.lines == theirs.lines
+    write_report([folder], tmp_path / "report.html")
+    assert "loyalty" in (tmp_path / "report.html").read_text()
+
+
+def timings(folder):
+    return [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+
+
+def test_a_batch_has_its_times(run):
+    for line in timings(run[0]):
+        assert 0 < line["prefill_seconds"] < line["seconds"]
 
 
 def test_two_folders_of_one_comparison_share_a_section(run, model, tmp_path):

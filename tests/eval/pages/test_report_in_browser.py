@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page in a real browser: nothing runs off, nothing overlaps, nothing is fetched, both themes."""
 
+import base64
+import io
+
 import finished_runs
+import numpy as np
 import pytest
 import tiny_eval
 import tiny_video
 from browser import CHROMIUM, Browser
+from PIL import Image
 
 from vtprune.eval.bench.config import BenchConfig
 from vtprune.eval.bench.run import run as run_bench
@@ -78,6 +83,40 @@ def test_everything_has_its_place(browser, page, width, dark):
     assert browser.evaluate(OFF_THE_PAGE) == []
     assert browser.evaluate(CUT_OFF) == []
     assert browser.evaluate(OVERLAPS) == []
+
+
+# Of every table that its box cuts, and not only in the last margin: a strip inside the box's edge, in the first row.
+EDGES = """
+(() => {
+  const boxes = [...document.querySelectorAll('.scroll')].filter(e => e.querySelector('table'));
+  return boxes.filter(e => e.scrollWidth > e.clientWidth + 13).map(e => {
+    e.scrollLeft = %s;
+    const box = e.getBoundingClientRect(), row = e.querySelector('tr').getBoundingClientRect();
+    const left = box.left + e.clientLeft, right = left + e.clientWidth;
+    return {x: right - 4 + scrollX, y: row.top + 1 + scrollY, width: 3, height: row.height - 3};
+  });
+})()
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_table_that_goes_on_has_a_shade_at_its_edge(browser, page, width, dark):
+    """And loses it where it ends."""
+    browser.open(page, width=width, dark=dark)
+    plain = browser.evaluate("getComputedStyle(document.querySelector('tbody th')).backgroundColor")
+    cut = [shade(browser, edge, plain) for edge in browser.evaluate(EDGES % "0")]
+    ended = [shade(browser, edge, plain) for edge in browser.evaluate(EDGES % "e.scrollWidth")]
+    assert len(cut) == len(ended) >= 2
+    assert min(cut) > 15 and max(ended) < 5
+
+
+def shade(browser, edge, plain):
+    """Mean difference, of 255, between a part of the page and a colour."""
+    shot = browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=edge | {"scale": 1})
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB"), dtype=float)
+    colour = [int(part) for part in plain[plain.index("(") + 1 : -1].split(",")]
+    return float(np.abs(pixels - colour).mean())
 
 
 def test_nothing_is_fetched_and_nothing_complains(browser, page):

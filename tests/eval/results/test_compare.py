@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.results.compare import compare
+from vtprune.eval.results.records import cell_records
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +90,41 @@ def test_rows_of_one_run_alone_are_listed(run, model, tmp_path):
     assert f"only in {tmp_path}: tiny: divprune at 50 %" in command(run[0], tmp_path).stdout
 
 
-def test_other_limits_tasks_questions_and_seeds_are_refused(run, changed, model, tmp_path):
-    few = tmp_path / "few"
-    finished_runs.finish(model, few, task="tiny", limit=5, methods=())
-    with pytest.raises(ConfigError, match="10 examples in .*, 5 in .*; run both with the same limit"):
-        compare(run[0], few)
+def test_the_questions_of_the_shorter_run_are_compared(run, model, tmp_path):
+    finished_runs.finish(model, tmp_path, task="tiny", limit=6, methods=({"name": "uniform"},))
+    compared = compare(run[0], tmp_path)
+    for found in compared.pairs:
+        assert len(found.first.scores) == len(found.second.scores) == 6
+        assert (found.verdict, found.changed) == ("same", 0)
+    (line,) = (r for r in run[1] if (r["label"], r["keep_ratio"]) == ("uniform", 0.5))
+    records = cell_records(run[0], line["cell"])[:6]
+    assert pair(compared, "uniform", 0.5).first.score == pytest.approx(sum(r["score"] for r in records) / 6)
+    said = f"tiny: compared on the 6 questions that both runs asked (10 in {run[0]}, 6 in {tmp_path})"
+    assert compared.shared == [said]
+    result = command(run[0], tmp_path)
+    assert result.exit_code == 0 and said in result.stdout
+
+
+def ask(run, change, asked):
+    """Gives the questions of a copied run other fields, the same in all of its cells; asked: index -> fields."""
+    for line in (line for line in run[1] if line["status"] == "ok"):
+        change(line["label"], line["keep_ratio"], lambda i, r: asked.get(i, {}), line["seed"])
+
+
+def question(run, index):
+    """What is known of one question of a run."""
+    record = cell_records(run[0], run[1][0]["cell"])[index]
+    return {key: record[key] for key in ("question", "answer", "family", "data")}
+
+
+def test_questions_in_another_order_are_paired_by_what_is_known_of_them(run, changed):
+    folder, change = changed
+    ask(run, change, {2: question(run, 4), 4: question(run, 2)})
+    places = pair(compare(run[0], folder), "uniform", 0.5).second.places
+    assert places == [{2: 4, 4: 2}.get(place, place) for place in range(10)]
+
+
+def test_other_tasks_uncertain_questions_and_seeds_are_refused(run, changed, model, tmp_path):
     other = tmp_path / "other"
     finished_runs.finish(model, other, task="nasty", limit=5, methods=())
     with pytest.raises(ConfigError, match="different tasks: tiny and nasty"):
@@ -105,8 +136,9 @@ def test_other_limits_tasks_questions_and_seeds_are_refused(run, changed, model,
     with pytest.raises(ConfigError, match=r"random at 50 %: seeds \[0, 1\] in .*, \[0\] in"):
         compare(run[0], one)
     folder, change = changed
-    for line in (line for line in run[1] if line["status"] == "ok"):
-        asked_else = {3: {"question": "who ?"}}
-        change(line["label"], line["keep_ratio"], lambda i, r, to=asked_else: to.get(i, {}), line["seed"])
+    ask(run, change, {3: {"question": "who ?"}})
     with pytest.raises(ConfigError, match=r"example 3 is '.*' .* in .*, 'who \?'"):
+        compare(run[0], folder)
+    ask(run, change, {3: question(run, 1)})  # which of the two is the same as ours is not certain
+    with pytest.raises(ConfigError, match=r"example 3 is '.*' .* in .*, '.*'"):
         compare(run[0], folder)

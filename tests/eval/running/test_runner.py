@@ -2,6 +2,7 @@
 """The runner from outside: what it writes, what it resumes, what it refuses."""
 
 import gzip
+import io
 import signal
 import subprocess
 import sys
@@ -12,14 +13,17 @@ import tiny_eval
 import torch
 import yaml
 from filelock import FileLock
+from rich.console import Console
 from typer.testing import CliRunner
 
+from vtprune import certificate
 from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
 from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.records import cell_records, read_results
 from vtprune.eval.running import estimate
+from vtprune.eval.running.cells import expand
 from vtprune.eval.running.measure import SHOWN
 from vtprune.eval.running.runner import run
 
@@ -122,8 +126,11 @@ def test_a_budget_under_the_floor_is_a_status_and_never_a_score(finished):
     assert (under["status"], under["n"], under["floor"]) == ("under its floor", 0, 0.125)
     assert under["score"] is under["ci"] is under["prefill_flops"] is None and "12.5%" in under["reason"]
     assert cell(results, "fastv", 0.5)["status"] == "ok"
-    row = next(line for line in (output / "summary.md").read_text().splitlines() if line.startswith("| fastv"))
-    assert row.rstrip(" |").endswith("*under its floor (12.5%)*")
+    lines = (output / "summary.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| fastv"))
+    assert row.rstrip(" |").endswith("*under its floor (12.5%) [1]*")
+    (note,) = (line for line in lines if line.startswith("- [1] "))
+    assert note == f"- [1] {under['label']} at 10 %: under its floor (12.5%): {under['reason']}"
 
 
 def test_downsample_runs_on_as_many_tokens_as_it_says(finished):
@@ -242,11 +249,37 @@ def test_what_a_dry_run_says_is_what_is_measured_later(finished, config_file, mo
     for result, title, tokens, cost, share in zip(results, *columns, strict=True):
         assert title.startswith(result["label"])
         if result["status"] != "ok":
-            assert (tokens, cost) == ("", "[dim]under its floor (12.5%)[/dim]")
-        elif result["method"] != "downsample":  # whole patches only
+            assert (tokens, cost) == ("", "[dim]under its floor (12.5%) [1][/dim]")
+            assert f"[1] {result['reason']}" in table.caption
+        else:
             assert tokens == f"{result['average_tokens']:.1f}"
             assert cost == flops(result["prefill_flops"])
             assert share == f"{result['prefill_flops'] / result['unpruned_prefill_flops']:.1%}"
+
+
+def test_what_only_a_run_decides_has_no_number_in_a_dry_run(config_file):
+    """A method that needs whole images, behind one that drops tokens; and a language model unknown to the tests."""
+    pooled = [{"name": "divprune", "keep_ratio": 0.5}, {"name": "pool", "keep_ratio": 0.5}]
+    config = load_config(config_file, {"methods": [pooled, "fastv"], "keep_ratios": [0.5], "baselines": ["full"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "TESTED_TEXT_MODELS", frozenset())
+        (table,) = estimate.estimate_tables(config)
+    _, tokens, cost, _ = ([*column.cells] for column in table.columns)
+    assert tokens == ["16.0", "", ""]
+    assert cost[1:] == [f"[dim]decided when it runs [{number}][/dim]" for number in (1, 2)]
+    assert "[2] whether attention can be recomputed for a LlamaDecoderLayer" in table.caption
+
+
+def test_names_of_cells_are_whole_at_80_columns(config_file):
+    config = load_config(config_file, {"methods.4.1.layer": 2}, limit=2)
+    (table,) = estimate.estimate_tables(config)
+    with io.StringIO() as file:
+        Console(file=file, width=80).print(table)
+        lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    names = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+    for cell in expand(config):
+        assert cell.title.replace(" ", "") in names.replace(" ", "")
 
 
 def test_a_dry_run_writes_nothing(config_file, tmp_path):

@@ -22,7 +22,8 @@ from vtprune.eval.digitscenes.video_model import build_video_model, build_video_
 from vtprune.eval.inputs import InputCache, conversation_inputs, load_model
 from vtprune.eval.inputs.downsample import FewerFrames
 from vtprune.eval.results.records import cell_records
-from vtprune.eval.running import questions, runner
+from vtprune.eval.results.status import status_text
+from vtprune.eval.running import estimate, questions, runner
 from vtprune.eval.running.cells import expand
 
 WHOLE = {"scope": "image"}
@@ -133,8 +134,9 @@ def test_cells_that_cannot_run_say_so(finished):
     without_cls = cell(results, "vtc_cls", 0.5)
     assert (without_cls["status"], without_cls["score"]) == ("unsupported", None) and "CLS" in without_cls["reason"]
     lines = (output / "summary.md").read_text().splitlines()
-    assert next(line for line in lines if line.startswith("| downsample")).endswith("*under its floor (16.7%)* |")
-    assert "| vtc_cls | *unsupported* | *unsupported* |" in lines
+    assert next(line for line in lines if line.startswith("| downsample")).endswith("*under its floor (16.7%) [1]* |")
+    assert "| vtc_cls | *unsupported [2]* | *unsupported [2]* |" in lines
+    assert f"- [2] vtc_cls at 50 %, 10 %: unsupported: {without_cls['reason']}" in lines
     assert "| pool(frames=2,scope=image)" in "\n".join(lines).replace(", ", ",")
     for plot in ("pareto.png", "families.png"):
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
@@ -228,3 +230,23 @@ def test_methods_on_video_give_the_same_tokens_cached_or_not(loaded):
             output = model.generate(**cache(range(3)), max_new_tokens=3, do_sample=False)
         counts.append((session.report.counts.tolist(), output.tolist()))
     assert counts[0] == counts[1]
+
+
+def test_a_dry_run_refuses_what_the_run_refuses_with_the_same_reasons(finished, config_file, monkeypatch):
+    _, results, _ = finished
+    monkeypatch.setattr(estimate, "_EXAMPLES", tiny_eval.EXAMPLES)
+    (table,) = estimate.estimate_tables(load_config(config_file))
+    _, tokens, cost, _ = ([*column.cells] for column in table.columns)
+    refused = [line for line in results if line["status"] != "ok"]
+    assert {line["method"] for line in refused} == {"downsample", "vtc_cls"}
+    reasons = list(dict.fromkeys(line["reason"] for line in refused))
+    for line, average, said in zip(results, tokens, cost, strict=True):
+        if line["status"] == "ok":
+            # Newline tokens count as content before it runs; holitom's budget is an upper bound.
+            assert line["method"] == "holitom" or float(average) == pytest.approx(line["average_tokens"], abs=1.5)
+        else:
+            assert average == ""
+            number = reasons.index(line["reason"]) + 1
+            assert said == f"[dim]{status_text(line['status'], line.get('floor'))} [{number}][/dim]"
+    for number, reason in enumerate(reasons, start=1):
+        assert f"[{number}] {reason}" in table.caption

@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,21 @@ def launch(config_file, output, processes=2):
     return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **streams)
 
 
+def launch_nodes(config_file, output, nodes=2):
+    """Starts `torchrun` once for each of several machines, which are all this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--nnodes", str(nodes), "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command = [tiny_eval.__file__, "eval", str(config_file), "--output", str(output)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *common]
+    return [
+        subprocess.Popen([*torchrun, "--node_rank", str(node), *command], env=ENVIRONMENT, **streams)
+        for node in range(nodes)
+    ]
+
+
 def rank(launcher, wanted):
     """Process id of a rank."""
     for folder in Path("/proc").glob("[0-9]*"):
@@ -68,6 +84,15 @@ def test_two_processes_leave_the_files_of_one(config_file, alone, tmp_path):
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert output.count("downsample") == 1  # one table, not one a process
+    assert tiny_eval.files(tmp_path) == tiny_eval.files(alone)
+
+
+@pytest.mark.slow
+def test_two_machines_leave_the_files_of_one(config_file, alone, tmp_path):
+    nodes = launch_nodes(config_file, tmp_path)
+    outputs = [node.communicate(timeout=600) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum(output.count("downsample") for output, _ in outputs) == 1
     assert tiny_eval.files(tmp_path) == tiny_eval.files(alone)
 
 
@@ -114,10 +139,13 @@ def test_accelerates_launcher_that_starts_one_process_instead_of_two_is_found_ou
     assert not list(tmp_path.iterdir())
 
 
-def test_devices_of_several_processes(monkeypatch):
+def test_devices_of_several_processes(config_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    with pytest.raises(ConfigError, match="device 'cuda:1' is not for 2 processes"):
-        Processes.start("cuda:1")
-    with pytest.raises(ConfigError, match="1000 processes on this machine, which shows"):
-        Processes.start("cuda")
+    for device, problem in {
+        "cuda:1": "device 'cuda:1' is not for 2 processes",
+        ("cpu", "cuda"): "device 'cpu' and 'cuda' is not for 2 processes",
+        "cuda": "1000 processes on this machine, which shows",
+    }.items():
+        with pytest.raises(ConfigError, match=problem):
+            Processes.start(load_config(config_file, device=device))
