@@ -17,7 +17,7 @@ from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.presets import find
 from vtprune.eval.tasks import FileTask, check_task_name, name_of
-from vtprune.methods import build_method, build_methods, list_methods
+from vtprune.methods import AUTO, build_method, build_methods, list_methods
 
 Baseline = Literal["full", "zero", "downsample"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -68,6 +68,8 @@ class MethodEntry(ConfigModel):
         known = list_methods()
         if self.name in BASELINES:
             raise key_error("name", f"{self.name} is a baseline, list it under 'baselines'")
+        if self.name == AUTO:
+            raise key_error("name", "'auto' depends on the model; name a method: see `vtprune methods --model MODEL`")
         if self.name not in known:
             raise key_error("name", f"unknown method {self.name!r}; {nearest(self.name, known)}")
         fields = [field.name for field in dataclasses.fields(known[self.name]) if field.name not in BUDGETS]

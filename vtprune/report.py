@@ -72,7 +72,8 @@ class Report:
     kv_dtype_bytes: int
     timings: Timings | None = None
     notes: tuple[str, ...] = ()
-    """What methods read instead of what their papers name, e.g. on an encoder without a CLS token."""
+    """Which method "auto" chose and why; what methods read instead of what their papers name, e.g. on an
+    encoder without a CLS token."""
     in_cache: tuple[tuple[Tensor, ...], ...] | None = None
     """A decoder layer each, a sample each: ascending columns of the visual tokens in the KV cache; None while these are
     the ones that the prefill kept."""
