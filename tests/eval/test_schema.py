@@ -66,6 +66,8 @@ def test_the_configurations_that_come_with_the_library(schema, name):
 
 GOOD = [
     {"model": ["a/b", "c/d"], "task": ["digitscenes"]},
+    {"task": {"file": "mine.jsonl", "media": "photos", "score": "number", "tolerance": 0.5, "name": "mine"}},
+    {"task": ["digitscenes", {"file": "mine.csv", "prompt": "{question}", "max_new_tokens": 3}]},
     {"methods": ["random", {"name": "random", "seeds": [0, 1], "keep_tokens": [4]}]},
     {"methods": [{"name": "fastv", "layer": 3, "grid": {"share": [0.5, 0.2]}, "keep_ratios": []}]},
     {"methods": [{"name": "transprune", "layers": [2, 4, 6], "grid": {"schedule": [[0.9, 0.5, 0.1]]}}]},
@@ -79,6 +81,10 @@ BAD = [
     {"model": 3},
     {"modle": "a/b"},
     {"task": "digitscene"},
+    {"task": {"media": "photos"}},
+    {"task": {"file": "mine.csv", "scor": "exact"}},
+    {"task": {"file": "mine.csv", "score": "fuzzy"}},
+    {"task": ["digitscenes", {"file": "mine.csv", "max_new_tokens": 0}]},
     {"keep_ratios": [1.5]},
     {"keep_ratios": []},
     {"baselines": ["fulll"]},
