@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
+from vtprune.config import ConfigModel, YamlFile, key_error, load_method_file, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.presets import find
 from vtprune.eval.tasks import FileTask, check_task_name, name_of
@@ -165,6 +165,29 @@ class ComposedEntry(ConfigModel):
         return None if None in asked else round(prod(asked), 4)
 
 
+def _with_files(rows: Any) -> Any:
+    """Rows `{file: tuned.yaml}` replaced by the method, or the methods, of that file, each with its budget."""
+    if not isinstance(rows, list | tuple):
+        return rows
+    return [
+        _of_file(row, f"{place}.") if isinstance(row, dict) and "file" in row else row for place, row in enumerate(rows)
+    ]
+
+
+def _of_file(row: dict[str, Any], where: str) -> Any:
+    for key in row:
+        if key != "file":
+            raise key_error(f"{where}{key}", "does not go with 'file', which says it all")
+    try:
+        found = load_method_file(row["file"])
+    except ConfigError as error:
+        raise key_error(f"{where}file", str(error)) from error
+    if isinstance(found, list):
+        return found
+    budgets = {LISTS[key]: [found[key]] for key in BUDGETS if key in found}
+    return {key: value for key, value in found.items() if key not in BUDGETS} | (budgets or {"keep_ratios": []})
+
+
 def _kind_of_row(value: Any) -> str:
     return "composed" if isinstance(value, list | ComposedEntry) else "single"
 
@@ -196,7 +219,7 @@ class EvalConfig(ConfigModel):
     keep_ratios: tuple[KeepRatio, ...] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = BASELINES
     """tasks of classes have "full" only, and the file has to say so"""
-    methods: tuple[Row, ...] = ()
+    methods: Annotated[tuple[Row, ...], BeforeValidator(_with_files)] = ()
 
     @field_validator("model")
     @classmethod
@@ -275,6 +298,8 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
     entries = _listed(file.data.get("task"))
     for entry in entries if isinstance(entries, list) else ():
         place_beside(file, entry, ("file", "media"))
+    for row in rows if isinstance(rows := file.data.get("methods"), list) else ():
+        place_beside(file, row, ("file",))
     for key, value in (changes or {}).items():
         _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})

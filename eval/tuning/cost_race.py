@@ -15,6 +15,10 @@ from vtprune.eval.tuning.measuring import OutOfTime, Sample
 from vtprune.eval.tuning.race import Found, Measures, More, Run, Rung, Say, better_half, shares
 
 _TRIES = 5
+_AGAIN = 3
+"""How often a budget is made smaller on a new share."""
+_AIM = 0.985
+"""Share of the goal that the next budget is aimed at."""
 _NEAR = 0.97
 """A budget that costs so much of the goal, or more, is not raised any further."""
 _TOLERANCE = {"flops": 1.01, "kv": 1.01, "latency": 1.05}
@@ -44,7 +48,7 @@ class CostRace:
         alive, best = list(candidates), None
         counts = shares(self._batches)
         for number, count in enumerate(counts):
-            if best is not None and len(alive) * count > self._measures.affordable():
+            if best is not None and len(alive) * (count - len(best.batches)) > self._measures.affordable():
                 break
             try:
                 rung = self._rung(alive, count)
@@ -66,34 +70,46 @@ class CostRace:
 
     def _rung(self, alive: Sequence[Candidate], count: int) -> Rung:
         rung = Rung(self._measures, self._batches[:count])
-        for candidate in alive:
-            self._fit(rung, candidate)
+        first = not self._ratios
+        enough = self._measures.affordable() / 2 if first else 0.0
+        for place, candidate in enumerate(alive):
+            if self._ratios and self._measures.affordable() < enough:
+                self._say(f"the time is short: {len(alive) - place} candidates are left out")
+                break
+            self._measure(rung, candidate)
         return rung
 
-    def _fit(self, rung: Rung, candidate: Candidate) -> None:
-        """Measures the candidate at the budget that costs what the goal allows; its other budgets leave the rung.
+    def _measure(self, rung: Rung, candidate: Candidate) -> None:
+        """Measures the candidate at its budget; if that costs too much on these examples, at a smaller one."""
+        ratio = self._ratios.get(candidate.label) or self._searched(candidate)
+        for _ in range(_AGAIN if ratio is not None else 0):
+            sample = rung.measure(candidate, ratio)
+            if sample is None:
+                return
+            if self.fits(sample):
+                self._ratios[candidate.label] = ratio
+                return
+            del rung.runs[sample.cell.title]
+            ratio = round(ratio * _AIM * self._goal.value / self.cost(sample), 4)
+
+    def _searched(self, candidate: Candidate) -> float | None:
+        """The largest budget found that the goal allows on the first batch; None if there is none.
 
         The cost of a budget is nearly a line, so a line through two budgets finds the next one to try.
         """
-        tried: list[tuple[float, Run]] = []
-        ratio = self._ratios.get(candidate.label, self._first_ratio())
-        for _ in range(_TRIES):
+        rung = Rung(self._measures, self._batches[:1])
+        tried: dict[float, float] = {}  # budget -> its cost
+        ratio = self._first_ratio()
+        while ratio not in tried and len(tried) < _TRIES:
             sample = rung.measure(candidate, ratio)
             if sample is None:
                 break
-            tried.append((ratio, rung.runs[candidate.setting(ratio).title]))
-            if self.fits(sample) and (self.cost(sample) >= _NEAR * self._goal.value or ratio >= _LARGEST):
+            tried[ratio] = self.cost(sample)
+            if self.fits(sample) and tried[ratio] >= _NEAR * self._goal.value:
                 break
-            following = self._next_ratio([(r, self.cost(run.sample)) for r, run in tried], self._cost_of_all(sample))
-            if following in (r for r, _ in tried):
-                break
-            ratio = following
-        for _, run in tried:
-            rung.runs.pop(run.sample.cell.title, None)
-        fitting = [(r, run) for r, run in tried if self.fits(run.sample)]
-        if fitting:
-            self._ratios[candidate.label], run = max(fitting, key=lambda entry: entry[0])
-            rung.runs[run.sample.cell.title] = run
+            ratio = self._next_ratio(list(tried.items()), self._cost_of_all(sample))
+        tolerance = self._goal.value * _TOLERANCE[self._goal.kind]
+        return max((ratio for ratio, cost in tried.items() if cost <= tolerance), default=None)
 
     def _first_ratio(self) -> float:
         return 0.5 if self._goal.seconds else self._goal.value
@@ -105,7 +121,7 @@ class CostRace:
     def _next_ratio(self, tried: Sequence[tuple[float, float]], all_cost: float) -> float:
         points = sorted([*tried, (1.0, all_cost)], key=lambda point: abs(point[1] - self._goal.value))
         (ratio, cost), (other, other_cost) = points[:2]
-        aim = (_NEAR + 1) / 2 * self._goal.value
+        aim = _AIM * self._goal.value
         slope = (other_cost - cost) / (other - ratio) if other != ratio else 0.0
         found = ratio + (aim - cost) / slope if slope > 0 else ratio * aim / cost
         return round(min(max(found, _SMALLEST), _LARGEST), 4)
