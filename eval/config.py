@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
+from vtprune.config import ConfigModel, YamlFile, key_error, load_method_file, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.axes import AXES, Attention, Device, Dtype, OneOrSeveral, Positions, values_of
 from vtprune.eval.presets import find
 from vtprune.eval.tasks import FileTask, check_task_name, name_of
-from vtprune.methods import build_method, build_methods, list_methods
+from vtprune.methods import AUTO, build_method, build_methods, list_methods
 
 Baseline = Literal["full", "zero", "downsample"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -69,6 +69,8 @@ class MethodEntry(ConfigModel):
         known = list_methods()
         if self.name in BASELINES:
             raise key_error("name", f"{self.name} is a baseline, list it under 'baselines'")
+        if self.name == AUTO:
+            raise key_error("name", "'auto' depends on the model; name a method: see `vtprune methods --model MODEL`")
         if self.name not in known:
             raise key_error("name", f"unknown method {self.name!r}; {nearest(self.name, known)}")
         fields = [field.name for field in dataclasses.fields(known[self.name]) if field.name not in BUDGETS]
@@ -164,6 +166,29 @@ class ComposedEntry(ConfigModel):
         return None if None in asked else round(prod(asked), 4)
 
 
+def _with_files(rows: Any) -> Any:
+    """Rows `{file: tuned.yaml}` replaced by the method, or the methods, of that file, each with its budget."""
+    if not isinstance(rows, list | tuple):
+        return rows
+    return [
+        _of_file(row, f"{place}.") if isinstance(row, dict) and "file" in row else row for place, row in enumerate(rows)
+    ]
+
+
+def _of_file(row: dict[str, Any], where: str) -> Any:
+    for key in row:
+        if key != "file":
+            raise key_error(f"{where}{key}", "does not go with 'file', which says it all")
+    try:
+        found = load_method_file(row["file"])
+    except ConfigError as error:
+        raise key_error(f"{where}file", str(error)) from error
+    if isinstance(found, list):
+        return found
+    budgets = {LISTS[key]: [found[key]] for key in BUDGETS if key in found}
+    return {key: value for key, value in found.items() if key not in BUDGETS} | (budgets or {"keep_ratios": []})
+
+
 def _kind_of_row(value: Any) -> str:
     return "composed" if isinstance(value, list | ComposedEntry) else "single"
 
@@ -200,7 +225,7 @@ class EvalConfig(ConfigModel):
     keep_ratios: tuple[KeepRatio, ...] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = BASELINES
     """tasks of classes have "full" only, and the file has to say so"""
-    methods: tuple[Row, ...] = ()
+    methods: Annotated[tuple[Row, ...], BeforeValidator(_with_files)] = ()
 
     @field_validator("model")
     @classmethod
@@ -294,6 +319,8 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
     entries = _listed(file.data.get("task"))
     for entry in entries if isinstance(entries, list) else ():
         place_beside(file, entry, ("file", "media"))
+    for row in rows if isinstance(rows := file.data.get("methods"), list) else ():
+        place_beside(file, row, ("file",))
     for key, value in (changes or {}).items():
         _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})

@@ -31,7 +31,8 @@ def json_schema() -> dict[str, Any]:
     preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
     parts = [{"enum": list(methods)}, *(_part(name, method) for name, method in methods.items())]
     composed = {"type": "array", "items": {"anyOf": parts}, "minItems": 2}
-    properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, _mapping(preset, ["preset"]), *rows, composed]}
+    others = [_mapping(preset, ["preset"]), _mapping({"file": {"type": "string"}}, ["file"])]
+    properties["methods"]["items"] = {"anyOf": [{"enum": list(methods)}, *others, *rows, composed]}
     for name in (*AXES, "positions"):
         properties[name] = _value_or_list(properties[name])
     schema["required"] = [key for key in schema["required"] if key != "output"]  # its default is the file's name

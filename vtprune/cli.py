@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vtprune.errors import ConfigError, VTPruneError
@@ -86,6 +87,48 @@ def evaluate(
     for study in studies(results).values():
         console.print(terminal_table(study, times))
     console.print(f"results.jsonl, summary.md and the plots are in {settings.output}", highlight=False)
+
+
+@app.command()
+@_plain_errors
+def tune(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a model, or one that comes with the library.")],
+    task: Annotated[str, typer.Option(help="Name of a task, or a .jsonl or .csv file with own data.")],
+    retain: Annotated[float | None, typer.Option(help="Goal: least share of the full model's score, 0.98.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Goal: largest share of the prefill's FLOPs.")] = None,
+    latency: Annotated[str | None, typer.Option(help="Goal: largest share of the time, or seconds: 0.8s.")] = None,
+    kv: Annotated[float | None, typer.Option(help="Goal: largest share of the KV cache.")] = None,
+    minutes: Annotated[float | None, typer.Option("--time", help="Minutes it may take; default no limit.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default results/tune-TASK.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of examples; default all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts at a time; default 16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention back end: sdpa, eager, ...")] = None,
+) -> None:
+    """Choose a method and a budget for a model and a task; exit code 1 if none meets the goal (docs/tune.md)."""
+    from vtprune.eval.tuning.config import Goal, TuneConfig, task_entry
+    from vtprune.eval.tuning.output import TUNED, show
+    from vtprune.eval.tuning.run import tune as run_tune
+
+    goal = Goal.of(retain=retain, flops=flops, latency=latency, kv=kv)
+    config = TuneConfig.of(
+        goal,
+        model=model,
+        task=task_entry(task),
+        output=output or Path(f"results/tune-{Path(task).stem}"),
+        minutes=minutes,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+    )
+    outcome = run_tune(config, Console(stderr=True))
+    show(outcome, Console())
+    if outcome.found.choice is None:
+        raise typer.Exit(1)
+    typer.echo(f"vtprune.prune(model, {str(config.evaluation.output / TUNED)!r}) runs this setting")
 
 
 @app.command()
@@ -176,17 +219,45 @@ def doctor(
 
 @app.command()
 @_plain_errors
-def methods() -> None:
-    """List the methods: where they act, what they look at, their source."""
+def methods(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a model: say of each method whether it fits.")
+    ] = None,
+) -> None:
+    """List the methods: where they act, what they look at, their source. Or which of them fit a model."""
     from vtprune.methods import list_methods
     from vtprune.methods.schedules import Progressive
 
+    if model is not None:
+        _methods_of(model)
+        return
     table = Table("method", "stage", "signal", "default budget", "paper")
     for name, method in sorted(list_methods().items()):
         default = "published schedule" if issubclass(method, Progressive) else "none"
         budget = "must be given" if method.needs_budget else default
         table.add_row(name, method.stage, method.signal, budget, method.paper)
     Console().print(table)
+
+
+def _methods_of(model: str) -> None:
+    """Prints which methods fit a model, from its config alone."""
+    from vtprune.auto import default_for
+    from vtprune.eval.inputs import empty_model
+    from vtprune.support import fits
+
+    empty = empty_model(model)
+    default = default_for(empty)
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, fit in fits(empty).items():
+        floor = f"keep_ratio from {fit.floor:.1%}" if fit.floor else ""
+        table.add_row(name, "yes" if fit.reason is None else "no", escape(fit.reason or floor))
+    console = Console()
+    console.print(table)
+    given = "".join(f", {key}={value}" for key, value in default.spec.items() if key != "name")
+    console.print(f'"auto" is {default.spec["name"]}{given}: {default.why}', highlight=False, markup=False)
 
 
 @app.command()

@@ -78,7 +78,8 @@ class Report:
     where it is computed for the choice, as rows of the LLM's attention are. What hooks note on the way, as attention in
     the encoder, does not. Copies of a prompt count each."""
     notes: tuple[str, ...] = ()
-    """What methods read instead of what their papers name, e.g. on an encoder without a CLS token."""
+    """Which method "auto" chose and why; what methods read instead of what their papers name, e.g. on an
+    encoder without a CLS token."""
     in_cache: tuple[tuple[Tensor, ...], ...] | None = None
     """A decoder layer each, a sample each: ascending columns of the visual tokens in the KV cache; None while these are
     the ones that the prefill kept."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 
 from vtprune.adapters import adapter_for, find_encoder
+from vtprune.auto import choose, is_auto
 from vtprune.callers import PerCaller
 from vtprune.encoder_session import EncoderSession
 from vtprune.errors import ConfigError, NothingPrunedError
@@ -44,7 +45,8 @@ def prune(
         model: a loaded Hugging Face vision-language model of a supported family (`vtprune.adapter_for`); or a vision
             encoder alone, with methods that act inside it: a CLIP, SigLIP, ViT or DINOv2 of transformers, a
             `VisionTransformer` of timm, or a model of open_clip.
-        method: a registered name, a method object, a mapping with `name`, a list of those, or a YAML file's path.
+        method: a registered name, a method object, a mapping with `name`, a list of those, or a YAML file's path; or
+            "auto": the default of the model's family (`vtprune.auto`), which the report then names with its reason.
         keep_ratio: share of visual tokens kept, averaged over the LLM's layers, in (0, 1]; of a method inside the
             encoder's layers, the share of patches left behind the last of them.
         keep_tokens: the same as a count per image, >= 0. Give one of the two (or neither, for methods with a published
@@ -65,6 +67,10 @@ def prune(
     check_profile(profile)
     budget = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
     parameters |= {key: value for key, value in budget.items() if value is not None}
+    chosen = None
+    if is_auto(method):
+        method, chosen = choose(model, method, **parameters)
+        parameters = {}
     methods = build_methods(method, **parameters)
     encoder = find_encoder(model)
     if encoder is not None:
@@ -74,7 +80,9 @@ def prune(
             raise ConfigError(f"{', '.join(names)}: only for vision-language models; this is a vision encoder alone")
         # Which of the two it is only the model says. Type checkers are told the one that most callers get.
         return cast(Session, EncoderSession(model, encoder, methods, strict=strict, profile=profile))
-    return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
+    session = Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
+    session.chosen = chosen
+    return session
 
 
 def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
@@ -105,6 +113,8 @@ class Session(SessionLife):
     ):
         check_release()
         self.adapter = adapter = adapter_for(model)
+        self.chosen: str | None = None
+        """Which method "auto" chose, and why; None if the caller did."""
         modules = chain(model.modules() if isinstance(model, nn.Module) else (), adapter.model.modules())
         towers = [adapter.vision_tower(kind) for kind in adapter.visual_token_ids]
         super().__init__([adapter.language_model, *towers], modules, methods, strict=strict)
@@ -156,6 +166,8 @@ class Session(SessionLife):
 
     def _finished(self, report: Report, contents: CacheContents, wants_less: bool) -> None:
         """Keep the report of a prefill. wants_less: whether the methods were asked to drop anything of it."""
+        if self.chosen is not None:
+            report = dataclasses.replace(report, notes=(self.chosen, *report.notes))
         self._reports.set((report, contents))
         with self._lock:
             self._totals += report

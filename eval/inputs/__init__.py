@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models and their inputs: load a model, lay out prompts, read videos, make images smaller."""
 
-from vtprune.eval.inputs.models import answers, check_device, load_model, resolve_model
+from vtprune.eval.inputs.models import answers, check_device, empty_model, load_model, resolve_model
 from vtprune.eval.inputs.prompts import InputCache, chat_inputs, conversation_inputs, processed_view
 from vtprune.eval.inputs.videos import read_frames
 
@@ -11,6 +11,7 @@ __all__ = [
     "chat_inputs",
     "conversation_inputs",
     "check_device",
+    "empty_model",
     "load_model",
     "processed_view",
     "read_frames",

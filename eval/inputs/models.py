@@ -83,6 +83,19 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
         return loaded if spread else loaded.to(device), AutoProcessor.from_pretrained(path)
 
 
+def empty_model(model: str) -> Any:
+    """A vision-language model without weights, on the device "meta", from its config alone.
+
+    Raises:
+        ConfigError: there is no such model, or it is none that answers questions.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    path = resolve_model(model)
+    with loading(path), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+
+
 def answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int, **sampling: Any) -> tuple[list[str], Any]:
     """A model's answers to a batch; greedy unless `sampling`, arguments of `generate`, says otherwise.
 

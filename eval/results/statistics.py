@@ -59,6 +59,31 @@ def retention_interval(scores: list[float], full: list[float]) -> tuple[float, l
     return float(mine / theirs), _interval(means[:, 0] / means[:, 1])
 
 
+_IMAGINED = 2
+"""Examples lost that `retention_bound` adds: a bootstrap cannot draw a loss that it has not seen. With two of them, a
+bound on few losses is about the exact one for a count (Garwood 1936), also when there is no loss at all."""
+
+
+def retention_bound(scores: Sequence[float], full: Sequence[float], error: float) -> float | None:
+    """A lower bound of the retention that also holds for few examples, and for few or no differences among them.
+
+    Args:
+        scores: (examples,) of the pruned model.
+        full: (examples,) of the full model, in the same order.
+        error: how often the bound may lie above the true retention, e.g. 0.05.
+
+    Returns:
+        The bound; None if the score of the full model is 0.
+    """
+    lost = [max(full)] * _IMAGINED
+    pair = np.asarray([[*scores, *[0.0] * _IMAGINED], [*full, *lost]], dtype=float).T
+    if max(full) <= 0:
+        return None
+    means = _resampled_means(pair)
+    means = means[means[:, 1] > 0]
+    return float(np.quantile(means[:, 0] / means[:, 1], error))
+
+
 @dataclass(frozen=True)
 class Difference:
     """How much better one row is than another on the same examples."""

@@ -18,6 +18,9 @@ from vtprune.plugins import load_plugins
 
 _METHODS: dict[str, type[Method]] = {}
 
+AUTO = "auto"
+"""The name that leaves the method to the library (`vtprune.auto`)."""
+
 MethodLike = Method | str | Path | Mapping[str, Any] | Sequence[Any]
 """How to name a method: an object, a registered name, a mapping with `name`, a list of these, or a YAML file."""
 
@@ -36,6 +39,8 @@ def register_method(method: type[Method]) -> type[Method]:
             f"{method.__qualname__} is not a dataclass, so {', '.join(parameters)} would not be its parameters: put "
             "@dataclass(frozen=True, kw_only=True) on it"
         )
+    if method.name == AUTO:
+        raise ConfigError(f"{method.__qualname__}: no method may be named {AUTO!r}, which leaves the choice to vtprune")
     if _METHODS.get(method.name, method) is not method:
         raise ConfigError(f"a method named {method.name!r} is registered already")
     _METHODS[method.name] = method
@@ -73,6 +78,11 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> M
         given = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = given.pop("name", None)
         known = list_methods()
+        if name == AUTO:
+            raise ConfigError(
+                f"{AUTO!r} depends on the model, so it stands only in vtprune.prune(model, {AUTO!r}, ...); here name a "
+                "method: `vtprune methods --model MODEL` says which one it would be"
+            )
         if name not in known:
             raise ConfigError(f"unknown method {name!r}: {nearest(str(name), known)}")
         cls, fields = known[name], {f.name for f in dataclasses.fields(known[name])}
