@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vtprune.config import ConfigModel
 from vtprune.errors import ConfigError
+from vtprune.eval.lmms.decoding import MAX_NEW_TOKENS
 from vtprune.eval.running.measure import NOTHING_PRUNED
 from vtprune.methods import Method, build_methods
 
@@ -56,7 +57,7 @@ class Arguments(ConfigModel):
     """the same as frames per second"""
     processor_kwargs: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
     """further arguments of the processor, as JSON: {"max_pixels": 1003520}"""
-    max_new_tokens: int = Field(default=1024, ge=1)
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
     """for tasks that do not say how many"""
 
     @model_validator(mode="after")
