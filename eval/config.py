@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from vtprune.config import ConfigModel, YamlFile, key_error, nearest, validate
 from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.presets import find
-from vtprune.eval.tasks import TASKS
+from vtprune.eval.tasks import FileTask, check_task_name, name_of
 from vtprune.methods import build_method, build_methods, list_methods
 
 Baseline = Literal["full", "zero", "downsample"]
@@ -32,11 +32,18 @@ LISTS = {"keep_ratio": "keep_ratios", "keep_tokens": "keep_tokens", "seed": "see
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict | FileTask) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
 """One name, or a list of them."""
+
+TaskEntry = Annotated[
+    Annotated[FileTask, Tag("file with own data")] | Annotated[str, Tag("name of a task")],
+    Discriminator(lambda value: "file with own data" if isinstance(value, dict | FileTask) else "name of a task"),
+]
+Tasks = Annotated[tuple[TaskEntry, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""One name of a task or one file, or a list of them."""
 
 
 class MethodEntry(ConfigModel):
@@ -171,8 +178,8 @@ class EvalConfig(ConfigModel):
 
     model: Names
     """folders or hub ids of models; `digitscenes`, `digitscenes_video` and `digitscenes_clip` come with the library"""
-    task: Names = ("digitscenes",)
-    """names of `vtprune.eval.tasks.TASKS`; all of them ask questions, or all of them have classes for a CLIP"""
+    task: Tasks = ("digitscenes",)
+    """names of tasks, and files with own data; all of them ask questions, or all of them have classes for a CLIP"""
     limit: int | None = Field(default=None, ge=1)
     """number of examples, the first ones of the task; default all"""
     output: Path
@@ -200,18 +207,22 @@ class EvalConfig(ConfigModel):
 
     @field_validator("task")
     @classmethod
-    def _known_task(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_tasks(cls, tasks: tuple[TaskEntry, ...]) -> tuple[TaskEntry, ...]:
         for task in tasks:
-            if task not in TASKS:
-                raise ValueError(f"expected the name of a task ({nearest(task, TASKS)})")
+            if isinstance(task, str):
+                try:
+                    check_task_name(task)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from error
         return tasks
 
     @field_validator("model", "task")
     @classmethod
-    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _once(cls, entries: tuple[TaskEntry, ...]) -> tuple[TaskEntry, ...]:
+        names = list(map(name_of, entries))
         if len(set(names)) < len(names):
             raise ValueError("expected each name once")
-        return names
+        return entries
 
     @field_validator("baselines")
     @classmethod
@@ -220,8 +231,11 @@ class EvalConfig(ConfigModel):
             raise ValueError("expected 'full' among them, retention is measured against it")
         return tuple(name for name in BASELINES if name in baselines)
 
-    def resolved(self, model: str, task: str) -> dict[str, Any]:
-        """The configuration of one model on one task as JSON: all that determines numbers, so no output folder."""
+    def resolved(self, model: str, task: Any) -> dict[str, Any]:
+        """The configuration of one model on one task as JSON: all that determines numbers, so no output folder.
+
+        task: name or entry of the task, in JSON types.
+        """
         return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from vtprune.eval.config import BASELINES, BUDGETS, LISTS, EvalConfig, MethodEntry
 from vtprune.eval.presets import presets
-from vtprune.eval.tasks import TASKS
+from vtprune.eval.tasks import FileTask, task_names
 from vtprune.methods import Method, list_methods
 
 _SHARED = ("seeds", "keep_ratios", "keep_tokens")
@@ -25,7 +25,7 @@ def json_schema() -> dict[str, Any]:
     fields_of_entry = MethodEntry.model_json_schema()["properties"]
     methods = {name: method for name, method in list_methods().items() if name not in BASELINES}
     properties["model"] = _one_or_more({"type": "string"}) | {"description": "Folders or hub ids of models."}
-    properties["task"] = _one_or_more({"enum": list(TASKS)}) | {"default": "digitscenes"}
+    properties["task"] = _one_or_more({"anyOf": [{"enum": task_names()}, _file_task()]}) | {"default": "digitscenes"}
     rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
     preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
     parts = [{"enum": list(methods)}, *(_part(name, method) for name, method in methods.items())]
@@ -34,6 +34,13 @@ def json_schema() -> dict[str, Any]:
     schema["required"] = [key for key in schema["required"] if key != "output"]  # its default is the file's name
     schema.pop("$defs", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _file_task() -> dict[str, Any]:
+    """The schema of a task of own data."""
+    schema = FileTask.model_json_schema()
+    schema.pop("title")
+    return schema
 
 
 def _one_or_more(item: dict[str, Any]) -> dict[str, Any]:

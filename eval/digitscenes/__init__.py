@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vtprune.eval import tasks
+
 from . import clip_questions
 from .clip_questions import VIDEO_FAMILIES
 from .clips import Clip, draw_clip
@@ -68,7 +70,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(tasks.ImageExample):
     """One question about one scene.
 
     image: RGB, 168 x 168. question: plain text. answer: one word. family: a key of `FAMILIES`. index: its place in the
@@ -105,7 +107,7 @@ def examples(split: str = "test", limit: int | None = None, seed: int = 0) -> li
 
 
 @dataclass(frozen=True)
-class VideoExample:
+class VideoExample(tasks.VideoExample):
     """One question about one clip.
 
     clip: draws the frames. question: plain text. answer: one word. family: a key of `VIDEO_FAMILIES`. index: its place

@@ -16,14 +16,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 import vtprune
 from vtprune.errors import BudgetError, UnsupportedStageError
-from vtprune.eval.inputs.prompts import chat_inputs, processed_view
+from vtprune.eval.inputs.prompts import conversation_inputs, processed_view
+from vtprune.eval.tasks import Conversation
 
 
 def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:
@@ -69,12 +69,21 @@ class Downsampler:
         self.patch = self.tower.config.patch_size
         self.grid = grid_for(full.rows, full.cols, keep_ratio)
 
-    def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-        """Like `chat_inputs`; pixels (batch, channels, rows * patch, cols * patch), one image token for each patch."""
+    def inputs(self, conversations: Sequence[Conversation]) -> Any:
+        """Like `conversation_inputs`, with every image smaller.
+
+        Pixels are (images, channels, rows * patch, cols * patch), and there is one image token for each patch.
+        """
+        small = [[turn | {"content": list(map(self._smaller, turn["content"]))} for turn in c] for c in conversations]
+        return conversation_inputs(self.processor, small, do_resize=False, do_center_crop=False)
+
+    def _smaller(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A part of a prompt; an image is as small as the grid says."""
+        if part["type"] != "image":
+            return part
         rows, cols = self.grid
         size = (cols * self.patch, rows * self.patch)
-        small = [processed_view(self.processor, image).resize(size, Image.Resampling.BICUBIC) for image in images]
-        return chat_inputs(self.processor, small, questions, do_resize=False, do_center_crop=False)
+        return part | {"image": processed_view(self.processor, part["image"]).resize(size, Image.Resampling.BICUBIC)}
 
     @contextmanager
     def interpolated(self) -> Iterator[None]:
@@ -117,6 +126,6 @@ class FewerFrames:
             )
         self.frames = round(keep_ratio * usual)
 
-    def inputs(self, videos: Sequence[str | Path], questions: Sequence[str]) -> Any:
-        """Like `chat_inputs`, with `self.frames` frames of each video."""
-        return chat_inputs(self.processor, videos, questions, "video", num_frames=self.frames)
+    def inputs(self, conversations: Sequence[Conversation]) -> Any:
+        """Like `conversation_inputs`, with `self.frames` frames of each video."""
+        return conversation_inputs(self.processor, conversations, num_frames=self.frames)

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from vtprune.eval.inputs.videos import decoding_with_pyav
-from vtprune.eval.tasks import Kind
+from vtprune.eval.tasks import Conversation, Kind, user_turn
 
 CACHE_BYTES = 1 << 30
 
@@ -38,15 +38,12 @@ def chat_inputs(
         continues on the right; `pixel_values` (batch, channels, height, width), or `pixel_values_videos` (batch,
         frames, channels, height, width); both as the processor lays them out, LLaVA's layout given here.
     """
-    shown = [{"type": kind, kind: medium if kind == "image" else str(medium)} for medium in media]
-    conversations = [
-        [{"role": "user", "content": [medium, {"type": "text", "text": question}]}]
-        for medium, question in zip(shown, questions, strict=True)
-    ]
+    asked = zip(media, questions, strict=True)
+    conversations = [[user_turn([medium], question, kind)] for medium, question in asked]
     return conversation_inputs(processor, conversations, **processor_kwargs)
 
 
-def conversation_inputs(processor: Any, conversations: Sequence[Sequence[dict]], **processor_kwargs: Any) -> Any:
+def conversation_inputs(processor: Any, conversations: Sequence[Conversation], **processor_kwargs: Any) -> Any:
     """Whole conversations as inputs, followed by the generation prompt.
 
     Args:

@@ -15,7 +15,7 @@ from PIL import Image
 from vtprune.errors import VTPruneError
 from vtprune.eval.pages.views import View, level, strip
 from vtprune.eval.results.finished import Comparison
-from vtprune.eval.tasks import TASKS, Example, Kind
+from vtprune.eval.tasks import AnyTask, Example, open_task, shown
 
 _THUMBNAIL = {"image": 160, "video": 80}
 """Height in pixels of a small picture, or of each of the frames that stand for a video."""
@@ -105,38 +105,45 @@ class Thumbnails:
 
     def __init__(self, comparison: Comparison, album: Album, last: int):
         self.missing: str | None = None
-        """Why there are none."""
+        """Why there are none, or not of all examples."""
         self._album = album
         self._made: dict[int, Picture | None] = {}
         self._examples: Sequence[Example] = ()
-        self._kind: Kind = "image"
-        if comparison.task not in TASKS:
-            self.missing = f"the task {comparison.task} is not known here"
-            return
+        self._comparison = comparison
         try:
-            task = TASKS[comparison.task]()
-            self._examples, self._kind = task.examples(last + 1), task.kind
+            self._task: AnyTask = open_task(comparison.full["config"]["task"])
+            self._examples = self._task.examples(last + 1)
         except (OSError, ImportError, VTPruneError) as error:  # a data set that is not on this machine
             self.missing = f"the examples of {comparison.task} cannot be loaded here ({error})"
             return
         asked = [a.question for a in comparison.asked[: last + 1]]
         if [example.question for example in self._examples] != asked:
-            self._examples, self.missing = (), f"the examples of {comparison.task} are others than when it ran"
+            self._examples, self.missing = (), self._changed
 
     def __getitem__(self, index: int) -> Picture | None:
         """The picture of an example, or None where there is none."""
-        if self.missing is not None:
+        if not self._examples:
             return None
         if index not in self._made:
             try:
-                self._made[index] = self._album.add(strip(level(self._pictures(index), _THUMBNAIL[self._kind])))
-            except (OSError, ValueError):  # the file is gone or damaged: the page has no picture of it
+                self._made[index] = self._draw(index)
+            except (OSError, ValueError, VTPruneError):  # the file is gone or damaged: the page has no picture of it
                 self._made[index] = None
         return self._made[index]
 
-    def _pictures(self, index: int) -> list[Image.Image]:
-        example = self._examples[index]
-        return _frames(example.video_path()) if self._kind == "video" else [example.image.convert("RGB")]
+    @property
+    def _changed(self) -> str:
+        return f"the examples of {self._comparison.task} are others than when it ran"
+
+    def _draw(self, index: int) -> Picture | None:
+        example, data = self._examples[index], self._comparison.asked[index].data
+        if data is not None and (self._task.digest is None or self._task.digest(example) != data):
+            self.missing = self._changed
+            return None
+        kind = self._task.kind
+        media = shown(example.conversation(), kind)
+        pictures = [frame for path in media for frame in _frames(Path(path))] if kind == "video" else media
+        return self._album.add(strip(level([picture.convert("RGB") for picture in pictures], _THUMBNAIL[kind])))
 
 
 def _frames(path: Path) -> list[Image.Image]:

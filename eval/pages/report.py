@@ -195,7 +195,7 @@ def _shown(comparison: Comparison, album: Album) -> Iterator[Shown]:
     full = comparison.answers[comparison.full["cell"]]
     for place, asked in enumerate(comparison.asked[:SHOWN]):
         view, path = views.get(asked.index, (None, None))
-        if view is None or view.question != asked.question:
+        if view is None or (view.question, view.data) != (asked.question, asked.data):
             continue
         picture = album.add(path.read_bytes())
         between = seams(view, picture)

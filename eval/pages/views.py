@@ -18,7 +18,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate
 
 import vtprune
 from vtprune.adapters.base import Adapter
-from vtprune.eval.inputs import chat_inputs
+from vtprune.eval.inputs import conversation_inputs
 from vtprune.eval.results.records import write_atomically
 from vtprune.eval.tasks import Example, Kind
 from vtprune.tokens import Grid, Medium
@@ -56,6 +56,8 @@ class View:
     """[rows, columns] of each picture"""
     places: list[Place]
     """of each visual token, in the order of the prompt"""
+    data: str | None = None
+    """digest of the example, if its task has digests"""
 
 
 def views_folder(output: Path, task: str, weights: str) -> Path:
@@ -64,13 +66,14 @@ def views_folder(output: Path, task: str, weights: str) -> Path:
 
 
 @torch.inference_mode()
-def write_views(folder: Path, model: Any, processor: Any, examples: Sequence[Example], kind: Kind) -> None:
+def write_views(
+    folder: Path, model: Any, processor: Any, examples: Sequence[Example], kind: Kind, digests: Sequence[str] = ()
+) -> None:
     """Writes the views of `examples`; encodes each of them once. No view where the adapter knows no grid."""
     adapter = vtprune.adapter_for(model)
     folder.mkdir(parents=True, exist_ok=True)
     for index, example in enumerate(examples):
-        medium = example.video_path() if kind == "video" else example.image
-        inputs = chat_inputs(processor, [medium], [example.question], kind).to(model.device, model.dtype)
+        inputs = conversation_inputs(processor, [example.conversation()]).to(model.device, model.dtype)
         seen = _seen(adapter, processor, inputs, kind)
         if seen is None:
             (folder / f"{index}.json").unlink(missing_ok=True)
@@ -78,6 +81,7 @@ def write_views(folder: Path, model: Any, processor: Any, examples: Sequence[Exa
         images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in seen.pictures]
         images = level(images, _HEIGHT[kind])
         view = View(example.question, kind, [image.width for image in images], seen.grids, seen.places)
+        view = replace(view, data=digests[index]) if digests else view
         write_atomically(folder / f"{index}.jpg", strip(images))
         write_atomically(folder / f"{index}.json", json.dumps(asdict(view)).encode())
 
@@ -104,7 +108,7 @@ class _Seen:
 
 
 def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | None:
-    """One image or video, which may be several media of a prompt."""
+    """The images or videos of a prompt. One of them may be several media. None if they cannot be drawn."""
     encode = getattr(adapter.base, f"get_{kind}_features")
     given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
     media = adapter.media(kind, given, encode(**given).pooler_output)
@@ -116,6 +120,8 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
         crops = _whole_patches(crops.float().cpu(), _patch(adapter))
         # An overview, and tiles whose rows of tokens go on from one tile to the next.
         if kind == "image" and medium.lines is not None and len(medium.grids) > 1:
+            if len(media) > 1:  # which pixels belong to which of several images is not known here
+                return None
             layout, pictures = _one_mosaic(medium), [crops[0], _mosaic(adapter, given, crops)]
         else:
             layout, pictures = medium, crops

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +135,17 @@ def _check_questions(ours: Comparison, theirs: Comparison, first: Path, second: 
             f"{ours.task}: {counts[0]} examples in {first}, {counts[1]} in {second}; run both with the same limit"
         )
     for our_question, their_question in zip(ours.asked, theirs.asked, strict=True):
-        if our_question != their_question:
+        if our_question == their_question:
+            continue
+        if replace(our_question, data=None) == replace(their_question, data=None):
             raise ConfigError(
-                f"{ours.task}: example {our_question.index} is {our_question.question!r} ({our_question.answer!r}) in "
-                f"{first}, {their_question.question!r} ({their_question.answer!r}) in {second}"
+                f"{ours.task}: example {our_question.index}, {our_question.question!r}, has other pictures or settings "
+                f"in {first} than in {second}; run both on the same data"
             )
+        raise ConfigError(
+            f"{ours.task}: example {our_question.index} is {our_question.question!r} ({our_question.answer!r}) in "
+            f"{first}, {their_question.question!r} ({their_question.answer!r}) in {second}"
+        )
 
 
 def _sides(comparison: Comparison) -> dict[tuple[str, float | None], Side]:

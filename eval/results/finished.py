@@ -26,6 +26,8 @@ class Asked:
     question: str
     answer: str
     family: str
+    data: str | None = None
+    """digest of the example with its media; None if they follow from the code of the task"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, line
     if full is None:
         raise ConfigError(f"{folder / 'results.jsonl'}: {task} has no row of the full model to compare with")
     records = _records(folder, full)
-    asked = [Asked(r["index"], r["question"], r["answer"], r["family"]) for r in records]
+    asked = [Asked(r["index"], r["question"], r["answer"], r["family"], r.get("data")) for r in records]
     same = [task, full["weights"], *(full["config"].get(key) for key in ("dtype", "attention"))]
     parts = [*same, [vars(question) for question in asked], [(r["prediction"], r["score"]) for r in records]]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import platform
 import shutil
@@ -24,11 +23,11 @@ from vtprune.errors import ConfigError
 from vtprune.eval.config import BASELINES, BUDGETS, ComposedEntry, EvalConfig, MethodEntry
 from vtprune.eval.inputs import resolve_model
 from vtprune.eval.inputs.classifiers import OPEN_CLIP
-from vtprune.eval.tasks import TASKS
+from vtprune.eval.tasks import AnyTask
+from vtprune.eval.tasks.base import file_digest
+from vtprune.eval.tasks.opening import source_hash
 from vtprune.methods import build_method, list_methods
 from vtprune.transformers_private import commit_of
-
-_HEAD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -160,18 +159,21 @@ class Identity:
     model: str
     """fingerprint of the weights"""
     task: str
-    """hash of the task's sources"""
+    """fingerprint of the task: its source code and its data"""
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, config: EvalConfig, task: str, model_path: str) -> Identity:
-        """The identity of a run of one task on the model at `model_path` (folder or hub id)."""
-        settings = config.resolved(model_path, task)
+    def of(cls, config: EvalConfig, task: AnyTask, digests: Sequence[str], model_path: str) -> Identity:
+        """The identity of a run of one task on the model at `model_path` (folder or hub id).
+
+        digests: of the examples that run, from `task.digests`.
+        """
+        settings = config.resolved(model_path, task.name)
         for key in ("model", "keep_ratios", "baselines", "methods"):
             settings.pop(key)
         # The model of open_clip that comes with the library is computed by code that others do not run.
         own = {"open_clip_torch": version("open_clip_torch")} if model_path == resolve_model(OPEN_CLIP) else {}
-        return cls(settings, _fingerprint(model_path), _source_hash(TASKS[task]), versions() | own)
+        return cls(settings, _fingerprint(model_path), task.fingerprint(digests), versions() | own)
 
     def key(self, cell: Cell) -> str:
         """16 hex digits that change if a number of the cell could change."""
@@ -180,18 +182,9 @@ class Identity:
             # The commit is left out: the hash of the code says the same, also about uncommitted changes.
             "versions": {name: value for name, value in self.versions.items() if name != "commit"},
             "cell": [cell.method, cell.keep_ratio, cell.keep_tokens, cell.params, cell.seed],
-            "source": [_source_hash(list_methods()[name]) for name in cell.methods],
+            "source": [source_hash(list_methods()[name]) for name in cell.methods],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _source_hash(thing: Any) -> str:
-    """Hash of the module of a method or a task, which may stand outside this library."""
-    try:
-        source = inspect.getsource(inspect.getmodule(thing))
-    except (OSError, TypeError) as error:
-        raise ConfigError(f"{thing!r} has no source file, so results could not be tied to its code") from error
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _fingerprint(model_path: str) -> str:
@@ -209,9 +202,7 @@ def _fingerprint(model_path: str) -> str:
             raise ConfigError(f"model {model_path!r} cannot be found: {str(error).splitlines()[0]}") from error
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            digest.update(file.read(_HEAD))
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -15,12 +15,12 @@ from vtprune.adapters.base import Adapter
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError
 from vtprune.eval.config import BASELINES, EvalConfig
-from vtprune.eval.inputs import chat_inputs, resolve_model
+from vtprune.eval.inputs import conversation_inputs, resolve_model
 from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.status import UNDER_FLOOR, status_text
 from vtprune.eval.running.cells import Cell, expand
 from vtprune.eval.running.evaluator import refuse_mismatches
-from vtprune.eval.tasks import TASKS, AnyTask, Classification
+from vtprune.eval.tasks import AnyTask, Classification, open_tasks
 from vtprune.methods import build_methods
 from vtprune.plan import Prompt, plan
 from vtprune.tokens import ModelShape
@@ -36,7 +36,7 @@ def estimate_tables(config: EvalConfig) -> Iterator[Table]:
     task's first examples. Raises ConfigError if a model's config or processor cannot be loaded, and for a task of
     classes: what a CLIP costs is not estimated.
     """
-    tasks = {name: TASKS[name]() for name in config.task}
+    tasks = open_tasks(config.task)
     for name, task in tasks.items():
         if isinstance(task, Classification):
             raise ConfigError(f"--dry-run: {name} is a task of classes, whose cost is not estimated; run it")
@@ -95,8 +95,7 @@ def _prompts(adapter: Adapter, processor: Any, task: AnyTask) -> list[Prompt]:
         raise ConfigError(f"the task shows {task.kind}s, which {adapter.family} does not take")
     found = []
     for example in task.examples(_EXAMPLES):
-        medium = example.video_path() if task.kind == "video" else example.image
-        inputs = chat_inputs(processor, [medium], [example.question], task.kind)
+        inputs = conversation_inputs(processor, [example.conversation()])
         visual = int((inputs["input_ids"] == adapter.visual_token_ids[task.kind]).sum())
         crops = len(adapter.encoder_sequences(task.kind, inputs))
         found.append(Prompt(visual, crops, int(inputs["attention_mask"].sum()) - visual))

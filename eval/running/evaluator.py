@@ -76,8 +76,9 @@ class Evaluator(ABC):
                 "question": example.question,
                 "family": example.family,
                 "answer": example.answer,
+                **({"data": self.study.digests[index]} if self.study.digests else {}),
                 "prediction": prediction,
-                "score": self.task.score(prediction, example.answer),
+                "score": self.task.score(prediction, example),
                 **cost,
             }
             for index, example, prediction, cost in zip(batch, examples, predictions, costs, strict=True)

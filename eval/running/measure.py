@@ -14,6 +14,7 @@ from vtprune.eval.results.records import CellFile, Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval
 from vtprune.eval.results.status import OK
 from vtprune.eval.running.cells import Cell, Identity
+from vtprune.eval.tasks import AnyTask
 from vtprune.report import Report
 
 SHOWN = 8
@@ -50,12 +51,12 @@ def measure(report: Report, indices: Sequence[int]) -> list[Record]:
 
 
 def result_lines(
-    config: EvalConfig, model: str, task: str, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]
+    config: EvalConfig, model: str, task: AnyTask, identity: Identity, cells: Sequence[tuple[Cell, CellFile]]
 ) -> list[Record]:
     """One line for each cell of one model on one task, from the records only: all runs end in the same lines."""
     full = next(file.records for cell, file in cells if cell.method == "full")
     nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
-    shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task)}
+    shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task.entry)}
     lines = []
     for cell, file in cells:
         line: Record = {
@@ -66,7 +67,7 @@ def result_lines(
             "keep_ratio": cell.keep_ratio,
             "keep_tokens": cell.keep_tokens,
             "seed": cell.seed,
-            "task": task,
+            "task": task.name,
             "cell": file.name,
             "status": OK,
             "n": len(file.records),

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import vtprune
 from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
-from vtprune.eval.inputs import InputCache, answers, chat_inputs, load_model
+from vtprune.eval.inputs import InputCache, answers, conversation_inputs, load_model
 from vtprune.eval.inputs.downsample import Downsampler, FewerFrames
 from vtprune.eval.pages.views import views_folder, write_views
 from vtprune.eval.results.records import Record
 from vtprune.eval.running.cells import Cell
 from vtprune.eval.running.evaluator import Evaluator, RunBatch
 from vtprune.eval.running.measure import NOTHING_PRUNED, SHOWN, measure
+from vtprune.eval.tasks import Conversation
 
 if TYPE_CHECKING:
     from vtprune.eval.running.runner import Study
@@ -35,22 +36,20 @@ class QuestionEvaluator(Evaluator):
         self.model, self.processor = loaded
         adapter = vtprune.adapter_for(self.model)
         if self.task.kind not in adapter.kinds:
-            raise ConfigError(f"task {study.task_name!r} shows {self.task.kind}s, which {adapter.family} does not take")
-        self.inputs = InputCache(lambda batch: chat_inputs(self.processor, *self._asked(batch), self.task.kind))
+            raise ConfigError(f"task {self.task.name!r} shows {self.task.kind}s, which {adapter.family} does not take")
+        self.inputs = InputCache(lambda batch: conversation_inputs(self.processor, self._asked(batch)))
 
     @classmethod
     def load(cls, config: EvalConfig, model: str, device: str) -> tuple[Any, Any]:
         return load_model(model, config.dtype, config.attention, device)
 
     def write_views(self) -> None:
-        folder = views_folder(self.config.output, self.study.task_name, self.study.identity.model)
-        write_views(folder, self.model, self.processor, self.examples[:SHOWN], self.task.kind)
+        folder = views_folder(self.config.output, self.task.name, self.study.identity.model)
+        write_views(folder, self.model, self.processor, self.examples[:SHOWN], self.task.kind, self.study.digests)
 
-    def _asked(self, batch: range) -> tuple[list[Any], list[str]]:
-        """The media and the questions of a batch of examples."""
-        examples = [self.examples[i] for i in batch]
-        media = [e.video_path() if self.task.kind == "video" else e.image for e in examples]
-        return media, [e.question for e in examples]
+    def _asked(self, batch: range) -> list[Conversation]:
+        """The prompts of a batch of examples."""
+        return [self.examples[i].conversation() for i in batch]
 
     def _open(self, cell: Cell, stack: ExitStack) -> RunBatch:
         """The seconds are those of the inputs, which are made once, and of the answers.
@@ -62,7 +61,7 @@ class QuestionEvaluator(Evaluator):
             smaller = self._downsampled(cell.keep_ratio, stack)
 
             def prepare(batch: range) -> Mapping[str, Any]:
-                return smaller.inputs(*self._asked(batch))
+                return smaller.inputs(self._asked(batch))
 
         if cell.method in ("full", "downsample"):
             session = vtprune.prune(self.model, NOTHING_PRUNED)

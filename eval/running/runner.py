@@ -23,7 +23,7 @@ from vtprune.eval.running.evaluator import Evaluator, refuse_mismatches
 from vtprune.eval.running.measure import result_lines
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
-from vtprune.eval.tasks import TASKS, AnyTask, Classification, Example
+from vtprune.eval.tasks import AnyTask, Classification, Example, open_tasks
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
@@ -43,7 +43,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
             uses the output folder.
         VTPruneError: the results cannot be written.
     """
-    tasks = {name: TASKS[name]() for name in config.task}
+    tasks = open_tasks(config.task)
     video = ["av"] if any(task.kind == "video" for task in tasks.values()) else []
     for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
@@ -53,7 +53,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
     with ExitStack() as stack:
         if processes.first:
             _claim(config.output, stack)
-        studies = [Study.of(config, model, name, task) for model in config.model for name, task in tasks.items()]
+        studies = [Study.of(config, model, task) for model in config.model for task in tasks.values()]
         results = _run(config, studies, processes, console)
     processes.end()
     return results
@@ -73,12 +73,13 @@ class Study:
     """One model on one task: the cells and the examples that all of them run over."""
 
     model: str
-    task_name: str
     task: AnyTask
     identity: Identity
     cells: list[Cell]
     paths: list[Path]
     examples: list[Example]
+    digests: list[str]
+    """of the examples; none if they follow from the source code"""
     batches: list[range]
     files: list[CellFile] = field(default_factory=list)
     """of the cells; only the first process has them"""
@@ -86,14 +87,15 @@ class Study:
     """the batches of each cell that still have to run"""
 
     @classmethod
-    def of(cls, config: EvalConfig, model: str, name: str, task: AnyTask) -> Study:
+    def of(cls, config: EvalConfig, model: str, task: AnyTask) -> Study:
         cells = expand(config)
-        identity = Identity.of(config, name, resolve_model(model))
-        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         examples = list(task.examples(config.limit))
+        digests = task.digests(examples)
+        identity = Identity.of(config, task, digests, resolve_model(model))
+        paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         starts = range(0, len(examples), config.batch_size)
         batches = [range(start, min(start + config.batch_size, len(examples))) for start in starts]
-        return cls(model, name, task, identity, cells, paths, examples, batches)
+        return cls(model, task, identity, cells, paths, examples, digests, batches)
 
     def open(self, processes: Processes) -> None:
         """Reads what earlier runs left of each cell."""
@@ -118,7 +120,7 @@ class Study:
     def results(self, config: EvalConfig) -> list[Record]:
         """The lines of the finished cells."""
         cells = list(zip(self.cells, self.files, strict=True))
-        return result_lines(config, self.model, self.task_name, self.identity, cells)
+        return result_lines(config, self.model, self.task, self.identity, cells)
 
 
 def _run(config: EvalConfig, studies: Sequence[Study], processes: Processes, console: Console | None) -> list[Record]:

@@ -9,6 +9,7 @@ import vtprune.eval
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config, parse_changes
 from vtprune.eval.running.cells import Cell, Identity, expand
+from vtprune.eval.tasks import open_task
 
 VALID = {"model": "digitscenes", "keep_ratios": [0.5, 0.25], "methods": ["uniform"]}
 
@@ -217,7 +218,7 @@ def test_a_cells_key_changes_with_whatever_its_numbers_depend_on(tmp_path):
 
     def key(cell, **changes):
         config = load_config(write(tmp_path, **changes))
-        return Identity.of(config, "digitscenes", str(tmp_path / "model")).key(cell)
+        return Identity.of(config, open_task("digitscenes"), [], str(tmp_path / "model")).key(cell)
 
     cell = Cell("random", 0.5, {}, 0)
     first = key(cell)

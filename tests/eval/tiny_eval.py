@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vtprune.eval.results.records import members
-from vtprune.eval.tasks import TASKS, Task
+from vtprune.eval.tasks import TASKS, ImageExample, Task
 
 EXAMPLES = 10
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -33,7 +33,7 @@ WORDS = [*SPECIAL, "USER:", "ASSISTANT:", *(f"word{i}" for i in range(12))]
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(ImageExample):
     image: Image.Image
     question: str
     answer: str
@@ -49,14 +49,14 @@ def examples(limit):
     return drawn[:limit]
 
 
-def score(prediction, answer):
+def score(prediction, example):
     """Any function of the prediction will do: random weights answer nothing right."""
-    return zlib.crc32(f"{prediction} {answer}".encode()) % 5 / 4
+    return zlib.crc32(f"{prediction} {example.answer}".encode()) % 5 / 4
 
 
-def slow_score(prediction, answer):
+def slow_score(prediction, example):
     time.sleep(0.02)  # so that a test finds the run unfinished
-    return score(prediction, answer)
+    return score(prediction, example)
 
 
 def files(output: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from tiny_eval import EXAMPLES, score, word_tokenizer
 
-from vtprune.eval.tasks import TASKS, Task
+from vtprune.eval.tasks import TASKS, Task, VideoExample
 
 SIZE = 64
 """Height and width of a frame in pixels, 8 x 8 patches, of which a video's tokens are 4 x 4."""
@@ -27,7 +27,7 @@ WORDS = [*SPECIAL, "USER:", "ASSISTANT:", *(f"word{i}" for i in range(12))]
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(VideoExample):
     path: Path
     question: str
     answer: str

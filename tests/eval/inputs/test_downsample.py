@@ -8,6 +8,7 @@ from PIL import Image
 
 from vtprune.eval.inputs import load_model, processed_view
 from vtprune.eval.inputs.downsample import Downsampler, grid_for
+from vtprune.eval.tasks import user_turn
 
 
 @pytest.mark.parametrize("side", [4, 12, 24])
@@ -34,7 +35,7 @@ def test_a_smaller_image_runs_through_encoder_and_llm_with_that_many_tokens(load
     red_left = Image.new("RGB", (100, 56), "blue")
     red_left.paste("red", (0, 0, 50, 56))
     small = Downsampler(model, processor, 0.25)
-    inputs = small.inputs([red_left], ["word1 word2"])
+    inputs = small.inputs([[user_turn([red_left], "word1 word2")]])
     assert inputs["pixel_values"].shape == (1, 3, 28, 28)
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 4
     # the same picture, smaller: red on the left, blue on the right

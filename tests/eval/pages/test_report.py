@@ -215,7 +215,7 @@ def test_without_the_task_or_the_pictures_the_rest_is_shown(run, tmp_path, monke
     monkeypatch.delitem(TASKS, "nasty")
     write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "Without pictures: the task nasty is not known here" in page
+    assert "Without pictures: the examples of nasty cannot be loaded here (expected the name of a task" in page
     assert "The results hold no pictures" in page and "<image" not in page
     assert "uniform" in page
 

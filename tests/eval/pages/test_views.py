@@ -4,7 +4,6 @@
 import copy
 import inspect
 import json
-import types
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def video_model(tmp_path_factory):
 
 
 def example(image):
-    return types.SimpleNamespace(image=image, question="word1 word2")
+    return tiny_eval.Example(image, "word1 word2", "one", "family")
 
 
 def pixels(picture: Path) -> np.ndarray:
@@ -227,7 +226,7 @@ def test_tokens_of_a_video_are_where_the_model_sees_them(family, tmp_path):
     frames = np.stack([np.asarray(half(WIDE, *where)) for where in HALVES for _ in range(4)])
     for name, clip in (("clip", frames), ("black", 0 * frames)):
         tiny_video.write_clip(tmp_path / f"{name}.mp4", clip)
-    clip = types.SimpleNamespace(video_path=lambda: tmp_path / "clip.mp4", question="word1")
+    clip = tiny_video.Example(tmp_path / "clip.mp4", "word1", "one", "family")
     write_views(tmp_path, model, processor, [clip], "video")
     ((view, picture),) = read_views(tmp_path).values()
     ours, black = (features(model, processor, tmp_path / f"{name}.mp4", "video") for name in ("clip", "black"))
@@ -248,7 +247,8 @@ def test_every_picture_shows_the_medium(family, kind, tmp_path):
     """A square one, from which nothing is cut off, and a video of a still."""
     image = processors.picture(48, 48)
     tiny_video.write_clip(tmp_path / "clip.mp4", np.stack([np.asarray(image)] * 8))
-    medium = types.SimpleNamespace(image=image, video_path=lambda: tmp_path / "clip.mp4", question="word1")
+    clip = tiny_video.Example(tmp_path / "clip.mp4", "word1", "one", "family")
+    medium = example(image) if kind == "image" else clip
     write_views(tmp_path, families.shared(family), processor_of(family), [medium], kind)
     ((view, picture),) = read_views(tmp_path).values()
     strip, left = pixels(picture), 0

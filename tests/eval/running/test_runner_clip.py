@@ -26,7 +26,7 @@ from vtprune.eval.results.timings import examples_per_second, seconds_per_exampl
 from vtprune.eval.running import evaluator
 from vtprune.eval.running.cells import Identity, expand
 from vtprune.eval.running.runner import run
-from vtprune.eval.tasks import TASKS
+from vtprune.eval.tasks import open_task, open_tasks
 
 TASK = "digitscenes_digits"
 CONFIG = {
@@ -205,7 +205,7 @@ def test_a_folder_of_a_transformers_model(tmp_path, kind):
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(config))
     full, half = run(load_config(tmp_path / "file.yaml", output=tmp_path / "output"))
     assert (full["final_tokens"], half["final_tokens"]) == (16, 8)
-    task = TASKS["digitscenes_colours"]()
+    task = open_task("digitscenes_colours")
     classifier = ZeroShotClassifier(model, processor, task.classes, task.templates)
     with vtprune.prune(model, "tome", keep_ratio=0.5):
         said = classifier.predict([example.image for example in task.examples(4)])
@@ -254,13 +254,14 @@ def test_tasks_are_the_images_with_one_digit():
         ("digitscenes_colours", "colour", None),
         *((f"digitscenes_digits_{corruption}", "digit", corruption) for corruption in digitscenes.CORRUPTIONS),
     ):
-        task = TASKS[name]()
+        task = open_task(name)
         items = digitscenes.labelled_images(limit=2, corruption=corruption, severity=2)
         examples = task.examples(2)
         assert [e.image.tobytes() for e in examples] == [i.image.tobytes() for i in items]
         assert [(e.answer, e.family) for e in examples] == [(getattr(i, label),) * 2 for i in items]
         assert (task.classes, task.templates) == (digitscenes.CLASSES[label], digitscenes.TEMPLATES[label])
-        assert (task.score("1", "1"), task.score("10", "1")) == (1.0, 0.0)
+        answer = examples[0].answer
+        assert (task.score(answer, examples[0]), task.score(f"{answer}0", examples[0])) == (1.0, 0.0)
 
 
 def test_the_shipped_file_compares_the_methods_inside_encoder_layers():
@@ -269,5 +270,5 @@ def test_the_shipped_file_compares_the_methods_inside_encoder_layers():
     methods = {"tome", "mctf", "zero_tprune", "tca", "random_patches", "uniform_patches", "glsim_patches"}
     assert {cell.method for cell in cells} == methods | {"full"}
     assert len(cells) == 1 + 4 * (7 + 3) and str(config.output) == "results/clip"
-    evaluator.refuse_mismatches(config, {name: TASKS[name]() for name in config.task})
-    assert Identity.of(config, TASK, str(digitscenes.OPEN_CLIP_PATH)).versions["open_clip_torch"]
+    evaluator.refuse_mismatches(config, open_tasks(config.task))
+    assert Identity.of(config, open_task(TASK), [], str(digitscenes.OPEN_CLIP_PATH)).versions["open_clip_torch"]

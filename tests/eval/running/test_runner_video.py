@@ -19,7 +19,7 @@ from vtprune.eval import digitscenes
 from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes import mp4
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
-from vtprune.eval.inputs import InputCache, chat_inputs, load_model
+from vtprune.eval.inputs import InputCache, conversation_inputs, load_model
 from vtprune.eval.inputs.downsample import FewerFrames
 from vtprune.eval.results.records import cell_records
 from vtprune.eval.running import questions, runner
@@ -60,7 +60,7 @@ def finished(config_file, tmp_path_factory):
     """An uninterrupted run: its folder, its lines, and how often inputs were made."""
     output, made = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(questions, "chat_inputs", lambda *args: made.append(args) or chat_inputs(*args))
+        patch.setattr(questions, "conversation_inputs", lambda *args: made.append(args) or conversation_inputs(*args))
         return output, runner.run(load_config(config_file, output=output)), len(made)
 
 
@@ -70,7 +70,7 @@ def cell(results, method, ratio, seed=None):
 
 
 def inputs(processor, examples):
-    return chat_inputs(processor, [e.video_path() for e in examples], [e.question for e in examples], "video")
+    return conversation_inputs(processor, [example.conversation() for example in examples])
 
 
 def pixels(processor, inputs) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_fewer_frames(loaded):
     _, processor = loaded
     third = FewerFrames(processor, 0.3)
     (example,) = tiny_video.examples(1)
-    batch = third.inputs([example.video_path()], [example.question])
+    batch = third.inputs([example.conversation()])
     shown = pixels(processor, batch)[0]
     drawn = torch.from_numpy(tiny_video.clip(0)[[0, 3]]).permute(0, 3, 1, 2)  # of 7 frames
     assert shown.shape == (2, 3, tiny_video.SIZE, tiny_video.SIZE) and (shown - drawn).abs().max() < 4

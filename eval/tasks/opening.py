@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens what an evaluation file names under `task`: tasks of the library or of other packages, and files."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from vtprune.config import nearest
+from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval.tasks.base import AnyTask, Classification, Task
+from vtprune.eval.tasks.builtin import TASKS
+from vtprune.eval.tasks.file_task import FileTask
+
+GROUP = "vtprune.tasks"
+"""Entry points of this group name functions without arguments that return a `Task` or a `Classification`."""
+
+TaskEntry = str | FileTask
+"""What stands under `task` in an evaluation file."""
+
+
+def task_names() -> list[str]:
+    """Names of the tasks of the library and of other packages. None of them is loaded."""
+    return list(dict.fromkeys([*TASKS, *(entry.name for entry in entry_points(group=GROUP))]))
+
+
+def check_task_name(name: str) -> None:
+    """Raise ConfigError if no task has that name. Nothing is loaded."""
+    if name not in (known := task_names()):
+        raise ConfigError(f"expected the name of a task ({nearest(name, known)})")
+
+
+def name_of(entry: TaskEntry) -> str:
+    """The name that tables and results have for an entry."""
+    return entry if isinstance(entry, str) else entry.title
+
+
+def open_tasks(entries: Iterable[TaskEntry]) -> dict[str, AnyTask]:
+    """The tasks of a run, by name. Raises ConfigError as `open_task` does."""
+    tasks = map(open_task, entries)
+    return {task.name: task for task in tasks}
+
+
+def open_task(entry: TaskEntry | dict[str, Any]) -> AnyTask:
+    """The task that an entry of an evaluation file names. It knows its name, its entry and its rules.
+
+    Args:
+        entry: a name, a `FileTask`, or the fields of one.
+
+    Raises:
+        ConfigError: there is no such task, the package that has it is broken, or the file has mistakes.
+    """
+    if not isinstance(entry, str):
+        return FileTask.model_validate(entry).open()
+    check_task_name(entry)
+    make = _maker(entry)
+    return replace(make(), name=entry, entry=entry, rules=source_hash(make))
+
+
+def _maker(name: str) -> Callable[[], AnyTask]:
+    """The function that makes a task. Only the package that has the task is imported, so no other can break this."""
+    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+    packages = [_package(entry) for entry in found]
+    if name in TASKS:
+        packages.insert(0, "vtprune")
+    if len(packages) > 1:
+        raise ConfigError(f"task {name!r} is in several packages: {', '.join(packages)}; keep one of them installed")
+    if name in TASKS:
+        return TASKS[name]
+    return _checked(found[0])
+
+
+def _checked(entry: EntryPoint) -> Callable[[], AnyTask]:
+    """The function of a plug-in. If it raises or returns no task, the error names its package."""
+    where = f"{_package(entry)}: its task {entry.name!r} ({entry.value}, group {GROUP})"
+    try:
+        make = entry.load()
+        task = make()
+    except VTPruneError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task | Classification):
+        raise ConfigError(f"{where} is no function that returns a Task or a Classification, but {type(task).__name__}")
+    return make
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unknown package"
+
+
+def source_hash(thing: Any) -> str:
+    """Hash of the module of a method or a task, which may stand outside this library."""
+    try:
+        source = inspect.getsource(inspect.getmodule(thing))
+    except (OSError, TypeError) as error:
+        raise ConfigError(f"{thing!r} has no source file, so results could not be tied to its code") from error
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
