@@ -32,7 +32,7 @@ LISTS = {"keep_ratio": "keep_ratios", "keep_tokens": "keep_tokens", "seed": "see
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict | FileTask) else value
+    return [value] if isinstance(value, str | Path | dict | FileTask) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
@@ -180,6 +180,8 @@ class EvalConfig(ConfigModel):
     """folders or hub ids of models; `digitscenes`, `digitscenes_video` and `digitscenes_clip` come with the library"""
     task: Tasks = ("digitscenes",)
     """names of tasks, and files with own data; all of them ask questions, or all of them have classes for a CLIP"""
+    include_path: Annotated[tuple[Path, ...], BeforeValidator(_listed)] = ()
+    """folder or folders with further tasks of lmms-eval, relative to the folder of this file"""
     limit: int | None = Field(default=None, ge=1)
     """number of examples, the first ones of the task; default all"""
     output: Path
@@ -236,7 +238,8 @@ class EvalConfig(ConfigModel):
 
         task: name or entry of the task, in JSON types.
         """
-        return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
+        unused = set() if self.include_path else {"include_path"}
+        return self.model_dump(mode="json", exclude={"output", *unused}) | {"model": model, "task": task}
 
 
 def find_config(name: str | Path) -> Path:
@@ -273,7 +276,14 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
     for key, value in (changes or {}).items():
         _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})
+    if folders := file.data.get("include_path"):
+        file.data["include_path"] = [_beside(file, folder) for folder in _listed(folders)]
     return validate(EvalConfig, file)
+
+
+def _beside(file: YamlFile, path: Any) -> Any:
+    """A path of an evaluation file, which counts from the folder of this file."""
+    return str((file.path.parent / Path(path).expanduser()).resolve()) if isinstance(path, str | Path) else path
 
 
 def parse_changes(assignments: list[str]) -> dict[str, Any]:

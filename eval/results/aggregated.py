@@ -16,6 +16,9 @@ from vtprune.eval.results.statistics import interval
 SHARE, POINTS = "share", "points"
 """Units of scores: tables show a share in per cent, and points as they are."""
 
+_ALL = "all documents"
+"""The family if there is no other."""
+
 
 class Metrics(Protocol):
     """The metrics of a task; `results` are those of its examples' records."""
@@ -77,9 +80,21 @@ class Aggregated:
         return interval(self.draws[drawn] / full.draws[drawn]) if drawn.any() else None
 
 
-def unit_of(scores: Sequence[float]) -> str:
-    """The unit of a study from the scores of all its cells: a share if none of them is over 1."""
-    return SHARE if all(0 <= score <= 1 for score in scores) else POINTS
+def of_one_study(lines: Sequence[Record]) -> list[Record]:
+    """The lines of one model on one task, with what all of them share: the unit of scores, and the families.
+
+    Scores are a share if none of them is over 1. Families are those over whose examples every cell has a score.
+    """
+    scored = [line for line in lines if line["score"] is not None]
+    unit = SHARE if all(0 <= line["score"] <= 1 for line in scored) else POINTS
+    shared = [name for name in scored[0]["family_scores"] if all(name in line["family_scores"] for line in scored)]
+    found = []
+    for line in lines:
+        if line["score"] is not None:
+            own = {name: line["family_scores"][name] for name in shared}
+            line = line | {"family_scores": own or {_ALL: line["score"]}}
+        found.append(line | {"score_unit": unit})
+    return found
 
 
 def _first(aggregate: Callable[[], dict[str, float]]) -> float | None:

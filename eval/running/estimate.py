@@ -36,7 +36,7 @@ def estimate_tables(config: EvalConfig) -> Iterator[Table]:
     task's first examples. Raises ConfigError if a model's config or processor cannot be loaded, and for a task of
     classes: what a CLIP costs is not estimated.
     """
-    tasks = open_tasks(config.task)
+    tasks = open_tasks(config.task, config.include_path)
     for name, task in tasks.items():
         if isinstance(task, Classification):
             raise ConfigError(f"--dry-run: {name} is a task of classes, whose cost is not estimated; run it")

@@ -10,6 +10,7 @@ import torch
 
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
+from vtprune.eval.results.aggregated import Aggregated, of_one_study
 from vtprune.eval.results.records import CellFile, Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval
 from vtprune.eval.results.status import OK
@@ -57,6 +58,8 @@ def result_lines(
     full = next(file.records for cell, file in cells if cell.method == "full")
     nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
     shared = {"weights": identity.model, "versions": identity.versions, "config": config.resolved(model, task.entry)}
+    metrics = getattr(task, "scores", None)
+    reference = None if metrics is None else Aggregated.of(metrics, full)
     lines = []
     for cell, file in cells:
         line: Record = {
@@ -76,8 +79,10 @@ def result_lines(
             given = find(cell.preset).published
             line["published"] = None if given is None else given.model_dump()
         numbers = nothing | file.ending if file.ending else _numbers(file.records, full)
+        if reference is not None and not file.ending:
+            numbers |= Aggregated.of(metrics, file.records).numbers(reference)
         lines.append(line | numbers | shared)
-    return lines
+    return lines if reference is None else of_one_study(lines)
 
 
 def _numbers(records: Sequence[Record], full: Sequence[Record]) -> Record:

@@ -20,10 +20,12 @@ from vtprune.eval.results.records import CellFile, CellPart, Record, cell_path, 
 from vtprune.eval.running.cells import Cell, Identity, expand
 from vtprune.eval.running.classifiers import ClassifierEvaluator
 from vtprune.eval.running.evaluator import Evaluator, refuse_mismatches
+from vtprune.eval.running.lmms import LmmsEvaluator
 from vtprune.eval.running.measure import result_lines
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
 from vtprune.eval.tasks import AnyTask, Classification, Example, open_tasks
+from vtprune.eval.tasks.lmms_tasks import LmmsTask
 
 
 def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
@@ -43,7 +45,7 @@ def run(config: EvalConfig, console: Console | None = None) -> list[Record]:
             uses the output folder.
         VTPruneError: the results cannot be written.
     """
-    tasks = open_tasks(config.task)
+    tasks = open_tasks(config.task, config.include_path)
     video = ["av"] if any(task.kind == "video" for task in tasks.values()) else []
     for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
@@ -148,7 +150,7 @@ def _run_model(
     kind: type[Evaluator] = ClassifierEvaluator if classifies else QuestionEvaluator
     loaded = kind.load(config, studies[0].model, processes.device)
     for study in studies:
-        evaluator = kind(config, study, loaded)
+        evaluator = (LmmsEvaluator if isinstance(study.task, LmmsTask) else kind)(config, study, loaded)
         if processes.first:
             evaluator.write_views()
         study.run(evaluator, processes, progress)

@@ -19,16 +19,17 @@ from vtprune.config import nearest
 from vtprune.errors import ConfigError
 from vtprune.eval.lmms.decoding import MAX_NEW_TOKENS
 from vtprune.eval.lmms.messages import chat_messages, conversation, simple_messages
-from vtprune.eval.tasks.base import Conversation, Kind, Task, file_digest
+from vtprune.eval.tasks.base import Conversation, Kind, Task, example_digest
 from vtprune.eval.tasks.lmms_checks import refuse_unscorable
 from vtprune.eval.tasks.lmms_scores import Scores, cause_of
+from vtprune.eval.tasks.opening import LMMS
 from vtprune.eval.tasks.suites import suite_table
-
-LMMS = "lmms:"
-"""Stands before the name of a task, a group or a tag of lmms-eval."""
 
 _FAMILIES = ("family", "category", "task_type", "question_type", "type", "subject")
 """Fields of documents that say what kind of question it is; the first that there is."""
+
+_LOOKED_AT = 8
+"""Number of documents, the first ones, in which a task without answers shows."""
 
 
 class Document:
@@ -170,16 +171,16 @@ def _open(manager: Any, name: str) -> LmmsTask:
     (task,) = _loaded(name, lambda: manager.load_task_or_group(name, task_type="chat")).values()
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
-    settings = task.config.generation_kwargs or {}
+    settings, kind = task.config.generation_kwargs or {}, _kind(name, task)
     return LmmsTask(
         name=name,
         entry=f"{LMMS}{name}",
         rules=_rules(name, config),
-        digest=_digest(task),
+        digest=_digest(task, kind),
         examples=lambda limit: [Document(task, index) for index in range(len(task.eval_docs))[:limit]],
         score=_scored_by_lmms_eval,
         max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
-        kind=_kind(name, task),
+        kind=kind,
         generates=generates(task),
         settings=settings,
         scores=Scores(task, known.get("metric")),
@@ -201,12 +202,11 @@ def _scored_by_lmms_eval(prediction: str, example: Document) -> float:
 
 
 def _kind(name: str, task: Any) -> Kind:
-    """Kind of the media, from the first document. Raises ConfigError if it has none, or if its answer is hidden."""
-    first = Document(task, 0)
-    target = task.doc_to_target(first.document)
-    if target in (None, "", [], "None"):
+    """Kind of the media, from the first documents. Raises ConfigError if they have none, or if answers are hidden."""
+    first, *more = [Document(task, index) for index in range(min(_LOOKED_AT, len(task.eval_docs)))]
+    if all(task.doc_to_target(one.document) in (None, "", [], "None") for one in (first, *more)):
         raise ConfigError(
-            f"{LMMS}{name}: its answers are hidden (the first document has none); run `python -m lmms_eval --model "
+            f"{LMMS}{name}: its answers are hidden (the first documents have none); run `python -m lmms_eval --model "
             f"vtprune ... --tasks {name} --predict_only --log_samples --output_path OUT`, which writes the answers"
         )
     kinds = {part["type"] for turn in first.conversation() for part in turn["content"]} - {"text"}
@@ -241,17 +241,19 @@ def _rules(name: str, config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digest(task: Any) -> Callable[[Document], str]:
-    """document -> hash of its fields as stored, and of the files that its fields or its prompt name."""
+def _digest(task: Any, kind: Kind) -> Callable[[Document], str]:
+    """document -> hash of its fields as stored, and of the media of its prompt."""
 
-    # Stored fields have the bytes of pictures, which need not be decoded. Of drawn documents they are what these are
-    # drawn from; what draws them is part of the rules.
+    # Stored fields mostly have the bytes of pictures, which then need not be decoded. Otherwise the prompt is hashed.
     stored = task.eval_docs.with_format("arrow")
+    asks = kind == "video" or "Image(" not in str(task.eval_docs.features)
 
     def digest(example: Document) -> str:
         hashed = hashlib.sha256()
         for value in stored[example.index].to_pylist():
             _feed(hashed, value)
+        if asks:
+            hashed.update(example_digest(example).encode())
         return hashed.hexdigest()[:16]
 
     return digest
@@ -270,5 +272,3 @@ def _feed(hashed: Any, value: Any) -> None:
             _feed(hashed, item)
     else:
         hashed.update(f"{value!r} ".encode())
-        if isinstance(value, str) and os.path.isfile(value):
-            hashed.update(file_digest(Path(value)).encode())
