@@ -83,7 +83,7 @@ def pareto(results: Sequence[Record], path: Path) -> None:
     panel(by_tokens, results, average_tokens)
     panel(by_flops, results, flops)
     first, words = results[0], terms(results)
-    by_tokens.set_ylabel("accuracy (%)")
+    by_tokens.set_ylabel(terms(results).axis)
     by_tokens.set_xlabel(words.average)
     by_flops.set_xlabel(f"{words.flops_of}, one example")
     figure.suptitle(
@@ -112,7 +112,7 @@ def families(results: Sequence[Record], path: Path) -> None:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.supxlabel(terms(results).average, fontsize=10)
-    figure.supylabel("accuracy (%)", fontsize=10)
+    figure.supylabel(terms(results).axis, fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
@@ -135,8 +135,9 @@ def panel(axes: Axes, results: Sequence[Record], cost: Callable[[Entry], float],
         if family is not None:
             score = 100 * entry.family(family)
             return score, score, score
-        low, high = entry.interval
-        return 100 * entry.mean("score"), 100 * low, 100 * high
+        score = entry.mean("score")
+        low, high = entry.interval or (score, score)
+        return 100 * score, 100 * low, 100 * high
 
     axes.set_xscale("log")
     grid = rows(results)

@@ -23,6 +23,10 @@ def flops(value: float) -> str:
 
 def accuracy(entry: Entry) -> str:
     """Score in per cent with its 95 % interval, and the spread over seeds where there are several."""
-    low, high = entry.interval
     spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
-    return f"{percent(entry.mean('score'))}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{percent(entry.mean('score'))}{spread}{bounds(entry.interval)}"
+
+
+def bounds(interval: tuple[float, float] | None) -> str:
+    """An interval in per cent, to stand behind a number; nothing if there is none."""
+    return "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -11,18 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtprune.eval.results.entries import Entry, ratios, rows, studies
-from vtprune.eval.results.formatting import MISSING, accuracy, flops, percent
+from vtprune.eval.results.formatting import MISSING, accuracy, bounds, flops, percent
 from vtprune.eval.results.records import Record
-from vtprune.eval.results.terms import terms
+from vtprune.eval.results.terms import ACCURACY, terms
 
 
 def retention(entry: Entry) -> str:
     """Score over the full model's in per cent, with its paired interval; over several seeds the means."""
     if entry.mean("retention") is None:
         return MISSING
-    low = mean(cell["retention_ci"][0] for cell in entry.cells)
-    high = mean(cell["retention_ci"][1] for cell in entry.cells)
-    return f"{percent(entry.mean('retention'))} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{percent(entry.mean('retention'))}{bounds(entry.retention_interval)}"
 
 
 def tokens(entry: Entry) -> str:
@@ -51,7 +49,7 @@ def terminal_table(results: Sequence[Record]) -> Table:
     first, words = results[0], terms(results)
     table = Table(
         title=f"{first['task']}, {first['model']}, {first['n']} examples",
-        caption="accuracy in %, ± over seeds; ret: share of the full model's accuracy in %; "
+        caption=f"{words.scored}, ± over seeds; ret: share of the full model's {words.score} in %; "
         f"{words.final}, measured; share of the unpruned {words.flops_name}",
         show_lines=True,
     )
@@ -114,6 +112,11 @@ def _by_family(results: Sequence[Record], ratio: float) -> str:
 _ON_ACCURACY = """\
 Per cent of the answers that are right, with a 95 % bootstrap interval. Rows with several seeds show their
 mean, ± their standard deviation, and the mean interval of one seed. """
+
+_ON_METRIC = """\
+The metric of lmms-eval, {scored}, over the documents of the row, with a 95 % bootstrap interval over documents. A row
+without an interval has a metric that cannot be computed on drawn documents. Rows with several seeds show their mean,
+± their standard deviation, and the mean interval of one seed. """
 
 _ON_BASELINES = """\
 `full` and `zero` have no budget and
@@ -235,12 +238,14 @@ def _relative(per_second: float | None, full: float | None) -> str:
 def _study_markdown(results: Sequence[Record], suffix: str, per_second: Mapping[str, float]) -> str:
     first, words = results[0], terms(results)
     on_tokens, on_cost = (_ON_PATCHES, _ON_ENCODER_COST) if words.classifies else (_ON_TOKENS, _ON_COST)
-    on_accuracy = _ON_ACCURACY + (_ON_FULL if words.classifies else _ON_BASELINES)
+    on_score = _ON_ACCURACY if words.score == ACCURACY else _ON_METRIC.format(scored=words.scored)
+    on_accuracy = on_score + (_ON_FULL if words.classifies else _ON_BASELINES)
     title = "Encoder cost" if words.classifies else "Prefill cost"
     parts = [
         f"# {first['task']}: {first['model']}, {first['n']} examples",
-        f"![accuracy against {words.tokens} and FLOPs](pareto{suffix}.png)",
-        *("## Accuracy", on_accuracy, budget_table(results, accuracy)),
+        f"![{words.score} against {words.tokens} and FLOPs](pareto{suffix}.png)",
+        "## Accuracy" if words.score == ACCURACY else f"## {words.scored}",
+        *(on_accuracy, budget_table(results, accuracy)),
         *("## Retention", _ON_RETENTION, budget_table(results, retention)),
         *(f"## {words.tokens.capitalize()}, measured", on_tokens, budget_table(results, tokens)),
         *(f"## {title}", on_cost, budget_table(results, cost)),
@@ -252,7 +257,7 @@ def _study_markdown(results: Sequence[Record], suffix: str, per_second: Mapping[
     parts += [
         f"## By {words.kind}",
         _ON_FAMILIES.format(kind=words.kind),
-        f"![accuracy by {words.kind}](families{suffix}.png)",
+        f"![{words.score} by {words.kind}](families{suffix}.png)",
     ]
     for ratio in ratios(results):
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]

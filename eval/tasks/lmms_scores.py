@@ -124,7 +124,7 @@ class Scores:
             return resampled_means(np.asarray(items, dtype=float)[:, None])[:, 0]
         if "args" in inspect.signature(aggregation).parameters:
             return None  # it writes a file every time
-        with _silent():
+        with silent():
             try:
                 return _draws(aggregation, items)
             except Exception:  # of the task's code, which may need every document
@@ -143,7 +143,7 @@ class Scores:
         aggregation = self._task.aggregation()[metric]
 
         def call(items: list[Any]) -> Any:
-            with _silent(), TemporaryDirectory() as folder, self._errors(f"the aggregation of {metric}"):
+            with silent(), TemporaryDirectory() as folder, self._errors(f"the aggregation of {metric}"):
                 options = {}
                 if "args" in inspect.signature(aggregation).parameters:
                     options["args"] = argparse.Namespace(output_path=folder)
@@ -222,8 +222,8 @@ def _number(value: Any) -> Any:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Nothing that a task prints or logs is shown; it would be shown hundreds of times."""
+def silent() -> Iterator[None]:
+    """Nothing that lmms-eval and its tasks print or log is shown. They do so for every call."""
     from loguru import logger
 
     logger.disable("")

@@ -21,7 +21,7 @@ from vtprune.eval.lmms.decoding import MAX_NEW_TOKENS
 from vtprune.eval.lmms.messages import chat_messages, conversation, simple_messages
 from vtprune.eval.tasks.base import Conversation, Kind, Task, example_digest
 from vtprune.eval.tasks.lmms_checks import refuse_unscorable
-from vtprune.eval.tasks.lmms_scores import Scores, cause_of
+from vtprune.eval.tasks.lmms_scores import Scores, cause_of, silent
 from vtprune.eval.tasks.opening import LMMS
 from vtprune.eval.tasks.suites import suite_table
 
@@ -147,7 +147,8 @@ def _manager(include_path: tuple[str, ...]) -> Any:
         if not Path(folder).is_dir():
             raise ConfigError(f"include_path: {folder}: no such folder")
     # The name decides which of its prompts a task takes. It is that of `python -m lmms_eval --model vtprune`.
-    return TaskManager(include_path=list(include_path), model_name="vtprune")
+    with silent():
+        return TaskManager(include_path=list(include_path), model_name="vtprune")
 
 
 def _leaves(manager: Any, name: str) -> Iterator[str]:
@@ -190,7 +191,8 @@ def _open(manager: Any, name: str) -> LmmsTask:
 def _loaded(name: str, load: Callable[[], Any]) -> Any:
     """What `load` returns; ConfigError for whatever lmms-eval, its tasks and data sets raise."""
     try:
-        return load()
+        with silent():
+            return load()
     except Exception as error:
         cause = cause_of(error)
         text = (str(cause).strip().splitlines() or [""])[0]
