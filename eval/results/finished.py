@@ -14,6 +14,7 @@ import numpy as np
 
 from vtprune.errors import ConfigError
 from vtprune.eval.results.entries import Entry
+from vtprune.eval.results.lmms_logs import Logged, is_log, read_log, with_retention
 from vtprune.eval.results.records import Record, cell_records, read_results
 from vtprune.eval.results.status import OK
 
@@ -64,19 +65,56 @@ class Comparison:
         return np.mean([self.answers[line["cell"]].scores for line in entry.cells], axis=0)
 
 
-def comparisons(folders: Iterable[Path]) -> list[Comparison]:
+def comparisons(folders: Iterable[Path], needs_full: bool = True) -> list[Comparison]:
     """The results in several folders, put together if they can be compared.
+
+    Args:
+        folders: of `vtprune eval`, or of runs of lmms-eval (`--log_samples`), each of which is a row.
+        needs_full: whether runs of lmms-eval without the full model are an error.
 
     Raises:
         ConfigError: a folder lacks what an evaluation leaves there, or it cannot be read.
     """
     found: dict[str, Comparison] = {}
-    for folder in folders:
+    for folder in map(Path, folders):
+        if is_log(folder):
+            for logged in read_log(folder):
+                _add_logged(found, folder, logged)
+            continue
         lines = _lines(folder)
         for model, task in dict.fromkeys((line["model"], line["task"]) for line in lines):
             study = [line for line in lines if (line["model"], line["task"]) == (model, task)]
             _add(found, Path(folder), model, task, study)
-    return list(found.values())
+    return [_with_full(comparison, needs_full) for comparison in found.values()]
+
+
+def _add_logged(found: dict[str, Comparison], folder: Path, logged: Logged) -> None:
+    """Adds one task of a run of lmms-eval to the runs of the same model on the same documents."""
+    line = logged.line
+    asked = [Asked(r["index"], r["question"], r["answer"], r["family"]) for r in logged.records]
+    same = [line["task"], line["weights"], *(line["config"].get(key) for key in ("dtype", "attention"))]
+    key = hashlib.sha256(json.dumps([*same, [vars(question) for question in asked]]).encode()).hexdigest()
+    comparison = found.setdefault(key, Comparison(line["model"], line["task"], asked))
+    comparison.folders.append(folder)
+    _add_row(comparison, folder, line, _answered(logged.records))
+
+
+def _with_full(comparison: Comparison, needs_full: bool) -> Comparison:
+    """Gives the runs of lmms-eval in a comparison their retention."""
+    full = next((line for line in comparison.lines if line["method"] == "full"), None)
+    if full is None:
+        if needs_full:
+            raise ConfigError(
+                f"{', '.join(map(str, comparison.folders))}: {comparison.task} has no run of the full model to compare "
+                "with; run lmms_eval once without a method, with the same limit, dtype and attention"
+            )
+        return comparison
+    scores = {cell: answers.scores for cell, answers in comparison.answers.items()}
+    for place, line in enumerate(comparison.lines):
+        if line["status"] == OK and line["retention"] is None:
+            comparison.lines[place] = with_retention(line, scores[line["cell"]], full, scores[full["cell"]])
+    comparison.lines.sort(key=lambda line: line["method"] != "full")  # tables begin with the full model
+    return comparison
 
 
 def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, lines: Sequence[Record]) -> None:
@@ -91,15 +129,19 @@ def _add(found: dict[str, Comparison], folder: Path, model: str, task: str, line
     comparison = found.setdefault(key, Comparison(model, task, asked))
     comparison.folders.append(folder)
     for line in lines:
-        answers = _answers(folder, line, asked) if line["status"] == OK else None
-        twins = [other for other in comparison.lines if _row(other) == _row(line)]
-        if any(_agree(comparison.answers.get(twin["cell"]), answers) for twin in twins):
-            continue
-        if twins:  # the same row with other numbers, for example from another version of the code
-            line = line | {"label": f"{line['label']} · {folder.name}"}
-        comparison.lines.append(line)
-        if answers is not None:
-            comparison.answers[line["cell"]] = answers
+        _add_row(comparison, folder, line, _answers(folder, line, asked) if line["status"] == OK else None)
+
+
+def _add_row(comparison: Comparison, folder: Path, line: Record, answers: Answers | None) -> None:
+    """Adds a cell, unless it is there with the same answers."""
+    twins = [other for other in comparison.lines if _row(other) == _row(line)]
+    if any(_agree(comparison.answers.get(twin["cell"]), answers) for twin in twins):
+        return
+    if twins:  # the same row with other numbers, for example from another version of the code
+        line = line | {"label": f"{line['label']} · {folder.name}"}
+    comparison.lines.append(line)
+    if answers is not None:
+        comparison.answers[line["cell"]] = answers
 
 
 def _row(line: Record) -> tuple:
@@ -116,6 +158,10 @@ def _answers(folder: Path, line: Record, asked: Sequence[Asked]) -> Answers:
     records = _records(folder, line)
     if [(r["index"], r["question"]) for r in records] != [(a.index, a.question) for a in asked]:
         raise ConfigError(f"{folder}: the records of {line['cell']} are not of the full model's questions")
+    return _answered(records)
+
+
+def _answered(records: Sequence[Record]) -> Answers:
     return Answers(
         np.array([r["score"] for r in records], dtype=float),
         [r["prediction"] for r in records],

@@ -36,7 +36,7 @@ class Scores:
 
     Args:
         task: task object of lmms-eval.
-        metric: the one that papers report; default the first of the task's list.
+        metric: the one that papers report; default the first of the task's list of which more is better.
     """
 
     def __init__(self, task: Any, metric: str | None = None):
@@ -44,11 +44,10 @@ class Scores:
         from lmms_eval.filters.transformation import StripThinkingFilter
 
         self._task = task
-        self._metrics = list(task.aggregation())
         listed = {entry["metric"]: entry for entry in task.config.metric_list or []}
-        self._metrics = [name for name in self._metrics if name not in listed or not submits(listed[name])]
-        if metric in self._metrics:
-            self._metrics.sort(key=lambda name: name != metric)
+        self._metrics = [name for name in task.aggregation() if name not in listed or not submits(listed[name])]
+        better = task.higher_is_better()
+        self._metrics.sort(key=lambda name: (name != metric, not better.get(name, True)))
         self._reasoning = parse_reasoning_tags_config(task_value=task.config.reasoning_tags)
         if task.config.auto_strip_thinking and self._reasoning is None:  # as `lmms_eval.evaluator.evaluate` does
             for ensemble in task._filters:
