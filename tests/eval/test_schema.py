@@ -2,6 +2,7 @@
 """The published JSON schema: accepts what the library accepts, refuses what an editor should underline."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def fits(schema, value):
         "enum": lambda values: value in values,
         "const": lambda wanted: value == wanted,
         "anyOf": lambda parts: any(fits(part, value) for part in parts),
+        "pattern": lambda text: re.search(text, value),
         "minimum": lambda bound: value >= bound,
         "maximum": lambda bound: value <= bound,
         "exclusiveMinimum": lambda bound: value > bound,
@@ -66,6 +68,7 @@ def test_the_configurations_that_come_with_the_library(schema, name):
 
 GOOD = [
     {"model": ["a/b", "c/d"], "task": ["digitscenes"]},
+    {"task": ["lmms:pope", "suite:images", "digitscenes"], "include_path": "tasks"},
     {"methods": ["random", {"name": "random", "seeds": [0, 1], "keep_tokens": [4]}]},
     {"methods": [{"name": "fastv", "layer": 3, "grid": {"share": [0.5, 0.2]}, "keep_ratios": []}]},
     {"methods": [{"name": "transprune", "layers": [2, 4, 6], "grid": {"schedule": [[0.9, 0.5, 0.1]]}}]},

@@ -134,7 +134,7 @@ def test_digests_and_rules_change_with_what_decides(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(text)
     rules, digests = opened()
     assert opened() == (rules, digests) and len(set(digests)) == 2
-    (tmp_path / "own.yaml").write_text(text + "description: other\n")
+    (tmp_path / "own.yaml").write_text(text + "metadata: [{version: 2.0}]\n")
     assert opened() != (rules, digests) and opened()[1] == digests
     (tmp_path / "own.yaml").write_text(text)
     (tmp_path / "own.py").write_text(code + "# other\n")

@@ -88,9 +88,8 @@ def test_retention_is_paired():
 
 def test_families_are_those_that_every_cell_has():
     scores = Scores(task({"points": pairs}))
-    together = Aggregated.of(
-        scores, [{"family": f"f{i // 2 % 2}", "results": r} for i, r in enumerate(results("points", PAIRS))]
-    )
+    by_pair = [record | {"family": f"f{place // 2 % 2}"} for place, record in enumerate(records("points", PAIRS))]
+    together = Aggregated.of(scores, by_pair)
     apart = Aggregated.of(scores, records("points", PAIRS, families=2))
     assert set(together.families) == {"f0", "f1"} and apart.families == {}
     lines = [one.numbers(together) for one in (together, apart)]
@@ -111,13 +110,10 @@ def test_the_score_of_a_document(value, score):
 
 def test_the_main_metric():
     three = {"loss": mean, "acc": mean, "f1": mean}
-    assert list(Scores(task(three)).aggregated([{"none": {"loss": 1.0, "acc": 0.5, "f1": 0.25}}])) == [
-        "acc",
-        "f1",
-        "loss",
-    ]
+    found = {"none": {"loss": 1.0, "acc": 0.5, "f1": 0.25}}
+    assert list(Scores(task(three)).aggregated([found])) == ["acc", "f1", "loss"]
     named = Scores(task(three), "f1")
-    assert named.of_document({"none": {"loss": 1.0, "acc": 0.5, "f1": 0.25}}) == 0.25
+    assert named.of_document(found) == 0.25
     assert named.of_document({"none": {"acc": 0.5}}) == 0.5  # a document that has no value of it
     twice = Scores(task({"acc": mean}, filters=("first", "none")))
     assert twice.aggregated([{"first": {"acc": 1.0}, "none": {"acc": 0.0}}]) == {"acc,first": 1.0, "acc": 0.0}
