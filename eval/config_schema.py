@@ -30,7 +30,7 @@ def json_schema() -> dict[str, Any]:
     names = {"enum": [*task_names(), *(f"{SUITE}{name}" for name in suite_names())]}
     tasks = [names, {"type": "string", "pattern": f"^{LMMS}.+"}, _file_task()]
     properties["task"] = _one_or_more({"anyOf": tasks}) | {"default": "digitscenes"}
-    properties["include_path"] = properties["include_path"] | _one_or_more({"type": "string"})
+    properties["include_path"] = _one_or_more({"type": "string"}) | {"description": "Folders with tasks of lmms-eval."}
     rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
     preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
     parts = [{"enum": list(methods)}, *(_part(name, method) for name, method in methods.items())]

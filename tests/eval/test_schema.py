@@ -25,7 +25,7 @@ TYPES = {
     "boolean": bool,
     "null": type(None),
 }
-UNCHECKED = {"$schema", "title", "description", "default", "format", "uniqueItems", "pattern"}
+UNCHECKED = {"$schema", "title", "description", "default", "format", "uniqueItems"}
 
 
 def fits(schema, value):
