@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -223,7 +223,7 @@ class EvalConfig(ConfigModel):
     def _once(cls, entries: tuple[TaskEntry, ...]) -> tuple[TaskEntry, ...]:
         names = list(map(name_of, entries))
         if len(set(names)) < len(names):
-            raise ValueError("expected each name once")
+            raise ValueError("expected each name once; files with own data take a 'name'")
         return entries
 
     @field_validator("baselines")
@@ -273,17 +273,25 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
         got = type(file.data).__name__
         raise file.error((), f"expected a mapping with {', '.join(EvalConfig.model_fields)}, got {got}")
     file.data.setdefault("output", f"results/{file.path.stem}")
+    entries = _listed(file.data.get("task"))
+    for entry in entries if isinstance(entries, list) else ():
+        place_beside(file, entry, ("file", "media"))
+    place_beside(file, file.data, ("include_path",))
     for key, value in (changes or {}).items():
         _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})
-    if folders := file.data.get("include_path"):
-        file.data["include_path"] = [_beside(file, folder) for folder in _listed(folders)]
     return validate(EvalConfig, file)
 
 
-def _beside(file: YamlFile, path: Any) -> Any:
-    """A path of an evaluation file, which counts from the folder of this file."""
-    return str((file.path.parent / Path(path).expanduser()).resolve()) if isinstance(path, str | Path) else path
+def place_beside(file: YamlFile, data: Any, keys: Sequence[str]) -> None:
+    """Makes the paths that a mapping of a file has under `keys`, or lists of paths, relative to the file's folder."""
+
+    def placed(path: Any) -> Any:
+        return str(file.path.parent / Path(path).expanduser()) if isinstance(path, str) else path
+
+    for key in keys if isinstance(data, dict) else ():
+        if isinstance(data.get(key), str | list):
+            data[key] = list(map(placed, data[key])) if isinstance(data[key], list) else placed(data[key])
 
 
 def parse_changes(assignments: list[str]) -> dict[str, Any]:
@@ -305,12 +313,15 @@ def parse_changes(assignments: list[str]) -> dict[str, Any]:
 
 
 def _change(file: YamlFile, key: str, value: Any) -> None:
-    """Sets one value of a parsed file. If a parameter of a bare method name is set, the name becomes a mapping."""
+    """Sets one value of a parsed file.
+
+    If a parameter of a bare method name is set, the name becomes a mapping. `task.file` replaces the name of a task.
+    """
     *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
     data, parent = file.data, None
     for depth, part in enumerate([*path, last]):
-        if isinstance(data, str) and isinstance(parent, list) and part != "name":
-            data = parent[path[depth - 1]] = {"name": data}
+        if isinstance(data, str) and (isinstance(parent, list) or part == "file") and part != "name":
+            data = parent[path[depth - 1]] = {} if path[0] == "task" and part == "file" else {"name": data}
         fits = isinstance(data, list) and isinstance(part, int) and part < len(data)
         if not fits and not isinstance(data, dict):
             size = f" (a list of {len(data)})" if isinstance(data, list) else ""

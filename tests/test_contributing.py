@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlava
 
 import vtprune
 from vtprune import adapters, methods
+from vtprune.testing import check_task
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -88,6 +89,12 @@ def test_the_examples_pass_the_checks(one_thread):
     checks["test_the_adapter_keeps_the_promises"](
         model, {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
     )
+
+
+def test_the_example_task_is_right():
+    task = run_example("task")["squares"]()
+    assert {result.status for result in check_task(task, 10)} == {"ok"}
+    assert [example.answer for example in task.examples(6)] == ["0", "1", "2", "3", "4", "0"]
 
 
 USE_OF_THE_PACKAGE = """

@@ -23,7 +23,7 @@ from PIL import Image
 import vtprune
 from vtprune.errors import BudgetError, UnsupportedStageError
 from vtprune.eval.inputs.prompts import conversation_inputs, processed_view
-from vtprune.eval.tasks import Conversation
+from vtprune.eval.tasks import Conversation, Kind, kinds_of
 
 
 def grid_for(rows: int, cols: int, keep_ratio: float) -> tuple[int, int]:
@@ -72,8 +72,10 @@ class Downsampler:
     def inputs(self, conversations: Sequence[Conversation]) -> Any:
         """Like `conversation_inputs`, with every image smaller.
 
-        Pixels are (images, channels, rows * patch, cols * patch), and there is one image token for each patch.
+        Pixels are (images, channels, rows * patch, cols * patch), and there is one image token for each patch. Raises
+        UnsupportedStageError if a prompt has videos.
         """
+        _refuse_others(conversations, "image")
         small = [[turn | {"content": list(map(self._smaller, turn["content"]))} for turn in c] for c in conversations]
         return conversation_inputs(self.processor, small, do_resize=False, do_center_crop=False)
 
@@ -127,5 +129,14 @@ class FewerFrames:
         self.frames = round(keep_ratio * usual)
 
     def inputs(self, conversations: Sequence[Conversation]) -> Any:
-        """Like `conversation_inputs`, with `self.frames` frames of each video."""
+        """Like `conversation_inputs`, with `self.frames` frames of each video.
+
+        Raises UnsupportedStageError if a prompt has images.
+        """
+        _refuse_others(conversations, "video")
         return conversation_inputs(self.processor, conversations, num_frames=self.frames)
+
+
+def _refuse_others(conversations: Sequence[Conversation], kind: Kind) -> None:
+    if any(kinds_of(conversation) - {kind} for conversation in conversations):
+        raise UnsupportedStageError("downsample takes images or videos, not both in one task")

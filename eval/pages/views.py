@@ -32,7 +32,7 @@ import vtprune
 from vtprune.adapters.base import Adapter
 from vtprune.eval.inputs import conversation_inputs
 from vtprune.eval.results.records import write_atomically
-from vtprune.eval.tasks import Example, Kind
+from vtprune.eval.tasks import Example, Kind, kinds_of
 from vtprune.tokens import Grid, Medium
 
 _HEIGHT = {"image": 336, "video": 128}
@@ -69,12 +69,16 @@ def views_folder(output: Path, task: str, weights: str) -> Path:
 def write_views(
     folder: Path, model: Any, processor: Any, examples: Sequence[Example], kind: Kind, digests: Sequence[str] = ()
 ) -> None:
-    """Writes the views of `examples`; encodes each of them once. No view where the adapter knows no grid."""
+    """Writes the views of `examples`; encodes each of them once.
+
+    No view where the adapter knows no grid, and of images and videos in one prompt.
+    """
     adapter = vtprune.adapter_for(model)
     folder.mkdir(parents=True, exist_ok=True)
     for index, example in enumerate(examples):
-        inputs = conversation_inputs(processor, [example.conversation()]).to(model.device, model.dtype)
-        seen = _seen(adapter, processor, inputs, kind)
+        conversation = example.conversation()
+        inputs = conversation_inputs(processor, [conversation]).to(model.device, model.dtype)
+        seen = _seen(adapter, processor, inputs, kind) if kinds_of(conversation) == {kind} else None
         if seen is None:
             (folder / f"{index}.json").unlink(missing_ok=True)
             continue

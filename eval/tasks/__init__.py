@@ -14,6 +14,7 @@ from vtprune.eval.tasks.base import (
     Kind,
     Task,
     VideoExample,
+    kinds_of,
     shown,
     user_turn,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Task",
     "VideoExample",
     "check_task_name",
+    "kinds_of",
     "name_of",
     "open_task",
     "open_tasks",

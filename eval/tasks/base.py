@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -68,11 +69,19 @@ def shown(conversation: Conversation, kind: Kind) -> list[Any]:
     return [part[kind] for turn in conversation for part in turn["content"] if part["type"] == kind]
 
 
+def kinds_of(conversation: Conversation) -> set[str]:
+    """Kinds of the media in a prompt."""
+    return {part["type"] for turn in conversation for part in turn["content"]} - {"text"}
+
+
 def example_digest(example: Example) -> str:
-    """16 hex digits that change with the prompt, the pixels of its images, its videos, and all texts of an example."""
+    """16 hex digits that change with the prompt, the pixels of its images, its videos, and the fields in JSON types."""
     digest = hashlib.sha256()
     fields = {"question": example.question, "answer": example.answer, "family": example.family}
-    fields |= {name: value for name, value in getattr(example, "__dict__", {}).items() if _is_plain(value)}
+    named = (
+        [field.name for field in dataclasses.fields(example)] if dataclasses.is_dataclass(example) else vars(example)
+    )
+    fields |= {name: value for name in named if _is_plain(value := getattr(example, name))}
     digest.update(json.dumps(fields, sort_keys=True).encode())
     for turn in example.conversation():
         for part in turn["content"]:

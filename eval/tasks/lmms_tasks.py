@@ -19,7 +19,7 @@ from vtprune.config import nearest
 from vtprune.errors import ConfigError
 from vtprune.eval.lmms.decoding import MAX_NEW_TOKENS
 from vtprune.eval.lmms.messages import chat_messages, conversation, simple_messages
-from vtprune.eval.tasks.base import Conversation, Kind, Task, example_digest
+from vtprune.eval.tasks.base import Conversation, Kind, Task, example_digest, kinds_of
 from vtprune.eval.tasks.lmms_checks import refuse_unscorable
 from vtprune.eval.tasks.lmms_scores import Scores, cause_of, silent
 from vtprune.eval.tasks.opening import LMMS
@@ -211,7 +211,7 @@ def _kind(name: str, task: Any) -> Kind:
             f"{LMMS}{name}: its answers are hidden (the first documents have none); run `python -m lmms_eval --model "
             f"vtprune ... --tasks {name} --predict_only --log_samples --output_path OUT`, which writes the answers"
         )
-    kinds = {part["type"] for turn in first.conversation() for part in turn["content"]} - {"text"}
+    kinds = kinds_of(first.conversation())
     if len(kinds) != 1:
         raise ConfigError(f"{LMMS}{name}: expected documents with images or with videos, got {sorted(kinds) or 'text'}")
     return kinds.pop()

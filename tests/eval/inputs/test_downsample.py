@@ -6,6 +6,7 @@ import tiny_eval
 import torch
 from PIL import Image
 
+from vtprune.errors import UnsupportedStageError
 from vtprune.eval.inputs import load_model, processed_view
 from vtprune.eval.inputs.downsample import Downsampler, grid_for
 from vtprune.eval.tasks import user_turn
@@ -51,6 +52,18 @@ def test_a_smaller_image_runs_through_encoder_and_llm_with_that_many_tokens(load
     assert seen == [(1, 1 + 4, 32)]
     with pytest.raises(ValueError, match="doesn't match model"):  # the hook is off again
         model(**inputs)
+
+
+def test_every_image_of_a_prompt_is_smaller(loaded):
+    small = Downsampler(*loaded, 0.25)
+    pair, single = [Image.new("RGB", (56, 56)), Image.new("RGB", (100, 56))], [Image.new("RGB", (56, 56))]
+    inputs = small.inputs([[user_turn(pair, "word1")], [user_turn(single, "word1")]])
+    assert inputs["pixel_values"].shape == (3, 3, 28, 28)
+    assert (inputs["input_ids"] == loaded[0].config.image_token_id).sum(1).tolist() == [8, 4]
+    turn = user_turn(single, "word1")
+    turn["content"].append({"type": "video", "video": "clip.mp4"})
+    with pytest.raises(UnsupportedStageError, match="images or videos, not both"):
+        small.inputs([[turn]])
 
 
 def test_the_view_is_cropped_and_resized_like_the_encoders_input(loaded):

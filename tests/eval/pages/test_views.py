@@ -20,6 +20,7 @@ from vtprune.adapters.llava import Llava
 from vtprune.eval.inputs import chat_inputs, load_model
 from vtprune.eval.pages.pictures import Picture, dimmed, seams
 from vtprune.eval.pages.views import View, read_views, write_views
+from vtprune.eval.tasks import user_turn
 from vtprune.testing import families
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # PaliGemma's processor with NumPy 2
@@ -78,6 +79,23 @@ def test_padding_around_a_mosaic_is_not_shown(video_model, tmp_path):
     assert [views[index][0].grids for index in (0, 1)] == [[[8, 8], [8, 8]], [[8, 8], [2, 8]]]
     view, picture = views[1]
     assert view.widths == [64, 256] and (pixels(picture) > 240).all()  # an overview, and a mosaic four times as wide
+
+
+def test_several_images_of_a_prompt(image_model, tmp_path):
+    """They stand side by side. Where they have tiles, it is not known which are whose, and there is no view."""
+
+    class Two(tiny_eval.Example):
+        def conversation(self):
+            return [user_turn([self.image, Image.new("RGB", (56, 56), "red")], self.question)]
+
+    two = Two(Image.new("RGB", (56, 56), "white"), "word1 word2", "one", "family")
+    write_views(tmp_path / "images", *image_model, [two], "image")
+    ((view, picture),) = read_views(tmp_path / "images").values()
+    assert (view.grids, view.places[15:17]) == ([[4, 4], [4, 4]], [[0, 3, 3], [1, 0, 0]])
+    assert (abs(pixels(picture)[:, 60:] - [255, 0, 0]) < 12).all() and (pixels(picture)[:, :52] > 240).all()
+    tiles = families.shared("llava_next"), processor_of("llava_next")
+    write_views(tmp_path / "tiles", *tiles, [example(two.image), two], "image")
+    assert list(read_views(tmp_path / "tiles")) == [0]
 
 
 # -- every family -----------------------------------------------------------------------------------------------------
