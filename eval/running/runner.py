@@ -93,6 +93,8 @@ class Study:
         cells = expand(config)
         examples = list(task.examples(config.limit))
         digests = task.digests(examples)
+        if isinstance(task, LmmsTask):
+            task.rehearse(examples)
         identity = Identity.of(config, task, digests, resolve_model(model))
         paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         starts = range(0, len(examples), config.batch_size)

@@ -31,6 +31,9 @@ _FAMILIES = ("family", "category", "task_type", "question_type", "type", "subjec
 _LOOKED_AT = 8
 """Number of documents, the first ones, in which a task without answers shows."""
 
+_REHEARSED = 3000
+"""Number of documents that are scored within seconds."""
+
 
 class Document:
     """One document of a task: what it asks, and its requests in lmms-eval's form.
@@ -113,6 +116,26 @@ class LmmsTask(Task):
     """`generation_kwargs`"""
     scores: Scores | None = None
     """of its documents and its metrics"""
+
+    def rehearse(self, documents: Sequence[Document]) -> None:
+        """Scores the documents with their own targets as answers, before a model is loaded.
+
+        So a task whose code fails on these documents, as MME's does on half a pair, shows now. Of many documents only
+        the first is tried.
+
+        Raises:
+            ConfigError: what scores documents or aggregates their scores fails.
+        """
+        whole = len(documents) <= _REHEARSED
+        results = []
+        for document in documents if whole else documents[:1]:
+            requests = document.requests()
+            for place, request in enumerate(requests):
+                request.resps.append(document.answer if self.generates else (float(place), place == 0))
+            results.append(self.scores.process(document.document, requests))
+            self.scores.of_document(results[-1])
+        if whole:
+            self.scores.aggregated(results)
 
 
 def generates(task: Any) -> bool:

@@ -101,6 +101,20 @@ def test_unknown_names(folder, tmp_path):
         open_task("lmms:both", [folder])
 
 
+def test_documents_that_the_task_cannot_score_are_found_before_a_model_is_loaded(folder, monkeypatch):
+    pairs = open_task("lmms:pairs", [folder])
+    pairs.rehearse(pairs.examples(4))
+    with pytest.raises(
+        ConfigError, match="lmms:pairs: the aggregation of pair_points fails: AssertionError: pairs only"
+    ):
+        pairs.rehearse(pairs.examples(3))
+    monkeypatch.setattr(lmms_tasks, "_REHEARSED", 2)
+    pairs.rehearse(pairs.examples(3))
+    for name in ("choices", "greedy", "first_word"):
+        task = open_task(f"lmms:{name}", [folder])
+        task.rehearse(task.examples(2))
+
+
 def test_a_document_is_an_example(folder):
     task = open_task("lmms:choices", [folder])
     assert (task.name, task.entry, task.kind, task.generates) == ("choices", "lmms:choices", "image", False)
