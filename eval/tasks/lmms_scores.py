@@ -69,7 +69,7 @@ class Scores:
         for ensemble in self._task._filters:
             ensemble.apply(list(requests), [document] * len(requests))
             item = (requests[0].doc_id, document, list(requests))
-            with self._errors("process_results"):
+            with silent(), self._errors("process_results"):
                 done = _process_document_results(
                     item, task=self._task, filter_key=ensemble.name, reasoning_tags=self._reasoning, log_samples=False
                 )
