@@ -104,9 +104,7 @@ def test_unknown_names(folder, tmp_path):
 def test_documents_that_the_task_cannot_score_are_found_before_a_model_is_loaded(folder, monkeypatch):
     pairs = open_task("lmms:pairs", [folder])
     pairs.rehearse(pairs.examples(4))
-    with pytest.raises(
-        ConfigError, match="lmms:pairs: the aggregation of pair_points fails: AssertionError: pairs only"
-    ):
+    with pytest.raises(ConfigError, match="the aggregation of pair_points fails: AssertionError: pairs only"):
         pairs.rehearse(pairs.examples(3))
     monkeypatch.setattr(lmms_tasks, "_REHEARSED", 2)
     pairs.rehearse(pairs.examples(3))
