@@ -3,6 +3,9 @@
 
 from pathlib import Path
 
+import datasets
+import lmms_eval
+
 from vtprune.eval import digitscenes
 
 SCENES = Path(digitscenes.__file__).parent.parent / "tasks" / "digitscenes.yaml"
@@ -118,10 +121,33 @@ def greedy(doc, results):
 '''
 
 
+PUBLISHED = ("pope", "mme", "gqa")
+"""Tasks of lmms-eval that are also there on eight questions about scenes, as `pope_here` and so on."""
+
+
+def _write_published(folder: Path) -> None:
+    asked = [example for example in digitscenes.examples("test", limit=100) if example.answer in ("yes", "no")][:8]
+    rows = {
+        "question_id": [str(place // 2) for place in range(8)],
+        "image": [example.image for example in asked],
+        "question": [example.question for example in asked],
+        "answer": [example.answer for example in asked],
+        "category": ["existence", "existence", "code_reasoning", "code_reasoning"] * 2,
+    }
+    features = datasets.Features({key: datasets.Value("string") for key in rows} | {"image": datasets.Image()})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"test": data, "testdev": data}).save_to_disk(folder / "data")
+    for name in PUBLISHED:
+        theirs = Path(lmms_eval.__file__).parent / "tasks" / name / f"{name}.yaml"
+        local = f"dataset_path: {folder}/data\ndataset_name: null\ndataset_kwargs: {{load_from_disk: true}}\n"
+        (folder / f"{name}_here.yaml").write_text(f"include: {theirs}\ntask: {name}_here\nprocess_docs: null\n{local}")
+
+
 def write(folder: Path) -> Path:
     """The tasks, for `include_path`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in _TASKS.items():
         (folder / f"{name}.yaml").write_text(text if text.startswith("group") else _INCLUDE + text)
     (folder / "local.py").write_text(_CODE)
+    _write_published(folder)
     return folder

@@ -26,7 +26,8 @@ from vtprune.eval.tasks import lmms_tasks
 
 LIMIT = 6
 RATIO = 0.25
-CHAT = ("pairs", "first_word", "two_images")
+PUBLISHED = tuple(f"{name}_here" for name in local_lmms.PUBLISHED)
+CHAT = ("pairs", "first_word", "two_images", *PUBLISHED)
 SIMPLE = ("choices", "greedy")
 GRID = {"limit": LIMIT, "batch_size": 4, "keep_ratios": [RATIO], "baselines": ["full"]}
 
@@ -59,7 +60,7 @@ def evaluate(folder, name, **settings):
 
 @pytest.fixture(scope="module")
 def grid(folder):
-    task = ["lmms:both", *(f"lmms:{name}" for name in ("first_word", "two_images", "greedy"))]
+    task = ["lmms:both", *(f"lmms:{name}" for name in (*CHAT[1:], "greedy"))]
     return evaluate(folder, "grid", model="digitscenes", task=task, include_path="tasks", methods=["mmtok"])
 
 
@@ -119,6 +120,15 @@ def test_videos_are_scored_alike(folder, clips, video_model):
         assert said == [sample["filtered_resps"][0] for sample in samples["digitscenes_video"]]
 
 
+def test_published_metrics_come_from_their_own_aggregation(grid):
+    _, lines = grid
+    full = {line["task"]: line for line in lines if line["label"] == "full"}
+    pope, mme, gqa = (full[name] for name in PUBLISHED)
+    assert list(pope["metrics"])[:2] == ["pope_accuracy", "pope_precision"] and "pope_f1_score" in pope["metrics"]
+    assert list(mme["metrics"]) == ["mme_perception_score", "mme_cognition_score"]
+    assert gqa["metric"] == "exact_match" and set(gqa["family_scores"]) == {"existence", "code_reasoning"}
+
+
 def test_a_group_becomes_its_tasks_and_scores_keep_their_unit(grid):
     _, lines = grid
     assert list(dict.fromkeys(line["task"] for line in lines)) == ["pairs", "choices", *CHAT[1:], "greedy"]
@@ -164,7 +174,7 @@ def test_tables_and_page_show_points_as_they_are(grid):
     write_report([config.output], config.output / "report.html")
     page = (config.output / "report.html").read_text()
     assert "has odd_points of 200.0 points" in page and "has harmonic,letter of 90.9 %" in page
-    assert page.count("<section id=") == 5 and "cannot be loaded here" not in page
+    assert page.count("<section id=") == 8 and "cannot be loaded here" not in page
 
 
 METHODS = ["mmtok", {"name": "random", "seeds": [0]}, "uniform", "pool"]
