@@ -33,7 +33,7 @@ LISTS = {"keep_ratio": "keep_ratios", "keep_tokens": "keep_tokens", "seed": "see
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict | FileTask) else value
+    return [value] if isinstance(value, str | Path | dict | FileTask) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
@@ -206,6 +206,8 @@ class EvalConfig(ConfigModel):
     """folders or hub ids of models; `digitscenes`, `digitscenes_video` and `digitscenes_clip` come with the library"""
     task: Tasks = ("digitscenes",)
     """names of tasks, and files with own data; all of them ask questions, or all of them have classes for a CLIP"""
+    include_path: Annotated[tuple[Path, ...], BeforeValidator(_listed)] = ()
+    """folder or folders with further tasks of lmms-eval, relative to the folder of this file"""
     limit: int | None = Field(default=None, ge=1)
     """number of examples, the first ones of the task; default all"""
     output: Path
@@ -282,7 +284,8 @@ class EvalConfig(ConfigModel):
 
         task: name or entry of the task, in JSON types.
         """
-        return self.model_dump(mode="json", exclude={"output"}) | {"model": model, "task": task}
+        unused = set() if self.include_path else {"include_path"}
+        return self.model_dump(mode="json", exclude={"output", *unused}) | {"model": model, "task": task}
 
 
 def find_config(name: str | Path) -> Path:
@@ -321,6 +324,7 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
         place_beside(file, entry, ("file", "media"))
     for row in rows if isinstance(rows := file.data.get("methods"), list) else ():
         place_beside(file, row, ("file",))
+    place_beside(file, file.data, ("include_path",))
     for key, value in (changes or {}).items():
         _change(file, key, value)
     file.data.update({key: value for key, value in overrides.items() if value is not None})
@@ -328,10 +332,14 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, **ov
 
 
 def place_beside(file: YamlFile, data: Any, keys: Sequence[str]) -> None:
-    """Makes the paths that a mapping of a file has under `keys` relative to the folder of the file."""
+    """Makes the paths that a mapping of a file has under `keys`, or lists of paths, relative to the file's folder."""
+
+    def placed(path: Any) -> Any:
+        return str(file.path.parent / Path(path).expanduser()) if isinstance(path, str) else path
+
     for key in keys if isinstance(data, dict) else ():
-        if isinstance(data.get(key), str):
-            data[key] = str(file.path.parent / Path(data[key]).expanduser())
+        if isinstance(data.get(key), str | list):
+            data[key] = list(map(placed, data[key])) if isinstance(data[key], list) else placed(data[key])
 
 
 def parse_changes(assignments: list[str]) -> dict[str, Any]:

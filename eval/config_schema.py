@@ -14,6 +14,8 @@ from vtprune.eval.axes import AXES
 from vtprune.eval.config import BASELINES, BUDGETS, LISTS, EvalConfig, MethodEntry
 from vtprune.eval.presets import presets
 from vtprune.eval.tasks import FileTask, task_names
+from vtprune.eval.tasks.opening import LMMS, SUITE
+from vtprune.eval.tasks.suites import suite_names
 from vtprune.methods import Method, list_methods
 
 _SHARED = ("seeds", "keep_ratios", "keep_tokens")
@@ -26,7 +28,10 @@ def json_schema() -> dict[str, Any]:
     fields_of_entry = MethodEntry.model_json_schema()["properties"]
     methods = {name: method for name, method in list_methods().items() if name not in BASELINES}
     properties["model"] = _one_or_more({"type": "string"}) | {"description": "Folders or hub ids of models."}
-    properties["task"] = _one_or_more({"anyOf": [{"enum": task_names()}, _file_task()]}) | {"default": "digitscenes"}
+    names = {"enum": [*task_names(), *(f"{SUITE}{name}" for name in suite_names())]}
+    tasks = [names, {"type": "string", "pattern": f"^{LMMS}.+"}, _file_task()]
+    properties["task"] = _one_or_more({"anyOf": tasks}) | {"default": "digitscenes"}
+    properties["include_path"] = _one_or_more({"type": "string"}) | {"description": "Folders with tasks of lmms-eval."}
     rows = [_row(name, method, fields_of_entry) for name, method in methods.items()]
     preset = {"preset": {"enum": list(presets())}, "seeds": fields_of_entry["seeds"]}
     parts = [{"enum": list(methods)}, *(_part(name, method) for name, method in methods.items())]

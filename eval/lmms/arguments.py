@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vtprune.config import ConfigModel
 from vtprune.errors import ConfigError
+from vtprune.eval.lmms.decoding import MAX_NEW_TOKENS
 from vtprune.eval.running.measure import NOTHING_PRUNED
 from vtprune.methods import Method, build_methods
 
@@ -56,7 +57,7 @@ class Arguments(ConfigModel):
     """the same as frames per second"""
     processor_kwargs: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
     """further arguments of the processor, as JSON: {"max_pixels": 1003520}"""
-    max_new_tokens: int = Field(default=1024, ge=1)
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
     """for tasks that do not say how many"""
 
     @model_validator(mode="after")
@@ -77,6 +78,18 @@ class Arguments(ConfigModel):
             ]
             raise ConfigError("\n".join(problems)) from error
 
+    @property
+    def spec(self) -> Any:
+        """The method as `vtprune.build_methods` takes it, or None: a name, a mapping, a list of them, or a file."""
+        if isinstance(self.method, str) and self.method.startswith("@"):
+            return Path(self.method[1:])
+        if isinstance(self.method, str) and self.method.startswith(("{", "[")):
+            try:
+                return json.loads(self.method)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"model_args: method: not valid JSON: {error}") from error
+        return self.method
+
     def methods(self) -> list[Method]:
         """The methods that prune; `NOTHING_PRUNED` if none is given."""
         budget = {key: getattr(self, key) for key in ("keep_ratio", "keep_tokens") if getattr(self, key) is not None}
@@ -84,15 +97,7 @@ class Arguments(ConfigModel):
             if budget:
                 raise ConfigError(f"model_args: {', '.join(budget)} without a method")
             return build_methods(NOTHING_PRUNED)
-        method = self.method
-        if isinstance(method, str) and method.startswith("@"):
-            method = Path(method[1:])
-        elif isinstance(method, str) and method.startswith(("{", "[")):
-            try:
-                method = json.loads(method)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"model_args: method: not valid JSON: {error}") from error
-        return build_methods(method, **budget)
+        return build_methods(self.spec, **budget)
 
     @property
     def frames(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vtprune.errors import ConfigError
 
+MAX_NEW_TOKENS = 1024
+"""For tasks that do not say how many."""
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k")
 _FILLED_IN = ["\n\n"]
 """The stop string that lmms-eval fills in if a task names none. No chat prompt has this delimiter of examples."""

@@ -21,9 +21,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.utils import eval_logger, simple_parse_args_string
-from PIL import Image
 from tqdm import tqdm
 
 import vtprune
@@ -31,6 +29,7 @@ from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.inputs import answers, conversation_inputs, load_model
 from vtprune.eval.lmms.arguments import Arguments
 from vtprune.eval.lmms.decoding import Generation, lengths, score_continuations
+from vtprune.eval.lmms.messages import chat_messages, continuation, conversation, simple_messages
 from vtprune.eval.lmms.usage import Usage, UsageLog
 
 
@@ -167,7 +166,7 @@ class VTPrune(lmms):
             for start in tqdm(range(0, len(places), size), desc=name, disable=self.rank != 0):
                 batch_places = places[start : start + size]
                 batch = [requests[place] for place in batch_places]
-                inputs = self._inputs([self._turns(request) for request in batch])
+                inputs = self._inputs([conversation(self._messages(request)) for request in batch])
                 started = time.perf_counter()
                 results, new = work(batch, inputs)
                 seconds = time.perf_counter() - started
@@ -186,20 +185,16 @@ class VTPrune(lmms):
                 raise ConfigError("this processor takes every frame of a video; give num_frames= or fps=")
         return conversation_inputs(self.processor, conversations, **options)
 
-    def _turns(self, request: Instance) -> list[dict]:
-        """The conversation of a request, in the form of chat templates."""
-        return [
-            {"role": turn["role"], "content": [_part(part) for part in turn["content"]]}
-            for turn in self._messages(request)
-        ]
-
     @abstractmethod
     def _messages(self, request: Instance) -> list[dict]:
         """The conversation of a request, in lmms-eval's form."""
 
     def _continuation(self, request: Instance) -> str:
-        _, target, _, doc_id, task, split = request.args
-        return target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+        return continuation(request, self._document(request))
+
+    def _document(self, request: Instance) -> Any:
+        doc_id, task, split = request.args[-3:]
+        return self.task_dict[task][split][doc_id]
 
 
 class VTPruneChat(VTPrune):
@@ -208,18 +203,16 @@ class VTPruneChat(VTPrune):
     is_simple = False
 
     def _messages(self, request: Instance) -> list[dict]:
-        _, messages, _, doc_id, task, split = request.args
-        return messages(self.task_dict[task][split][doc_id])
+        return chat_messages(request, self._document(request))
 
 
 class VTPruneSimple(VTPrune):
-    """For `--force_simple`: lmms-eval then also asks for log-likelihoods. Media come first, then the text."""
+    """For `--force_simple`: lmms-eval then also asks for log-likelihoods."""
 
     is_simple = True
 
     def _messages(self, request: Instance) -> list[dict]:
-        text, _, visual, doc_id, task, split = request.args
-        return ConfigurableMessagesTask._build_user_turn(visual(self.task_dict[task][split][doc_id]), text)
+        return simple_messages(request, self._document(request))
 
 
 Done = tuple[list, list[int]]
@@ -241,16 +234,3 @@ def _alike(requests: Sequence[Instance], settings: Callable[[Instance], Hashable
 def _settings(request: Instance) -> dict[str, Any]:
     """The generation settings of a request; simple models have them in another place."""
     return next(argument for argument in request.args if isinstance(argument, dict))
-
-
-def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a message of lmms-eval in the form that processors take."""
-    kind = part["type"]
-    if kind == "text":
-        return {"type": "text", "text": part["text"]}
-    if kind not in ("image", "video"):
-        raise ConfigError(f"the task has parts of type {kind!r}; images, videos and text are supported")
-    medium = part["url"]
-    if isinstance(medium, dict) or part.get("start_time") is not None or part.get("end_time") is not None:
-        raise ConfigError("the task shows parts of videos, which is not supported")
-    return {"type": kind, kind: medium.convert("RGB") if isinstance(medium, Image.Image) else str(medium)}

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from vtprune.eval.pages.plots import COLOURS, GREYS, LINES, Style, panel
 from vtprune.eval.results.entries import Entry
 from vtprune.eval.results.records import Record
+from vtprune.eval.results.terms import terms
 
 VARIABLES = {colour: f"--c{index}" for index, colour in enumerate([*COLOURS, *GREYS])}
 """Colour of a row -> the CSS variable that stands for it in the page."""
@@ -62,7 +63,7 @@ def chart(
         axes.set_facecolor("none")
         panel(axes, results, cost, family)
         axes.set_xlabel(label)
-        axes.set_ylabel("accuracy (%)")
+        axes.set_ylabel(terms(results).axis)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _themed(file.getvalue(), name)

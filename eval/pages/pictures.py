@@ -95,7 +95,8 @@ class Thumbnails:
         self._examples: Sequence[Example] = ()
         self._comparison = comparison
         try:
-            self._task: AnyTask = open_task(comparison.full["config"]["task"])
+            ran = comparison.full["config"]
+            self._task: AnyTask = open_task(ran["task"], ran.get("include_path", ()))
             self._examples = self._task.examples(last + 1)
         except (OSError, ImportError, VTPruneError) as error:  # a data set that is not on this machine
             self.missing = f"the examples of {comparison.task} cannot be loaded here ({error})"

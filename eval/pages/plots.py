@@ -105,7 +105,7 @@ def pareto(results: Sequence[Record], path: Path, times: Mapping[str, Latency]) 
     for axes, (cost, label) in zip(panels, costs, strict=True):
         panel(axes, results, cost)
         axes.set_xlabel(label)
-    panels[0].set_ylabel("accuracy (%)")
+    panels[0].set_ylabel(words.axis)
     shown = f"{first['task']}{conditions(first)}, {first['n']} examples"
     figure.suptitle(f"{shown}; bars: 95 % intervals, rows nudged sideways by 1.5 % each", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -136,7 +136,7 @@ def families(results: Sequence[Record], path: Path) -> None:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.supxlabel(terms(results).average, fontsize=10)
-    figure.supylabel("accuracy (%)", fontsize=10)
+    figure.supylabel(terms(results).axis, fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
@@ -172,8 +172,9 @@ def panel(axes: Axes, results: Sequence[Record], cost: Cost, family: str | None 
         if family is not None:
             score = 100 * entry.family(family)
             return score, score, score
-        low, high = entry.interval
-        return 100 * entry.mean("score"), 100 * low, 100 * high
+        score = entry.mean("score")
+        low, high = entry.interval or (score, score)
+        return 100 * score, 100 * low, 100 * high
 
     axes.set_xscale("log")
     grid = rows(results)

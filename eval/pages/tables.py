@@ -15,6 +15,7 @@ from vtprune.eval.results.finished import Comparison
 from vtprune.eval.results.formatting import (
     MISSING,
     accuracy,
+    bounds,
     flops,
     flops_share,
     gain,
@@ -87,7 +88,7 @@ class Place:
 def overview(comparison: Comparison, reasons: Reasons) -> list[tuple[str, list[Place]]]:
     """(label, a place for each budget); the rows of `LINES` have a single place."""
     zero = [row.entry.mean("score") for row in table_rows(comparison) if row.label == "zero"]
-    floor, ceiling = (zero or [0.0])[0], comparison.full["score"]
+    floor, ceiling = (zero or [0.0])[0], Entry((comparison.full,)).mean("score")
 
     def place(entry: Entry | None) -> Place:
         if entry is None:
@@ -186,9 +187,8 @@ def retention(entry: Entry) -> str:
     values = [cell["retention"] for cell in entry.cells]
     if None in values:
         return MISSING
-    low, high = (mean(cell["retention_ci"][bound] for cell in entry.cells) for bound in (0, 1))
     spread = f" ±{100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{percent(mean(values))}{spread} [{percent(low)}, {percent(high)}]"
+    return f"{percent(mean(values))}{spread}{bounds(entry.bounds('retention_ci'))}"
 
 
 def published(line: Record) -> str | None:
@@ -246,10 +246,10 @@ def size(count: float) -> str:
 
 
 def families(comparison: Comparison, budget: Budget) -> list[tuple[Row, list[tuple[str, float]]]]:
-    """Rows at a budget, and those of `LINES`, with (accuracy in %, its share) of every kind of question."""
+    """Rows at a budget, and those of `LINES`, with (score as text, how warm it is) of every kind of question."""
     names = list(comparison.full["family_scores"])
     return [
-        (row, [(percent(score), score) for score in map(row.entry.family, names)])
+        (row, [(percent(score), min(1.0, score)) for score in map(row.entry.family, names)])
         for row in table_rows(comparison)
         if row.label in LINES or row.budget == budget
     ]

@@ -16,7 +16,9 @@ from vtprune.errors import ConfigError
 from vtprune.eval.results.entries import Entry, rows
 from vtprune.eval.results.finished import Asked, Comparison, comparisons
 from vtprune.eval.results.formatting import at_budget, percent
+from vtprune.eval.results.lmms_logs import is_log
 from vtprune.eval.results.statistics import Difference, corrected, difference
+from vtprune.eval.results.terms import ACCURACY, terms
 
 _COLOURS = {"better": "green", "worse": "red", "same": "dim"}
 
@@ -118,13 +120,15 @@ def compare(first: Path, second: Path) -> Compared:
             shared.append(f"{task}: compared on the {len(places)} questions that both runs asked ({of})")
         mine, others = ([pair[side] for pair in places] for side in (0, 1))
         ours, theirs = _sides(comparison, mine), _sides(other, others)
+        if is_log(first) and is_log(second):  # each is a run of one row, whose methods are what is compared
+            ours, theirs = (dict(enumerate(sides.values())) for sides in (ours, theirs))
         both += [(ours[key], theirs[key]) for key in ours if key in theirs]
         for names, sides, others in zip(only, (ours, theirs), (theirs, ours), strict=True):
             names += [side.name for key, side in sides.items() if key not in others]
     if not both:
         raise ConfigError(f"{first} and {second} have no row in common")
     for ours, theirs in both:
-        if ours.seeds != theirs.seeds:
+        if ours.label == theirs.label and ours.seeds != theirs.seeds:
             raise ConfigError(f"{ours.name}: seeds {ours.seeds} in {first}, {theirs.seeds} in {second}")
     gaps = corrected([difference(theirs.scores, ours.scores) for ours, theirs in both])
     return Compared([Pair(ours, theirs, gap) for (ours, theirs), gap in zip(both, gaps, strict=True)], only, shared)
@@ -132,7 +136,7 @@ def compare(first: Path, second: Path) -> Compared:
 
 def _by_task(folder: Path) -> dict[str, Comparison]:
     found: dict[str, Comparison] = {}
-    for comparison in comparisons([folder]):
+    for comparison in comparisons([folder], needs_full=False):
         task = comparison.task + comparison.conditions
         if task in found:
             names = f"{found[task].model} and {comparison.model}"
@@ -189,8 +193,8 @@ def terminal_tables(compared: Compared) -> Iterator[Table]:
     for comparison in {id(pair.first.comparison): pair.first.comparison for pair in compared.pairs}.values():
         table = Table(
             title=escape(comparison.task + comparison.conditions),
-            caption="accuracy in %; difference: the second run less the first in points, paired 95 % bootstrap "
-            f"interval; p: corrected for {len(compared.pairs)} rows (Holm); changed: answers that differ",
+            caption=f"{_scored(comparison)} in %; difference: the second run less the first in points, paired 95 % "
+            f"bootstrap interval; p: corrected for {len(compared.pairs)} rows (Holm); changed: answers that differ",
             box=SIMPLE_HEAD,
             pad_edge=False,
             collapse_padding=True,
@@ -204,11 +208,21 @@ def terminal_tables(compared: Compared) -> Iterator[Table]:
         yield table
 
 
+def _scored(comparison: Comparison) -> str:
+    """What the numbers of a task are: a metric of lmms-eval need not be a mean over documents, so these stand alone."""
+    return ACCURACY if terms(comparison.lines).score == ACCURACY else "score of single documents"
+
+
+def _asked(*ratios: float | None) -> str:
+    """The budget of both runs, or of each if they differ."""
+    return ", ".join("" if ratio is None else f"{100 * ratio:g} %" for ratio in dict.fromkeys(ratios))
+
+
 def _cells(pair: Pair) -> list[str]:
     side, (low, high) = pair.first, pair.difference.interval
     return [
-        escape(side.label),
-        "" if side.keep_ratio is None else f"{100 * side.keep_ratio:g} %",
+        escape(side.label if side.label == pair.second.label else f"{side.label}, then {pair.second.label}"),
+        _asked(side.keep_ratio, pair.second.keep_ratio),
         percent(side.score),
         percent(pair.second.score),
         f"{100 * pair.difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",

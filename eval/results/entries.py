@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from vtprune.eval.results.aggregated import POINTS
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.status import OK, status_text
 
@@ -30,23 +31,29 @@ class Entry:
         return self.cells[0]["status"] == OK
 
     def mean(self, key: str) -> float | None:
-        """Mean over the seeds; None if a cell has no such number."""
+        """Mean over the seeds; None if a cell has no such number. Of a `score` in points it is the hundredth part."""
         values = [cell[key] for cell in self.cells]
-        return None if None in values else mean(values)
+        return None if None in values else mean(values) * (self._scale if key == "score" else 1)
 
     def family(self, name: str) -> float:
         """Mean score over the seeds for one kind of question."""
-        return mean(cell["family_scores"][name] for cell in self.cells)
+        return mean(cell["family_scores"][name] for cell in self.cells) * self._scale
 
     @property
     def spread(self) -> float | None:
         """Standard deviation of the score over the seeds, None for a single one."""
-        return stdev(cell["score"] for cell in self.cells) if len(self.cells) > 1 else None
+        return stdev(cell["score"] for cell in self.cells) * self._scale if len(self.cells) > 1 else None
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the score; over several seeds the mean of their bounds."""
-        return mean(c["ci"][0] for c in self.cells), mean(c["ci"][1] for c in self.cells)
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the score; over several seeds the mean of their bounds. None if a cell has none."""
+        found = self.bounds("ci")
+        return None if found is None else (found[0] * self._scale, found[1] * self._scale)
+
+    @property
+    def _scale(self) -> float:
+        """Tables, plots and pages show a share times 100. A hundredth of points they show as the points are."""
+        return 0.01 if self.cells[0].get("score_unit") == POINTS else 1
 
     def bounds(self, key: str) -> tuple[float, float] | None:
         """Mean over the seeds of the bounds of an interval; None if a cell has none."""

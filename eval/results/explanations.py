@@ -5,6 +5,11 @@ ON_ACCURACY = """\
 Per cent of the answers that are right, with a 95 % bootstrap interval. Rows with several seeds show their
 mean, ± their standard deviation, and the mean interval of one seed. """
 
+ON_METRIC = """\
+The metric of lmms-eval, {scored}, over the documents of the row, with a 95 % bootstrap interval over documents. A row
+without an interval has a metric that cannot be computed on drawn documents. Rows with several seeds show their mean,
+± their standard deviation, and the mean interval of one seed. """
+
 ON_BASELINES = """\
 `full` and `zero` have no budget and
 stand in the first column: all visual tokens, and none (what the question alone gives away). So do rows whose budget

@@ -15,6 +15,7 @@ import numpy as np
 from vtprune.errors import ConfigError
 from vtprune.eval.results.entries import Entry, conditions, studies
 from vtprune.eval.results.evidence import Answers, add_evidence
+from vtprune.eval.results.lmms_logs import Logged, is_log, read_log, with_retention
 from vtprune.eval.results.records import Record, cell_records, read_results
 from vtprune.eval.results.status import OK
 from vtprune.eval.running.unfinished import unfinished
@@ -57,20 +58,59 @@ class Comparison:
         return np.mean([self.answers[line["cell"]].scores for line in entry.cells], axis=0)
 
 
-def comparisons(folders: Iterable[Path]) -> list[Comparison]:
+def comparisons(folders: Iterable[Path], needs_full: bool = True) -> list[Comparison]:
     """The results in several folders, put together if they can be compared.
+
+    Args:
+        folders: of `vtprune eval`, or of runs of lmms-eval (`--log_samples`), each of which is a row.
+        needs_full: whether runs of lmms-eval without the full model are an error.
 
     Raises:
         ConfigError: a folder lacks what an evaluation leaves there, or it cannot be read.
     """
     found: dict[str, Comparison] = {}
-    for folder in folders:
+    for folder in map(Path, folders):
+        if is_log(folder):
+            for logged in read_log(folder):
+                _add_logged(found, folder, logged)
+            continue
         lines = _lines(folder)
         for study in studies(lines).values():
-            _add(found, Path(folder), study)
-    for comparison in found.values():  # lines of earlier versions have no such fields, and other folders more rows
-        comparison.lines = add_evidence(comparison.lines, comparison.answers)
-    return list(found.values())
+            _add(found, folder, study)
+    whole = [_with_full(comparison, needs_full) for comparison in found.values()]
+    for comparison in whole:  # lines of earlier versions have no such fields, and other folders more rows
+        if any(line["method"] == "full" for line in comparison.lines):
+            comparison.lines = add_evidence(comparison.lines, comparison.answers)
+    return whole
+
+
+def _add_logged(found: dict[str, Comparison], folder: Path, logged: Logged) -> None:
+    """Adds one task of a run of lmms-eval to the runs of the same model on the same documents."""
+    line = logged.line
+    asked = [Asked(r["index"], r["question"], r["answer"], r["family"]) for r in logged.records]
+    same = [line["task"], line["weights"], *(line["config"].get(key) for key in ("dtype", "attention"))]
+    key = hashlib.sha256(json.dumps([*same, [vars(question) for question in asked]]).encode()).hexdigest()
+    comparison = found.setdefault(key, Comparison(line["model"], line["task"], "", asked))
+    comparison.folders.append(folder)
+    _add_row(comparison, folder, line, Answers.of(logged.records))
+
+
+def _with_full(comparison: Comparison, needs_full: bool) -> Comparison:
+    """Gives the runs of lmms-eval in a comparison their retention."""
+    full = next((line for line in comparison.lines if line["method"] == "full"), None)
+    if full is None:
+        if needs_full:
+            raise ConfigError(
+                f"{', '.join(map(str, comparison.folders))}: {comparison.task} has no run of the full model to compare "
+                "with; run lmms_eval once without a method, with the same limit, dtype and attention"
+            )
+        return comparison
+    scores = {cell: answers.scores for cell, answers in comparison.answers.items()}
+    for place, line in enumerate(comparison.lines):
+        if line["status"] == OK and line["retention"] is None:
+            comparison.lines[place] = with_retention(line, scores[line["cell"]], full, scores[full["cell"]])
+    comparison.lines.sort(key=lambda line: line["method"] != "full")  # tables begin with the full model
+    return comparison
 
 
 def _add(found: dict[str, Comparison], folder: Path, lines: Sequence[Record]) -> None:
@@ -87,15 +127,19 @@ def _add(found: dict[str, Comparison], folder: Path, lines: Sequence[Record]) ->
     comparison = found.setdefault(key, Comparison(model, task, conditions(lines[0]), asked))
     comparison.folders.append(folder)
     for line in lines:
-        answers = _answers(folder, line, asked) if line["status"] == OK else None
-        twins = [other for other in comparison.lines if _row(other) == _row(line)]
-        if any(_agree(comparison.answers.get(twin["cell"]), answers) for twin in twins):
-            continue
-        if twins:  # the same row with other numbers, for example from another version of the code
-            line = line | {"label": f"{line['label']} · {folder.name}"}
-        comparison.lines.append(line)
-        if answers is not None:
-            comparison.answers[line["cell"]] = answers
+        _add_row(comparison, folder, line, _answers(folder, line, asked) if line["status"] == OK else None)
+
+
+def _add_row(comparison: Comparison, folder: Path, line: Record, answers: Answers | None) -> None:
+    """Adds a cell, unless it is there with the same answers."""
+    twins = [other for other in comparison.lines if _row(other) == _row(line)]
+    if any(_agree(comparison.answers.get(twin["cell"]), answers) for twin in twins):
+        return
+    if twins:  # the same row with other numbers, for example from another version of the code
+        line = line | {"label": f"{line['label']} · {folder.name}"}
+    comparison.lines.append(line)
+    if answers is not None:
+        comparison.answers[line["cell"]] = answers
 
 
 def _row(line: Record) -> tuple:

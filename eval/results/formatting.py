@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import mean
 
 from vtprune.eval.results.entries import Entry
-from vtprune.eval.results.terms import terms
+from vtprune.eval.results.terms import ACCURACY, terms
 from vtprune.eval.results.timings import Latency
 
 MISSING = "–"
@@ -46,17 +46,20 @@ def milliseconds(seconds: float | None) -> str:
 
 def accuracy(entry: Entry) -> str:
     """Score in per cent with its 95 % interval, and the spread over seeds where there are several."""
-    low, high = entry.interval
     spread = "" if entry.spread is None else f" ±{100 * entry.spread:.1f}"
-    return f"{percent(entry.mean('score'))}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{percent(entry.mean('score'))}{spread}{bounds(entry.interval)}"
+
+
+def bounds(interval: tuple[float, float] | None) -> str:
+    """An interval in per cent, to stand behind a number; nothing if there is none."""
+    return "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
 def retention(entry: Entry) -> str:
     """Score over the full model's in per cent, with its paired interval; over several seeds the means."""
     if entry.mean("retention") is None:
         return MISSING
-    low, high = entry.bounds("retention_ci")
-    return f"{percent(entry.mean('retention'))} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{percent(entry.mean('retention'))}{bounds(entry.bounds('retention_ci'))}"
 
 
 def tokens(entry: Entry) -> str:
@@ -100,8 +103,11 @@ def loyalty(entry: Entry) -> str:
 
 
 def tokens_per_correct(entry: Entry) -> str:
-    """Measured tokens, averaged over the layers, that all examples take for each one that is right."""
-    score = entry.mean("score")
+    """Measured tokens, averaged over the layers, that all examples take for each one that is right.
+
+    Only where the score is the share of right answers.
+    """
+    score = entry.mean("score") if terms(entry.cells).score == ACCURACY else None
     return f"{entry.mean('average_tokens') / score:.1f}" if score else MISSING
 
 

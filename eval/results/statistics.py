@@ -18,7 +18,7 @@ _FEW = 16  # up to so many different values, it is faster to count them
 _CHUNK = 200  # resamples at a time; the memory is chunk x examples
 
 
-def _resampled_means(columns: np.ndarray) -> np.ndarray:
+def resampled_means(columns: np.ndarray) -> np.ndarray:
     """(examples, k) scores -> (RESAMPLES, k) means; one draw of examples serves all k columns, hence "paired"."""
     rng = np.random.default_rng(_SEED)
     n = len(columns)
@@ -29,7 +29,8 @@ def _resampled_means(columns: np.ndarray) -> np.ndarray:
     return np.concatenate(means)
 
 
-def _interval(values: np.ndarray) -> list[float]:
+def interval(values: np.ndarray) -> list[float]:
+    """95 % percentile interval of resampled values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]
 
@@ -37,7 +38,7 @@ def _interval(values: np.ndarray) -> list[float]:
 def mean_interval(scores: list[float]) -> tuple[float, list[float]]:
     """Mean of `scores` (examples,) and its 95 % percentile bootstrap interval."""
     columns = np.asarray(scores, dtype=float)[:, None]
-    return float(columns.mean()), _interval(_resampled_means(columns)[:, 0])
+    return float(columns.mean()), interval(resampled_means(columns)[:, 0])
 
 
 def retention_interval(scores: list[float], full: list[float]) -> tuple[float, list[float]] | tuple[None, None]:
@@ -54,9 +55,9 @@ def retention_interval(scores: list[float], full: list[float]) -> tuple[float, l
     mine, theirs = pair.mean(axis=0)
     if theirs == 0:
         return None, None
-    means = _resampled_means(pair)
+    means = resampled_means(pair)
     means = means[means[:, 1] > 0]
-    return float(mine / theirs), _interval(means[:, 0] / means[:, 1])
+    return float(mine / theirs), interval(means[:, 0] / means[:, 1])
 
 
 _IMAGINED = 2
@@ -79,7 +80,7 @@ def retention_bound(scores: Sequence[float], full: Sequence[float], error: float
     pair = np.asarray([[*scores, *[0.0] * _IMAGINED], [*full, *lost]], dtype=float).T
     if max(full) <= 0:
         return None
-    means = _resampled_means(pair)
+    means = resampled_means(pair)
     means = means[means[:, 1] > 0]
     return float(np.quantile(means[:, 0] / means[:, 1], error))
 
@@ -121,7 +122,7 @@ def difference(scores: Sequence[float], others: Sequence[float]) -> Difference:
     means = np.concatenate(drawn).round(12)
     tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
     p = min(1.0, 2 * float(tail) / (RESAMPLES_OF_DIFFERENCES + 1))
-    return Difference(float(change.mean()), _interval(means), p)
+    return Difference(float(change.mean()), interval(means), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

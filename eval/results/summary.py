@@ -26,7 +26,7 @@ from vtprune.eval.results.formatting import (
 )
 from vtprune.eval.results.reasons import Reasons
 from vtprune.eval.results.records import Record
-from vtprune.eval.results.terms import Terms, terms
+from vtprune.eval.results.terms import ACCURACY, Terms, terms
 from vtprune.eval.results.timings import Latency
 
 Times = Mapping[str, Latency]
@@ -155,7 +155,10 @@ def _quantities(results: Sequence[Record], words: Terms, times: Times) -> Iterat
     on_tokens, on_cost = (
         (explain.ON_PATCHES, explain.ON_ENCODER_COST) if words.classifies else (explain.ON_TOKENS, explain.ON_COST)
     )
-    yield "Accuracy", explain.ON_ACCURACY + (explain.ON_FULL if words.classifies else explain.ON_BASELINES), accuracy
+    on_score, title = explain.ON_ACCURACY, "Accuracy"
+    if words.score != ACCURACY:
+        on_score, title = explain.ON_METRIC.format(scored=words.scored), words.scored
+    yield title, on_score + (explain.ON_FULL if words.classifies else explain.ON_BASELINES), accuracy
     yield "Retention", explain.ON_RETENTION, retention
     if any(line["hard_score"] is not None or line["gain"] is not None for line in results):
         yield "Gain over the smaller image", explain.ON_GAIN, gain
@@ -185,7 +188,7 @@ def _study_markdown(results: Sequence[Record], suffix: str, times: Times) -> str
     parts += [
         f"## By {words.kind}",
         explain.ON_FAMILIES.format(kind=words.kind),
-        f"![accuracy by {words.kind}](families{suffix}.png)",
+        f"![{words.score} by {words.kind}](families{suffix}.png)",
     ]
     for ratio in ratios(results):
         parts += [f"### {100 * ratio:g} % kept", _by_family(results, ratio)]

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from vtprune.eval.results.aggregated import POINTS
 from vtprune.eval.results.records import Record
+
+ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class Terms:
     """tokens of the field `average_tokens`"""
     kind: str
     """what a family of examples is"""
+    score: str = ACCURACY
+    """what is scored: accuracy, or the name of a metric of lmms-eval"""
+    unit: str = "%"
+    """of the score: `%` or `points`"""
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis of scores, without the name of a metric."""
+        return f"{ACCURACY if self.score == ACCURACY else 'score'} ({self.unit})"
+
+    @property
+    def scored(self) -> str:
+        """The score with its unit: `accuracy in %`."""
+        return f"{self.score} in {self.unit}"
 
 
 QUESTIONS = Terms(
@@ -59,4 +76,8 @@ CLASSES = Terms(
 
 def terms(results: Sequence[Record]) -> Terms:
     """The words for the lines of one model on one task."""
-    return CLASSES if CLASSES.flops in results[0] else QUESTIONS
+    words = CLASSES if CLASSES.flops in results[0] else QUESTIONS
+    metric = next((line["metric"] for line in results if line.get("metric")), None)
+    if metric is None:
+        return words
+    return replace(words, score=metric, unit="points" if results[0]["score_unit"] == POINTS else "%")

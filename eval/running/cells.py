@@ -206,8 +206,8 @@ class Identity:
         digests: of the examples that run, from `task.digests`.
         """
         settings = config.resolved(model_path, task.name)
-        for key in ("model", "keep_ratios", "baselines", "methods", "positions"):
-            settings.pop(key)
+        for key in ("model", "keep_ratios", "baselines", "methods", "positions", "include_path"):
+            settings.pop(key, None)
         # The model of open_clip that comes with the library is computed by code that others do not run.
         own = {"open_clip_torch": version("open_clip_torch")} if model_path == resolve_model(OPEN_CLIP) else {}
         return cls(settings, _fingerprint(model_path), task.fingerprint(digests), versions() | own)

@@ -43,7 +43,7 @@ def estimate_tables(config: EvalConfig) -> Iterator[Table]:
     is not estimated.
     """
     config = with_devices(config)
-    tasks = open_tasks(config.task)
+    tasks = open_tasks(config.task, config.include_path)
     for name, task in tasks.items():
         if isinstance(task, Classification):
             raise ConfigError(f"--dry-run: {name} is a task of classes, whose cost is not estimated; run it")

@@ -68,9 +68,16 @@ class Evaluator(ABC):
         except (BudgetError, UnsupportedStageError) as error:
             part.end(Refusal.of(error))
 
-    def _records(self, batch: range, predictions: Sequence[str], costs: Sequence[Record]) -> list[Record]:
-        """What was answered to the examples of a batch, and what each of them cost."""
+    def _records(
+        self, batch: range, predictions: Sequence[str], costs: Sequence[Record], scores: Sequence[Record] | None = None
+    ) -> list[Record]:
+        """What was answered to the examples of a batch, and what each of them cost.
+
+        scores: fields of each record that score it; default the task's score of the prediction.
+        """
         examples = [self.examples[i] for i in batch]
+        if scores is None:
+            scores = [{"score": self.task.score(said, e)} for said, e in zip(predictions, examples, strict=True)]
         return [
             {
                 "index": index,
@@ -79,10 +86,10 @@ class Evaluator(ABC):
                 "answer": example.answer,
                 **({"data": self.study.digests[index]} if self.study.digests else {}),
                 "prediction": prediction,
-                "score": self.task.score(prediction, example),
+                **score,
                 **cost,
             }
-            for index, example, prediction, cost in zip(batch, examples, predictions, costs, strict=True)
+            for index, example, prediction, score, cost in zip(batch, examples, predictions, scores, costs, strict=True)
         ]
 
     def _log_time(self, part: CellPart, batch: range, spent: Spent) -> None:

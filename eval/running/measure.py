@@ -11,6 +11,7 @@ import torch
 
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
+from vtprune.eval.results.aggregated import Aggregated, Metrics, of_one_study
 from vtprune.eval.results.evidence import Answers, add_evidence
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval
@@ -52,6 +53,10 @@ def measure(report: Report, indices: Sequence[int]) -> list[Record]:
     return records
 
 
+_MEAN = "mean score of a document"
+"""Stands for the metric of a task of lmms-eval that is not at hand."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a cell: the records of its examples, or why there are none."""
@@ -91,20 +96,30 @@ class StudyPlan:
         planned = [_planned(model, task.name, cell, name) for cell, name in cells]
         return cls(examples, [line | ({"axes": axes} if axes else {}) for line in planned], shared)
 
-    def lines(self, outcomes: Sequence[Outcome]) -> list[Record]:
+    def lines(self, outcomes: Sequence[Outcome], metrics: Metrics | None = None) -> list[Record]:
         """One line for each cell, from the records only: all runs end in the same lines.
 
-        outcomes: of each cell, in their order; the full model has records.
+        outcomes: of each cell, in their order; the full model has records. metrics: of a task of lmms-eval; without
+            them its lines have the mean score of a document, and say so.
         """
         full = next(o.records for cell, o in zip(self.cells, outcomes, strict=True) if cell["method"] == "full")
         nothing = dict.fromkeys(_numbers(full, full))  # a cell without scores has the same fields with null
+        scored_by_lmms = bool(full) and "results" in full[0]
+        reference = None if metrics is None else Aggregated.of(metrics, full)
         lines: list[Record] = []
         answers: dict[str, Answers] = {}
         for cell, outcome in zip(self.cells, outcomes, strict=True):
             line = cell | {"status": OK, "n": len(outcome.records)}
-            lines.append(line | (nothing | outcome.ending if outcome.ending else _numbers(outcome.records, full)))
+            numbers = nothing | outcome.ending if outcome.ending else _numbers(outcome.records, full)
+            if scored_by_lmms and not outcome.ending:
+                if reference is None:
+                    numbers |= {"metric": _MEAN, "metrics": {_MEAN: numbers["score"]}}
+                else:
+                    numbers |= Aggregated.of(metrics, outcome.records).numbers(reference)
+            lines.append(line | numbers)
             answers[line["cell"]] = Answers.of(outcome.records)
-        return [line | self.shared for line in add_evidence(lines, answers)]
+        lines = add_evidence(lines, answers)
+        return [line | self.shared for line in (of_one_study(lines) if scored_by_lmms else lines)]
 
 
 def _planned(model: str, task: str, cell: Cell, name: str) -> Record:

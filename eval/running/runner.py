@@ -35,12 +35,14 @@ from vtprune.eval.running.cells import Cell, Identity, expand
 from vtprune.eval.running.classifiers import ClassifierEvaluator
 from vtprune.eval.running.devices import place_of, taken, with_devices
 from vtprune.eval.running.evaluator import Evaluator, refuse_mismatches
+from vtprune.eval.running.lmms import LmmsEvaluator
 from vtprune.eval.running.measure import Outcome, StudyPlan
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.questions import QuestionEvaluator
 from vtprune.eval.running.shards import Shard, claim
 from vtprune.eval.running.unfinished import write_plan
 from vtprune.eval.tasks import AnyTask, Classification, Example, open_tasks
+from vtprune.eval.tasks.lmms_tasks import LmmsTask
 
 
 def run(config: EvalConfig, console: Console | None = None, shard: Shard | None = None) -> list[Record]:
@@ -63,7 +65,7 @@ def run(config: EvalConfig, console: Console | None = None, shard: Shard | None 
         VTPruneError: the results cannot be written.
     """
     config = with_devices(config)
-    tasks = open_tasks(config.task)
+    tasks = open_tasks(config.task, config.include_path)
     video = ["av"] if any(task.kind == "video" for task in tasks.values()) else []
     for module in ("matplotlib", "numpy", "filelock", *video):
         if importlib.util.find_spec(module) is None:
@@ -117,6 +119,8 @@ class Study:
         cells = expand(config)
         examples = list(task.examples(config.limit))
         digests = task.digests(examples)
+        if isinstance(task, LmmsTask):
+            task.rehearse(examples)
         identity = Identity.of(config, task, digests, resolve_model(model))
         paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         starts = range(0, len(examples), config.batch_size)
@@ -179,7 +183,8 @@ class Study:
 
     def results(self) -> list[Record]:
         """The lines of the finished cells."""
-        return self.plan().lines([Outcome(file.records, file.ending) for file in self.files])
+        metrics = self.task.scores if isinstance(self.task, LmmsTask) else None
+        return self.plan().lines([Outcome(file.records, file.ending) for file in self.files], metrics)
 
 
 @dataclass(frozen=True)
@@ -231,12 +236,18 @@ def _run_model(studies: Sequence[Study], processes: Processes, shard: Shard | No
         if not any(study.remaining):
             watch.log.skip(len(study.cells))
             continue
-        kind: type[Evaluator] = ClassifierEvaluator if isinstance(study.task, Classification) else QuestionEvaluator
+        kind = _kind(study.task)
         loaded = loaded or _load(kind, study, processes, watch)
         evaluator = kind(study.config, study, loaded)
         if processes.first:
             evaluator.write_views()
         study.run(evaluator, processes, shard, watch)
+
+
+def _kind(task: AnyTask) -> type[Evaluator]:
+    if isinstance(task, Classification):
+        return ClassifierEvaluator
+    return LmmsEvaluator if isinstance(task, LmmsTask) else QuestionEvaluator
 
 
 def _load(kind: type[Evaluator], study: Study, processes: Processes, watch: Watch) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from vtprune.config import nearest
@@ -15,9 +16,13 @@ from vtprune.errors import ConfigError, VTPruneError
 from vtprune.eval.tasks.base import AnyTask, Classification, Task
 from vtprune.eval.tasks.builtin import TASKS
 from vtprune.eval.tasks.file_task import FileTask
+from vtprune.eval.tasks.suites import suite_tasks
 
 GROUP = "vtprune.tasks"
 """Entry points of this group name functions without arguments that return a `Task` or a `Classification`."""
+
+LMMS, SUITE = "lmms:", "suite:"
+"""Stand before a name of lmms-eval (a task, a group or a tag), and before the name of a suite of its tasks."""
 
 TaskEntry = str | FileTask
 """What stands under `task` in an evaluation file."""
@@ -29,36 +34,67 @@ def task_names() -> list[str]:
 
 
 def check_task_name(name: str) -> None:
-    """Raise ConfigError if no task has that name. Nothing is loaded."""
-    if name not in (known := task_names()):
+    """Raise ConfigError if no task or suite has that name. Nothing is loaded, lmms-eval's list of tasks neither."""
+    if name.startswith(SUITE):
+        suite_tasks(name.removeprefix(SUITE))
+    elif name.startswith(LMMS):
+        if name == LMMS:
+            raise ConfigError(f"expected the name of a task of lmms-eval behind {LMMS}")
+    elif name not in (known := task_names()):
         raise ConfigError(f"expected the name of a task ({nearest(name, known)})")
 
 
 def name_of(entry: TaskEntry) -> str:
-    """The name that tables and results have for an entry."""
-    return entry if isinstance(entry, str) else entry.title
+    """The name that tables and results have for an entry. Those of a group or a suite have the names of its tasks."""
+    return entry.removeprefix(LMMS) if isinstance(entry, str) else entry.title
 
 
-def open_tasks(entries: Iterable[TaskEntry]) -> dict[str, AnyTask]:
-    """The tasks of a run, by name. Raises ConfigError as `open_task` does."""
-    tasks = map(open_task, entries)
-    return {task.name: task for task in tasks}
+def open_tasks(entries: Iterable[TaskEntry | dict[str, Any]], include_path: Sequence[Path] = ()) -> dict[str, AnyTask]:
+    """The tasks of a run, by name.
+
+    Args:
+        entries: of an evaluation file.
+        include_path: folders with further tasks of lmms-eval.
+
+    Raises:
+        ConfigError: as `open_task` does, or two entries have a task in common.
+    """
+    found: dict[str, AnyTask] = {}
+    for entry in entries:
+        for task in _opened(entry, include_path):
+            if task.name in found:
+                raise ConfigError(f"task {task.name!r} is there twice, as {found[task.name].entry} and {task.entry}")
+            found[task.name] = task
+    return found
 
 
-def open_task(entry: TaskEntry | dict[str, Any]) -> AnyTask:
+def open_task(entry: TaskEntry | dict[str, Any], include_path: Sequence[Path] = ()) -> AnyTask:
     """The task that an entry of an evaluation file names. It knows its name, its entry and its rules.
 
     Args:
         entry: a name, a `FileTask`, or the fields of one.
+        include_path: folders with further tasks of lmms-eval.
 
     Raises:
-        ConfigError: there is no such task, the package that has it is broken, or the file has mistakes.
+        ConfigError: there is no such task, it cannot be loaded, it is a group, or the file has mistakes.
     """
+    tasks = list(open_tasks([entry], include_path).values())
+    if len(tasks) > 1:
+        raise ConfigError(f"{entry} is a group of {len(tasks)} tasks; expected one")
+    return tasks[0]
+
+
+def _opened(entry: TaskEntry | dict[str, Any], include_path: Sequence[Path]) -> list[AnyTask]:
     if not isinstance(entry, str):
-        return FileTask.model_validate(entry).open()
+        return [FileTask.model_validate(entry).open()]
     check_task_name(entry)
+    if entry.startswith((LMMS, SUITE)):
+        from vtprune.eval.tasks.lmms_tasks import open_lmms
+
+        names = suite_tasks(entry.removeprefix(SUITE)) if entry.startswith(SUITE) else [entry.removeprefix(LMMS)]
+        return [task for name in names for task in open_lmms(name, include_path)]
     make = _maker(entry)
-    return replace(make(), name=entry, entry=entry, rules=source_hash(make))
+    return [replace(make(), name=entry, entry=entry, rules=source_hash(make))]
 
 
 def _maker(name: str) -> Callable[[], AnyTask]:

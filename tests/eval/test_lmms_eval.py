@@ -11,10 +11,15 @@ import pytest
 import torch
 import yaml
 
+from vtprune.errors import ConfigError
 from vtprune.eval import digitscenes
 from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
+from vtprune.eval.pages.report import write_report
+from vtprune.eval.results.compare import compare, terminal_tables
+from vtprune.eval.results.finished import comparisons
 from vtprune.eval.results.records import cell_records
+from vtprune.eval.results.statistics import mean_interval, retention_interval
 from vtprune.eval.running import runner
 from vtprune.eval.tasks import TASKS
 
@@ -173,6 +178,48 @@ def test_log_likelihoods(lmms_runs, vtprune_runs):
         assert greedy[1] == bool(given) and sum(greedy) <= 1
         assert sample["acc"] == (losses[1] == min(losses)) >= given
         assert sample["token_counts"][0]["final_tokens"] == 36
+
+
+def test_folders_of_runs_are_rows_of_one_comparison(lmms_runs, vtprune_runs, tmp_path):
+    folders = [lmms_runs["digitscenes", method, 4] for method in ("mmtok", None)]
+    (comparison,) = comparisons(folders)
+    assert [line["label"] for line in comparison.lines] == ["full", "mmtok"]  # the full model first
+    assert [line["keep_ratio"] for line in comparison.lines] == [1.0, RATIO]
+    for line, method in zip(comparison.lines, (None, "mmtok"), strict=True):
+        records = vtprune_runs["digitscenes", method]
+        scores = [record["score"] for record in records]
+        assert line["score"] == line["metrics"]["accuracy"] == pytest.approx(mean_interval(scores)[0])
+        assert line["ci"] == mean_interval(scores)[1]
+        answers = comparison.answers[line["cell"]]
+        assert answers.scores.tolist() == scores
+        assert answers.predictions == [record["prediction"] for record in records]
+        assert line["average_tokens"] == sum(record["average_tokens"] for record in records) / LIMIT
+        full = [record["score"] for record in vtprune_runs["digitscenes", None]]
+        assert (line["retention"], line["retention_ci"]) == retention_interval(scores, full)
+    assert comparison.lines[1]["measured_keep_ratio"] == pytest.approx(RATIO, abs=0.02)
+    write_report(folders, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<section id=") == 1 and "mmtok" in page
+    with pytest.raises(ConfigError, match="digitscenes has no run of the full model.*once without a method"):
+        comparisons(folders[:1])
+
+
+def test_two_folders_of_runs_are_compared(lmms_runs, vtprune_runs, tmp_path):
+    compared = compare(lmms_runs["digitscenes", None, 4], lmms_runs["digitscenes", "mmtok", 4])
+    (pair,) = compared.pairs
+    assert (pair.first.label, pair.second.label, compared.only) == ("full", "mmtok", ([], []))
+    gaps = [
+        ours["score"] - theirs["score"]
+        for ours, theirs in zip(*(vtprune_runs["digitscenes", method] for method in ("mmtok", None)), strict=True)
+    ]
+    assert pair.difference.mean == pytest.approx(sum(gaps) / LIMIT)
+    (table,) = terminal_tables(compared)
+    assert list(table.columns[0].cells) == ["full, then mmtok"] and list(table.columns[1].cells) == ["100 %, 25 %"]
+    (again,) = compare(*[lmms_runs["choices", "mmtok", 4]] * 2).pairs  # log-likelihoods, without the full model
+    assert again.verdict == "same" and again.first.label == "mmtok"
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="no results.jsonl here"):
+        compare(tmp_path / "other", tmp_path / "other")
 
 
 def test_a_failing_run_does_not_exit_with_0(home, tmp_path):
