@@ -8,6 +8,7 @@ from statistics import mean
 
 import torch
 
+from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
 from vtprune.eval.results.aggregated import Aggregated, of_one_study
@@ -80,7 +81,10 @@ def result_lines(
             line["published"] = None if given is None else given.model_dump()
         numbers = nothing | file.ending if file.ending else _numbers(file.records, full)
         if reference is not None and not file.ending:
-            numbers |= Aggregated.of(metrics, file.records).numbers(reference)
+            try:
+                numbers |= Aggregated.of(metrics, file.records).numbers(reference)
+            except ConfigError as error:  # of the task's code, on what this method answers
+                raise ConfigError(f"{cell.title}: {error}") from error
         lines.append(line | numbers | shared)
     return lines if reference is None else of_one_study(lines)
 
