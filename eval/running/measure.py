@@ -9,6 +9,7 @@ from statistics import mean
 
 import torch
 
+from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.presets import find
 from vtprune.eval.results.aggregated import Aggregated, Metrics, of_one_study
@@ -112,14 +113,23 @@ class StudyPlan:
             line = cell | {"status": OK, "n": len(outcome.records)}
             numbers = nothing | outcome.ending if outcome.ending else _numbers(outcome.records, full)
             if scored_by_lmms and not outcome.ending:
-                if reference is None:
-                    numbers |= {"metric": _MEAN, "metrics": {_MEAN: numbers["score"]}}
-                else:
-                    numbers |= Aggregated.of(metrics, outcome.records).numbers(reference)
+                numbers |= _of_lmms(line, outcome.records, metrics, reference, numbers["score"])
             lines.append(line | numbers)
             answers[line["cell"]] = Answers.of(outcome.records)
         lines = add_evidence(lines, answers)
         return [line | self.shared for line in (of_one_study(lines) if scored_by_lmms else lines)]
+
+
+def _of_lmms(
+    line: Record, records: Sequence[Record], metrics: Metrics | None, full: Aggregated | None, score: float
+) -> Record:
+    """Fields with the metrics of a task of lmms-eval. score: mean of the documents', for want of metrics."""
+    if metrics is None or full is None:
+        return {"metric": _MEAN, "metrics": {_MEAN: score}}
+    try:
+        return Aggregated.of(metrics, records).numbers(full)
+    except ConfigError as error:  # of the task's code, on what this method answers
+        raise ConfigError(f"{line['cell']}: {error}") from error
 
 
 def _planned(model: str, task: str, cell: Cell, name: str) -> Record:
