@@ -45,6 +45,15 @@ def test_methods_lists_every_registered_method():
         assert method.stage in line and method.signal in line and method.paper in line
 
 
+def test_methods_says_what_fits_a_model_with_whole_names_at_80_columns(model):
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["methods", "--model", model])
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1:3] for line in result.stdout.splitlines() if line.startswith("│")]
+    names = {name.strip(): fits.strip() for name, fits in rows if name.strip()}
+    assert names == dict.fromkeys(vtprune.list_methods(), "yes")
+    assert '"auto" is mmtok' in result.stdout
+
+
 def test_models_lists_the_families():
     assert "LLaVA-1.5" in invoke("models").stdout
 

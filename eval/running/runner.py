@@ -236,7 +236,7 @@ def _run_model(studies: Sequence[Study], processes: Processes, shard: Shard | No
         if not any(study.remaining):
             watch.log.skip(len(study.cells))
             continue
-        kind = _kind(study.task)
+        kind = evaluator_class(study.task)
         loaded = loaded or _load(kind, study, processes, watch)
         evaluator = kind(study.config, study, loaded)
         if processes.first:
@@ -244,7 +244,8 @@ def _run_model(studies: Sequence[Study], processes: Processes, shard: Shard | No
         study.run(evaluator, processes, shard, watch)
 
 
-def _kind(task: AnyTask) -> type[Evaluator]:
+def evaluator_class(task: AnyTask) -> type[Evaluator]:
+    """What runs the cells of a task."""
     if isinstance(task, Classification):
         return ClassifierEvaluator
     return LmmsEvaluator if isinstance(task, LmmsTask) else QuestionEvaluator

@@ -29,6 +29,9 @@ _STRIDE = 2
 FINALISTS = 4
 """So many candidates go on, however small the better half is."""
 
+_WHEN_SHORT = 2
+"""So many candidates are in the final if the time does not reach for all of them on the whole tuning share."""
+
 ERROR = 0.1
 """How often the setting that is chosen may truly be below the goal."""
 
@@ -161,6 +164,9 @@ class RetentionRace:
             alive = self._survivors(rung, alive)
             self._say(f"{rung.examples} examples: {self._standing(rung, alive)}")
             alive += [new for new in self._more(alive, number) if new.label not in self._places]
+        if self._measures.affordable() < counts[-1] * (len(alive) + _SETTINGS_A_RUNG):
+            # More examples for few candidates say more than few examples for all.
+            alive = [candidate for candidate in alive if candidate.is_method][:_WHEN_SHORT]
         affordable = min(self._measures.affordable() / (len(alive) + _SETTINGS_A_RUNG), counts[-1])
         return self._finish(alive, max(done, int(affordable)), rung)
 
@@ -238,7 +244,7 @@ class RetentionRace:
 
         ahead = -1  # place of the cheapest setting so far that meets the goal
         try:
-            for candidate in alive:
+            for candidate in alive if self._possible(rung, max(errors.values(), default=0)) else ():
                 start = max(self._places.get(candidate.label, -1), ahead + 1, 0)
                 if not candidate.is_method:  # it is measured to be shown beside the choice
                     surely(candidate, max(self._places.get(candidate.label, -1), 0))
@@ -252,6 +258,11 @@ class RetentionRace:
             pass
         self._say(f"{rung.examples} examples: final, {len(alive)} candidates")
         return self._choose(rung, errors, last)
+
+    def _possible(self, rung: Rung, error: float) -> bool:
+        """Whether so many examples can show that the goal is met, if nothing at all is lost."""
+        best = [1.0] * rung.examples
+        return (retention_bound(best, best, error) or 0.0) >= self._retain
 
     def _choose(self, rung: Rung, errors: Mapping[str, float], last: Rung | None) -> Found:
         sure = [

@@ -14,10 +14,12 @@ from rich.console import Console
 
 import vtprune
 from vtprune.errors import ConfigError
-from vtprune.eval.progress import progress_bar
+from vtprune.eval.progress import progress_bar, say
+from vtprune.eval.running.devices import taken, with_devices
 from vtprune.eval.running.evaluator import refuse_mismatches
 from vtprune.eval.running.questions import QuestionEvaluator
-from vtprune.eval.running.runner import Study, _claim
+from vtprune.eval.running.runner import Study, evaluator_class
+from vtprune.eval.running.shards import claim
 from vtprune.eval.tasks import Classification, open_tasks
 from vtprune.eval.tuning import output
 from vtprune.eval.tuning.candidates import Candidate, compositions, first_candidates, twins
@@ -49,18 +51,20 @@ def tune(config: TuneConfig, console: Console | None = None) -> Outcome:
     """
     started = time.monotonic()
     end = started + 60 * config.minutes if config.minutes is not None else float("inf")
-    settings = config.evaluation
+    settings = with_devices(config.evaluation)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("vtprune tune runs in one process; start it without torchrun")
-    (task,) = open_tasks(settings.task).values()
+    (task,) = open_tasks(settings.task, settings.include_path).values()
     if isinstance(task, Classification):
         raise ConfigError(f"task {task.name!r} has classes for a CLIP; vtprune tune is for tasks with questions")
     refuse_mismatches(settings, {task.name: task})
     with ExitStack() as stack:
-        _claim(settings.output, stack)
+        claim(settings.output, None, stack)
+        say(console, taken(settings))
         bar = stack.enter_context(progress_bar(console, "loading the model"))
         study, tuning, held_out = split(Study.of(settings, settings.model[0], task))
-        evaluator = QuestionEvaluator(settings, study, QuestionEvaluator.load(settings, study.model, settings.device))
+        kind = evaluator_class(task)
+        evaluator = kind(settings, study, kind.load(settings, study.model, settings.device))
         clock = Clock(end)
         bench = Bench(study, evaluator, settings.output, clock, bar.advance)
         tuner = _Tuner(config, bench, evaluator, clock, tuning, held_out, console)

@@ -125,6 +125,7 @@ def test_nothing_is_computed_twice(finished, model, monkeypatch):
     assert again.held_out.scores == outcome.held_out.scores
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_choice(model, tmp_path):
     options = ["--model", model, "--task", "tiny", "--flops", "0.6", "--batch-size", "2", "--limit", "8"]
     command = [sys.executable, tiny_tune.__file__, "tune", *options, "--output"]
