@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vtprune.eval.axes import AXES
-from vtprune.eval.config import BASELINES, BUDGETS, LISTS, EvalConfig, MethodEntry
+from vtprune.eval.config import EvalConfig
+from vtprune.eval.method_rows import BASELINES, BUDGETS, LISTS, MethodEntry
 from vtprune.eval.presets import presets
 from vtprune.eval.tasks import FileTask, task_names
 from vtprune.eval.tasks.opening import LMMS, SUITE

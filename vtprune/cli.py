@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vtprune.errors import ConfigError, VTPruneError
 
@@ -225,39 +223,12 @@ def methods(
     ] = None,
 ) -> None:
     """List the methods: where they act, what they look at, their source. Or which of them fit a model."""
-    from vtprune.methods import list_methods
-    from vtprune.methods.schedules import Progressive
+    from vtprune.listings import all_methods, print_methods_of
 
-    if model is not None:
-        _methods_of(model)
-        return
-    table = Table("method", "stage", "signal", "default budget", "paper")
-    for name, method in sorted(list_methods().items()):
-        default = "published schedule" if issubclass(method, Progressive) else "none"
-        budget = "must be given" if method.needs_budget else default
-        table.add_row(name, method.stage, method.signal, budget, method.paper)
-    Console().print(table)
-
-
-def _methods_of(model: str) -> None:
-    """Prints which methods fit a model, from its config alone."""
-    from vtprune.auto import default_for
-    from vtprune.eval.inputs import empty_model
-    from vtprune.support import fits
-
-    empty = empty_model(model)
-    default = default_for(empty)
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    table.add_column("fits", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for name, fit in fits(empty).items():
-        floor = f"keep_ratio from {fit.floor:.1%}" if fit.floor else ""
-        table.add_row(name, "yes" if fit.reason is None else "no", escape(fit.reason or floor))
-    console = Console()
-    console.print(table)
-    given = "".join(f", {key}={value}" for key, value in default.spec.items() if key != "name")
-    console.print(f'"auto" is {default.spec["name"]}{given}: {default.why}', highlight=False, markup=False)
+    if model is None:
+        Console().print(all_methods())
+    else:
+        print_methods_of(Console(), model)
 
 
 @app.command()
@@ -268,10 +239,10 @@ def models(
     ] = False,
 ) -> None:
     """List the supported model families: what they take, how they lay it out, which stages and signals methods get."""
-    from vtprune.model_lists import families, print_all
+    from vtprune.listings import families, print_models
 
     if every:
-        print_all(Console())
+        print_models(Console())
     else:
         Console().print(families())
 

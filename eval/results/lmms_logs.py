@@ -17,8 +17,8 @@ import yaml
 from loguru import logger
 
 from vtprune.errors import ConfigError
-from vtprune.eval.config import ComposedEntry
 from vtprune.eval.lmms.arguments import Arguments
+from vtprune.eval.method_rows import ComposedEntry
 from vtprune.eval.results.aggregated import POINTS, SHARE
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.statistics import mean_interval, retention_interval

@@ -21,9 +21,10 @@ import vtprune.adapters
 import vtprune.eval
 from vtprune.errors import ConfigError
 from vtprune.eval.axes import values_of
-from vtprune.eval.config import BASELINES, BUDGETS, ComposedEntry, EvalConfig, MethodEntry
+from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import resolve_model
 from vtprune.eval.inputs.classifiers import OPEN_CLIP
+from vtprune.eval.method_rows import BASELINES, BUDGETS, ComposedEntry, MethodEntry
 from vtprune.eval.tasks import AnyTask
 from vtprune.eval.tasks.base import file_digest
 from vtprune.eval.tasks.opening import source_hash

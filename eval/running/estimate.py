@@ -15,9 +15,10 @@ import vtprune
 from vtprune.adapters.base import Adapter
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UncheckedError, UnsupportedStageError
-from vtprune.eval.config import BASELINES, EvalConfig
+from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import conversation_inputs, resolve_model
 from vtprune.eval.inputs.downsample import Downsampler, FewerFrames, smaller_medium
+from vtprune.eval.method_rows import BASELINES
 from vtprune.eval.results.entries import conditions
 from vtprune.eval.results.formatting import flops
 from vtprune.eval.results.status import Refusal, status_text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtprune.eval.config import BASELINES
+from vtprune.eval.method_rows import BASELINES
 from vtprune.eval.running.cells import Cell
 from vtprune.methods import build_method, list_methods
 from vtprune.methods.base import BeforeLLM

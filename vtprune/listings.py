@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vtprune models` prints."""
+"""What `vtprune models` and `vtprune methods` print."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
 from vtprune.adapters import list_adapters
 from vtprune.adapters.coverage import Coverage, coverage
+from vtprune.methods import list_methods
+from vtprune.methods.schedules import Progressive
 
 
 def families() -> Table:
@@ -26,7 +29,7 @@ def families() -> Table:
     return table
 
 
-def print_all(console: Console) -> None:
+def print_models(console: Console) -> None:
     """Print every multimodal class of the installed transformers, supported ones by stages, others by reasons."""
     groups: dict[str, list[Coverage]] = {}
     for row in coverage():
@@ -52,3 +55,33 @@ def _print_rows(console: Console, rows: Iterable[Coverage]) -> None:
         console.print(f"  {row.model_type:24} {row.class_name}", highlight=False, soft_wrap=True)
         if row.refusal is not None and row.refusal.detail:
             console.print(Padding(row.refusal.detail, (0, 0, 0, 6), expand=False), highlight=False)
+
+
+def all_methods() -> Table:
+    """The methods: where they act, what they look at, their source."""
+    table = Table("method", "stage", "signal", "default budget", "paper")
+    for name, method in sorted(list_methods().items()):
+        default = "published schedule" if issubclass(method, Progressive) else "none"
+        budget = "must be given" if method.needs_budget else default
+        table.add_row(name, method.stage, method.signal, budget, method.paper)
+    return table
+
+
+def print_methods_of(console: Console, model: str) -> None:
+    """Print which methods fit a model, from its config alone. model: folder or hub id."""
+    from vtprune.auto import default_for
+    from vtprune.eval.inputs import empty_model
+    from vtprune.support import fits
+
+    empty = empty_model(model)
+    default = default_for(empty)
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, fit in fits(empty).items():
+        floor = f"keep_ratio from {fit.floor:.1%}" if fit.floor else ""
+        table.add_row(name, "yes" if fit.reason is None else "no", escape(fit.reason or floor))
+    console.print(table)
+    given = "".join(f", {key}={value}" for key, value in default.spec.items() if key != "name")
+    console.print(f'"auto" is {default.spec["name"]}{given}: {default.why}', highlight=False, markup=False)
