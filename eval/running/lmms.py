@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vtprune.errors import ConfigError
 from vtprune.eval.config import EvalConfig
 from vtprune.eval.inputs import answers
 from vtprune.eval.lmms.decoding import MAX_NEW_TOKENS, Generation, score_continuations
@@ -24,10 +25,18 @@ class LmmsEvaluator(QuestionEvaluator):
     """A vision-language model and the documents of a task of lmms-eval.
 
     A batch holds all requests of its documents: one each, or in a multiple choice one for each choice.
+
+    Raises:
+        ConfigError: the model does not take the task's media, or its processor would read every frame of a video.
     """
 
     def __init__(self, config: EvalConfig, study: Study, loaded: tuple[Any, Any]):
         super().__init__(config, study, loaded)
+        if self.task.kind == "video" and not self.processor.video_processor.do_sample_frames:
+            raise ConfigError(
+                f"lmms:{self.task.name}: the processor of {study.model!r} takes every frame of a video; set "
+                "do_sample_frames and num_frames (or fps) in its video_preprocessor_config.json"
+            )
         given = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
         self.generation = Generation.of({**self.task.settings, **given}, MAX_NEW_TOKENS)
 

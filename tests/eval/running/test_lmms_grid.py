@@ -3,6 +3,7 @@
 
 import argparse
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import yaml
 from lmms_eval.evaluator import simple_evaluate
 
+from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
 from vtprune.eval.lmms.model import VTPruneChat, VTPruneSimple
@@ -120,6 +122,18 @@ def test_videos_are_scored_alike(folder, clips, video_model):
         assert said == [sample["filtered_resps"][0] for sample in samples["digitscenes_video"]]
 
 
+def test_a_processor_that_reads_every_frame_is_refused(folder, video_model):
+    processor = build_video_processor()
+    processor.video_processor.do_sample_frames = False
+    shutil.copytree(video_model, folder / "every_frame")
+    processor.save_pretrained(folder / "every_frame")
+    include = str(local_lmms.SCENES.parent)
+    with pytest.raises(ConfigError, match="lmms:digitscenes_video: the processor of .* takes every frame of a video"):
+        evaluate(
+            folder, "frames", model=str(folder / "every_frame"), task="lmms:digitscenes_video", include_path=include
+        )
+
+
 def test_published_metrics_come_from_their_own_aggregation(grid):
     _, lines = grid
     full = {line["task"]: line for line in lines if line["label"] == "full"}
@@ -209,3 +223,16 @@ def test_three_tasks_that_are_killed_three_times_end_with_every_cell_once(folder
     write_report([output], output / "report.html")
     assert (output / "report.html").read_text().count("<section id=") == 3
     assert {line["task"] for line in lines} == {"pairs", "choices", "two_images"}
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_files_of_one(folder, tmp_path):
+    path = tmp_path / "grid.yaml"
+    settings = {"model": "digitscenes", "task": ["lmms:pairs", "lmms:choices"], "include_path": str(folder / "tasks")}
+    path.write_text(yaml.safe_dump(GRID | settings | {"batch_size": 2, "methods": ["mmtok"]}))
+    run(load_config(path, output=tmp_path / "one"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [*launcher, "vtprune", "eval", str(path), "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tiny_eval.files(tmp_path / "two") == tiny_eval.files(tmp_path / "one")
