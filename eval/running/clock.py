@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 
 from vtprune.eval.results.timings import Spent
-
-Result = TypeVar("Result")
 
 
 def now(device: torch.device) -> float:
@@ -21,21 +18,29 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed_answers(model: Any, work: Callable[[], Result]) -> tuple[Result, Spent]:
-    """The result of `work`, which calls `model.generate`, and what it took.
+class Stopwatch:
+    """A context manager that times what a model answers inside it, from its calls.
 
-    The first forward call of `generate` is the prefill, with the vision encoder and the selection of tokens.
+    The first call of the model is the prefill, with the vision encoder and the selection of tokens. What is done behind
+    the last call, such as scoring, does not count.
     """
-    ended: list[float] = []
 
-    def first_call_ended(_module: Any, _inputs: Any, output: Any) -> None:
-        if not ended:
-            ended.append(now(output.logits.device))
+    def __init__(self, model: Any):
+        self._model = model
+        self._ends: list[float] = []
 
-    handle = model.register_forward_hook(first_call_ended)
-    try:
-        started = now(model.device)
-        result = work()
-        return result, Spent(now(model.device) - started, ended[0] - started)
-    finally:
-        handle.remove()
+    def __enter__(self) -> Self:
+        self._handle = self._model.register_forward_hook(self._called)
+        self._started = now(self._model.device)
+        return self
+
+    def _called(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self._ends.append(now(output.logits.device))
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    @property
+    def spent(self) -> Spent:
+        """Seconds from the start to the end of the last call, and to that of the first one."""
+        return Spent(self._ends[-1] - self._started, self._ends[0] - self._started)

@@ -16,7 +16,7 @@ from vtprune.eval.pages.views import views_folder, write_views
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.timings import Spent
 from vtprune.eval.running.cells import Cell
-from vtprune.eval.running.clock import timed_answers
+from vtprune.eval.running.clock import Stopwatch
 from vtprune.eval.running.evaluator import Evaluator, RunBatch
 from vtprune.eval.running.measure import NOTHING_PRUNED, SHOWN, measure
 from vtprune.eval.tasks import Conversation
@@ -72,12 +72,11 @@ class QuestionEvaluator(Evaluator):
             session = vtprune.prune(self.model, cell.spec)
         stack.enter_context(session)
 
-        limit = self.config.max_new_tokens or self.task.max_new_tokens
-
         def run(batch: range) -> tuple[list[Record], Spent]:
             inputs = prepare(batch)
-            said, spent = timed_answers(self.model, lambda: answers(self.model, self.processor, inputs, limit))
-            return self._records(batch, said[0], measure(session.report, batch)), spent
+            with Stopwatch(self.model) as watch:
+                records = self._run_batch(batch, inputs, session)
+            return records, watch.spent
 
         return run
 
@@ -86,3 +85,8 @@ class QuestionEvaluator(Evaluator):
         if isinstance(smaller, Downsampler):
             stack.enter_context(smaller.interpolated())
         return smaller
+
+    def _run_batch(self, batch: range, inputs: Any, session: Any) -> list[Record]:
+        limit = self.config.max_new_tokens or self.task.max_new_tokens
+        predictions, _ = answers(self.model, self.processor, inputs, limit)
+        return self._records(batch, predictions, measure(session.report, batch))

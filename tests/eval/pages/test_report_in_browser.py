@@ -100,7 +100,7 @@ EDGES = """
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [700, 390])
 def test_a_table_that_goes_on_has_a_shade_at_its_edge(browser, page, width, dark):
     """And loses it where it ends."""
     browser.open(page, width=width, dark=dark)

@@ -35,8 +35,8 @@ def test_lines_of_versions_that_did_not_measure_the_prefill_are_read(tmp_path):
     assert latencies([tmp_path]) == {"a": Latency(1.0, None)}
 
 
-def test_the_prefill_ends_with_the_first_forward_call(monkeypatch):
-    """A clock that each forward call sets forward by 3 seconds, and all that is around the calls by 1."""
+def test_the_prefill_ends_with_the_first_call_and_the_answer_with_the_last(monkeypatch):
+    """Each call sets the clock forward by 3 seconds; what is before them by 1, and what is behind them by 5."""
     seconds = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds[0])
 
@@ -48,16 +48,13 @@ def test_the_prefill_ends_with_the_first_forward_call(monkeypatch):
             return SimpleNamespace(logits=torch.zeros(1))
 
     model = Model()
-
-    def generate():
+    with clock.Stopwatch(model) as watch:
         seconds[0] += 1
         for _ in range(4):
             model()
-        return "answer"
-
-    answer, spent = clock.timed_answers(model, generate)
-    assert (answer, spent) == ("answer", Spent(13.0, 4.0))
+        seconds[0] += 5
+    assert watch.spent == Spent(13.0, 4.0)
     assert not model._forward_hooks
-    with pytest.raises(ZeroDivisionError):
-        clock.timed_answers(model, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), clock.Stopwatch(model):
+        model(1 / 0)
     assert not model._forward_hooks
