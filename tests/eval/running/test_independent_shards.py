@@ -19,6 +19,7 @@ from vtprune.eval.config import load_config
 from vtprune.eval.running.processes import Processes
 from vtprune.eval.running.runner import run
 from vtprune.eval.running.shards import Shard, claim
+from vtprune.eval.running.unfinished import unfinished
 
 CONFIG = {
     "task": "tiny",
@@ -106,6 +107,10 @@ def test_a_run_without_shards_takes_over_what_a_dead_shard_left(config_file, alo
     config = load_config(config_file, output=tmp_path)
     run(config, shard=Shard(2, 4))
     some = done(tmp_path)
+    (progress,) = unfinished(tmp_path)  # so a report can show how far the shards are
+    examples = [min(CONFIG["batch_size"], tiny_eval.EXAMPLES - first) for _, first in some]
+    cannot_run = tiny_eval.EXAMPLES
+    assert sum(progress.done.values()) == sum(examples) + cannot_run
     (tmp_path / "cells" / ".any.0123.part").write_bytes(b"half")  # as if it had been killed while it wrote
     run(config)
     assert tiny_eval.files(tmp_path) == tiny_eval.files(alone)
