@@ -78,6 +78,8 @@ class Found:
     """whether that is the whole tuning share; otherwise the time was short"""
     bound: float | None = None
     """of the choice's retention, where that was the goal"""
+    earlier: list[Run] = field(default_factory=list)
+    """each candidate where it stood last, on the share that it was last measured on"""
 
 
 @dataclass
@@ -144,6 +146,7 @@ class RetentionRace:
         self._measures, self._batches, self._retain = measures, batches, retain
         self._more, self._say = more, say
         self._places: dict[str, int] = {}
+        self._stood: dict[str, Run] = {}
 
     def run(self, candidates: Sequence[Candidate]) -> Found:
         """Raises OutOfTime if not even the first share could be measured."""
@@ -183,6 +186,7 @@ class RetentionRace:
             if sample is None:
                 unscored.append(candidate)
             else:
+                self._stood[candidate.label] = Run(candidate, sample)
                 scored.append((-sample.score, sample.tokens, candidate))
         scored.sort(key=lambda entry: entry[:2])
         names = ", ".join(entry[2].label for entry in scored[:3])
@@ -220,6 +224,7 @@ class RetentionRace:
             run = self._run_of(rung, candidate) if candidate.label in self._places else None
             if run is None:
                 continue
+            self._stood[candidate.label] = run
             if self._places[candidate.label] < 0:
                 _, interval = retention_interval(list(run.sample.scores), list(run.sample.full))
                 if interval is None or interval[1] < self._retain:
@@ -274,7 +279,7 @@ class RetentionRace:
         bound = None if choice is None else self._bound(choice.sample, errors[choice.candidate.label])
         complete = len(rung.batches) == len(self._batches)
         runs = list(rung.runs.values()) or (list(last.runs.values()) if last else [])
-        return Found(choice, runs, len(errors), rung.examples, complete, bound)
+        return Found(choice, runs, len(errors), rung.examples, complete, bound, list(self._stood.values()))
 
     def _bound(self, sample: Sample, error: float) -> float:
         return retention_bound(sample.scores, sample.full, error) or 0.0
