@@ -15,16 +15,11 @@ from typing import Protocol
 from vtprune.eval.results.statistics import difference, retention_bound, retention_interval
 from vtprune.eval.running.cells import Cell
 from vtprune.eval.tuning.candidates import Candidate
+from vtprune.eval.tuning.ladder import LADDER, bisect, walk
 from vtprune.eval.tuning.measuring import OutOfTime, Sample
-
-LADDER = tuple(round(2 ** (-step / 8), 4) for step in range(1, 49))
-"""Budgets, from the richest to the cheapest; each has 8 % fewer tokens than the one before."""
 
 _SCREEN = LADDER[15]
 """The budget at which all candidates are compared first, a quarter of the tokens."""
-
-_STRIDE = 2
-"""Places of one step of a walk. Only the last step of the final is a single place."""
 
 FINALISTS = 4
 """So many candidates go on, however small the better half is."""
@@ -283,32 +278,3 @@ class RetentionRace:
 
     def _bound(self, sample: Sample, error: float) -> float:
         return retention_bound(sample.scores, sample.full, error) or 0.0
-
-
-def bisect(meets: Callable[[int], bool]) -> int:
-    """The cheapest place of the ladder that meets, if richer ones meet whatever a cheaper one meets; -1 if none."""
-    low, high = 0, len(LADDER) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        if meets(middle):
-            low = middle + 1
-        else:
-            high = middle - 1
-    return high
-
-
-def walk(meets: Callable[[int], bool], start: int, floor: int = -1) -> int:
-    """The same, found step by step from `start`: cheaper as long as that meets, else richer until one does.
-
-    floor: where to give up and stay.
-    """
-    place = max(start, 0)
-    if meets(place):
-        while place + _STRIDE < len(LADDER) and meets(place + _STRIDE):
-            place += _STRIDE
-        return place
-    while place - _STRIDE > floor:
-        place -= _STRIDE
-        if meets(place):
-            return place
-    return floor
