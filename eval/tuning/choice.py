@@ -40,15 +40,15 @@ def front(runs: Sequence[Run]) -> list[Run]:
 
 
 def shown(outcome: Outcome) -> list[Run]:
-    """The front, the choice and each baseline's best, from the fewest tokens on."""
-    runs = outcome.found.runs
-    chosen = [outcome.found.choice] if outcome.found.choice else []
-    baselines = [
-        max(same, key=lambda run: run.sample.retention)
-        for name in BASELINES
-        if (same := [run for run in runs if run.candidate.names == (name,)])
-    ]
-    listed = {run.sample.cell.title: run for run in [*front(runs), *chosen, *baselines]}
+    """The front, the choice, and each baseline where it was measured last; from the fewest tokens on."""
+    found = outcome.found
+    chosen = [found.choice] if found.choice else []
+    baselines = []
+    for name in BASELINES:
+        final = [run for run in found.runs if run.candidate.names == (name,)]
+        earlier = [run for run in found.earlier if run.candidate.names == (name,)]
+        baselines += sorted(final or earlier, key=lambda run: -run.sample.retention)[:1]
+    listed = {run.sample.cell.title: run for run in [*front(found.runs), *chosen, *baselines]}
     return sorted(listed.values(), key=lambda run: run.sample.tokens)
 
 
@@ -89,7 +89,7 @@ def _by_retention(outcome: Outcome, choice: Run) -> list[str]:
         f"{choice.name} has the fewest tokens ({choice.sample.tokens:.1f} an example) of the settings that surely keep "
         f"{outcome.goal.words}: on {found.examples} examples it keeps {100 * choice.sample.retention:.1f} %, and the "
         f"lower bound is {100 * (found.bound or 0):.1f} %. {found.finalists} candidates were in the final. In at most "
-        f"{ERROR:.0%} of such races the choice is truly below the goal."
+        f"one of {1 / ERROR:.0f} such races the choice is truly below the goal."
     ]
 
 

@@ -14,8 +14,8 @@ from vtprune.eval.config import EvalConfig
 
 GoalKind = Literal["retain", "flops", "latency", "kv"]
 
-NAMES = {
-    "retain": "share of the full model's score",
+_NAMES = {
+    "retain": "score",
     "flops": "FLOPs of the prefill",
     "latency": "latency",
     "kv": "KV cache",
@@ -61,11 +61,11 @@ class Goal:
 
     @property
     def words(self) -> str:
-        """For sentences: "at most 40 % of the full model's FLOPs of the prefill"."""
-        if self.kind == "retain":
-            return f"at least {100 * self.value:g} % of the full model's score"
-        amount = f"{self.value:g} s an example" if self.seconds else f"{100 * self.value:g} % of the full model's"
-        return f"at most {amount}: {NAMES[self.kind]}"
+        """For sentences: "at most 40 % of the full model's KV cache"."""
+        if self.seconds:
+            return f"at most {self.value:g} s an example"
+        least = "at least" if self.kind == "retain" else "at most"
+        return f"{least} {100 * self.value:g} % of the full model's {_NAMES[self.kind]}"
 
 
 def task_entry(text: str) -> Any:

@@ -34,6 +34,7 @@ class CostRace:
         self._measures, self._batches, self._goal = measures, batches, goal
         self._more, self._say = more, say
         self._ratios: dict[str, float] = {}
+        self._stood: dict[str, Run] = {}
 
     def cost(self, sample: Sample) -> float:
         """What the goal limits: a share of the full model's, or seconds."""
@@ -57,6 +58,7 @@ class CostRace:
                     raise
                 break
             best = rung
+            self._stood.update((run.candidate.label, run) for run in rung.runs.values())
             alive = self._survivors(rung, alive)
             names = ", ".join(run.name for run in self._ranked(rung)[:3])
             self._say(f"{rung.examples} examples: {len(alive)} candidates go on; ahead: {names or 'none'}")
@@ -66,7 +68,8 @@ class CostRace:
         ranked = self._ranked(best)
         choice = next((run for run in ranked if run.candidate.is_method), None)
         complete = len(best.batches) == len(self._batches)
-        return Found(choice, list(best.runs.values()), len(ranked), best.examples, complete)
+        runs, earlier = list(best.runs.values()), list(self._stood.values())
+        return Found(choice, runs, len(ranked), best.examples, complete, earlier=earlier)
 
     def _rung(self, alive: Sequence[Candidate], count: int) -> Rung:
         rung = Rung(self._measures, self._batches[:count])

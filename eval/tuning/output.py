@@ -18,7 +18,8 @@ from vtprune.eval.tuning.config import TuneConfig
 
 TUNED = "tuned.yaml"
 _WIDTH = 110
-_HEAD = ("setting", "tokens", "prefill FLOPs, % of full", "retention, %", "")
+_HEAD = ("setting", "tokens", "FLOPs, %", "retention, %", "of", "")
+"""FLOPs of the prefill as a share of the full model's; `of` so many examples."""
 
 
 def _rows(outcome: Outcome) -> list[list[str]]:
@@ -28,13 +29,22 @@ def _rows(outcome: Outcome) -> list[list[str]]:
         chosen = outcome.found.choice is not None and run.sample.cell == outcome.found.choice.sample.cell
         mark = "chosen" if chosen else "front" if run.sample.cell.title in on_front else "baseline"
         sample = run.sample
-        rows.append([run.name, f"{sample.tokens:.1f}", f"{100 * sample.costs['flops']:.1f}", retention(sample), mark])
+        rows.append(
+            [
+                run.name,
+                f"{sample.tokens:.1f}",
+                f"{100 * sample.costs['flops']:.1f}",
+                retention(sample),
+                str(len(sample.scores)),
+                mark,
+            ]
+        )
     return rows
 
 
 def terminal_table(outcome: Outcome) -> Table:
     """The Pareto front, the choice and the baselines; fits 80 columns."""
-    table = Table(title=f"tokens against retention, {outcome.found.examples} examples of the tuning share")
+    table = Table(title="tokens against retention", caption="of: examples of the tuning share")
     for name in _HEAD:
         table.add_column(name, overflow="fold", no_wrap=name.startswith("retention"))
     for row in _rows(outcome):

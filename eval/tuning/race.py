@@ -15,16 +15,11 @@ from typing import Protocol
 from vtprune.eval.results.statistics import difference, retention_bound, retention_interval
 from vtprune.eval.running.cells import Cell
 from vtprune.eval.tuning.candidates import Candidate
+from vtprune.eval.tuning.ladder import LADDER, bisect, walk
 from vtprune.eval.tuning.measuring import OutOfTime, Sample
-
-LADDER = tuple(round(2 ** (-step / 8), 4) for step in range(1, 49))
-"""Budgets, from the richest to the cheapest; each has 8 % fewer tokens than the one before."""
 
 _SCREEN = LADDER[15]
 """The budget at which all candidates are compared first, a quarter of the tokens."""
-
-_STRIDE = 2
-"""Places of one step of a walk. Only the last step of the final is a single place."""
 
 FINALISTS = 4
 """So many candidates go on, however small the better half is."""
@@ -78,6 +73,8 @@ class Found:
     """whether that is the whole tuning share; otherwise the time was short"""
     bound: float | None = None
     """of the choice's retention, where that was the goal"""
+    earlier: list[Run] = field(default_factory=list)
+    """each candidate where it stood last, on the share that it was last measured on"""
 
 
 @dataclass
@@ -144,6 +141,7 @@ class RetentionRace:
         self._measures, self._batches, self._retain = measures, batches, retain
         self._more, self._say = more, say
         self._places: dict[str, int] = {}
+        self._stood: dict[str, Run] = {}
 
     def run(self, candidates: Sequence[Candidate]) -> Found:
         """Raises OutOfTime if not even the first share could be measured."""
@@ -183,6 +181,7 @@ class RetentionRace:
             if sample is None:
                 unscored.append(candidate)
             else:
+                self._stood[candidate.label] = Run(candidate, sample)
                 scored.append((-sample.score, sample.tokens, candidate))
         scored.sort(key=lambda entry: entry[:2])
         names = ", ".join(entry[2].label for entry in scored[:3])
@@ -220,6 +219,7 @@ class RetentionRace:
             run = self._run_of(rung, candidate) if candidate.label in self._places else None
             if run is None:
                 continue
+            self._stood[candidate.label] = run
             if self._places[candidate.label] < 0:
                 _, interval = retention_interval(list(run.sample.scores), list(run.sample.full))
                 if interval is None or interval[1] < self._retain:
@@ -274,36 +274,7 @@ class RetentionRace:
         bound = None if choice is None else self._bound(choice.sample, errors[choice.candidate.label])
         complete = len(rung.batches) == len(self._batches)
         runs = list(rung.runs.values()) or (list(last.runs.values()) if last else [])
-        return Found(choice, runs, len(errors), rung.examples, complete, bound)
+        return Found(choice, runs, len(errors), rung.examples, complete, bound, list(self._stood.values()))
 
     def _bound(self, sample: Sample, error: float) -> float:
         return retention_bound(sample.scores, sample.full, error) or 0.0
-
-
-def bisect(meets: Callable[[int], bool]) -> int:
-    """The cheapest place of the ladder that meets, if richer ones meet whatever a cheaper one meets; -1 if none."""
-    low, high = 0, len(LADDER) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        if meets(middle):
-            low = middle + 1
-        else:
-            high = middle - 1
-    return high
-
-
-def walk(meets: Callable[[int], bool], start: int, floor: int = -1) -> int:
-    """The same, found step by step from `start`: cheaper as long as that meets, else richer until one does.
-
-    floor: where to give up and stay.
-    """
-    place = max(start, 0)
-    if meets(place):
-        while place + _STRIDE < len(LADDER) and meets(place + _STRIDE):
-            place += _STRIDE
-        return place
-    while place - _STRIDE > floor:
-        place -= _STRIDE
-        if meets(place):
-            return place
-    return floor

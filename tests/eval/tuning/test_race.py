@@ -7,18 +7,16 @@ from simulated import Simulated, candidates
 from vtprune.eval.running.cells import Cell
 from vtprune.eval.tuning.config import Goal
 from vtprune.eval.tuning.cost_race import CostRace
+from vtprune.eval.tuning.ladder import LADDER, bisect, walk
 from vtprune.eval.tuning.measuring import OutOfTime, Sample
 from vtprune.eval.tuning.race import (
     ERROR,
     FINALISTS,
-    LADDER,
     RetentionRace,
     Run,
-    bisect,
     dominated,
     shared_error,
     shares,
-    walk,
 )
 
 NAMES = ["mmtok", "divprune", "random", "uniform", "pool", "vtc_cls", "cdpruner", "dart"]
