@@ -53,6 +53,7 @@ TESTED_TEXT_MODELS = frozenset(
         "qwen2_vl_text",
         "qwen3",
         "qwen3_moe",
+        "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "seed_oss",
         "smollm3",

@@ -278,7 +278,9 @@ def kv_bytes(text_config: Any, lengths_per_layer: Counts, dtype_bytes: int = 2) 
 def _per_layer(name: str, counts: Counts, config: Any) -> list[float]:
     counts = counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
     if len(counts) != config.num_hidden_layers:
-        raise ConfigError(f"{name} holds {len(counts)} counts, the language model has {config.num_hidden_layers} layers")
+        raise ConfigError(
+            f"{name} holds {len(counts)} counts, the language model has {config.num_hidden_layers} layers"
+        )
     if any(count < 0 for count in counts):
         raise ConfigError(f"{name} must be at least 0 everywhere, got {counts}")
     return counts

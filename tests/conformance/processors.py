@@ -260,6 +260,17 @@ class Case:
         return processor(self.family)(text=text, **media, return_tensors="pt", **self.options, **options)
 
 
+ALIKE = {
+    "smolvlm": "idefics3",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_vl",
+    "internvl_gpt_oss": "internvl",
+    "ministral3": "mistral3",
+}
+"""Family -> the family whose processor it has, too."""
+
+
 @functools.cache
 def processor(family: str) -> hf.ProcessorMixin:
     return _PROCESSORS[family]()

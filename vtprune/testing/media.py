@@ -187,8 +187,14 @@ _QWEN_IMAGES = Layout(
     tuple((1, *grid) for grid in _GRIDS), _qwen(IMAGE), _collate_qwen("pixel_values", "image_grid_thw")
 )
 _CLIPS = ((3, 3, 3), (2, 2, 5), (4, 3, 2), (5, 3, 3))
+_STAMPED = {
+    "image": _QWEN_IMAGES,
+    "video": Layout(_CLIPS, _qwen(VIDEO, stamped=True), _collate_qwen("pixel_values_videos", "video_grid_thw")),
+}
 _IDEFICS = Layout(((1, 2), (0, 0), (2, 1), (2, 2)), _marked_tiles, _collate_marked_tiles)
 _PALIGEMMA = Layout((25,) * 4, _square(), _stack("pixel_values"))
+_INTERNVL = {"image": Layout((3, 1, 2, 4), _tiles, _collate_tiles)}
+_MISTRAL3 = {"image": Layout(_GRIDS, _rows, _collate_rows)}
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "llava": {"image": Layout((36,) * 4, _square(), _stack("pixel_values"))},
@@ -211,15 +217,17 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "video": Layout(_CLIPS, _qwen(VIDEO), _collate_qwen("pixel_values_videos", "video_grid_thw")),
     },
     "qwen2_5_vl": {"image": _QWEN_IMAGES, "video": Layout(_CLIPS, _qwen(VIDEO), _collate_timed)},
-    "qwen3_vl": {
-        "image": _QWEN_IMAGES,
-        "video": Layout(_CLIPS, _qwen(VIDEO, stamped=True), _collate_qwen("pixel_values_videos", "video_grid_thw")),
-    },
-    "internvl": {"image": Layout((3, 1, 2, 4), _tiles, _collate_tiles)},
+    "qwen3_vl": _STAMPED,
+    "qwen3_vl_moe": _STAMPED,
+    "qwen3_5": _STAMPED,
+    "qwen3_5_moe": _STAMPED,
+    "internvl": _INTERNVL,
+    "internvl_gpt_oss": _INTERNVL,
     "idefics3": {"image": _IDEFICS},
     "smolvlm": {"image": _IDEFICS},
     "gemma3": {"image": Layout((16,) * 4, _square((NEWLINE, START), (END, NEWLINE)), _stack("pixel_values"))},
     "paligemma": {"image": _PALIGEMMA},
     "paligemma2": {"image": _PALIGEMMA},
-    "mistral3": {"image": Layout(_GRIDS, _rows, _collate_rows)},
+    "mistral3": _MISTRAL3,
+    "ministral3": _MISTRAL3,
 }

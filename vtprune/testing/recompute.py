@@ -119,8 +119,9 @@ def recompute(
         per_type = (
             {"layer_type": kind} if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters else {}
         )
-        mask = _mask(model, kind, blocks[columns], hidden.dtype)
-        if cached is not None:
+        carries_state = kind == "linear_attention"  # and so sees all that came before
+        mask = None if carries_state else _mask(model, kind, blocks[columns], hidden.dtype)
+        if cached is not None and not carries_state:
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
