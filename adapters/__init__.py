@@ -25,6 +25,7 @@ from vtprune.adapters.mistral3 import Mistral3
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
+from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL
 from vtprune.adapters.timm import TimmViT
 from vtprune.adapters.video_llava import VideoLlava
@@ -57,6 +58,8 @@ for _adapter in (
     Qwen2_5_VL,
     Qwen3VL,
     Qwen3_5,
+    Qwen2_5Omni,
+    Qwen3Omni,
     InternVL,
     Idefics3,
     Gemma3,
@@ -78,7 +81,7 @@ def list_adapters() -> dict[str, type[Adapter]]:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside a wrapper: peft, distributed training, a pipeline."""
+    """The transformers model inside a wrapper: peft, distributed training, a pipeline; the thinker of an Omni model."""
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
             "DataParallel runs copies of the model in threads, and hooks do not follow; pass model.module and use one "
@@ -91,6 +94,8 @@ def _unwrapped(model: Any) -> Any:
         return _unwrapped(model.module)
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
         return _unwrapped(model.model)
+    if isinstance(thinker := getattr(model, "thinker", None), nn.Module):  # what answers; a talker speaks it
+        return _unwrapped(thinker)
     return model
 
 

@@ -125,7 +125,7 @@ class Qwen3VL(Qwen2VL):
 
 
 class Qwen3_5(Qwen3VL):
-    """`Qwen3_5ForConditionalGeneration` and `Qwen3_5MoeForConditionalGeneration` (Qwen3.5 and 3.6; no paper).
+    """`Qwen3_5ForConditionalGeneration` and `Qwen3_5MoeForConditionalGeneration` (Qwen3.5; no paper).
 
     Like Qwen3-VL, without DeepStack. Most layers of the language model are linear attention, whose state every token
     changes, so tokens can be dropped before the language model only.
@@ -133,6 +133,7 @@ class Qwen3_5(Qwen3VL):
 
     model_types = ("qwen3_5", "qwen3_5_moe")
     family = "Qwen3.5"
+    carries_state = True
 
 
 def patch_grids(kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:

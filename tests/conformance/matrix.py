@@ -16,8 +16,8 @@ MEANS_OF_PATCHES: dict[str, tuple[str, ...]] = {
 }
 """Families and media of which some visual tokens are means of several patches. Inside the encoder these patches can
 merge, but not go; `tests/encoders` has the refusals."""
-KINDRED = ("qwen3_vl_moe", "qwen3_5_moe", "internvl_gpt_oss", "ministral3")
-"""Families that share their adapter with another one. The default run has a quarter of their cells."""
+KINDRED = ("qwen3_vl_moe", "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni", "internvl_gpt_oss", "ministral3")
+"""Families whose adapter is, or derives from, that of another one. The default run has a quarter of their cells."""
 CELLS = [
     (name, media, method)
     for name in families.NAMES

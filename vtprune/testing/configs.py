@@ -8,7 +8,21 @@ from typing import Any
 
 import transformers as hf
 
-from vtprune.testing.media import BOS, END, IMAGE, MERGE, PAD, PATCH, START, TILE, VIDEO, VOCABULARY
+from vtprune.testing.media import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_START,
+    BOS,
+    END,
+    IMAGE,
+    MERGE,
+    PAD,
+    PATCH,
+    START,
+    TILE,
+    VIDEO,
+    VOCABULARY,
+)
 
 WIDTH = 32
 INIT_STD = 0.2
@@ -30,10 +44,19 @@ TEXT: dict[str, Any] = dict(
 _VISION = dict(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 _QWEN_VISION = dict(patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=2, depth=4, num_heads=4)
 _QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
-_MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
-_QWEN3_VISION = _QWEN_VISION | dict(
-    hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH, num_position_embeddings=64
+_AUDIO = dict(encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, d_model=WIDTH, output_dim=WIDTH)
+_OMNI_IDS = dict(
+    vision_start_token_id=START,
+    vision_end_token_id=END,
+    audio_start_token_id=AUDIO_START,
+    audio_end_token_id=AUDIO_END,
+    position_id_per_seconds=3,
 )
+_MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
+_QWEN_2_5_VISION = _QWEN_VISION | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
+_WINDOWS = _QWEN_2_5_VISION | dict(window_size=16, fullatt_block_indexes=[1, 3])
+"""Windows of 2x2 merged tokens, so that the tower reorders them."""
+_QWEN3_VISION = _QWEN_2_5_VISION | dict(num_position_embeddings=64)
 _LINEAR = dict(
     layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
     linear_num_key_heads=2,
@@ -189,12 +212,10 @@ MODELS: dict[str, tuple[str, Callable]] = {
             **_QWEN_IDS,
         ),
     ),
-    "qwen2_5_vl": (  # windows of 2x2 merged tokens, so that the tower reorders them
+    "qwen2_5_vl": (
         "Qwen2_5_VLForConditionalGeneration",
         lambda **text: hf.Qwen2_5_VLConfig(
-            vision_config=_QWEN_VISION
-            | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
-            | dict(window_size=16, fullatt_block_indexes=[1, 3], tokens_per_second=2),
+            vision_config=_WINDOWS | dict(tokens_per_second=2),
             text_config=TEXT | _MROPE | text,
             **_QWEN_IDS,
         ),
@@ -208,6 +229,30 @@ MODELS: dict[str, tuple[str, Callable]] = {
     "qwen3_5_moe": (
         "Qwen3_5MoeForConditionalGeneration",
         _qwen3_5("Qwen3_5MoeConfig", **_EXPERTS, shared_expert_intermediate_size=16),
+    ),
+    "qwen2_5_omni": (
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        lambda **text: hf.Qwen2_5OmniThinkerConfig(
+            vision_config=_WINDOWS,
+            text_config=TEXT | _MROPE | text,
+            audio_config=_AUDIO,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            audio_token_index=AUDIO,
+            **_OMNI_IDS,
+        ),
+    ),
+    "qwen3_omni": (
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        lambda **text: hf.Qwen3OmniMoeThinkerConfig(
+            vision_config=_QWEN3_VISION | dict(deepstack_visual_indexes=[0, 1, 2]),
+            text_config=TEXT | _MROPE | _EXPERTS | dict(head_dim=8) | text,
+            audio_config=_AUDIO | dict(downsample_hidden_size=8),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            **_OMNI_IDS,
+        ),
     ),
     "internvl": ("InternVLForConditionalGeneration", _internvl(_qwen2)),
     "internvl_gpt_oss": ("InternVLForConditionalGeneration", _internvl(_gpt_oss)),

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thinkers of Qwen2.5-Omni and Qwen3-Omni: images and videos as in Qwen-VL, and audio, which is left as it is."""
+
+from __future__ import annotations
+
+from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL
+
+
+class Qwen2_5Omni(Qwen2_5_VL):
+    """`Qwen2_5OmniThinkerForConditionalGeneration`, alone or in a `Qwen2_5OmniForConditionalGeneration` (arXiv
+    2503.20215).
+
+    Like Qwen2.5-VL. Audio tokens are neither visual nor text: they are never dropped, and methods that read the
+    question do not read them. The audio of a video stands between the tokens of its frames (`use_audio_in_video`).
+    """
+
+    model_types = ("qwen2_5_omni_thinker",)
+    family = "Qwen2.5-Omni"
+
+    @property
+    def marker_token_ids(self) -> tuple[int, ...]:
+        return (*super().marker_token_ids, *_audio_ids(self.config))
+
+
+class Qwen3Omni(Qwen2VL):
+    """`Qwen3OmniMoeThinkerForConditionalGeneration`, alone or in a `Qwen3OmniMoeForConditionalGeneration` (arXiv
+    2509.17765).
+
+    Like Qwen3-VL with experts and DeepStack, but without time stamps in a video. Audio as in Qwen2.5-Omni.
+    """
+
+    model_types = ("qwen3_omni_moe_thinker",)
+    family = "Qwen3-Omni"
+
+    @property
+    def marker_token_ids(self) -> tuple[int, ...]:
+        return (*super().marker_token_ids, *_audio_ids(self.config))
+
+
+def _audio_ids(config) -> tuple[int, ...]:
+    """Ids of audio tokens, and of what stands around them."""
+    names = ("audio_start_token_id", "audio_token_id", "audio_end_token_id")
+    return tuple(value for name in names if (value := getattr(config, name, None)) is not None)
