@@ -103,9 +103,10 @@ class Adapter(ABC):
 
     @property
     def marker_token_ids(self) -> tuple[int, ...]:
-        """Ids of tokens around images that are neither visual nor language, such as "start of image", as far as the
-        config has them."""
-        names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+        """Ids of tokens that are neither visual nor language, as far as the config has them: those around images, such
+        as "start of image", and audio."""
+        around = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+        names = (*around, "audio_start_token_id", "audio_token_id", "audio_end_token_id")
         return tuple(value for name in names if (value := getattr(self.config, name, None)) is not None)
 
     def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:

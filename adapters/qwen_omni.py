@@ -17,10 +17,6 @@ class Qwen2_5Omni(Qwen2_5_VL):
     model_types = ("qwen2_5_omni_thinker",)
     family = "Qwen2.5-Omni"
 
-    @property
-    def marker_token_ids(self) -> tuple[int, ...]:
-        return (*super().marker_token_ids, *_audio_ids(self.config))
-
 
 class Qwen3Omni(Qwen2VL):
     """`Qwen3OmniMoeThinkerForConditionalGeneration`, alone or in a `Qwen3OmniMoeForConditionalGeneration` (arXiv
@@ -31,13 +27,3 @@ class Qwen3Omni(Qwen2VL):
 
     model_types = ("qwen3_omni_moe_thinker",)
     family = "Qwen3-Omni"
-
-    @property
-    def marker_token_ids(self) -> tuple[int, ...]:
-        return (*super().marker_token_ids, *_audio_ids(self.config))
-
-
-def _audio_ids(config) -> tuple[int, ...]:
-    """Ids of audio tokens, and of what stands around them."""
-    names = ("audio_start_token_id", "audio_token_id", "audio_end_token_id")
-    return tuple(value for name in names if (value := getattr(config, name, None)) is not None)
