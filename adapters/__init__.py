@@ -23,7 +23,8 @@ from vtprune.adapters.mistral3 import Mistral3
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
-from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3VL
+from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
+from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL
 from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.timm import TimmViT
 from vtprune.adapters.video_llava import VideoLlava
@@ -57,6 +58,9 @@ for _adapter in (
     Qwen2VL,
     Qwen2_5_VL,
     Qwen3VL,
+    Qwen3_5,
+    Qwen2_5Omni,
+    Qwen3Omni,
     InternVL,
     Idefics3,
     Gemma3,

@@ -39,6 +39,9 @@ class Adapter(ABC):
     merges_in_encoder: ClassVar[bool] = True
     """Whether tokens can be merged between encoder layers: all patches of a crop see one another, without masks or
     rotary embeddings."""
+    carries_state: ClassVar[bool] = False
+    """Whether layers of the family's language model carry a state from token to token, so that no tokens can be dropped
+    inside it; for tables. Of a model that is loaded, its config says so."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     gated_encoder_mlp: ClassVar[bool] = False
@@ -63,13 +66,15 @@ class Adapter(ABC):
     def stages(cls) -> tuple[str, ...]:
         """Stages at which methods can act on the family."""
         inside = ("encoder",) if cls.merges_in_encoder else ()
-        return (*inside, "before_llm", "in_llm", "decode")
+        in_llm = () if cls.carries_state else ("in_llm", "decode")
+        return (*inside, "before_llm", *in_llm)
 
     @classmethod
     def signals(cls) -> tuple[str, ...]:
         """What methods can ask of the family (`vtprune.signals`), in words."""
         cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention {cls.cls_token}",))
-        return (*cls_attention, "encoder attention", "encoder features", "text", "LLM attention", "transition")
+        in_llm = () if cls.carries_state else ("LLM attention", "transition")
+        return (*cls_attention, "encoder attention", "encoder features", "text", *in_llm)
 
     # -- the language model -------------------------------------------------------------------------------------
 
@@ -98,9 +103,10 @@ class Adapter(ABC):
 
     @property
     def marker_token_ids(self) -> tuple[int, ...]:
-        """Ids of tokens around images that are neither visual nor language, such as "start of image", as far as the
-        config has them."""
-        names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+        """Ids of tokens that are neither visual nor language, as far as the config has them: those around images, such
+        as "start of image", and audio."""
+        around = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+        names = (*around, "audio_start_token_id", "audio_token_id", "audio_end_token_id")
         return tuple(value for name in names if (value := getattr(self.config, name, None)) is not None)
 
     def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size, with 2x2 patches merged before the LLM."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images and videos of any size, with 2x2 patches merged before the LLM."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Qwen2VL(Adapter):
     three axes (M-RoPE).
     """
 
-    model_types = ("qwen2_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     family = "Qwen2-VL"
     kinds = ("image", "video")
     merges_in_encoder = False
@@ -80,13 +80,13 @@ class Qwen2_5_VL(Qwen2VL):
 
 
 class Qwen3VL(Qwen2VL):
-    """`Qwen3VLForConditionalGeneration` (arXiv 2511.21631).
+    """`Qwen3VLForConditionalGeneration` and `Qwen3VLMoeForConditionalGeneration` (arXiv 2511.21631).
 
     Like Qwen2-VL, but text with a time stamp ("<0.3 seconds>") comes before each grid of a video, and features of
     earlier encoder layers are added to the visual tokens after the first decoder layers (DeepStack).
     """
 
-    model_types = ("qwen3_vl",)
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
     family = "Qwen3-VL"
 
     def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:
@@ -122,6 +122,18 @@ class Qwen3VL(Qwen2VL):
         opening, length = tokens[inside + 1], numbers.index(video, inside) - inside - 2
         near = [column for column in range(max(start - length, 0), start) if tokens[column] == opening]
         return near[-1] if near else start
+
+
+class Qwen3_5(Qwen3VL):
+    """`Qwen3_5ForConditionalGeneration` and `Qwen3_5MoeForConditionalGeneration` (Qwen3.5; no paper).
+
+    Like Qwen3-VL, without DeepStack. Most layers of the language model are linear attention, whose state every token
+    changes, so tokens can be dropped before the language model only.
+    """
+
+    model_types = ("qwen3_5", "qwen3_5_moe")
+    family = "Qwen3.5"
+    carries_state = True
 
 
 def patch_grids(kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:

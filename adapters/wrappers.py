@@ -12,7 +12,7 @@ from vtprune.errors import UnsupportedModelError
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside a wrapper: peft, distributed training, a pipeline. Raises UnsupportedModelError if there is
+    """The model inside a wrapper: peft, distributed training, a pipeline, an Omni model. Raises UnsupportedModelError if there is
     none, or if hooks on it would not be reached."""
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
@@ -27,7 +27,9 @@ def unwrapped(model: Any) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
         return unwrapped(model.module)
     if isinstance(model, nn.Module):
-        return model
+        # Of an Omni model the thinker answers; a talker speaks what it says.
+        thinker = getattr(model, "thinker", None)
+        return model if thinker is None else unwrapped(thinker)
     if isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
         return unwrapped(model.model)
     raise UnsupportedModelError(_no_model(model))

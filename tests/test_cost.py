@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -39,6 +40,12 @@ VICUNA_7B = LlamaConfig(
 )
 
 
+def solving(system: torch.Size, right: torch.Size, *args, **kwargs) -> int:
+    """FLOPs of a triangular system, which torch does not count, as the product that kernels, and older releases of
+    transformers, have in its place."""
+    return 2 * math.prod(right) * system[-1]
+
+
 def counted_flops(module: torch.nn.Module, *args, **kwargs) -> dict[str, int]:
     """FLOPs of one forward as torch counts them: name of a module below `module` ("" is itself) -> FLOPs.
 
@@ -46,7 +53,8 @@ def counted_flops(module: torch.nn.Module, *args, **kwargs) -> dict[str, int]:
     """
     module.eval().set_attn_implementation("eager") if hasattr(module, "set_attn_implementation") else module.eval()
     root = type(module).__name__
-    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+    solvers = {torch.ops.aten.linalg_solve_triangular: solving}
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None, custom_mapping=solvers) as counter:
         module(*args, **kwargs)
     return {
         name.removeprefix(root).removeprefix("."): sum(operators.values())
@@ -70,6 +78,57 @@ def test_exact_prefill_is_what_torch_counts(model_class, config, visual, text):
     counted = counted_flops(model_class(config), inputs_embeds=torch.randn(1, visual + text, config.hidden_size))
     layers = [counted[f"layers.{i}"] for i in range(config.num_hidden_layers)]
     assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == sum(layers)
+
+
+EXPERTS = TINY | dict(num_key_value_heads=2, head_dim=16, num_experts_per_tok=2)
+LINEAR = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=12,
+    linear_value_head_dim=20,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
+SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("MixtralModel", lambda: hf.MixtralConfig(**EXPERTS, num_local_experts=5)),
+        ("GptOssModel", lambda: hf.GptOssConfig(**EXPERTS, num_local_experts=5)),
+        (
+            "Qwen3VLMoeTextModel",
+            lambda: hf.Qwen3VLMoeTextConfig(**EXPERTS, moe_intermediate_size=24, num_experts=5, mlp_only_layers=[1]),
+        ),
+        ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
+        ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
+    ],
+)
+@pytest.mark.parametrize(("visual", "text"), [(19, 7), (60, 41)])
+def test_active_experts_and_linear_attention_are_what_torch_counts(model, config, visual, text):
+    if not hasattr(hf, model):
+        pytest.skip(f"this release of transformers has no {model}")
+    config, tokens = config(), visual + text
+    model = getattr(hf, model)(config)
+    model.set_experts_implementation("eager")  # others are not counted, or run tokens that nobody needs
+    counted = counted_flops(model, inputs_embeds=torch.randn(1, tokens, config.hidden_size))
+    expected = sum(counted[f"layers.{i}"] for i in range(config.num_hidden_layers))
+    for layer in model.layers:  # the convolution runs beyond the last token, and that is cut off
+        if hasattr(layer, "linear_attn"):
+            convolution = layer.linear_attn.conv1d
+            kernel = convolution.kernel_size[0]
+            expected -= 2 * convolution.out_channels * kernel * (kernel - 1)
+    assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == expected
+
+
+def test_linear_attention_holds_no_keys_and_has_no_published_formula():
+    if not hasattr(hf, "Qwen3_5TextConfig"):
+        pytest.skip("this release of transformers has no Qwen3.5")
+    config = hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)
+    assert cost.kv_bytes(config, [100, 7, 100]) == 7 * 2 * 2 * 16 * 2
+    for convention in cost.CONVENTIONS.keys() - {"exact"}:
+        with pytest.raises(ConfigError, match=f"'{convention}' knows no linear attention.*qwen3_5_text.*use 'exact'"):
+            cost.llm_prefill_flops(config, [1] * 3, 1, convention)
 
 
 def test_exact_prefill_adds_layers_of_different_lengths():

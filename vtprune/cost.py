@@ -8,22 +8,23 @@ the table it stands next to. Nothing here runs a model: configs in, numbers out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from vtprune.errors import ConfigError
+from vtprune.transformers_private import layer_type
 
 Counts = Sequence[float] | torch.Tensor
 
 
 @dataclass(frozen=True)
-class _TextShape:
-    """The widths of a decoder that its cost depends on, under the names that formulas use."""
+class _LayerShape:
+    """The widths of a decoder layer that its cost depends on, under the names that formulas use."""
 
-    layers: int
     d: int
     """width of the hidden state"""
     d_q: int
@@ -31,44 +32,108 @@ class _TextShape:
     d_kv: int
     """width of all key (or value) heads together; below `d_q` with grouped-query attention"""
     m: int
-    """width inside the MLP"""
+    """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
+    gates: int
+    """numbers that are computed for each token to choose its experts and to weigh them; 0 without experts"""
+    gated_attention: bool
+    """whether the queries' projection also puts out a gate of the same width"""
+    delta: _DeltaRule | None
+    """what the layer has instead of attention"""
 
     @classmethod
-    def of(cls, config: Any) -> _TextShape:
+    def of(cls, config: Any, layer: int) -> _LayerShape:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        m, gates = _mlp_widths(config, layer)
+        is_linear = layer_type(config, layer) == "linear_attention"
         return cls(
-            layers=config.num_hidden_layers,
             d=config.hidden_size,
             d_q=heads * head_dim,
             d_kv=kv_heads * head_dim,
-            m=config.intermediate_size,
+            m=m,
+            gates=gates,
+            # Models that alternate attention with the delta rule gate both.
+            gated_attention=hasattr(config, "linear_key_head_dim"),
+            delta=_DeltaRule.of(config) if is_linear else None,
         )
 
 
-def _exact(shape: _TextShape, visual: float, text: int) -> float:
+def _mlp_widths(config: Any, layer: int) -> tuple[int, int]:
+    """`m` and `gates` of a decoder layer."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    every = getattr(config, "decoder_sparse_step", 1)
+    if not experts or layer in (getattr(config, "mlp_only_layers", None) or ()) or (layer + 1) % every:
+        return config.intermediate_size, 0
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    return config.num_experts_per_tok * width + shared, experts + bool(shared)
+
+
+@dataclass(frozen=True)
+class _DeltaRule:
+    """The widths of a layer of linear attention by the gated delta rule (Qwen3-Next, Qwen3.5)."""
+
+    chunk: ClassVar[int] = 64
+    """Tokens that are computed together; the last ones are filled up to so many."""
+
+    heads: int
+    """value heads; each has a state of its own"""
+    d_k: int
+    """width of one key head"""
+    d_v: int
+    """width of one value head"""
+    keys: int
+    """width of all key (or query) heads together"""
+    kernel: int
+    """tokens that the convolution over queries, keys and values sees"""
+
+    @classmethod
+    def of(cls, config: Any) -> _DeltaRule:
+        return cls(
+            heads=config.linear_num_value_heads,
+            d_k=config.linear_key_head_dim,
+            d_v=config.linear_value_head_dim,
+            keys=config.linear_num_key_heads * config.linear_key_head_dim,
+            kernel=config.linear_conv_kernel_dim,
+        )
+
+    def flops(self, d: int, n: float) -> float:
+        values = self.heads * self.d_v
+        # Queries, keys, values and their gate, two numbers a head, and the output.
+        projections = 2 * n * d * (2 * self.keys + 3 * values + 2 * self.heads)
+        convolution = 2 * n * (2 * self.keys + values) * self.kernel
+        within = self.chunk * (3 * self.d_k + 2 * self.d_v)  # a token and those of its chunk
+        state = 3 * self.d_k * self.d_v  # reading it for values and outputs, and writing it
+        filled = math.ceil(n / self.chunk) * self.chunk
+        return projections + convolution + 2 * filled * self.heads * (within + state)
+
+
+def _exact(shape: _LayerShape, visual: float, text: int) -> float:
     n = visual + text
-    projections = 2 * n * shape.d * (2 * shape.d_q + 2 * shape.d_kv)  # q and o, k and v
+    mlp = 3 * (2 * n * shape.d * shape.m) + 2 * n * shape.d * shape.gates  # gate, up, down; choice of experts
+    if shape.delta is not None:
+        return shape.delta.flops(shape.d, n) + mlp
+    queries = (3 if shape.gated_attention else 2) * shape.d_q  # q and o
+    projections = 2 * n * shape.d * (queries + 2 * shape.d_kv)  # those, k and v
     attention = 2 * (2 * n * n * shape.d_q)  # QK^T and AV
-    mlp = 3 * (2 * n * shape.d * shape.m)  # gate, up, down
     return projections + attention + mlp
 
 
-def _visual_only(shape: _TextShape, visual: float, text: int) -> float:
+def _visual_only(shape: _LayerShape, visual: float, text: int) -> float:
     return 4 * visual * shape.d**2 + 2 * visual**2 * shape.d + 2 * visual * shape.d * shape.m
 
 
-def _visual_only_gated(shape: _TextShape, visual: float, text: int) -> float:
+def _visual_only_gated(shape: _LayerShape, visual: float, text: int) -> float:
     return 4 * visual * shape.d**2 + 2 * visual**2 * shape.d + 3 * visual * shape.d * shape.m
 
 
-def _llm_viewer(shape: _TextShape, visual: float, text: int) -> float:
+def _llm_viewer(shape: _LayerShape, visual: float, text: int) -> float:
     n = int(visual + text)
     return 2 * n * (2 * shape.d**2 + 2 * shape.d * shape.d_kv + 3 * shape.d * shape.m) + 4 * n**2 * shape.d
 
 
-CONVENTIONS: dict[str, Callable[[_TextShape, float, int], float]] = {
+CONVENTIONS: dict[str, Callable[[_LayerShape, float, int], float]] = {
     "exact": _exact,
     "visual_only": _visual_only,
     "visual_only_gated": _visual_only_gated,
@@ -92,7 +157,9 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
 
             - `"exact"` (default): 4N d (d_q + d_kv) + 4N^2 d_q + 6N d m. Two FLOPs per multiply-add, grouped-query
               attention and the three matrices of a gated MLP. Attention is counted over the full N x N square, as FLOP
-              counters do, although causality makes half of it unnecessary and some kernels skip it.
+              counters do, although causality makes half of it unnecessary and some kernels skip it. Of a mixture of
+              experts, m is the width of all experts that run for a token, and the choice among them is added. Layers of
+              linear attention by the gated delta rule have a cost of their own, in chunks of 64 tokens.
             - `"visual_only"` (FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334): 4n d^2 + 2n^2 d + 2n d m. One FLOP
               per multiply-add, no text, no grouped-query attention, two MLP matrices.
             - `"visual_only_gated"` (TransPrune, arXiv 2507.20630): 4n d^2 + 2n^2 d + 3n d m.
@@ -102,15 +169,22 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
         FLOPs; an int when all counts are.
 
     Raises:
-        ConfigError: unknown convention, a number of counts that is not the number of layers, a negative count.
+        ConfigError: unknown convention, a number of counts that is not the number of layers, a negative count, a
+            convention other than "exact" for a model with linear attention.
     """
     if convention not in CONVENTIONS:
         raise ConfigError(f"unknown FLOPs convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
     if text_tokens < 0:
         raise ConfigError(f"text_tokens must be at least 0, got {text_tokens}")
-    shape = _TextShape.of(text_config)
+    counts = _per_layer("visual_tokens", visual_tokens, text_config)
+    shapes = [_LayerShape.of(text_config, layer) for layer in range(len(counts))]
+    if convention != "exact" and any(shape.delta is not None for shape in shapes):
+        raise ConfigError(
+            f"the FLOPs convention {convention!r} knows no linear attention, which {text_config.model_type!r} has; "
+            "use 'exact'"
+        )
     layer_cost = CONVENTIONS[convention]
-    return sum(layer_cost(shape, count, text_tokens) for count in _per_layer("visual_tokens", visual_tokens, shape))
+    return sum(layer_cost(shape, count, text_tokens) for shape, count in zip(shapes, counts, strict=True))
 
 
 def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
@@ -185,7 +259,7 @@ def projector_flops(config: Any, tokens: float) -> float:
 
 
 def kv_bytes(text_config: Any, lengths_per_layer: Counts, dtype_bytes: int = 2) -> float:
-    """Bytes of one sample's KV cache.
+    """Bytes of one sample's KV cache. Layers of linear attention hold a state instead, which is not counted.
 
     Args:
         text_config: config of the language model.
@@ -195,14 +269,18 @@ def kv_bytes(text_config: Any, lengths_per_layer: Counts, dtype_bytes: int = 2) 
     Raises:
         ConfigError: a number of lengths that is not the number of layers, a negative length.
     """
-    shape = _TextShape.of(text_config)
-    return sum(_per_layer("lengths_per_layer", lengths_per_layer, shape)) * 2 * shape.d_kv * dtype_bytes
+    lengths = _per_layer("lengths_per_layer", lengths_per_layer, text_config)
+    shapes = [_LayerShape.of(text_config, layer) for layer in range(len(lengths))]
+    held = (n * 2 * shape.d_kv for n, shape in zip(lengths, shapes, strict=True) if shape.delta is None)
+    return sum(held) * dtype_bytes
 
 
-def _per_layer(name: str, counts: Counts, shape: _TextShape) -> list[float]:
+def _per_layer(name: str, counts: Counts, config: Any) -> list[float]:
     counts = counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
-    if len(counts) != shape.layers:
-        raise ConfigError(f"{name} holds {len(counts)} counts, the language model has {shape.layers} layers")
+    if len(counts) != config.num_hidden_layers:
+        raise ConfigError(
+            f"{name} holds {len(counts)} counts, the language model has {config.num_hidden_layers} layers"
+        )
     if any(count < 0 for count in counts):
         raise ConfigError(f"{name} must be at least 0 everywhere, got {counts}")
     return counts

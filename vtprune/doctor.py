@@ -23,7 +23,7 @@ from vtprune.errors import ConfigError
 from vtprune.testing import families
 from vtprune.testing.attention import SHARE_OF_WEIGHTS, WEIGHTS
 from vtprune.testing.cases import LOGITS, MOST, NOISE, ROUNDINGS, SHARE_OF_LOGITS, Case, Result
-from vtprune.testing.promises import CHECKS, WORDS, run_checks, told
+from vtprune.testing.promises import CHECKS, METHODS, WORDS, run_checks, told
 from vtprune.transformers_private import is_tested_release, releases
 
 PACKAGES = ("accelerate", "huggingface_hub", "numpy", "pillow", "safetensors", "tokenizers", "torchvision", "triton")
@@ -88,7 +88,8 @@ def check_family(name: str, settings: Settings) -> Row:
             model = families.build(name, settings.attention)
         except (ImportError, ValueError) as error:
             return Row(name, absent=f"no {settings.attention}: {_first_line(error)}")
-    return Row(name, run_checks(Case(model.to(settings.device, DTYPES[settings.dtype]), batch)))
+    methods = METHODS if name in families.PRUNED_INSIDE else METHODS[:1]  # before the LLM
+    return Row(name, run_checks(Case(model.to(settings.device, DTYPES[settings.dtype]), batch), methods))
 
 
 def check_checkpoint(source: str, settings: Settings) -> Row:

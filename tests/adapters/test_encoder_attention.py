@@ -20,7 +20,7 @@ from vtprune.testing.statements import Look, received
 from vtprune.transformers_private import eager_encoder_attention
 
 CELLS = [(name, media) for name in families.NAMES for media in families.MEDIA[name]]
-PACKED = ["pixtral", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"]
+PACKED = ["pixtral", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "idefics3", "smolvlm"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -83,7 +83,7 @@ def test_keys_and_outputs(name, media):
             return lambda *args: note(*args, name=name)
 
         handles = [
-            (attention.qkv if fused else attention.k_proj).register_forward_hook(keep("keys")),
+            next(filter(None, map(attention._modules.get, ("qkv", "k_proj", "k")))).register_forward_hook(keep("keys")),
             watched.register_forward_hook(keep("output")),
         ]
         encoded = next(iter(encode_all(adapter, inputs, kind)), None)

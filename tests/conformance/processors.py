@@ -260,6 +260,19 @@ class Case:
         return processor(self.family)(text=text, **media, return_tensors="pt", **self.options, **options)
 
 
+ALIKE = {
+    "smolvlm": "idefics3",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_vl",
+    "qwen2_5_omni": "qwen2_5_vl",
+    "qwen3_omni": "qwen2_5_vl",
+    "internvl_gpt_oss": "internvl",
+    "ministral3": "mistral3",
+}
+"""Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
+
+
 @functools.cache
 def processor(family: str) -> hf.ProcessorMixin:
     return _PROCESSORS[family]()

@@ -54,7 +54,7 @@ def test_no_square_of_attention_is_computed(chosen):
 
 
 @pytest.mark.parametrize("method", ["vtc_cls", "fastv", "transprune", "lazyllm", "mustdrop"])
-@pytest.mark.parametrize("name", [name for name in families.NAMES if name != "paligemma2"])  # which is always eager
+@pytest.mark.parametrize("name", [name for name in families.PRUNED_INSIDE if name not in families.ALWAYS_EAGER])
 def test_no_square_of_attention_is_computed_on_any_family(name, method):
     model = families.shared(name)
     batch = families.batch(name, model, samples=1)

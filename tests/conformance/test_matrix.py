@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.methods.base import InLLM
 from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
 from vtprune.testing.traces import back_ends, fingerprint
-from vtprune.transformers_private import CACHE
+from vtprune.transformers_private import CACHE, has_keys
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
-from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal, turn
-from .methods import METHODS, acts, keep_everything, needs_cls, numbered, revives, spec
+from .matrix import CELLS, KINDRED, MEANS_OF_PATCHES, in_turns, refusal, turn
+from .methods import METHODS, acts, evicts, keep_everything, needs_cls, numbered, revives, spec
 
 ATOL = 1e-4
 NEW = 4
@@ -83,6 +85,8 @@ def check_cache(output, report, batch: families.Batch, samples: range) -> None:
     assert report.counts.shape == (len(samples), len(output[CACHE].layers))
     text = [batch.singles[s]["input_ids"].shape[1] - len(report.visual[i]) for i, s in enumerate(samples)]
     for index, layer in enumerate(output[CACHE].layers):
+        if not has_keys(layer):
+            continue
         longest = max(len(report.cached(i, index)) + n for i, n in enumerate(text))
         assert layer.keys.shape[-2] == layer.values.shape[-2] == longest + NEW - 1
 
@@ -140,11 +144,13 @@ def _cells():
     """Every cell with both back ends.
 
     The default run has every method on every family once, with images or, where the family takes them, videos or mixed
-    prompts, in turns; with the first back end, and a quarter of those on images with the second one, too.
+    prompts, in turns; with the first back end, and a quarter of those on images with the second one, too. Kindred
+    families have a quarter of that.
     """
     for number, (name, media, method) in enumerate(CELLS):
+        share = 16 if name in KINDRED else 4
         for attention in POSITIONS:
-            chosen = in_turns(name, media, method) if attention == "sdpa" else media == "image" and number % 4 == 0
+            chosen = in_turns(name, media, method) if attention == "sdpa" else media == "image" and number % share == 0
             marks = [] if chosen else [pytest.mark.slow]
             yield pytest.param(name, media, method, attention, marks=marks, id=f"{name}-{media}-{method}-{attention}")
 
@@ -218,8 +224,15 @@ def test_cell(name, media, method, attention):
         check_steps(run, sample, steps(single)[0], ids, expected)
 
 
-@pytest.mark.parametrize("method", ["uniform", "transprune"])
-@pytest.mark.parametrize("name", [name for name in families.NAMES if not name.startswith("paligemma")])
+def on_families(names: Iterable[str]):
+    """Parametrises over families and one method of each stage, where the language model takes one inside."""
+    cells = [(name, method) for name in names for method in ("uniform", "transprune")]
+    return pytest.mark.parametrize(
+        ("name", "method"), [cell for cell in cells if cell[1] == "uniform" or cell[0] in families.PRUNED_INSIDE]
+    )
+
+
+@on_families(name for name in families.NAMES if not name.startswith("paligemma"))
 def test_samples_with_and_without_images(name, method):
     """PaliGemma's processor takes no prompt without an image."""
     run = unpatched(name, "sdpa", "sparse")
@@ -255,8 +268,7 @@ def test_sliding_windows_count_the_tokens_that_are_there(name, method, keep_rati
         check_sample(run, sample, logits, ids, kept, positions)
 
 
-@pytest.mark.parametrize("method", ["uniform", "transprune"])
-@pytest.mark.parametrize("name", families.NAMES)
+@on_families(families.NAMES)
 def test_right_padding(name, method):
     """Logits of all surviving columns of a forward call, in place, as one scores with."""
     model = families.shared(name)
@@ -286,6 +298,8 @@ def test_only_what_needs_a_cls_token_is_refused(name):
     expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
     if name not in SHORTER_TOWERS:
         expected |= {method for method in METHODS if acts(method, InLayers)}
+    if name in families.CARRY_STATE:
+        expected |= {method for method in METHODS if acts(method, InLLM) or evicts(method)}
     assert refused == expected
 
 

@@ -292,7 +292,7 @@ def test_token_healing(name, method, tokenizer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.PRUNED_INSIDE)
 def test_hidden_states_stand_at_the_columns_of_the_prompt(name, method):
     """As long as the prompt in every layer; a dropped token has the state of the one left before it."""
     model = families.shared(name)

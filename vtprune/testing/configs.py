@@ -8,7 +8,21 @@ from typing import Any
 
 import transformers as hf
 
-from vtprune.testing.media import BOS, END, IMAGE, MERGE, PAD, PATCH, START, TILE, VIDEO, VOCABULARY
+from vtprune.testing.media import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_START,
+    BOS,
+    END,
+    IMAGE,
+    MERGE,
+    PAD,
+    PATCH,
+    START,
+    TILE,
+    VIDEO,
+    VOCABULARY,
+)
 
 WIDTH = 32
 INIT_STD = 0.2
@@ -30,7 +44,37 @@ TEXT: dict[str, Any] = dict(
 _VISION = dict(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 _QWEN_VISION = dict(patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=2, depth=4, num_heads=4)
 _QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+_AUDIO = dict(encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, d_model=WIDTH, output_dim=WIDTH)
+_OMNI_IDS = dict(
+    vision_start_token_id=START,
+    vision_end_token_id=END,
+    audio_start_token_id=AUDIO_START,
+    audio_end_token_id=AUDIO_END,
+    position_id_per_seconds=3,
+)
 _MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
+_QWEN_2_5_VISION = _QWEN_VISION | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
+_WINDOWS = _QWEN_2_5_VISION | dict(window_size=16, fullatt_block_indexes=[1, 3])
+"""Windows of 2x2 merged tokens, so that the tower reorders them."""
+_QWEN3_VISION = _QWEN_2_5_VISION | dict(num_position_embeddings=64)
+_LINEAR = dict(
+    layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    head_dim=16,
+    rope_parameters=_MROPE["rope_parameters"] | {"mrope_interleaved": True, "partial_rotary_factor": 0.5},
+)
+_YARN = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=32.0,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    original_max_position_embeddings=16,  # shorter than the prompts
+)
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 _ALTERNATING = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=512)
 _PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 _SIDE_4 = [[32, 64], [64, 32], [64, 64]]
@@ -65,6 +109,48 @@ def _idefics(config: str) -> Callable:
     return lambda **text: getattr(hf, config)(
         vision_config=vision, text_config=_llama(**text), image_token_id=IMAGE, scale_factor=MERGE, pad_token_id=PAD
     )
+
+
+def _qwen3_vl(config: str, **text_fields) -> Callable:
+    return lambda **text: getattr(hf, config)(
+        vision_config=_QWEN3_VISION | dict(deepstack_visual_indexes=[0, 1, 2]),
+        text_config=TEXT | _MROPE | dict(head_dim=8) | text_fields | text,
+        **_QWEN_IDS,
+    )
+
+
+def _qwen3_5(config: str, **text_fields) -> Callable:
+    return lambda **text: getattr(hf, config)(
+        vision_config=_QWEN3_VISION, text_config=TEXT | _LINEAR | text_fields | text, **_QWEN_IDS
+    )
+
+
+def _internvl(text_config: Callable) -> Callable:
+    return lambda **text: hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**_VISION, image_size=[TILE] * 2, patch_size=[PATCH] * 2),
+        text_config=text_config(**text),
+        image_token_id=IMAGE,
+        image_seq_length=9,
+    )
+
+
+def _mistral3(text_config: Callable) -> Callable:
+    return lambda **text: hf.Mistral3Config(
+        vision_config=_pixtral(),
+        text_config=text_config(**text),
+        image_token_index=IMAGE,
+        spatial_merge_size=MERGE,
+    )
+
+
+def _gpt_oss(**text):
+    fields = dict(head_dim=8, sliding_window=512, num_local_experts=4, num_experts_per_tok=2, rope_parameters=_YARN)
+    return hf.GptOssConfig(**TEXT | fields | text)
+
+
+def _ministral3(**text):
+    fields = dict(head_dim=8, rope_parameters=_YARN | {"llama_4_scaling_beta": 0.5})
+    return hf.Ministral3Config(**TEXT | fields | text)
 
 
 MODELS: dict[str, tuple[str, Callable]] = {
@@ -126,35 +212,50 @@ MODELS: dict[str, tuple[str, Callable]] = {
             **_QWEN_IDS,
         ),
     ),
-    "qwen2_5_vl": (  # windows of 2x2 merged tokens, so that the tower reorders them
+    "qwen2_5_vl": (
         "Qwen2_5_VLForConditionalGeneration",
         lambda **text: hf.Qwen2_5_VLConfig(
-            vision_config=_QWEN_VISION
-            | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
-            | dict(window_size=16, fullatt_block_indexes=[1, 3], tokens_per_second=2),
+            vision_config=_WINDOWS | dict(tokens_per_second=2),
             text_config=TEXT | _MROPE | text,
             **_QWEN_IDS,
         ),
     ),
-    "qwen3_vl": (
-        "Qwen3VLForConditionalGeneration",
-        lambda **text: hf.Qwen3VLConfig(
-            vision_config=_QWEN_VISION
-            | dict(hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH)
-            | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2]),
-            text_config=TEXT | _MROPE | dict(head_dim=8) | text,
-            **_QWEN_IDS,
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl("Qwen3VLConfig")),
+    "qwen3_vl_moe": (  # one layer without experts
+        "Qwen3VLMoeForConditionalGeneration",
+        _qwen3_vl("Qwen3VLMoeConfig", **_EXPERTS, mlp_only_layers=[2]),
+    ),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", _qwen3_5("Qwen3_5Config")),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        _qwen3_5("Qwen3_5MoeConfig", **_EXPERTS, shared_expert_intermediate_size=16),
+    ),
+    "qwen2_5_omni": (
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        lambda **text: hf.Qwen2_5OmniThinkerConfig(
+            vision_config=_WINDOWS,
+            text_config=TEXT | _MROPE | text,
+            audio_config=_AUDIO,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            audio_token_index=AUDIO,
+            **_OMNI_IDS,
         ),
     ),
-    "internvl": (
-        "InternVLForConditionalGeneration",
-        lambda **text: hf.InternVLConfig(
-            vision_config=hf.InternVLVisionConfig(**_VISION, image_size=[TILE] * 2, patch_size=[PATCH] * 2),
-            text_config=_qwen2(**text),
+    "qwen3_omni": (
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        lambda **text: hf.Qwen3OmniMoeThinkerConfig(
+            vision_config=_QWEN3_VISION | dict(deepstack_visual_indexes=[0, 1, 2]),
+            text_config=TEXT | _MROPE | _EXPERTS | dict(head_dim=8) | text,
+            audio_config=_AUDIO | dict(downsample_hidden_size=8),
             image_token_id=IMAGE,
-            image_seq_length=9,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            **_OMNI_IDS,
         ),
     ),
+    "internvl": ("InternVLForConditionalGeneration", _internvl(_qwen2)),
+    "internvl_gpt_oss": ("InternVLForConditionalGeneration", _internvl(_gpt_oss)),
     "idefics3": ("Idefics3ForConditionalGeneration", _idefics("Idefics3Config")),
     "smolvlm": ("SmolVLMForConditionalGeneration", _idefics("SmolVLMConfig")),
     "gemma3": (
@@ -190,15 +291,8 @@ MODELS: dict[str, tuple[str, Callable]] = {
             projection_dim=WIDTH,
         ),
     ),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        lambda **text: hf.Mistral3Config(
-            vision_config=_pixtral(),
-            text_config=_mistral(**text),
-            image_token_index=IMAGE,
-            spatial_merge_size=MERGE,
-        ),
-    ),
+    "mistral3": ("Mistral3ForConditionalGeneration", _mistral3(_mistral)),
+    "ministral3": ("Mistral3ForConditionalGeneration", _mistral3(_ministral3)),
 }
 """Family -> name of its class in transformers, and what makes its config from fields of the text config.
 

@@ -26,6 +26,14 @@ NAMES = tuple(MODELS)
 """All families, those included that the installed transformers lacks."""
 
 
+CARRY_STATE = ("qwen3_5", "qwen3_5_moe")
+"""Families whose language models have layers that carry a state from token to token: nothing can go inside them."""
+PRUNED_INSIDE = tuple(name for name in NAMES if name not in CARRY_STATE)
+"""Families inside whose language models tokens can go."""
+ALWAYS_EAGER = ("paligemma2", "internvl_gpt_oss")
+"""Families whose language models do what sdpa cannot: Gemma 2 caps attention logits, gpt-oss has sinks."""
+
+
 def model_class(name: str) -> str:
     """Name of the class in transformers behind a family."""
     return MODELS[name][0]
@@ -42,7 +50,7 @@ def build(name: str, attention: str = "sdpa", **overrides):
     overrides: fields of the text config, e.g. `sliding_window=24`.
     """
     class_name, config = MODELS[name]
-    if name == "paligemma2" and attention == "sdpa":  # Gemma 2 caps attention logits, which sdpa cannot
+    if name in ALWAYS_EAGER and attention == "sdpa":
         attention = {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
     with torch.random.fork_rng():
         torch.manual_seed(sum(map(ord, name)))
@@ -51,6 +59,8 @@ def build(name: str, attention: str = "sdpa", **overrides):
             gain = parameter.ndim == 1 and (parameter_name.endswith(".weight") or "lambda" in parameter_name)
             if gain:  # of a norm or a residual branch: wide ones would drown or blow up the layer
                 parameter.data += 0.1 * torch.randn_like(parameter)
+            elif parameter_name.endswith("A_log"):  # states that last: short ones leave sums of tiny numbers
+                torch.nn.init.normal_(parameter, mean=-3.0, std=INIT_STD)
             else:
                 torch.nn.init.normal_(parameter, std=INIT_STD)
     settings = model.generation_config
@@ -76,7 +86,9 @@ _TOKEN_TYPES: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
     "qwen2_vl": lambda ids: {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()},
 }
 _TOKEN_TYPES |= {"paligemma2": _TOKEN_TYPES["paligemma"]}
-_TOKEN_TYPES |= {name: _TOKEN_TYPES["qwen2_vl"] for name in ("qwen2_5_vl", "qwen3_vl")}
+_TOKEN_TYPES |= {
+    name: _TOKEN_TYPES["qwen2_vl"] for name in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+}
 
 # A prompt a string: `t` is a text token, `I` an image, `V` a video. The last mixed prompt has no video, the
 # second sparse one nothing but text.

@@ -15,6 +15,7 @@ from vtprune.transformers_private import llava_next_crops
 
 PAD, BOS, FIRST_WORD = 0, 1, 2
 IMAGE, VIDEO, START, END, BREAK, ROW_COLUMN, GLOBAL, NEWLINE = range(150, 158)
+AUDIO, AUDIO_START, AUDIO_END = 158, 159, ROW_COLUMN  # families with audio have no tiles
 VOCABULARY = 160
 
 MERGE = 2
@@ -150,6 +151,12 @@ def _collate_timed(samples):
     return arguments | {"second_per_grid_ts": torch.tensor(seconds)}
 
 
+def _collate_omni(samples):
+    """Qwen-Omni: the same under another name."""
+    arguments = _collate_timed(samples)
+    return arguments | {"video_second_per_grid": arguments.pop("second_per_grid_ts")}
+
+
 def _tiles(model, tiles, siblings, generator):
     """Tiles and thumbnail, all in a row."""
     ids = [START, *[IMAGE] * (model.config.image_seq_length * tiles), END]
@@ -187,8 +194,15 @@ _QWEN_IMAGES = Layout(
     tuple((1, *grid) for grid in _GRIDS), _qwen(IMAGE), _collate_qwen("pixel_values", "image_grid_thw")
 )
 _CLIPS = ((3, 3, 3), (2, 2, 5), (4, 3, 2), (5, 3, 3))
+_STAMPED = {
+    "image": _QWEN_IMAGES,
+    "video": Layout(_CLIPS, _qwen(VIDEO, stamped=True), _collate_qwen("pixel_values_videos", "video_grid_thw")),
+}
 _IDEFICS = Layout(((1, 2), (0, 0), (2, 1), (2, 2)), _marked_tiles, _collate_marked_tiles)
 _PALIGEMMA = Layout((25,) * 4, _square(), _stack("pixel_values"))
+_OMNI = {"image": _QWEN_IMAGES, "video": Layout(_CLIPS, _qwen(VIDEO), _collate_omni)}
+_INTERNVL = {"image": Layout((3, 1, 2, 4), _tiles, _collate_tiles)}
+_MISTRAL3 = {"image": Layout(_GRIDS, _rows, _collate_rows)}
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "llava": {"image": Layout((36,) * 4, _square(), _stack("pixel_values"))},
@@ -211,15 +225,19 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "video": Layout(_CLIPS, _qwen(VIDEO), _collate_qwen("pixel_values_videos", "video_grid_thw")),
     },
     "qwen2_5_vl": {"image": _QWEN_IMAGES, "video": Layout(_CLIPS, _qwen(VIDEO), _collate_timed)},
-    "qwen3_vl": {
-        "image": _QWEN_IMAGES,
-        "video": Layout(_CLIPS, _qwen(VIDEO, stamped=True), _collate_qwen("pixel_values_videos", "video_grid_thw")),
-    },
-    "internvl": {"image": Layout((3, 1, 2, 4), _tiles, _collate_tiles)},
+    "qwen3_vl": _STAMPED,
+    "qwen3_vl_moe": _STAMPED,
+    "qwen3_5": _STAMPED,
+    "qwen3_5_moe": _STAMPED,
+    "qwen2_5_omni": _OMNI,
+    "qwen3_omni": _OMNI,
+    "internvl": _INTERNVL,
+    "internvl_gpt_oss": _INTERNVL,
     "idefics3": {"image": _IDEFICS},
     "smolvlm": {"image": _IDEFICS},
     "gemma3": {"image": Layout((16,) * 4, _square((NEWLINE, START), (END, NEWLINE)), _stack("pixel_values"))},
     "paligemma": {"image": _PALIGEMMA},
     "paligemma2": {"image": _PALIGEMMA},
-    "mistral3": {"image": Layout(_GRIDS, _rows, _collate_rows)},
+    "mistral3": _MISTRAL3,
+    "ministral3": _MISTRAL3,
 }

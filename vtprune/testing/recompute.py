@@ -88,6 +88,10 @@ def recompute(
     generated, kept = generated.to(device), [columns.to(device) for columns in kept]
     ids = torch.cat([inputs["input_ids"][0], generated])
     hidden = model.get_input_embeddings()(ids)
+    if "input_features" in inputs:
+        audio = {key: inputs[key] for key in ("input_features", "feature_attention_mask")}
+        heard = model.get_audio_features(**audio, return_dict=True).last_hidden_state
+        hidden[(inputs["input_ids"][0] == model.config.audio_token_id).nonzero()[:, 0]] = heard
     vision = look(model, inputs)
     if sources is not None:
         vision = vision.averaged(kept[0], sources)
@@ -119,8 +123,9 @@ def recompute(
         per_type = (
             {"layer_type": kind} if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters else {}
         )
-        mask = _mask(model, kind, blocks[columns], hidden.dtype)
-        if cached is not None:
+        carries_state = kind == "linear_attention"  # and so sees all that came before
+        mask = None if carries_state else _mask(model, kind, blocks[columns], hidden.dtype)
+        if cached is not None and not carries_state:
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
@@ -146,6 +151,10 @@ def recompute(
     return logits
 
 
+_ROPE_ARGUMENTS = {"video_second_per_grid": "second_per_grids"}
+"""What a model is called with -> what its `get_rope_index` calls it, where the two differ."""
+
+
 def visual_columns(model, inputs: dict[str, Tensor]) -> Tensor:
     """(visual tokens,) columns of a single prompt that hold features."""
     ids = inputs["input_ids"][0]
@@ -167,7 +176,7 @@ def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dic
     ids = inputs["input_ids"][0]
     for kind, placeholder in _placeholders(model).items():
         if any(name in inputs for name in PIXELS[kind]):
-            encode = getattr(model.model, f"get_{kind}_features")
+            encode = getattr(model.base_model, f"get_{kind}_features")
             accepted = inspect.signature(encode).parameters
             arguments = {key: value for key, value in inputs.items() if key in accepted}
             yield kind, (ids == placeholder).nonzero().flatten(), arguments, encode(**arguments, return_dict=True)
@@ -191,9 +200,13 @@ def look(model, inputs: dict[str, Tensor]) -> Vision:
 def prompt_positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
     """(1, tokens), or (3, 1, tokens) for three axes: positions of the unpruned sequence."""
     length = inputs["input_ids"].shape[1]
-    if hasattr(model.model, "get_rope_index"):
-        accepted = inspect.signature(model.model.get_rope_index).parameters
-        prompt, _ = model.model.get_rope_index(**{key: value for key, value in inputs.items() if key in accepted})
+    base = model.base_model
+    if hasattr(base, "get_rope_index"):
+        accepted = inspect.signature(base.get_rope_index).parameters
+        named = {_ROPE_ARGUMENTS.get(key, key): value for key, value in inputs.items()}
+        if "feature_attention_mask" in inputs:
+            named["audio_seqlens"] = inputs["feature_attention_mask"].sum(1)
+        prompt, _ = base.get_rope_index(**{key: value for key, value in named.items() if key in accepted})
         return torch.cat([prompt, prompt[..., -1:] + 1 + torch.arange(generated, device=prompt.device)], -1)
     first = 1 if model.config.model_type == "paligemma" else 0
     return torch.arange(first, first + length + generated, device=inputs["input_ids"].device)[None]

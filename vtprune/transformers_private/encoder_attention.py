@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from vtprune.errors import UnsupportedStageError
 from vtprune.transformers_private.capture import CALLS, NOTE, EncoderScores, Given, capturing, replica
 
-_PROJECTIONS = (("q_proj", "k_proj"), ("qkv",))
+_PROJECTIONS = (("q_proj", "k_proj"), ("q", "k"), ("qkv",))
 """Names under which towers of transformers project to queries and keys."""
+_VALUES = {"v_proj": "k_proj", "v": "k"}
+"""Name of a projection to values -> that of the one to keys beside it."""
 
 
 def query_key_projections(attention: nn.Module) -> tuple[str, ...]:
@@ -57,9 +59,10 @@ def encoder_scores(
         rotated: whether queries and keys are rotated, where the layer does so.
     """
     children: dict[str, nn.Module] = {name: Given(output) for name, output in projected.items()}
-    if "v_proj" in attention._modules:  # values are as wide as keys, and nothing is read of them
-        keys = projected["k_proj"]
-        children["v_proj"] = Given(keys.new_zeros(()).expand(keys.shape))
+    for values, name in _VALUES.items():
+        if values in attention._modules:  # values are as wide as keys, and nothing is read of them
+            keys = projected[name]
+            children[values] = Given(keys.new_zeros(()).expand(keys.shape))
     # What comes behind the attention function costs time and says nothing.
     children |= {
         name: nn.Identity()

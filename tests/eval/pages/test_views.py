@@ -121,7 +121,8 @@ def half(size: tuple[int, int], axis: str, bright: str, at: float) -> Image.Imag
 
 
 def processor_of(family: str):
-    processor = copy.copy(processors.processor({"smolvlm": "idefics3"}.get(family, family)))
+    family = processors.ALIKE.get(family, family)
+    processor = copy.copy(processors.processor(family))
     marks = {"video": "", **processors._WRITTEN.get(family, processors._DEFAULT)}
     if family == "qwen3_vl":  # it limits the pixels of all frames together
         processor.video_processor = copy.copy(processor.video_processor)
