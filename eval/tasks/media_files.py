@@ -7,12 +7,13 @@ import hashlib
 import io
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks.base import Kind, file_digest
@@ -23,13 +24,14 @@ _SMALL = (64, 64)
 
 def look_at(paths: Iterable[Path], kind: Kind) -> None:
     """Reads files side by side, so that `problem_of` and `digest_of` know them."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _torn_files_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda path: _looked(path, kind), dict.fromkeys(paths)))
 
 
 def problem_of(path: Path, kind: Kind) -> str | None:
     """What is wrong with a file; None if it is a picture or a video that can be read."""
-    return _looked(path, kind)[1]
+    with _torn_files_refused():
+        return _looked(path, kind)[1]
 
 
 def digest_of(path: Path, kind: Kind) -> str:
@@ -37,10 +39,22 @@ def digest_of(path: Path, kind: Kind) -> str:
 
     Raises ConfigError if the file cannot be read any more.
     """
-    digest, problem = _looked(path, kind)
+    with _torn_files_refused():
+        digest, problem = _looked(path, kind)
     if digest is None:
         raise ConfigError(f"{path}: {problem}")
     return digest
+
+
+@contextmanager
+def _torn_files_refused() -> Iterator[None]:
+    """Other libraries (lmms-eval) tell Pillow to fill up files whose end is missing."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _looked(path: Path, kind: Kind) -> tuple[str | None, str | None]:

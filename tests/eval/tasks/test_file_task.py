@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_video
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks import FileTask, open_task
@@ -182,6 +182,15 @@ def test_what_is_wrong_with_a_row_is_told_with_its_line(folder, row, said):
     (folder / "torn.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-400])
     told = problem(jsonl(folder, "", row))
     assert told.startswith(f"line 2: {said}"), told
+
+
+def test_torn_pictures_are_found_where_another_library_lets_pillow_fill_them_up(folder, monkeypatch):
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "whole.png")
+    (folder / "torn.png").write_bytes((folder / "whole.png").read_bytes()[:-4000])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert "image 'torn.png': not a readable picture" in problem(jsonl(folder, {**ROW, "image": "torn.png"}))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @pytest.mark.parametrize(
