@@ -70,7 +70,7 @@ class Qwen2_5_VL(Qwen2VL):
     puts them back in raster order after the merger.
     """
 
-    model_types = ("qwen2_5_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     family = "Qwen2.5-VL"
     gated_encoder_mlp = True
 

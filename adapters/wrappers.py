@@ -12,8 +12,10 @@ from vtprune.errors import UnsupportedModelError
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside a wrapper: peft, distributed training, a pipeline, an Omni model. Raises UnsupportedModelError if there is
-    none, or if hooks on it would not be reached."""
+    """The model inside a wrapper: peft, distributed training, a pipeline, an Omni model.
+
+    Raises UnsupportedModelError if there is none, or if hooks on it would not be reached.
+    """
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
             "DataParallel runs copies of the model in threads, and hooks do not follow; pass model.module and use one "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -159,6 +160,8 @@ def _of_file(row: dict[str, Any], where: str) -> Any:
     for key in row:
         if key != "file":
             raise key_error(f"{where}{key}", "does not go with 'file', which says it all")
+    if not isinstance(row["file"], str | Path):
+        raise key_error(f"{where}file", f"expected the path of a YAML file with a method, got {row['file']!r}")
     try:
         found = load_method_file(row["file"])
     except ConfigError as error:

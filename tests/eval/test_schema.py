@@ -101,6 +101,7 @@ BAD = [
     {"methods": [{"name": "fastv", "grid": {"seed": [2]}}]},
     {"methods": [{"name": "fastv", "grid": {"keep_ratio": [2]}}]},
     {"methods": [{"preset": "fastv/llava-1.5-7b/193"}]},
+    {"methods": [{"file": 3}]},
     {"methods": [["fastv"]]},
     {"methods": [["fastv", {"name": "divprune", "keep_ratio": 2}]]},
     {"methods": [["fastv", {"name": "divprune", "seeds": [1]}]]},

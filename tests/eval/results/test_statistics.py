@@ -9,6 +9,7 @@ from vtprune.eval.results.statistics import (
     difference,
     holm,
     mean_interval,
+    retention_bound,
     retention_interval,
 )
 
@@ -88,3 +89,12 @@ def test_retention_is_paired():
     assert ratio == pytest.approx(1.0)
     assert low < 0.96 and high > 1.04
     assert retention_interval(full, [0.0] * 500) == (None, None)
+
+
+def test_the_bound_of_the_retention_knows_that_few_examples_show_little():
+    """Without a loss it is about the exact bound: at most -log(error) losses are likely."""
+    for n in (100, 300, 1000):
+        assert 1 - 6 / n <= retention_bound([1.0] * n, [1.0] * n, 0.05) < 1 - 3 / n
+    lost = [0.0] * 50 + [1.0] * 950
+    assert retention_bound(lost, [1.0] * 1000, 0.025) == pytest.approx(0.934, abs=0.003)
+    assert retention_bound([0.0], [0.0], 0.05) is None
