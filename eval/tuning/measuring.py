@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
+from time import monotonic
 from typing import Any
 
 from vtprune.errors import ConfigError, NothingPrunedError
@@ -40,7 +40,7 @@ class Clock:
     @property
     def left(self) -> float:
         """Seconds."""
-        return self.end - time.monotonic()
+        return self.end - monotonic()
 
 
 @dataclass(frozen=True)

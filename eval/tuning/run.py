@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
@@ -49,7 +49,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Outcome:
         ConfigError: the model or the task cannot be loaded, they do not go together, there are too few examples, the
             time is too short for anything, or another run uses the folder.
     """
-    started = time.monotonic()
+    started = monotonic()
     end = started + 60 * config.minutes if config.minutes is not None else float("inf")
     settings = with_devices(config.evaluation)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -143,17 +143,20 @@ def test_killed_and_started_again_it_ends_with_the_same_choice(model, tmp_path):
     assert len(set(batches)) == len(batches)
 
 
-def slower_score(prediction, example):
-    time.sleep(0.15)
-    return tiny_eval.score(prediction, example)
-
-
 def test_the_time_is_kept_and_the_choice_is_measured_on_held_out_examples(model, tmp_path, monkeypatch):
+    """On a clock that only scores move: 0.15 s an answer."""
+    passed = [0.0]
+
+    def slow_score(prediction, example):
+        passed[0] += 0.15
+        return tiny_eval.score(prediction, example)
+
+    monkeypatch.setattr("vtprune.eval.tuning.measuring.monotonic", lambda: passed[0])
+    monkeypatch.setattr("vtprune.eval.tuning.run.monotonic", lambda: passed[0])
     tiny_tune.few_methods(monkeypatch.setattr)
-    monkeypatch.setitem(TASKS, "tiny", lambda: Task(tiny_eval.examples, slower_score, max_new_tokens=3))
-    started = time.monotonic()
+    monkeypatch.setitem(TASKS, "tiny", lambda: Task(tiny_eval.examples, slow_score, max_new_tokens=3))
     outcome = tune(config(model, tmp_path, minutes=0.15))
-    assert time.monotonic() - started < 9 + 3  # a batch that has begun ends
+    assert passed[0] < 9 + 0.3  # a batch that has begun ends
     assert outcome.held_out is not None
     assert len(outcome.found.runs) < len(tiny_tune.FEW) + 1
     with pytest.raises(ConfigError, match="--time 0.0001 is over before the first examples were compared"):
