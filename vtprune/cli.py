@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ONLY_FOR_EVALUATION = ("av", "datasets", "lmms_eval", "matplotlib", "sklearn")
+ONLY_FOR_EVALUATION = ("av", "datasets", "lmms_eval", "loguru", "matplotlib", "sklearn")
 """Modules that come with the extra `eval` alone."""
 
 

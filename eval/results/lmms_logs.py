@@ -167,12 +167,7 @@ def _line(
     settings = arguments.model_dump(mode="json")
     return {
         "model": arguments.pretrained,
-        "method": cell.method,
-        "label": cell.label,
-        "params": cell.params,
-        "keep_ratio": cell.keep_ratio,
-        "keep_tokens": cell.keep_tokens,
-        "seed": cell.seed,
+        **cell.fields,
         "task": task,
         "cell": f"{folder}: {task}",
         "status": OK,

@@ -94,6 +94,18 @@ class Cell:
         return {key: value for key, value in _fields(self.spec).items() if key not in (*BUDGETS, "seed")}
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """What a line of results says of the cell."""
+        return {
+            "method": self.method,
+            "label": self.label,
+            "params": self.params,
+            "keep_ratio": self.keep_ratio,
+            "keep_tokens": self.keep_tokens,
+            "seed": self.seed,
+        }
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """Names of its methods; none for a baseline."""
         if self.method in BASELINES:

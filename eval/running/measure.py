@@ -135,12 +135,7 @@ def _of_lmms(
 def _planned(model: str, task: str, cell: Cell, name: str) -> Record:
     line: Record = {
         "model": model,
-        "method": cell.method,
-        "label": cell.label,
-        "params": cell.params,
-        "keep_ratio": cell.keep_ratio,
-        "keep_tokens": cell.keep_tokens,
-        "seed": cell.seed,
+        **cell.fields,
         "task": task,
         "cell": name,
     }

@@ -4,7 +4,10 @@
 As a script it is the `vtprune` command with that task registered: `python tiny_eval.py eval CONFIG`.
 """
 
+import random
 import re
+import signal
+import subprocess
 import time
 import zlib
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtprune.eval.results.records import members
+from vtprune.eval.results.records import cell_records, members, read_results
 from vtprune.eval.tasks import TASKS, ImageExample, Task
 
 EXAMPLES = 10
@@ -63,6 +66,27 @@ def files(output: Path) -> dict[str, bytes]:
     """Name -> content of what a run leaves: its results and its cells."""
     cells = {path.name: path.read_bytes() for path in (output / "cells").iterdir()}
     return {"results.jsonl": (output / "results.jsonl").read_bytes(), **cells}
+
+
+def run_killed_three_times(command: list[str], output: Path, cells: int, examples: int) -> list[dict]:
+    """Runs a grid that is killed on the way; every cell and every example is there once. Returns its lines."""
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    moments = sorted(random.Random().sample(range(1, int(0.9 * cells * examples)), 3))
+    for wanted in moments:
+        process = subprocess.Popen(command, **streams)
+        while examples_on_disk(output) < wanted and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (moments, process.stderr.read().decode())
+    done = subprocess.run(command, **streams)
+    assert done.returncode == 0, (moments, done.stderr.decode())
+    lines = read_results(output / "results.jsonl")
+    assert len({line["cell"] for line in lines}) == len(lines) == cells
+    assert {(line["status"], line["n"]) for line in lines} == {("ok", examples)}
+    assert len(list((output / "cells").iterdir())) == cells
+    for line in lines:
+        assert [record["index"] for record in cell_records(output, line["cell"])] == list(range(examples)), moments
+    return lines
 
 
 def examples_on_disk(output: Path) -> int:

@@ -2,12 +2,9 @@
 """Tasks of lmms-eval in an evaluation file, against lmms-eval's own run of the model `vtprune` on the same tasks."""
 
 import argparse
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import local_lmms
 import pytest
@@ -21,7 +18,7 @@ from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
 from vtprune.eval.lmms.model import VTPruneChat, VTPruneSimple
 from vtprune.eval.pages.report import write_report
-from vtprune.eval.results.records import cell_records, read_results
+from vtprune.eval.results.records import cell_records
 from vtprune.eval.running.lmms import LmmsEvaluator
 from vtprune.eval.running.runner import run
 from vtprune.eval.tasks import lmms_tasks
@@ -204,22 +201,7 @@ def test_three_tasks_that_are_killed_three_times_end_with_every_cell_once(folder
     path.write_text(yaml.safe_dump(settings))
     output = tmp_path / "output"
     command = [sys.executable, "-m", "vtprune", "eval", str(path), "--output", str(output)]
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    moments = sorted(random.Random().sample(range(1, int(0.9 * CELLS * 4)), 3))
-    for wanted in moments:
-        process = subprocess.Popen(command, **streams)
-        while tiny_eval.examples_on_disk(output) < wanted and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (moments, process.stderr.read().decode())
-    done = subprocess.run(command, **streams)
-    assert done.returncode == 0, (moments, done.stderr.decode())
-    lines = read_results(output / "results.jsonl")
-    assert len({line["cell"] for line in lines}) == len(lines) == CELLS
-    assert {(line["status"], line["n"]) for line in lines} == {("ok", 4)}
-    assert len(list((output / "cells").iterdir())) == CELLS
-    for line in lines:
-        assert [record["index"] for record in cell_records(output, line["cell"])] == list(range(4)), moments
+    lines = tiny_eval.run_killed_three_times(command, output, CELLS, KILLED["limit"])
     write_report([output], output / "report.html")
     assert (output / "report.html").read_text().count("<section id=") == 3
     assert {line["task"] for line in lines} == {"pairs", "choices", "two_images"}
