@@ -83,8 +83,12 @@ def load_model(model: str, dtype: str = "auto", attention: str | None = None, de
         return loaded if spread else loaded.to(device), AutoProcessor.from_pretrained(path)
 
 
-def empty_model(model: str) -> Any:
+def empty_model(model: str, **kinds: Any) -> Any:
     """A vision-language model without weights, on the device "meta", from its config alone.
+
+    Args:
+        model: folder, hub id, or the name of one that comes with the library.
+        kinds: `dtype` and `attn_implementation`; default those of the config.
 
     Raises:
         ConfigError: there is no such model, or it is none that answers questions.
@@ -93,7 +97,7 @@ def empty_model(model: str) -> Any:
 
     path = resolve_model(model)
     with loading(path), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **kinds)
 
 
 def answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int, **sampling: Any) -> tuple[list[str], Any]:

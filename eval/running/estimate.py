@@ -16,8 +16,9 @@ from vtprune.adapters.base import Adapter
 from vtprune.cost import llm_prefill_flops
 from vtprune.errors import BudgetError, ConfigError, UncheckedError, UnsupportedStageError
 from vtprune.eval.config import EvalConfig
-from vtprune.eval.inputs import conversation_inputs, resolve_model
+from vtprune.eval.inputs import conversation_inputs, empty_model, resolve_model
 from vtprune.eval.inputs.downsample import Downsampler, FewerFrames, smaller_medium
+from vtprune.eval.inputs.models import loading
 from vtprune.eval.method_rows import BASELINES
 from vtprune.eval.results.entries import conditions
 from vtprune.eval.results.formatting import flops
@@ -98,16 +99,12 @@ def _columns(adapter: Adapter, asked: Sequence[_Asked], counts: Sequence[list[fl
 
 def _on_paper(model: str, config: EvalConfig) -> tuple[Any, Any]:
     """A model whose weights are not loaded, and its processor."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
+    empty = empty_model(model, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
     path = resolve_model(model)
-    kinds = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
-    try:
-        with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **kinds)
+    with loading(path):
         return empty, AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model {path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
