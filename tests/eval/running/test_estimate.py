@@ -13,7 +13,7 @@ from vtprune.plan import Prompt
 from vtprune.testing import families
 
 METHODS = [name for name in vtprune.list_methods() if name != "zero"]
-FAMILIES = [name for name in families.NAMES if families.is_available(name) and name != "paligemma2"]  # needs eager
+FAMILIES = [name for name in families.NAMES if families.is_available(name) and name not in families.ALWAYS_EAGER]
 
 
 def on_paper(model):
