@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune import doctor
+from vtprune.adapters import adapter_for
 from vtprune.cli import app
 from vtprune.testing import families
 from vtprune.testing.promises import CHECKS
@@ -57,7 +58,9 @@ def test_every_family_passes():
     result = invoke()
     assert result.exit_code == 0, result.output
     for name in families.NAMES:
-        assert cells(result.output, name) == [["ok"] * len(CHECKS)]
+        # Inside a language model that carries a state nothing is dropped, so there are no rows of attention to check.
+        carries = adapter_for(families.shared(name)).carries_state
+        assert cells(result.output, name) == [["ok"] * (len(CHECKS) - carries) + ["-"] * carries]
     assert max(map(len, result.output.splitlines())) <= 80
 
 

@@ -91,7 +91,8 @@ def evaluate(
 @_plain_errors
 def tune(
     model: Annotated[str, typer.Option(help="Folder or hub id of a model, or one that comes with the library.")],
-    task: Annotated[str, typer.Option(help="Name of a task, or a .jsonl or .csv file with own data.")],
+    task: Annotated[str, typer.Option(help="Name of a task, lmms:NAME, or a .jsonl or .csv file with own data.")],
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further tasks of lmms-eval.")] = None,
     retain: Annotated[float | None, typer.Option(help="Goal: least share of the full model's score, 0.98.")] = None,
     flops: Annotated[float | None, typer.Option(help="Goal: largest share of the prefill's FLOPs.")] = None,
     latency: Annotated[str | None, typer.Option(help="Goal: largest share of the time, or seconds: 0.8s.")] = None,
@@ -114,7 +115,8 @@ def tune(
         goal,
         model=model,
         task=task_entry(task),
-        output=output or Path(f"results/tune-{Path(task).stem}"),
+        include_path=include_path,
+        output=output or Path(f"results/tune-{Path(task.removeprefix('lmms:')).stem}"),
         minutes=minutes,
         limit=limit,
         batch_size=batch_size,

@@ -21,6 +21,7 @@ from vtprune.eval.running.questions import QuestionEvaluator
 from vtprune.eval.running.runner import Study, evaluator_class
 from vtprune.eval.running.shards import claim
 from vtprune.eval.tasks import Classification, open_tasks
+from vtprune.eval.tasks.lmms_tasks import LmmsTask
 from vtprune.eval.tuning import output
 from vtprune.eval.tuning.candidates import Candidate, compositions, first_candidates, twins
 from vtprune.eval.tuning.choice import Outcome
@@ -54,13 +55,18 @@ def tune(config: TuneConfig, console: Console | None = None) -> Outcome:
     settings = with_devices(config.evaluation)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("vtprune tune runs in one process; start it without torchrun")
-    (task,) = open_tasks(settings.task, settings.include_path).values()
+    task, *others = open_tasks(settings.task, settings.include_path).values()
+    if others:
+        names = ", ".join(each.name for each in (task, *others))
+        raise ConfigError(f"--task names several tasks ({names}); vtprune tune takes one")
     if isinstance(task, Classification):
         raise ConfigError(f"task {task.name!r} has classes for a CLIP; vtprune tune is for tasks with questions")
     refuse_mismatches(settings, {task.name: task})
     with ExitStack() as stack:
         claim(settings.output, None, stack)
         say(console, taken(settings))
+        if isinstance(task, LmmsTask):
+            say(console, f"{task.name}: scores are means over its documents, whatever its metric is")
         bar = stack.enter_context(progress_bar(console, "loading the model"))
         study, tuning, held_out = split(Study.of(settings, settings.model[0], task))
         kind = evaluator_class(task)

