@@ -23,6 +23,9 @@ ON_RETENTION = """\
 Accuracy over that of the full model in per cent. The interval is a paired bootstrap over examples: both
 models see the same drawn examples, so what makes all of them easy or hard cancels."""
 
+OF_DOCUMENTS = """\
+Of the scores of single documents, times 100, and not of the metric. """
+
 ON_GAIN = """\
 Accuracy less that of `downsample`, a smaller image (of a video, fewer frames) with as many measured tokens, in points.
 Where the counts of both are within 2 %, the difference is paired question by question, with its 95 % bootstrap

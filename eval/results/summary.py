@@ -161,8 +161,9 @@ def _quantities(results: Sequence[Record], words: Terms, times: Times) -> Iterat
     yield title, on_score + (explain.ON_FULL if words.classifies else explain.ON_BASELINES), accuracy
     yield "Retention", explain.ON_RETENTION, retention
     if any(line["hard_score"] is not None or line["gain"] is not None for line in results):
-        yield "Gain over the smaller image", explain.ON_GAIN, gain
-        yield "Questions that the smaller image gets wrong", explain.ON_HARD, hard
+        of = "" if words.score == ACCURACY else explain.OF_DOCUMENTS
+        yield "Gain over the smaller image", of + explain.ON_GAIN, gain
+        yield "Questions that the smaller image gets wrong", of + explain.ON_HARD, hard
     yield "Loyalty", explain.ON_LOYALTY, loyalty
     yield f"{words.tokens.capitalize()}, measured", on_tokens, tokens
     yield f"{words.tokens.capitalize()} per right answer", explain.ON_PER_CORRECT, tokens_per_correct
