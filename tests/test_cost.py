@@ -354,3 +354,11 @@ def test_negative_counts_are_refused():
         cost.llm_prefill_flops(QWEN2_7B, [1] * 27 + [-1], 1)
     with pytest.raises(ConfigError, match="text_tokens"):
         cost.llm_prefill_flops(QWEN2_7B, [1] * 28, -1)
+
+
+def test_layers_of_another_state_are_counted_as_attention():
+    config = hf.LlamaConfig(num_hidden_layers=4)
+    counts = [3, 5, 7, 9]
+    expected = cost.llm_prefill_flops(config, counts, 11), cost.kv_bytes(config, counts)
+    config.layer_types = ["linear_attention", "full_attention"] * 2
+    assert (cost.llm_prefill_flops(config, counts, 11), cost.kv_bytes(config, counts)) == expected

@@ -40,34 +40,48 @@ class _LayerShape:
     delta: _DeltaRule | None
     """what the layer has instead of attention"""
 
-    @classmethod
-    def of(cls, config: Any, layer: int) -> _LayerShape:
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        m, gates = _mlp_widths(config, layer)
-        is_linear = layer_type(config, layer) == "linear_attention"
-        return cls(
+
+def _shapes(config: Any, layers: int) -> list[_LayerShape]:
+    """The shape of each decoder layer. Layers of one kind share one, because configs are slow to read."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Models that alternate attention with the delta rule gate both.
+    delta = _DeltaRule.of(config) if hasattr(config, "linear_key_head_dim") else None
+    mixed = _expert_widths(config)
+
+    def shape(linear: bool, experts: bool) -> _LayerShape:
+        m, gates = mixed if mixed is not None and experts else (config.intermediate_size, 0)
+        return _LayerShape(
             d=config.hidden_size,
             d_q=heads * head_dim,
             d_kv=kv_heads * head_dim,
             m=m,
             gates=gates,
-            # Models that alternate attention with the delta rule gate both.
-            gated_attention=hasattr(config, "linear_key_head_dim"),
-            delta=_DeltaRule.of(config) if is_linear else None,
+            gated_attention=delta is not None,
+            delta=delta if linear else None,
         )
 
+    linear = [delta is not None and layer_type(config, layer) == "linear_attention" for layer in range(layers)]
+    kinds = list(zip(linear, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
+    shapes = {kind: shape(*kind) for kind in set(kinds)}
+    return [shapes[kind] for kind in kinds]
 
-def _mlp_widths(config: Any, layer: int) -> tuple[int, int]:
-    """`m` and `gates` of a decoder layer."""
+
+def _expert_widths(config: Any) -> tuple[int, int] | None:
+    """`m` and `gates` of a layer with a mixture of experts; None if the model has none."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    every = getattr(config, "decoder_sparse_step", 1)
-    if not experts or layer in (getattr(config, "mlp_only_layers", None) or ()) or (layer + 1) % every:
-        return config.intermediate_size, 0
+    if not experts:
+        return None
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     shared = getattr(config, "shared_expert_intermediate_size", 0)
     return config.num_experts_per_tok * width + shared, experts + bool(shared)
+
+
+def _has_experts(config: Any, layers: int) -> list[bool]:
+    """Whether each decoder layer of a model with experts has them."""
+    dense, every = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    return [layer not in dense and (layer + 1) % every == 0 for layer in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,8 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
               attention and the three matrices of a gated MLP. Attention is counted over the full N x N square, as FLOP
               counters do, although causality makes half of it unnecessary and some kernels skip it. Of a mixture of
               experts, m is the width of all experts that run for a token, and the choice among them is added. Layers of
-              linear attention by the gated delta rule have a cost of their own, in chunks of 64 tokens.
+              linear attention by the gated delta rule have a cost of their own, in chunks of 64 tokens. Other layers
+              that carry a state are counted as attention.
             - `"visual_only"` (FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334): 4n d^2 + 2n^2 d + 2n d m. One FLOP
               per multiply-add, no text, no grouped-query attention, two MLP matrices.
             - `"visual_only_gated"` (TransPrune, arXiv 2507.20630): 4n d^2 + 2n^2 d + 3n d m.
@@ -177,7 +192,7 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
     if text_tokens < 0:
         raise ConfigError(f"text_tokens must be at least 0, got {text_tokens}")
     counts = _per_layer("visual_tokens", visual_tokens, text_config)
-    shapes = [_LayerShape.of(text_config, layer) for layer in range(len(counts))]
+    shapes = _shapes(text_config, len(counts))
     if convention != "exact" and any(shape.delta is not None for shape in shapes):
         raise ConfigError(
             f"the FLOPs convention {convention!r} knows no linear attention, which {text_config.model_type!r} has; "
@@ -270,7 +285,7 @@ def kv_bytes(text_config: Any, lengths_per_layer: Counts, dtype_bytes: int = 2) 
         ConfigError: a number of lengths that is not the number of layers, a negative length.
     """
     lengths = _per_layer("lengths_per_layer", lengths_per_layer, text_config)
-    shapes = [_LayerShape.of(text_config, layer) for layer in range(len(lengths))]
+    shapes = _shapes(text_config, len(lengths))
     held = (n * 2 * shape.d_kv for n, shape in zip(lengths, shapes, strict=True) if shape.delta is None)
     return sum(held) * dtype_bytes
 
