@@ -77,11 +77,7 @@ def comparisons(folders: Iterable[Path], needs_full: bool = True) -> list[Compar
         lines = _lines(folder)
         for study in studies(lines).values():
             _add(found, folder, study)
-    whole = [_with_full(comparison, needs_full) for comparison in found.values()]
-    for comparison in whole:  # lines of earlier versions have no such fields, and other folders more rows
-        if any(line["method"] == "full" for line in comparison.lines):
-            comparison.lines = add_evidence(comparison.lines, comparison.answers)
-    return whole
+    return [_against_full(comparison, needs_full) for comparison in found.values()]
 
 
 def _add_logged(found: dict[str, Comparison], folder: Path, logged: Logged) -> None:
@@ -95,8 +91,8 @@ def _add_logged(found: dict[str, Comparison], folder: Path, logged: Logged) -> N
     _add_row(comparison, folder, line, Answers.of(logged.records))
 
 
-def _with_full(comparison: Comparison, needs_full: bool) -> Comparison:
-    """Gives the runs of lmms-eval in a comparison their retention."""
+def _against_full(comparison: Comparison, needs_full: bool) -> Comparison:
+    """Gives the rows of a comparison what is measured against the full model, as far as they lack it."""
     full = next((line for line in comparison.lines if line["method"] == "full"), None)
     if full is None:
         if needs_full:
@@ -110,6 +106,8 @@ def _with_full(comparison: Comparison, needs_full: bool) -> Comparison:
         if line["status"] == OK and line["retention"] is None:
             comparison.lines[place] = with_retention(line, scores[line["cell"]], full, scores[full["cell"]])
     comparison.lines.sort(key=lambda line: line["method"] != "full")  # tables begin with the full model
+    # Lines of earlier versions have no such fields, and other folders have more rows.
+    comparison.lines = add_evidence(comparison.lines, comparison.answers)
     return comparison
 
 

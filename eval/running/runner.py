@@ -79,17 +79,36 @@ def run(config: EvalConfig, console: Console | None = None, shard: Shard | None 
     with ExitStack() as stack:
         if processes.first:
             claim(config.output, shard, stack)
+        opened = [Opened.of(task, config.limit) for task in tasks.values()]
         studies = [
-            Study.of(own, model, task, axes)
+            Study.of(own, model, each, axes)
             for model in config.model
             for axes, own in config.combinations()
-            for task in tasks.values()
+            for each in opened
         ]
         if processes.first:
             say(console, taken(config) + ("" if shard is None else f"; shard {shard}"))
         results = _run(config, studies, processes, shard, console)
     processes.end()
     return results
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A task and its examples, which are opened once for all studies."""
+
+    task: AnyTask
+    examples: list[Example]
+    digests: list[str]
+    """of the examples; none if they follow from the source code"""
+
+    @classmethod
+    def of(cls, task: AnyTask, limit: int | None) -> Opened:
+        """Raises ConfigError if the examples have mistakes, or cannot be scored."""
+        examples = list(task.examples(limit))
+        digests = task.digests(examples)
+        task.rehearse(examples)
+        return cls(task, examples, digests)
 
 
 @dataclass
@@ -115,12 +134,9 @@ class Study:
     """the batches of each cell that still have to run; of a shard, those that are its own"""
 
     @classmethod
-    def of(cls, config: EvalConfig, model: str, task: AnyTask, axes: dict[str, str] | None = None) -> Study:
+    def of(cls, config: EvalConfig, model: str, opened: Opened, axes: dict[str, str] | None = None) -> Study:
+        task, examples, digests = opened.task, opened.examples, opened.digests
         cells = expand(config)
-        examples = list(task.examples(config.limit))
-        digests = task.digests(examples)
-        if isinstance(task, LmmsTask):
-            task.rehearse(examples)
         identity = Identity.of(config, task, digests, resolve_model(model))
         paths = [cell_path(config.output, cell.title, identity.key(cell)) for cell in cells]
         starts = range(0, len(examples), config.batch_size)
@@ -183,8 +199,8 @@ class Study:
 
     def results(self) -> list[Record]:
         """The lines of the finished cells."""
-        metrics = self.task.scores if isinstance(self.task, LmmsTask) else None
-        return self.plan().lines([Outcome(file.records, file.ending) for file in self.files], metrics)
+        outcomes = [Outcome(file.records, file.ending) for file in self.files]
+        return self.plan().lines(outcomes, self.task.metrics)
 
 
 @dataclass(frozen=True)

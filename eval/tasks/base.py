@@ -9,9 +9,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from PIL.Image import Image
+
+if TYPE_CHECKING:
+    from vtprune.eval.results.aggregated import Metrics
 
 Kind = Literal["image", "video"]
 """Kind of a task's media, as adapters and chat templates name it."""
@@ -123,6 +126,14 @@ class BaseTask:
     """what opens the task again: its entry in an evaluation file, in JSON types"""
     rules: str = ""
     """hash of what decides beside the examples how they are asked and scored: source code, settings"""
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """What makes the score of a cell out of its records; None: the score is the mean over the examples."""
+        return None
+
+    def rehearse(self, examples: Sequence[Any]) -> None:
+        """Raises ConfigError for what would fail only after the model has answered `examples`."""
 
     def digests(self, examples: Sequence[Example]) -> list[str]:
         """Of each example; none if they follow from the source code."""

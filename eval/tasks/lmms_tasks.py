@@ -117,7 +117,11 @@ class LmmsTask(Task):
     scores: Scores | None = None
     """of its documents and its metrics"""
 
-    def rehearse(self, documents: Sequence[Document]) -> None:
+    @property
+    def metrics(self) -> Scores | None:
+        return self.scores
+
+    def rehearse(self, examples: Sequence[Document]) -> None:
         """Scores the documents with their own targets as answers, before a model is loaded.
 
         So a task whose code fails on these documents, as MME's does on half a pair, shows now. Of many documents only
@@ -126,9 +130,9 @@ class LmmsTask(Task):
         Raises:
             ConfigError: what scores documents or aggregates their scores fails.
         """
-        whole = len(documents) <= _REHEARSED
+        whole = len(examples) <= _REHEARSED
         results = []
-        for document in documents if whole else documents[:1]:
+        for document in examples if whole else examples[:1]:
             requests = document.requests()
             for place, request in enumerate(requests):
                 request.resps.append(document.answer if self.generates else (float(place), place == 0))

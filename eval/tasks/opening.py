@@ -93,12 +93,12 @@ def _opened(entry: TaskEntry | dict[str, Any], include_path: Sequence[Path]) -> 
 
         names = suite_tasks(entry.removeprefix(SUITE)) if entry.startswith(SUITE) else [entry.removeprefix(LMMS)]
         return [task for name in names for task in open_lmms(name, include_path)]
-    make = _maker(entry)
-    return [replace(make(), name=entry, entry=entry, rules=source_hash(make))]
+    make, task = _made(entry)
+    return [replace(task, name=entry, entry=entry, rules=source_hash(make))]
 
 
-def _maker(name: str) -> Callable[[], AnyTask]:
-    """The function that makes a task. Only the package that has the task is imported, so no other can break this."""
+def _made(name: str) -> tuple[Callable[[], AnyTask], AnyTask]:
+    """A task and the function that made it. Only the package that has it is imported, so no other can break this."""
     found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
     packages = [_package(entry) for entry in found]
     if name in TASKS:
@@ -106,12 +106,12 @@ def _maker(name: str) -> Callable[[], AnyTask]:
     if len(packages) > 1:
         raise ConfigError(f"task {name!r} is in several packages: {', '.join(packages)}; keep one of them installed")
     if name in TASKS:
-        return TASKS[name]
-    return _checked(found[0])
+        return TASKS[name], TASKS[name]()
+    return _made_outside(found[0])
 
 
-def _checked(entry: EntryPoint) -> Callable[[], AnyTask]:
-    """The function of a plug-in. If it raises or returns no task, the error names its package."""
+def _made_outside(entry: EntryPoint) -> tuple[Callable[[], AnyTask], AnyTask]:
+    """The task of a plug-in. If its function raises or returns no task, the error names its package."""
     where = f"{_package(entry)}: its task {entry.name!r} ({entry.value}, group {GROUP})"
     try:
         make = entry.load()
@@ -122,7 +122,7 @@ def _checked(entry: EntryPoint) -> Callable[[], AnyTask]:
         raise ConfigError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task | Classification):
         raise ConfigError(f"{where} is no function that returns a Task or a Classification, but {type(task).__name__}")
-    return make
+    return make, task
 
 
 def _package(entry: EntryPoint) -> str:

@@ -18,10 +18,9 @@ from vtprune.eval.progress import progress_bar, say
 from vtprune.eval.running.devices import taken, with_devices
 from vtprune.eval.running.evaluator import refuse_mismatches
 from vtprune.eval.running.questions import QuestionEvaluator
-from vtprune.eval.running.runner import Study, evaluator_class
+from vtprune.eval.running.runner import Opened, Study, evaluator_class
 from vtprune.eval.running.shards import claim
 from vtprune.eval.tasks import Classification, open_tasks
-from vtprune.eval.tasks.lmms_tasks import LmmsTask
 from vtprune.eval.tuning import output
 from vtprune.eval.tuning.candidates import Candidate, compositions, first_candidates, twins
 from vtprune.eval.tuning.choice import Outcome
@@ -65,10 +64,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> Outcome:
     with ExitStack() as stack:
         claim(settings.output, None, stack)
         say(console, taken(settings))
-        if isinstance(task, LmmsTask):
+        if task.metrics is not None:
             say(console, f"{task.name}: scores are means over its documents, whatever its metric is")
         bar = stack.enter_context(progress_bar(console, "loading the model"))
-        study, tuning, held_out = split(Study.of(settings, settings.model[0], task))
+        study, tuning, held_out = split(Study.of(settings, settings.model[0], Opened.of(task, settings.limit)))
         kind = evaluator_class(task)
         evaluator = kind(settings, study, kind.load(settings, study.model, settings.device))
         clock = Clock(end)
