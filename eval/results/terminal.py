@@ -22,7 +22,7 @@ from vtprune.eval.results.formatting import (
 )
 from vtprune.eval.results.reasons import Reasons
 from vtprune.eval.results.records import Record
-from vtprune.eval.results.terms import terms
+from vtprune.eval.results.terms import ACCURACY, terms
 from vtprune.eval.results.timings import Latency
 
 
@@ -44,7 +44,9 @@ def terminal_table(results: Sequence[Record], times: Mapping[str, Latency]) -> G
         collapse_padding=True,
     )
     table.add_column("method", overflow="fold", min_width=8)
-    heads = ["asked", "accuracy", *(("gain", "hard") if against else ()), "loyal", words.short, "FLOPs", "ms"]
+    is_accuracy = words.score == ACCURACY
+    score = ACCURACY if is_accuracy else "score"  # the names of metrics are long
+    heads = ["asked", score, *(("gain", "hard") if against else ()), "loyal", words.short, "FLOPs", "ms"]
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for label, by_ratio in rows(results).items():
@@ -53,8 +55,10 @@ def terminal_table(results: Sequence[Record], times: Mapping[str, Latency]) -> G
             numbers = _numbers(entry, against, times) if entry.ok else [f"see {reasons.mark(entry)}"]
             table.add_row("" if place else escape(label), asked, *map(escape, numbers))
     notes = [f"[{number}] {text}" for number, text in enumerate(reasons.texts, start=1)]
+    in_percent = [*([ACCURACY] if is_accuracy else []), *(["hard"] if against else []), "loyal"]
     explained = [
-        f"accuracy{', hard' if against else ''}, loyal: in %, ± over seeds; asked: share of {words.short} asked for;",
+        *([] if is_accuracy else [f"score: {words.scored};"]),
+        f"{', '.join(in_percent)}: in %, ± over seeds; asked: share of {words.short} asked for;",
         *(_AGAINST if against else ()),
         f"loyal: answers that are the full model's; {words.short}: {words.final};",
         f"FLOPs: share of the unpruned {words.flops_name} in %; ms: one example, measured",

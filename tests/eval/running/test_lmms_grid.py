@@ -2,6 +2,7 @@
 """Tasks of lmms-eval in an evaluation file, against lmms-eval's own run of the model `vtprune` on the same tasks."""
 
 import argparse
+import io
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,17 @@ import tiny_eval
 import torch
 import yaml
 from lmms_eval.evaluator import simple_evaluate
+from rich.console import Console
 
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
 from vtprune.eval.digitscenes.video_model import build_video_model, build_video_processor
 from vtprune.eval.lmms.model import VTPruneChat, VTPruneSimple
 from vtprune.eval.pages.report import write_report
+from vtprune.eval.results.entries import studies
 from vtprune.eval.results.records import cell_records
+from vtprune.eval.results.terminal import terminal_table
+from vtprune.eval.results.timings import latencies
 from vtprune.eval.running.lmms import LmmsEvaluator
 from vtprune.eval.running.runner import run
 from vtprune.eval.tasks import lmms_tasks
@@ -32,13 +37,8 @@ GRID = {"limit": LIMIT, "batch_size": 4, "keep_ratios": [RATIO], "baselines": ["
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds the tasks in `tasks`, and everything that lmms-eval stores."""
-    folder = tmp_path_factory.mktemp("lmms_grid")
-    local_lmms.write(folder / "tasks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
-        yield folder
+def folder(lmms_folder):
+    return lmms_folder
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +177,22 @@ def test_a_second_start_computes_nothing_and_changed_tasks_everything(folder, gr
     assert run(config) == lines
 
 
+def printed(table):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
 def test_tables_and_page_show_points_as_they_are(grid):
     config, lines = grid
     summary = (config.output / "summary.md").read_text()
     assert "## odd_points in points" in summary and "| full | 200.0 [200.0, 200.0] |" in summary
     assert "## harmonic,letter in %" in summary
+    times = latencies([config.output])
+    shown = {study[0]["task"]: printed(terminal_table(study, times)) for study in studies(lines).values()}
+    assert "score: odd_points in points;" in shown["pairs"] and "accuracy" not in shown["pairs"]
+    assert " 200.0 " in next(line for line in shown["pairs"].splitlines() if line.startswith("full"))
+    assert "score: harmonic,letter in %;" in shown["first_word"]
     write_report([config.output], config.output / "report.html")
     page = (config.output / "report.html").read_text()
     assert "has odd_points of 200.0 points" in page and "has harmonic,letter of 90.9 %" in page
