@@ -12,7 +12,6 @@ from contextlib import ExitStack
 
 import pytest
 import tiny_eval
-import yaml
 
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
@@ -29,20 +28,6 @@ CONFIG = {
 }
 CELLS = 12
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"model": str(tiny_eval.save_model(folder / "model")), **CONFIG}))
-    return folder / "tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def alone(config_file, tmp_path_factory):
-    output = tmp_path_factory.mktemp("alone")
-    run(load_config(config_file, output=output))
-    return output
 
 
 def start(config_file, output, shard):

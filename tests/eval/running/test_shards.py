@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny_eval
-import yaml
 
 from vtprune.errors import ConfigError
 from vtprune.eval.config import load_config
@@ -26,20 +25,6 @@ CONFIG = {
     "keep_ratios": [0.5, 0.1],
     "methods": [{"name": "random", "seeds": [0, 1]}, "fastv"],
 }
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"model": str(tiny_eval.save_model(folder / "model")), **CONFIG}))
-    return folder / "tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def alone(config_file, tmp_path_factory):
-    output = tmp_path_factory.mktemp("alone")
-    run(load_config(config_file, output=output))
-    return output
 
 
 def launch(config_file, output, processes=2):

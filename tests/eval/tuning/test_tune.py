@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import local_lmms
 import pytest
 import tiny_eval
 import tiny_tune
@@ -165,12 +164,8 @@ def test_the_time_is_kept_and_the_choice_is_measured_on_held_out_examples(model,
 
 
 @pytest.fixture(scope="module")
-def lmms_tasks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lmms")
-    local_lmms.write(folder / "tasks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
-        yield folder / "tasks"
+def lmms_tasks(lmms_folder):
+    return lmms_folder / "tasks"
 
 
 @pytest.mark.parametrize("task", ["pairs", "choices"])
