@@ -111,7 +111,7 @@ def _run(decoder, layer, states: Tensor, positions: Tensor, blocks: Tensor) -> t
             states[None],
             attention_mask=mask[None, None],
             position_embeddings=decoder.rotary_emb(states[None], positions, **per_type),
-            position_ids=ranks[None],
+            position_ids=ranks[None] if positions.ndim == 3 else positions,
         )
     finally:
         hook.remove()

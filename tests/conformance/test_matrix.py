@@ -18,7 +18,7 @@ from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
 from vtprune.testing.traces import back_ends, fingerprint
-from vtprune.transformers_private import CACHE, has_keys, scales_queries
+from vtprune.transformers_private import CACHE, has_keys
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
@@ -294,9 +294,8 @@ def test_only_what_needs_a_cls_token_is_refused(name):
     model = families.shared(name)
     refused = {method for method in METHODS if refusal(model, spec(method)) is not None}
     has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
-    text = model.get_decoder().config
-    fixed = "sliding_attention" in (getattr(text, "layer_types", None) or ()) or scales_queries(text)
-    expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and fixed)}
+    slides = "sliding_attention" in (getattr(model.get_decoder().config, "layer_types", None) or ())
+    expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
     if name not in SHORTER_TOWERS:
         expected |= {method for method in METHODS if acts(method, InLayers)}
     if name in families.CARRY_STATE:

@@ -33,7 +33,7 @@ from vtprune.stages.layout import Groups, compact_columns, last_axis, spread_col
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import CacheContents, PromptTable, Slots, Stored
 from vtprune.tokens import ModelShape
-from vtprune.transformers_private import Cache, attention_back_end, layer_type, reads_positions, scales_queries
+from vtprune.transformers_private import Cache, attention_back_end, layer_type, reads_positions
 
 
 @dataclass
@@ -98,11 +98,6 @@ class RevivalStage(ThreadAware[_Following]):
             raise UnsupportedStageError(
                 f"{name} brings tokens back into the KV cache, and decoder layers of this model have a sliding window, "
                 "which forgets by itself; methods that bring nothing back work: fastv, transprune"
-            )
-        if scales_queries(config):
-            raise UnsupportedStageError(
-                f"{name} brings tokens back into the KV cache, and this model scales queries by their positions, which "
-                "is not supported together; methods that bring nothing back work: fastv, transprune"
             )
 
     def install(self) -> Iterator[RemovableHandle]:

@@ -54,7 +54,6 @@ from vtprune.transformers_private.layers import (
     is_prunable,
     layer_type,
     longest_prunable,
-    scales_queries,
     state_kinds,
 )
 from vtprune.transformers_private.masks import attention_back_end, encoder_mask, layer_mask, unmasked_steps
@@ -115,7 +114,6 @@ __all__ = [
     "releases",
     "rotary_embedding",
     "scored",
-    "scales_queries",
     "state_kinds",
     "uninitialised",
     "unmasked_steps",

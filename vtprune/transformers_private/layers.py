@@ -30,11 +30,6 @@ def layer_type(config: Any, layer: int) -> str:
     return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
 
 
-def scales_queries(config: Any) -> bool:
-    """Whether layers scale queries by their positions (Ministral 3, Mistral 4)."""
-    return "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {})
-
-
 def state_kinds(config: Any, layers: int) -> list[str]:
     """Kinds of decoder layers that carry a state from token to token (convolutions, linear attention, Mamba), sorted.
 
