@@ -47,9 +47,8 @@ def test_bfloat16(model_name, name):
 BEHIND_ENCODER = [cell for cell in CELLS if in_turns(*cell) and not acts(cell[2], InLayers)]
 
 
-JUMPY = ("ministral3", "internvl_gpt_oss")
-"""Families whose logits jump in bfloat16: by the positions that a padded plain call counts, and by the choice of
-experts. Their counts are compared."""
+JUMPY = (("internvl_gpt_oss", "mustdrop"),)
+"""Cells whose logits jump in bfloat16, where they agree in float32: a near tie between experts. Counts are compared."""
 
 
 @functools.cache
@@ -70,11 +69,14 @@ def test_bfloat16_on_every_family(name, media, method):
     if matrix.refusal(model, methods) is not None:
         return
     batch = families.batch(name, model, media=media)
+    given = batch.inputs
+    if name == "ministral3":  # scales queries by positions, which a plain call counts from the padding on
+        given = given | {"position_ids": (given["attention_mask"].cumsum(1) - 1).clamp(min=0)}
     with vtprune.prune(model, methods) as session:
-        logits = model(**to_half(batch.inputs)).logits
+        logits = model(**to_half(given)).logits
     report = session.report
     with vtprune.prune(exact, methods) as reference:
-        exact(**batch.inputs)
+        exact(**given)
     for sample, inputs in enumerate(batch.singles):
         first, layers = batch.first_column(sample), range(report.depth)
         kept = [report.kept(sample, layer) - first for layer in layers]
@@ -82,7 +84,7 @@ def test_bfloat16_on_every_family(name, media, method):
         for ours, layer in zip(kept, layers, strict=True):
             theirs = reference.report.kept(sample, layer) - first
             assert len(set(ours.tolist()) - lines) == len(set(theirs.tolist()) - lines)
-        if name in JUMPY:
+        if (name, method) in JUMPY:
             continue
         sources = report.sources(sample, 0)
         nothing = torch.empty(0, dtype=torch.long)
