@@ -80,9 +80,8 @@ def prune(
             raise ConfigError(f"{', '.join(names)}: only for vision-language models; this is a vision encoder alone")
         # Which of the two it is only the model says. Type checkers are told the one that most callers get.
         return cast(Session, EncoderSession(model, encoder, methods, strict=strict, profile=profile))
-    session = Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile)
-    session.chosen = chosen
-    return session
+    notes = () if chosen is None else (chosen,)
+    return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile, notes=notes)
 
 
 def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
@@ -110,18 +109,20 @@ class Session(SessionLife):
         text: Text | None,
         prompt_length: PromptLength,
         profile: Profile,
+        notes: tuple[str, ...] = (),
     ):
+        """notes: what each report says besides what it measured."""
         check_release()
         self.adapter = adapter = adapter_for(model)
-        self.chosen: str | None = None
-        """Which method "auto" chose, and why; None if the caller did."""
         modules = chain(model.modules() if isinstance(model, nn.Module) else (), adapter.model.modules())
         towers = [adapter.vision_tower(kind) for kind in adapter.visual_token_ids]
         super().__init__([adapter.language_model, *towers], modules, methods, strict=strict)
         self._guidance = Guidance(text, prompt_length)
         self._reports: PerCaller[tuple[Report, CacheContents]] = PerCaller()
         self._totals, self._lock = Totals(), threading.Lock()
-        self._calls: ModelCalls = self._calls_class(adapter, methods, self._guidance, self._finished, profile=profile)
+        self._calls: ModelCalls = self._calls_class(
+            adapter, methods, self._guidance, self._finished, profile=profile, notes=notes
+        )
 
     @property
     def text(self) -> Text | None:
@@ -166,8 +167,6 @@ class Session(SessionLife):
 
     def _finished(self, report: Report, contents: CacheContents, wants_less: bool) -> None:
         """Keep the report of a prefill. wants_less: whether the methods were asked to drop anything of it."""
-        if self.chosen is not None:
-            report = dataclasses.replace(report, notes=(self.chosen, *report.notes))
         self._reports.set((report, contents))
         with self._lock:
             self._totals += report

@@ -78,9 +78,10 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         finished: Callable[[Report, CacheContents, bool], None],
         *,
         profile: Profile,
+        notes: tuple[str, ...] = (),
     ):
         """finished: is given the report of each prefill, what the KV cache contains from then on, and whether the
-        methods were asked to drop anything of it."""
+        methods were asked to drop anything of it. notes: what each report says first."""
         super().__init__(_Following)
         self.adapter, self.methods, self.guidance = adapter, methods, guidance
         self.finished = finished
@@ -97,7 +98,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         for part in parts:
             check_signals(part, shape)
         signals = [signal for part in parts for signal in part.signals(shape)]
-        self._notes = substitutes(methods, shape)
+        self._notes = (*notes, *substitutes(methods, shape))
         active = [part for part in parts if part.keep_ratio != 1.0]
         self.prunes = bool(active)
         """Whether any method asks for less than everything."""
