@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 import vtprune
 from vtprune.signals import TextEmbeddings
 from vtprune.testing import families
-from vtprune.testing.configs import MODELS
 from vtprune.testing.media import AUDIO, AUDIO_END, AUDIO_START, BOS, END, IMAGE, MERGE, PAD, PATCH, START, VIDEO
 from vtprune.testing.recompute import keep_all, recompute
+from vtprune.testing.tiny import FAMILIES
 
 ATOL, NEW = 1e-4, 4
 MELS, LENGTHS = 128, (40, 16, 24)
@@ -140,7 +140,7 @@ def test_audio_is_no_text(name, kind):
 
 def test_a_whole_model_is_pruned_in_its_thinker():
     config = hf.Qwen3OmniMoeConfig(
-        thinker_config=MODELS["qwen3_omni"][1]().to_dict(), talker_config=None, enable_audio_output=False
+        thinker_config=FAMILIES["qwen3_omni"].config().to_dict(), talker_config=None, enable_audio_output=False
     )
     whole = hf.Qwen3OmniMoeForConditionalGeneration(config).eval()
     thinker = families.shared("qwen3_omni")

@@ -9,8 +9,9 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 import vtprune
 from vtprune.signals import TextEmbeddings
 from vtprune.testing import families
-from vtprune.testing.media import END, FIRST_WORD, IMAGE, LAYOUTS, MERGE, PATCH, VIDEO
+from vtprune.testing.media import END, FIRST_WORD, IMAGE, MERGE, PATCH, VIDEO
 from vtprune.testing.recompute import recompute
+from vtprune.testing.tiny import FAMILIES
 from vtprune.tokens import Grid, Selection
 from vtprune.transformers_private import CACHE
 
@@ -347,12 +348,12 @@ class Conversation:
         self.ids = torch.cat([self.ids, words])
 
     def image(self, *grid: int) -> None:
-        self.images.append(LAYOUTS[self.name]["image"].make(self.model, (1, *grid), 1, self.generator))
+        self.images.append(FAMILIES[self.name].layouts["image"].make(self.model, (1, *grid), 1, self.generator))
         self.ids = torch.cat([self.ids, torch.tensor(self.images[-1].ids)])
 
     def inputs(self) -> dict[str, Tensor]:
         ids = self.ids[None]
-        images = LAYOUTS[self.name]["image"].collate([self.images])
+        images = FAMILIES[self.name].layouts["image"].collate([self.images])
         return {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()} | images
 
 

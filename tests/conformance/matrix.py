@@ -17,15 +17,6 @@ MEANS_OF_PATCHES: dict[str, tuple[str, ...]] = {
 }
 """Families and media of which some visual tokens are means of several patches. Inside the encoder these patches can
 merge, but not go; `tests/encoders` has the refusals."""
-KINDRED = ("qwen3_vl_moe", "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni", "internvl_gpt_oss", "ministral3")
-"""Families whose adapter is, or derives from, that of another one. The default run has a quarter of their cells."""
-CELLS = [
-    (name, media, method)
-    for name in families.NAMES
-    for media in families.MEDIA[name]
-    for method in METHODS
-    if not (drops_patches(method) and media in MEANS_OF_PATCHES.get(name, ()))
-]
 
 
 def turn(name: str, method: str) -> int:
@@ -33,12 +24,28 @@ def turn(name: str, method: str) -> int:
     return families.NAMES.index(name) + list(METHODS).index(method)
 
 
+def _has_its_turn(name: str, media: str, method: str) -> bool:
+    """Whether a medium is the one with which a method's turn is on a family."""
+    kinds = families.MEDIA[name]
+    return media == kinds[turn(name, method) % len(kinds)]
+
+
+CELLS = [
+    (name, media, method)
+    for name in families.NAMES
+    for media in families.MEDIA[name]
+    for method in METHODS
+    if not (drops_patches(method) and media in MEANS_OF_PATCHES.get(name, ()))
+    if name not in families.KINDRED or _has_its_turn(name, media, method)
+]
+"""All families, media and methods that are tested together; on kindred families one medium a method, in turns."""
+
+
 def in_turns(name: str, media: str, method: str) -> bool:
     """Whether a cell is one of those that have every method on every family once, with media in turns; on kindred
-    families every fourth method."""
-    kinds = families.MEDIA[name]
-    own = turn(name, method)
-    return media == kinds[own % len(kinds)] and (name not in KINDRED or own // len(kinds) % 4 == 0)
+    families every eighth method."""
+    rounds = turn(name, method) // len(families.MEDIA[name])
+    return _has_its_turn(name, media, method) and (name not in families.KINDRED or rounds % 8 == 0)
 
 
 def refusal(model, methods: Spec) -> str | None:

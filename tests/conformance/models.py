@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from vtprune.testing import configs
-from vtprune.testing.configs import BOS, INIT_STD, PAD
+from vtprune.testing.configs import INIT_STD
+from vtprune.testing.media import BOS, PAD
 
 IMAGE_TOKEN, VOCABULARY = 120, 121
 

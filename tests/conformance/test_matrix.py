@@ -22,7 +22,7 @@ from vtprune.transformers_private import CACHE, has_keys
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
-from .matrix import CELLS, KINDRED, MEANS_OF_PATCHES, in_turns, refusal, turn
+from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal, turn
 from .methods import METHODS, acts, evicts, keep_everything, needs_cls, numbered, revives, spec
 
 ATOL = 1e-4
@@ -141,16 +141,17 @@ def check_revival(run: Unpatched, sample: int, logits: Tensor, generated: Tensor
 
 
 def _cells():
-    """Every cell with both back ends.
+    """Every cell with both back ends, on kindred families with one of them in turns.
 
     The default run has every method on every family once, with images or, where the family takes them, videos or mixed
-    prompts, in turns; with the first back end, and a quarter of those on images with the second one, too. Kindred
-    families have a quarter of that.
+    prompts, in turns; with the first back end, and a quarter of those on images with the second one, too. Of kindred
+    families it has an eighth.
     """
     for number, (name, media, method) in enumerate(CELLS):
-        share = 16 if name in KINDRED else 4
-        for attention in POSITIONS:
-            chosen = in_turns(name, media, method) if attention == "sdpa" else media == "image" and number % share == 0
+        kindred = name in families.KINDRED
+        for attention in [list(POSITIONS)[number % 2]] if kindred else POSITIONS:
+            first = attention == "sdpa" or kindred
+            chosen = in_turns(name, media, method) if first else media == "image" and number % 4 == 0
             marks = [] if chosen else [pytest.mark.slow]
             yield pytest.param(name, media, method, attention, marks=marks, id=f"{name}-{media}-{method}-{attention}")
 
@@ -232,9 +233,8 @@ def on_families(names: Iterable[str]):
     )
 
 
-@on_families(name for name in families.NAMES if not name.startswith("paligemma"))
+@on_families(name for name in families.NAMES if name not in families.IMAGES_FIRST)
 def test_samples_with_and_without_images(name, method):
-    """PaliGemma's processor takes no prompt without an image."""
     run = unpatched(name, "sdpa", "sparse")
     with vtprune.prune(run.model, spec(method, positions="compact")) as session:
         output = generate(run.model, run.batch, run.batch.inputs)

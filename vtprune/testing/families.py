@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,26 +16,29 @@ import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtprune.testing.configs import INIT_STD, MODELS
-from vtprune.testing.media import BOS, FIRST_WORD, IMAGE, LAYOUTS, PAD, VIDEO, Item
+from vtprune.testing.configs import INIT_STD
+from vtprune.testing.media import BOS, FIRST_WORD, IMAGE, PAD, VIDEO, Item
+from vtprune.testing.tiny import FAMILIES
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
-NAMES = tuple(MODELS)
+NAMES = tuple(FAMILIES)
 """All families, those included that the installed transformers lacks."""
-
-
-CARRY_STATE = ("qwen3_5", "qwen3_5_moe")
+CARRY_STATE = tuple(name for name, family in FAMILIES.items() if family.carries_state)
 """Families whose language models have layers that carry a state from token to token: nothing can go inside them."""
 PRUNED_INSIDE = tuple(name for name in NAMES if name not in CARRY_STATE)
 """Families inside whose language models tokens can go."""
-ALWAYS_EAGER = ("paligemma2", "internvl_gpt_oss")
+ALWAYS_EAGER = tuple(name for name, family in FAMILIES.items() if family.always_eager)
 """Families whose language models do what sdpa cannot: Gemma 2 caps attention logits, gpt-oss has sinks."""
+IMAGES_FIRST = tuple(name for name, family in FAMILIES.items() if family.images_first)
+"""Families whose prompts begin with the images, and have at least one."""
+KINDRED = tuple(name for name, family in FAMILIES.items() if family.kindred)
+"""Families in which little is new, beside another one."""
 
 
 def model_class(name: str) -> str:
     """Name of the class in transformers behind a family."""
-    return MODELS[name][0]
+    return FAMILIES[name].class_name
 
 
 def is_available(name: str) -> bool:
@@ -49,7 +51,7 @@ def build(name: str, attention: str = "sdpa", **overrides):
 
     overrides: fields of the text config, e.g. `sliding_window=24`.
     """
-    class_name, config = MODELS[name]
+    class_name, config = FAMILIES[name].class_name, FAMILIES[name].config
     if name in ALWAYS_EAGER and attention == "sdpa":
         attention = {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
     with torch.random.fork_rng():
@@ -76,19 +78,8 @@ def shared(name: str, attention: str = "sdpa"):
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
-VIDEO_NAMES = tuple(name for name, layouts in LAYOUTS.items() if "video" in layouts)
+VIDEO_NAMES = tuple(name for name, family in FAMILIES.items() if "video" in family.layouts)
 MEDIA = {name: ("image", "video", "mixed") if name in VIDEO_NAMES else ("image",) for name in NAMES}
-
-# Column types that a processor adds, from the ids.
-_TOKEN_TYPES: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
-    "gemma3": lambda ids: {"token_type_ids": (ids == IMAGE).long()},
-    "paligemma": lambda ids: {"token_type_ids": torch.zeros_like(ids)},
-    "qwen2_vl": lambda ids: {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()},
-}
-_TOKEN_TYPES |= {"paligemma2": _TOKEN_TYPES["paligemma"]}
-_TOKEN_TYPES |= {
-    name: _TOKEN_TYPES["qwen2_vl"] for name in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-}
 
 # A prompt a string: `t` is a text token, `I` an image, `V` a video. The last mixed prompt has no video, the
 # second sparse one nothing but text.
@@ -132,17 +123,17 @@ def batch(name: str, model, samples: int = 3, media: str = "image", padding_side
     """Up to three samples for a model of the family `name`; the same call gives the same batch."""
     generator = torch.Generator().manual_seed(sum(map(ord, name + media)))
     kinds = {"I": "image", "V": "video"}
-    shapes = {kind: iter(layout.shapes) for kind, layout in LAYOUTS[name].items()}
+    shapes = {kind: iter(layout.shapes) for kind, layout in FAMILIES[name].layouts.items()}
     ids: list[Tensor] = []
     items: list[dict[str, list[Item]]] = []
     for prompt in _PROMPTS[media][:samples]:
         tokens = [BOS]
         media_items: dict[str, list[Item]] = {"image": [], "video": []}
-        if name.startswith("paligemma"):  # images first, then BOS
+        if FAMILIES[name].images_first:  # then BOS
             tokens, prompt = [], "I" * prompt.count("I") + "b" + "t" * prompt.count("t")
         for letter in prompt:
             if (kind := kinds.get(letter)) is not None:
-                item = LAYOUTS[name][kind].make(model, next(shapes[kind]), prompt.count(letter), generator)
+                item = FAMILIES[name].layouts[kind].make(model, next(shapes[kind]), prompt.count(letter), generator)
                 media_items[kind].append(item)
                 tokens += item.ids
             else:
@@ -171,9 +162,9 @@ def _inputs(
     columns = torch.stack([pad(one, width, value=PAD) for one, width in zip(ids, widths, strict=True)])
     real = torch.stack([pad(torch.ones_like(one), width) for one, width in zip(ids, widths, strict=True)])
     inputs = {"input_ids": columns, "attention_mask": real}
-    if name in _TOKEN_TYPES:
-        inputs |= _TOKEN_TYPES[name](columns)
-    for kind, layout in LAYOUTS[name].items():
+    if (token_types := FAMILIES[name].token_types) is not None:
+        inputs |= token_types(columns)
+    for kind, layout in FAMILIES[name].layouts.items():
         of_kind = [media_items[kind] for media_items in items]
         if any(of_kind):
             inputs |= layout.collate(of_kind)

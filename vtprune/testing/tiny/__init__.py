@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random-weight models, one file for families that are alike."""
+
+from __future__ import annotations
+
+from vtprune.testing.tiny import gemma, idefics3, internvl, llava, mistral3, qwen_omni, qwen_vl
+from vtprune.testing.tiny.family import Family
+
+__all__ = ["FAMILIES", "Family"]
+
+_FILES = (
+    llava,
+    qwen_vl,
+    qwen_omni,
+    internvl,
+    idefics3,
+    gemma,
+    mistral3,
+)
+
+FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
+"""Name -> family."""

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is needed to build a tiny model of a family, and prompts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.testing.media import Layout
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, as a tiny model with random weights."""
+
+    class_name: str
+    """Its class in transformers; a release that lacks it still has the others."""
+    config: Callable[..., Any]
+    """Makes its config from fields of the text config."""
+    layouts: Mapping[str, Layout]
+    """"image", "video" -> how its processor lays them out."""
+    token_types: Callable[[Tensor], dict[str, Tensor]] | None = None
+    """Column types that its processor adds, from the ids (batch, length)."""
+    carries_state: bool = False
+    """Whether its language model has layers that carry a state from token to token: nothing can go inside it."""
+    always_eager: bool = False
+    """Whether its language model does what sdpa cannot."""
+    images_first: bool = False
+    """Whether its processor puts all images before the first token."""
+    kindred: bool = False
+    """Whether little is new in it: the tests then run one medium and one back end a method, and few of these cells by
+    default."""
