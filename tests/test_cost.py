@@ -127,7 +127,7 @@ def test_linear_attention_holds_no_keys_and_has_no_published_formula():
     config = hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)
     assert cost.kv_bytes(config, [100, 7, 100]) == 7 * 2 * 2 * 16 * 2
     for convention in cost.CONVENTIONS.keys() - {"exact"}:
-        with pytest.raises(ConfigError, match=f"'{convention}' knows no linear attention.*qwen3_5_text.*use 'exact'"):
+        with pytest.raises(ConfigError, match=f"'{convention}' knows plain attention only.*qwen3_5_text.*use 'exact'"):
             cost.llm_prefill_flops(config, [1] * 3, 1, convention)
 
 

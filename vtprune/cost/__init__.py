@@ -8,146 +8,37 @@ the table it stands next to. Nothing here runs a model: configs in, numbers out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
+from vtprune.cost.layers import LayerShape, layer_shapes
+from vtprune.cost.mixers.attention import Attention
 from vtprune.errors import ConfigError
-from vtprune.transformers_private import layer_type
 
 Counts = Sequence[float] | torch.Tensor
 
 
-@dataclass(frozen=True)
-class _LayerShape:
-    """The widths of a decoder layer that its cost depends on, under the names that formulas use."""
-
-    d: int
-    """width of the hidden state"""
-    d_q: int
-    """width of all query heads together"""
-    d_kv: int
-    """width of all key (or value) heads together; below `d_q` with grouped-query attention"""
-    m: int
-    """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
-    gates: int
-    """numbers that are computed for each token to choose its experts and to weigh them; 0 without experts"""
-    gated_attention: bool
-    """whether the queries' projection also puts out a gate of the same width"""
-    delta: _DeltaRule | None
-    """what the layer has instead of attention"""
+def _exact(shape: LayerShape, visual: float, text: int) -> float:
+    return shape.flops(visual + text)
 
 
-def _shapes(config: Any, layers: int) -> list[_LayerShape]:
-    """The shape of each decoder layer. Layers of one kind share one, because configs are slow to read."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Models that alternate attention with the delta rule gate both.
-    delta = _DeltaRule.of(config) if hasattr(config, "linear_key_head_dim") else None
-    mixed = _expert_widths(config)
-
-    def shape(linear: bool, experts: bool) -> _LayerShape:
-        m, gates = mixed if mixed is not None and experts else (config.intermediate_size, 0)
-        return _LayerShape(
-            d=config.hidden_size,
-            d_q=heads * head_dim,
-            d_kv=kv_heads * head_dim,
-            m=m,
-            gates=gates,
-            gated_attention=delta is not None,
-            delta=delta if linear else None,
-        )
-
-    linear = [delta is not None and layer_type(config, layer) == "linear_attention" for layer in range(layers)]
-    kinds = list(zip(linear, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
-    shapes = {kind: shape(*kind) for kind in set(kinds)}
-    return [shapes[kind] for kind in kinds]
-
-
-def _expert_widths(config: Any) -> tuple[int, int] | None:
-    """`m` and `gates` of a layer with a mixture of experts; None if the model has none."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not experts:
-        return None
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    shared = getattr(config, "shared_expert_intermediate_size", 0)
-    return config.num_experts_per_tok * width + shared, experts + bool(shared)
-
-
-def _has_experts(config: Any, layers: int) -> list[bool]:
-    """Whether each decoder layer of a model with experts has them."""
-    dense, every = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
-    return [layer not in dense and (layer + 1) % every == 0 for layer in range(layers)]
-
-
-@dataclass(frozen=True)
-class _DeltaRule:
-    """The widths of a layer of linear attention by the gated delta rule (Qwen3-Next, Qwen3.5)."""
-
-    chunk: ClassVar[int] = 64
-    """Tokens that are computed together; the last ones are filled up to so many."""
-
-    heads: int
-    """value heads; each has a state of its own"""
-    d_k: int
-    """width of one key head"""
-    d_v: int
-    """width of one value head"""
-    keys: int
-    """width of all key (or query) heads together"""
-    kernel: int
-    """tokens that the convolution over queries, keys and values sees"""
-
-    @classmethod
-    def of(cls, config: Any) -> _DeltaRule:
-        return cls(
-            heads=config.linear_num_value_heads,
-            d_k=config.linear_key_head_dim,
-            d_v=config.linear_value_head_dim,
-            keys=config.linear_num_key_heads * config.linear_key_head_dim,
-            kernel=config.linear_conv_kernel_dim,
-        )
-
-    def flops(self, d: int, n: float) -> float:
-        values = self.heads * self.d_v
-        # Queries, keys, values and their gate, two numbers a head, and the output.
-        projections = 2 * n * d * (2 * self.keys + 3 * values + 2 * self.heads)
-        convolution = 2 * n * (2 * self.keys + values) * self.kernel
-        within = self.chunk * (3 * self.d_k + 2 * self.d_v)  # a token and those of its chunk
-        state = 3 * self.d_k * self.d_v  # reading it for values and outputs, and writing it
-        filled = math.ceil(n / self.chunk) * self.chunk
-        return projections + convolution + 2 * filled * self.heads * (within + state)
-
-
-def _exact(shape: _LayerShape, visual: float, text: int) -> float:
-    n = visual + text
-    mlp = 3 * (2 * n * shape.d * shape.m) + 2 * n * shape.d * shape.gates  # gate, up, down; choice of experts
-    if shape.delta is not None:
-        return shape.delta.flops(shape.d, n) + mlp
-    queries = (3 if shape.gated_attention else 2) * shape.d_q  # q and o
-    projections = 2 * n * shape.d * (queries + 2 * shape.d_kv)  # those, k and v
-    attention = 2 * (2 * n * n * shape.d_q)  # QK^T and AV
-    return projections + attention + mlp
-
-
-def _visual_only(shape: _LayerShape, visual: float, text: int) -> float:
+def _visual_only(shape: LayerShape, visual: float, text: int) -> float:
     return 4 * visual * shape.d**2 + 2 * visual**2 * shape.d + 2 * visual * shape.d * shape.m
 
 
-def _visual_only_gated(shape: _LayerShape, visual: float, text: int) -> float:
+def _visual_only_gated(shape: LayerShape, visual: float, text: int) -> float:
     return 4 * visual * shape.d**2 + 2 * visual**2 * shape.d + 3 * visual * shape.d * shape.m
 
 
-def _llm_viewer(shape: _LayerShape, visual: float, text: int) -> float:
+def _llm_viewer(shape: LayerShape, visual: float, text: int) -> float:
+    assert isinstance(shape.mixer, Attention)
     n = int(visual + text)
-    return 2 * n * (2 * shape.d**2 + 2 * shape.d * shape.d_kv + 3 * shape.d * shape.m) + 4 * n**2 * shape.d
+    return 2 * n * (2 * shape.d**2 + 2 * shape.d * shape.mixer.d_kv + 3 * shape.d * shape.m) + 4 * n**2 * shape.d
 
 
-CONVENTIONS: dict[str, Callable[[_LayerShape, float, int], float]] = {
+CONVENTIONS: dict[str, Callable[[LayerShape, float, int], float]] = {
     "exact": _exact,
     "visual_only": _visual_only,
     "visual_only_gated": _visual_only_gated,
@@ -192,11 +83,11 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
     if text_tokens < 0:
         raise ConfigError(f"text_tokens must be at least 0, got {text_tokens}")
     counts = _per_layer("visual_tokens", visual_tokens, text_config)
-    shapes = _shapes(text_config, len(counts))
-    if convention != "exact" and any(shape.delta is not None for shape in shapes):
+    shapes = layer_shapes(text_config, len(counts))
+    if convention != "exact" and not all(isinstance(shape.mixer, Attention) for shape in shapes):
         raise ConfigError(
-            f"the FLOPs convention {convention!r} knows no linear attention, which {text_config.model_type!r} has; "
-            "use 'exact'"
+            f"the FLOPs convention {convention!r} knows plain attention only, and {text_config.model_type!r} has other "
+            "layers; use 'exact'"
         )
     layer_cost = CONVENTIONS[convention]
     return sum(layer_cost(shape, count, text_tokens) for shape, count in zip(shapes, counts, strict=True))
@@ -285,9 +176,8 @@ def kv_bytes(text_config: Any, lengths_per_layer: Counts, dtype_bytes: int = 2) 
         ConfigError: a number of lengths that is not the number of layers, a negative length.
     """
     lengths = _per_layer("lengths_per_layer", lengths_per_layer, text_config)
-    shapes = _shapes(text_config, len(lengths))
-    held = (n * 2 * shape.d_kv for n, shape in zip(lengths, shapes, strict=True) if shape.delta is None)
-    return sum(held) * dtype_bytes
+    shapes = layer_shapes(text_config, len(lengths))
+    return sum(n * shape.mixer.cached for n, shape in zip(lengths, shapes, strict=True)) * dtype_bytes
 
 
 def _per_layer(name: str, counts: Counts, config: Any) -> list[float]:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cost of each decoder layer depends on, read from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vtprune.cost.mixers.attention import Attention
+from vtprune.cost.mixers.delta_rule import DeltaRule
+from vtprune.transformers_private import layer_type
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer: what mixes its tokens, and its MLP."""
+
+    d: int
+    """width of the hidden state"""
+    mixer: Attention | DeltaRule
+    m: int
+    """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
+    gates: int
+    """numbers that are computed for each token to choose its experts and to weigh them; 0 without experts"""
+
+    def flops(self, n: float) -> float:
+        """FLOPs of the layer for n tokens."""
+        mlp = 3 * (2 * n * self.d * self.m) + 2 * n * self.d * self.gates  # gate, up, down; choice of experts
+        return self.mixer.flops(self.d, n) + mlp
+
+
+def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
+    """The shape of each decoder layer. Layers of one kind share one, because configs are slow to read."""
+    # Models that alternate attention with the delta rule gate both.
+    has_delta = hasattr(config, "linear_key_head_dim")
+    attention = Attention.of(config, gated=has_delta)
+    delta = DeltaRule.of(config) if has_delta else None
+    mixed = _expert_widths(config)
+
+    def shape(linear: bool, experts: bool) -> LayerShape:
+        m, gates = mixed if mixed is not None and experts else (config.intermediate_size, 0)
+        return LayerShape(d=config.hidden_size, mixer=delta if delta and linear else attention, m=m, gates=gates)
+
+    linear = [has_delta and layer_type(config, layer) == "linear_attention" for layer in range(layers)]
+    kinds = list(zip(linear, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
+    shapes = {kind: shape(*kind) for kind in set(kinds)}
+    return [shapes[kind] for kind in kinds]
+
+
+def _expert_widths(config: Any) -> tuple[int, int] | None:
+    """`m` and `gates` of a layer with a mixture of experts; None if the model has none."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not experts:
+        return None
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    return config.num_experts_per_tok * width + shared, experts + bool(shared)
+
+
+def _has_experts(config: Any, layers: int) -> list[bool]:
+    """Whether each decoder layer of a model with experts has them."""
+    dense, every = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    return [layer not in dense and (layer + 1) % every == 0 for layer in range(layers)]
