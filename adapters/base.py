@@ -46,6 +46,12 @@ class Adapter(ABC):
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     gated_encoder_mlp: ClassVar[bool] = False
     """Whether an MLP of the encoder has three matrices (gate, up, down) instead of two; for counting FLOPs."""
+    layers_unread: ClassVar[str] = ""
+    """Why nothing that the encoder's layers compute can be read as of a visual token, as a clause; empty: it can be."""
+    features_unread: ClassVar[str] = ""
+    """The same of what the projector reads."""
+    encoder_uncounted: ClassVar[str] = ""
+    """Why FLOPs of the encoder are not counted, as a clause; empty: they are, as those of a ViT."""
     window_cuts_blocks: ClassVar[bool] = False
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
     marker_columns: ClassVar[tuple[int, int]] = (0, 0)
@@ -73,8 +79,10 @@ class Adapter(ABC):
     def signals(cls) -> tuple[str, ...]:
         """What methods can ask of the family (`vtprune.signals`), in words."""
         cls_attention = {"yes": ("CLS attention",), "no": ()}.get(cls.cls_token, (f"CLS attention {cls.cls_token}",))
+        layers = () if cls.layers_unread else (*cls_attention, "encoder attention")
+        features = () if cls.features_unread else ("encoder features",)
         in_llm = () if cls.carries_state else ("LLM attention", "transition")
-        return (*cls_attention, "encoder attention", "encoder features", "text", *in_llm)
+        return (*layers, *features, "text", *in_llm)
 
     # -- the language model -------------------------------------------------------------------------------------
 

@@ -177,6 +177,8 @@ def test_an_mlp_may_run_on_fewer_tokens_than_its_attention():
 @pytest.mark.parametrize("name", [name for name in families.NAMES if families.is_available(name)])
 def test_an_adapter_states_how_many_matrices_an_mlp_of_its_encoder_has(name):
     adapter = vtprune.adapter_for(families.shared(name))
+    if adapter.encoder_uncounted:
+        pytest.skip(f"not counted: {adapter.encoder_uncounted}")
     layer = adapter.encoder_layers()[0]
     attention = set(adapter.encoder_attention(layer).modules())
     matrices = [m for m in layer.modules() if isinstance(m, torch.nn.Linear) and m not in attention]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vtprune doctor` as a user meets it: what it prints, and how it ends."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,11 @@ def test_a_family_that_transformers_lacks_is_named(monkeypatch):
     assert cells(result.output, "llava") == [["-"] * len(CHECKS)]
     assert f"llava: not in transformers {transformers.__version__}" in result.output
     assert result.exit_code == 1 and result.output.endswith("Nothing was checked.\n")
+
+
+def test_a_family_whose_package_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "llava", replace(families.FAMILIES["llava"], package="not_installed"))
+    assert doctor.check_family("llava", doctor.Settings()).absent == "not_installed is not installed"
 
 
 @pytest.mark.parametrize("model", ["model", pytest.param("video_model", marks=pytest.mark.slow)])

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Row:
 def check_family(name: str, settings: Settings) -> Row:
     """All checks on a family's tiny model."""
     if not families.is_available(name):
-        return Row(name, absent=f"not in transformers {transformers.__version__}")
+        return Row(name, absent=_absence(name))
     plain = families.build(name)
     batch = families.batch(name, plain, samples=2).to(settings.device, DTYPES[settings.dtype])
     model = plain
@@ -90,6 +91,12 @@ def check_family(name: str, settings: Settings) -> Row:
             return Row(name, absent=f"no {settings.attention}: {_first_line(error)}")
     methods = METHODS if name in families.PRUNED_INSIDE else METHODS[:1]  # before the LLM
     return Row(name, run_checks(Case(model.to(settings.device, DTYPES[settings.dtype]), batch), methods))
+
+
+def _absence(name: str) -> str:
+    """Why the model of a family cannot be built."""
+    package = families.FAMILIES[name].package
+    return f"not in transformers {transformers.__version__}" if find_spec(package) else f"{package} is not installed"
 
 
 def check_checkpoint(source: str, settings: Settings) -> Row:

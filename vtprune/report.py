@@ -70,6 +70,8 @@ class Report:
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
     where tokens were merged between layers, and two (of its attention and of its MLP) where they went inside layers."""
     kv_dtype_bytes: int
+    encoder_uncounted: str = ""
+    """Why FLOPs of the vision encoder are not counted, as a clause; empty: they are."""
     timings: Timings | None = None
     selection_flops: int | None = None
     """FLOPs of choosing tokens for the whole batch, two for each multiply-add of matrix products, as torch's
@@ -203,8 +205,13 @@ class Report:
         return sum(self.sample_unpruned_prefill_flops)
 
     @cached_property
-    def encoder_flops(self) -> float:
-        """FLOPs of the vision encoder for the whole batch; zero if it did not run in this session."""
+    def encoder_flops(self) -> float | None:
+        """FLOPs of the vision encoder for the whole batch; zero if it did not run in this session.
+
+        None of an encoder whose FLOPs are not counted, see `encoder_uncounted`.
+        """
+        if self.encoder_uncounted:
+            return None
         facts = {"has_cls": self.encoder_has_cls, "gated_mlp": self.encoder_gated_mlp}
         return float(cost.encoder_flops(self.vision_config, self.encoder_sequences, **facts))
 
@@ -294,6 +301,8 @@ class Report:
         if self.auxiliary_bytes:
             lines.append(f"  kept for revival          {self.auxiliary_bytes / 1e6:.4g} MB")
         lines += (f"  note                      {note}" for note in self.notes)
+        if self.encoder_uncounted:
+            lines.append(f"  note                      FLOPs of the encoder are not counted: {self.encoder_uncounted}")
         if self.timings is not None:
             t = self.timings
             lines.append(

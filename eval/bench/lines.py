@@ -13,6 +13,7 @@ import torch
 
 import vtprune
 from vtprune import cost
+from vtprune.adapters import Adapter
 from vtprune.eval.bench.config import BenchConfig
 from vtprune.eval.bench.passes import Holding, Inputs, Pass, interpolated
 from vtprune.eval.bench.rows import Row
@@ -42,14 +43,10 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
     head = len(visual) * cost.lm_head_flops(text_config)
     report = holding.report
     decoder = unpruned if report is None else report.prefill_flops
-    whole_encoder = cost.encoder_flops(
-        adapter.vision_config,
-        adapter.encoder_sequences("image", inputs),
-        has_cls=adapter.has_cls,
-        gated_mlp=adapter.gated_encoder_mlp,
-    )
+    whole_encoder = _encoder_flops(adapter, inputs)
     encoder = whole_encoder if report is None else report.encoder_flops
-    first_token = encoder + holding.selection_flops + decoder + head
+    without = holding.selection_flops + decoder + head
+    first_token = None if encoder is None else encoder + without
     lengths = list(full[0].steps)
     speedups = {
         "prefill": paired([p.prefill for p in passes], [p.prefill for p in full]),
@@ -77,13 +74,22 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
         "kv_bytes": holding.kv_bytes,
         "auxiliary_bytes": holding.auxiliary_bytes,
         "ideal_prefill_speedup": ideal,
-        "ideal_first_token_speedup": (whole_encoder + unpruned + head) / first_token,
+        "ideal_first_token_speedup": first_token and (whole_encoder + unpruned + head) / first_token,
         "speedup": {
             **{name: spread.to_dict() for name, spread in speedups.items()},
             "answer": {str(n): spread.to_dict() for n, spread in answers.items()},
         },
         "realised": speedups["prefill"].median / ideal,
     }
+
+
+def _encoder_flops(adapter: Adapter, inputs: Inputs) -> int | None:
+    """FLOPs of the vision encoder of the full model; None if they are not counted."""
+    if adapter.encoder_uncounted:
+        return None
+    sequences = adapter.encoder_sequences("image", inputs)
+    facts = {"has_cls": adapter.has_cls, "gated_mlp": adapter.gated_encoder_mlp}
+    return cost.encoder_flops(adapter.vision_config, sequences, **facts)
 
 
 def beside_plain(plain: Mapping[int, list[float]], widths: Sequence[int], passes: Sequence[Pass]) -> Record:

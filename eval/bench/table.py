@@ -52,6 +52,11 @@ def times(spread: Record) -> str:
     return f"{spread['median']:.2f}x"
 
 
+def _ideal(speedup: float | None) -> str:
+    """None: FLOPs of this encoder are not counted."""
+    return MISSING if speedup is None else f"{speedup:.2f}x"
+
+
 def megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.3g} MB"
 
@@ -75,7 +80,7 @@ def _saving_columns(lengths: Sequence[str]) -> list[Column]:
         ("realised", lambda line: f"{100 * line['realised']:.0f} %"),
         ("plain", lambda line: times(line["plain_prefill_speedup"])),
         ("of plain", lambda line: f"{100 * line['of_plain']:.0f} %"),
-        ("ideal first token", lambda line: f"{line['ideal_first_token_speedup']:.2f}x"),
+        ("ideal first token", lambda line: _ideal(line["ideal_first_token_speedup"])),
         ("first token", lambda line: times(line["speedup"]["first_token"])),
         *((f"{n} tokens", lambda line, n=n: times(line["speedup"]["answer"][n])) for n in lengths if n != "1"),
         ("peak", lambda line: megabytes(line["peak_bytes"])),

@@ -17,7 +17,9 @@ class TinyModel:
     """Gives a report its name."""
 
 
-FACTS = dict(model=TinyModel(), vision_config="of the encoder", has_cls=True, gated_encoder_mlp=False)
+FACTS = dict(
+    model=TinyModel(), vision_config="of the encoder", has_cls=True, gated_encoder_mlp=False, encoder_uncounted=""
+)
 METHODS = [ScriptedBefore(), ScriptedInside()]
 RECORDER = SimpleNamespace(sequences=lambda encoding: [4, (4, 2)])
 
@@ -116,6 +118,14 @@ def test_what_the_encoder_ran_is_counted_only_if_it_was_seen():
     (ran,) = prompts.media.encodings
     prompts.media = replace(prompts.media, encodings=(replace(ran, inputs=None),))
     assert report(prompts).encoder_sequences == ()
+
+
+def test_flops_of_an_encoder_of_another_kind_are_not_counted():
+    hidden = torch.zeros(2, 5, 8)
+    stated = adapter(**FACTS | {"encoder_uncounted": "it has no layers"})
+    found = text_report(stated, METHODS, (), hidden, torch.ones(2, 5), selection_flops=0)
+    assert found.encoder_flops is None and found.to_dict()["encoder_flops"] is None
+    assert "FLOPs of the encoder are not counted: it has no layers" in str(found)
 
 
 def test_a_prompt_of_text_alone():

@@ -10,8 +10,11 @@ from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.lazyllm import LazyLLM
 from vtprune.methods.mustdrop import AliveInLastLayer
 from vtprune.signals import (
+    AttentionReceived,
     ClsAttention,
     EncoderFeatures,
+    EncoderKeys,
+    EncoderOutput,
     EncoderSignal,
     InstructionAttention,
     LastQueryAttention,
@@ -19,9 +22,9 @@ from vtprune.signals import (
     SampleKeys,
 )
 from vtprune.stages.layout import Groups
-from vtprune.stages.reading import check_signals, signal_reader, visual_tokens
+from vtprune.stages.reading import check_encoder, check_signals, signal_reader, visual_tokens
 
-from .hand_made import SHAPE, Scripted, ScriptedBefore, ScriptedInside
+from .hand_made import SHAPE, Scripted, ScriptedBefore, ScriptedInside, adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,29 @@ class InsideEncoder(Scripted, vtprune.InEncoder):
 
     def budgets(self, lengths):
         return torch.full_like(lengths, -1)
+
+
+@pytest.mark.parametrize(
+    "signal, unread",
+    [
+        (EncoderFeatures(), {"features_unread": "it resamples", "layers_unread": ""}),
+        (ClsAttention((0,)), {"layers_unread": "it has none", "features_unread": ""}),
+        (AttentionReceived(0), {"layers_unread": "it has none", "features_unread": ""}),
+        (EncoderOutput(0), {"layers_unread": "it has none", "features_unread": ""}),
+        (EncoderKeys(0), {"layers_unread": "it has none", "features_unread": ""}),
+    ],
+)
+def test_what_an_adapter_says_cannot_be_read_is_refused(signal, unread):
+    method = ScriptedBefore(requests=(signal,))
+    words = "|".join(filter(None, unread.values()))
+    name = (
+        f"scripted_before: {type(signal).__name__} cannot be read of the vision encoder of Odd: ({words}); .*divprune"
+    )
+    with pytest.raises(UnsupportedStageError, match=name):
+        check_encoder(method, adapter(family="Odd", **unread))
+    check_encoder(method, adapter(family="Odd", layers_unread="", features_unread=""))
+    other = {key: "" if value else "never mind" for key, value in unread.items()}
+    check_encoder(method, adapter(family="Odd", **other))
 
 
 @dataclass(frozen=True)

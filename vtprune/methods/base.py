@@ -21,7 +21,7 @@ from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
-def require_cls(name: str, use: str, shape: ModelShape, others: str = "mmtok, divprune, fastv, transprune") -> None:
+def require_cls(name: str, use: str, shape: ModelShape, others: str = "divprune, cdpruner, fastv, transprune") -> None:
     """Raise UnsupportedStageError if the encoder has no CLS token, which the method `name` has a `use` for.
 
     others: names of methods that need none.

@@ -165,8 +165,9 @@ class EncoderCut:
         if self.cuts and not adapter.merges_in_encoder:
             names = ", ".join(sorted({method.name for method in methods}))
             raise UnsupportedStageError(
-                f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} (packed or "
-                "masked images); methods that act behind it work: mmtok, divprune"
+                f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} "
+                f"({adapter.layers_unread or 'packed or masked images'}); methods that act behind it work: divprune, "
+                "cdpruner"
             )
 
     def install(self, layers: Sequence[nn.Module]) -> Iterator[RemovableHandle]:

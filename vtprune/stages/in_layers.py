@@ -40,7 +40,7 @@ class TowerCut:
         (method,) = self.methods
         reason = None
         if not self.adapter.merges_in_encoder:
-            reason = "packed or masked images"
+            reason = self.adapter.layers_unread or "packed or masked images"
         elif len(self.adapter.feature_layers) > 1:
             reason = "the projector reads several layers"
         elif (encoder := self._encoder(kind)) is None:
@@ -48,7 +48,7 @@ class TowerCut:
         if reason is not None:
             raise UnsupportedStageError(
                 f"{method.name}: tokens cannot be taken away inside the layers of the vision encoder of "
-                f"{self.adapter.family} ({reason}); methods that act behind it work: mmtok, divprune"
+                f"{self.adapter.family} ({reason}); methods that act behind it work: divprune, cdpruner"
             )
         method.check_budget(encoder.shape)
         return LayerCalls(

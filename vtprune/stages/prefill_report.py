@@ -111,6 +111,7 @@ def _report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, **count
         vision_config=adapter.vision_config,
         encoder_has_cls=adapter.has_cls,
         encoder_gated_mlp=adapter.gated_encoder_mlp,
+        encoder_uncounted=adapter.encoder_uncounted,
         kv_dtype_bytes=hidden.element_size(),
         **counted,
     )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.adapters.base import Adapter
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
 from vtprune.methods.schedules import Reviving
-from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal
+from vtprune.signals import CacheSignal, EncoderSignal, LastQueryAttention, LayerSignal, Taps
 from vtprune.stages.layout import Groups
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
@@ -41,6 +42,19 @@ def check_signals(method: Method, shape: ModelShape) -> None:
             _check_layers(name, method, signal, shape)
             if signal.measures() and type(signal).measure is LayerSignal.measure:
                 raise ConfigError(f"{name} lists layers in `measures`, and does not override `measure`")
+
+
+def check_encoder(method: Method, adapter: Adapter) -> None:
+    """Raise UnsupportedStageError if a method of one stage lists a signal that cannot be read of a family's encoder."""
+    for signal in method.signals(adapter.shape):
+        taps = signal.taps(adapter.shape) if isinstance(signal, EncoderSignal) else Taps()
+        of_layers = taps.cls_rows or taps.received or taps.keys or taps.outputs
+        reason = (of_layers and adapter.layers_unread) or (taps.projector_input and adapter.features_unread)
+        if reason:
+            raise UnsupportedStageError(
+                f"{method.name}: {type(signal).__name__} cannot be read of the vision encoder of {adapter.family}: "
+                f"{reason}; methods that read nothing of it work: divprune, cdpruner"
+            )
 
 
 def _check_layers(name: str, method: InLLM, signal: LayerSignal, shape: ModelShape) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 import transformers as hf
@@ -42,8 +43,8 @@ def model_class(name: str) -> str:
 
 
 def is_available(name: str) -> bool:
-    """Whether the installed transformers has a family's class."""
-    return hasattr(hf, model_class(name))
+    """Whether the installed transformers has a family's class, and what that needs is installed."""
+    return hasattr(hf, model_class(name)) and find_spec(FAMILIES[name].package) is not None
 
 
 def build(name: str, attention: str = "sdpa", **overrides):

@@ -80,9 +80,11 @@ class Look:
         """The same of the features, and of output and attention of the layer that the projector reads."""
         shape = self.adapter.shape
         layer = shape.feature_layer
-        asked: list[EncoderSignal] = [EncoderFeatures(), EncoderOutput(layer), AttentionReceived(layer)]
-        if shape.has_cls:
-            asked.append(ClsAttention((layer,)))
+        asked: list[EncoderSignal] = [] if self.adapter.features_unread else [EncoderFeatures()]
+        if not self.adapter.layers_unread:
+            asked += [EncoderOutput(layer), AttentionReceived(layer)]
+            if shape.has_cls:
+                asked.append(ClsAttention((layer,)))
         return self.shown(asked)
 
 
@@ -230,6 +232,8 @@ def features(look: Look) -> Result:
 
 def encoder_rows(look: Look) -> Result:
     """Every visual token has one row of the encoder's values, which is its own."""
+    if look.adapter.features_unread:
+        raise Refused(f"not checked: nothing of the encoder can be read: {look.adapter.features_unread}")
     count = len(look.contents())
     for signal, rows in look.spied.items():
         name = type(signal).__name__
@@ -247,6 +251,8 @@ def encoder_rows(look: Look) -> Result:
 @torch.no_grad()
 def encoder_attention(look: Look) -> Result:
     """The encoder's attention that methods are shown is what its eager code computes."""
+    if look.adapter.layers_unread:
+        raise Refused(f"not checked: nothing of the encoder's layers can be read: {look.adapter.layers_unread}")
     shape = look.adapter.shape
     shown = {
         signal: rows for signal, rows in look.spied.items() if isinstance(signal, ClsAttention | AttentionReceived)

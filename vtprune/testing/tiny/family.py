@@ -30,6 +30,8 @@ class Family:
     """Whether its language model does what sdpa cannot."""
     images_first: bool = False
     """Whether its processor puts all images before the first token."""
+    package: str = "transformers"
+    """A package that its model needs."""
     kindred: bool = False
     """Whether little is new in it: the tests then run one medium and one back end a method, and few of these cells by
     default."""
