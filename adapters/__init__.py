@@ -11,6 +11,7 @@ from typing import Any
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.clip import TransformersEncoder
+from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.idefics3 import Idefics3
@@ -66,6 +67,8 @@ for _adapter in (
     Gemma3,
     PaliGemma,
     Mistral3,
+    AyaVision,
+    Cohere2Vision,
 ):
     register_adapter(_adapter)
 

@@ -104,8 +104,6 @@ OTHER_PURPOSE = Reason(
 
 _NEEDS = {
     "aria": "a layout without a grid: the projector makes a fixed number of tokens of an image",
-    "aya_vision": "the layout of its tiles, whose patches are merged by pixel shuffle",
-    "cohere2_vision": "the layout of its tiles, whose patches are merged by pixel shuffle",
     "cohere_compass": "the layout of Qwen3-VL, and rotations that differ by layer",
     "cosmos3_edge": "the layout of Qwen-VL over a SigLIP 2 tower",
     "cosmos3_omni": "the layout of Qwen3-VL",

@@ -11,6 +11,8 @@ from . import text_models
 from .methods import METHODS, Spec, drops_patches, spec
 
 MEANS_OF_PATCHES: dict[str, tuple[str, ...]] = {
+    "aya_vision": ("image",),
+    "cohere2_vision": ("image",),
     "gemma3": ("image",),
     "llava_onevision": ("image", "video", "mixed"),  # of images those that are resized
     "llava_next_video": ("video", "mixed"),
