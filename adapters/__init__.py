@@ -15,12 +15,12 @@ from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.idefics3 import Idefics3
-from vtprune.adapters.internvl import InternVL
+from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.llava import Llava
 from vtprune.adapters.llava_next import LlavaNext
 from vtprune.adapters.llava_next_video import LlavaNextVideo
 from vtprune.adapters.llava_onevision import LlavaOnevision
-from vtprune.adapters.mistral3 import Mistral3
+from vtprune.adapters.mistral3 import LightOnOcr, Mistral3
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
@@ -69,6 +69,8 @@ for _adapter in (
     Mistral3,
     AyaVision,
     Cohere2Vision,
+    LightOnOcr,
+    QianfanOcr,
 ):
     register_adapter(_adapter)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL: square tiles side by side, four neighbouring patches in one token."""
+"""InternVL and Qianfan-OCR: square tiles side by side, four neighbouring patches in one token."""
 
 from __future__ import annotations
 
@@ -61,6 +61,16 @@ class InternVL(Adapter):
         grid = values.contiguous().unflatten(1, (side, side))
         stacked = self.base.pixel_shuffle(grid, self.config.downsample_ratio)
         return stacked.unflatten(-1, (-1, values.shape[-1])).mean(-2).flatten(0, 2)
+
+
+class QianfanOcr(InternVL):
+    """`QianfanOCRForConditionalGeneration` (arXiv 2603.13398): InternVL's layout, over Qwen 3."""
+
+    model_types = ("qianfan_ocr",)
+    family = "Qianfan-OCR"
+
+    def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
+        return self.base.vision_tower.layers
 
 
 def square(tokens: int) -> Grid:

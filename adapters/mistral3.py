@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral Small 3.1 and later: the tower of Pixtral, with 2x2 patches merged before the LLM."""
+"""Mistral Small 3.1 and later, LightOnOCR: the tower of Pixtral, with 2x2 patches merged before the LLM."""
 
 from __future__ import annotations
 
@@ -42,3 +42,22 @@ class Mistral3(Pixtral):
             for patches, grid in zip(features.split([len(grid) for grid in grids]), grids, strict=True)
         ]
         return torch.cat(means)
+
+
+class LightOnOcr(Mistral3):
+    """`LightOnOcrForConditionalGeneration` (arXiv 2601.14251), over Qwen 3.
+
+    Like Mistral 3, but without text tokens between the rows.
+    """
+
+    model_types = ("lighton_ocr",)
+    family = "LightOnOCR"
+    layout = "one grid an image"
+    marker_columns = (0, 0)
+
+    def vision_tower(self, kind: str = "image") -> Any:
+        return self.base.vision_encoder
+
+    @property
+    def projector(self) -> Any:
+        return self.base.vision_projection

@@ -34,7 +34,7 @@ class Pixtral(Adapter):
         return None
 
     def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
-        return self.base.vision_tower.transformer.layers
+        return self.vision_tower(kind).transformer.layers
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         return layer.attention

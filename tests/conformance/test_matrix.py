@@ -293,7 +293,7 @@ def test_only_what_needs_a_cls_token_is_refused(name):
     """The matrix would be easy to pass if everything were refused."""
     model = families.shared(name)
     refused = {method for method in METHODS if refusal(model, spec(method)) is not None}
-    has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
+    has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision", "qianfan_ocr_vision")
     slides = "sliding_attention" in (getattr(model.get_decoder().config, "layer_types", None) or ())
     expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
     if name not in SHORTER_TOWERS:

@@ -62,3 +62,7 @@ def mistral(**text):
 
 def qwen2(**text):
     return hf.Qwen2Config(**TEXT | text)
+
+
+def qwen3(**text):
+    return hf.Qwen3Config(**TEXT | dict(head_dim=8) | text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of InternVL."""
+"""Tiny models of InternVL and Qianfan-OCR."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import transformers as hf
 
-from vtprune.testing.configs import TEXT, VISION, YARN, qwen2
+from vtprune.testing.configs import TEXT, VISION, YARN, qwen2, qwen3
 from vtprune.testing.media import IMAGE, PATCH, TILE, Layout, collate_tiles, lay_tiles
 from vtprune.testing.tiny.family import Family
 
@@ -32,5 +32,16 @@ FAMILIES = {
     "internvl": Family("InternVLForConditionalGeneration", _internvl(qwen2), _LAYOUTS),
     "internvl_gpt_oss": Family(  # attention has sinks
         "InternVLForConditionalGeneration", _internvl(_gpt_oss), _LAYOUTS, always_eager=True, kindred=True
+    ),
+    "qianfan_ocr": Family(
+        "QianfanOCRForConditionalGeneration",
+        lambda **text: hf.QianfanOCRConfig(
+            vision_config=hf.QianfanOCRVisionConfig(**VISION, image_size=[TILE] * 2, patch_size=[PATCH] * 2),
+            text_config=qwen3(**text),
+            image_token_id=IMAGE,
+            image_seq_length=9,
+        ),
+        _LAYOUTS,
+        kindred=True,
     ),
 }
