@@ -11,91 +11,22 @@ from typing import Any
 import numpy as np
 import transformers as hf
 from PIL import Image
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
 
 from vtprune.testing import families
-from vtprune.testing.media import (
-    BOS,
-    BREAK,
-    END,
-    FIRST_WORD,
-    GLOBAL,
-    IMAGE,
-    MERGE,
-    NEWLINE,
-    PAD,
-    PATCH,
-    ROW_COLUMN,
-    START,
-    TILE,
-    VIDEO,
-    VOCABULARY,
+from vtprune.testing.media import MERGE, PATCH, TILE
+
+from .special_tokens import (
+    AYA_TOKENS,
+    COHERE_TOKENS,
+    GEMMA_TOKENS,
+    IDEFICS_TOKENS,
+    IMAGE_TOKENS,
+    INTERN_TOKENS,
+    PIXTRAL_TOKENS,
+    QWEN_TOKENS,
+    VIDEO_TOKENS,
+    tokenizer,
 )
-
-# -- tokenizers -------------------------------------------------------------------------------------------------------
-
-_KNOWN_WORDS = """
-: ? . < > 0 1 2 3 4 5 6 7 8 9 a and answer are better bigger compare crops first Frame1 Frame2 Frame3 Frame4 happens
-help here Here image in is look me now one original picture seconds see some tell the then there this to two what which
-who with word you
-"""
-
-_IMAGE, _VIDEO = {"image_token": ("<image>", IMAGE)}, {"video_token": ("<video>", VIDEO)}
-_QWEN = {
-    "image_token": ("<|image_pad|>", IMAGE),
-    "video_token": ("<|video_pad|>", VIDEO),
-    "vision_start_token": ("<|vision_start|>", START),
-    "vision_end_token": ("<|vision_end|>", END),
-}
-_PIXTRAL = {
-    "image_token": ("[IMG]", IMAGE),
-    "image_break_token": ("[IMG_BREAK]", BREAK),
-    "image_end_token": ("[IMG_END]", END),
-}
-_IDEFICS = {
-    **_IMAGE,
-    "fake_image_token": ("<fake_token_around_image>", BREAK),
-    "global_image_token": ("<global-img>", GLOBAL),
-    "end_of_utterance_token": ("<end_of_utterance>", ROW_COLUMN),
-} | {f"row_{row}_col_{col}": (f"<row_{row}_col_{col}>", 120 + 6 * row + col) for row in (1, 2) for col in (1, 2, 3)}
-_INTERN = {
-    "context_image_token": ("<IMG_CONTEXT>", IMAGE),
-    "start_image_token": ("<img>", START),
-    "end_image_token": ("</img>", END),
-    **_VIDEO,
-}
-_GEMMA = {
-    "image_token": ("<image_soft_token>", IMAGE),
-    "boi_token": ("<start_of_image>", START),
-    "eoi_token": ("<end_of_image>", END),
-}
-
-
-def _tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast:
-    """special: attribute -> token and id, beyond those that every family has."""
-    vocabulary = {"<pad>": PAD, "<s>": BOS, "\n": NEWLINE} | dict(special.values())
-    words = ["</s>", "<unk>", "\n\n", *_KNOWN_WORDS.split()]  # a blank line is one token, as in real vocabularies
-    vocabulary |= {word: FIRST_WORD + index for index, word in enumerate(words)}
-    # Without gaps: tokens that a processor adds must not get an id twice.
-    vocabulary |= {f"<unused{index}>": index for index in set(range(VOCABULARY)) - set(vocabulary.values())}
-    assert len(vocabulary) == VOCABULARY
-    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = Split(Regex(r"\n+|\w+|[^\w\s]"), behavior="removed", invert=True)
-    if special not in (_QWEN, _INTERN):
-        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens={name: token for name, (token, _) in special.items()},
-    )
-
 
 # -- processors -------------------------------------------------------------------------------------------------------
 
@@ -113,25 +44,25 @@ def _clip_tokens(patch: int) -> dict:
 
 
 def _llava():
-    return hf.LlavaProcessor(hf.CLIPImageProcessor(**_cropped(42)), _tokenizer(_IMAGE), **_clip_tokens(7))
+    return hf.LlavaProcessor(hf.CLIPImageProcessor(**_cropped(42)), tokenizer(IMAGE_TOKENS), **_clip_tokens(7))
 
 
 def _llava_next():
     tiles = hf.LlavaNextImageProcessor(**_cropped(TILE), image_grid_pinpoints=_pinpoints("llava_next"))
-    return hf.LlavaNextProcessor(tiles, _tokenizer(_IMAGE), **_clip_tokens(8))
+    return hf.LlavaNextProcessor(tiles, tokenizer(IMAGE_TOKENS), **_clip_tokens(8))
 
 
 def _llava_next_video():
     tiles = hf.LlavaNextImageProcessor(**_cropped(32), image_grid_pinpoints=_pinpoints("llava_next_video"))
     frames = hf.LlavaNextVideoVideoProcessor(**_cropped(32))
-    return hf.LlavaNextVideoProcessor(frames, tiles, _tokenizer(_IMAGE | _VIDEO), **_clip_tokens(8))
+    return hf.LlavaNextVideoProcessor(frames, tiles, tokenizer(IMAGE_TOKENS | VIDEO_TOKENS), **_clip_tokens(8))
 
 
 def _llava_onevision():
     tiles = hf.LlavaOnevisionImageProcessor(**_square(TILE), image_grid_pinpoints=_pinpoints("llava_onevision"))
     return hf.LlavaOnevisionProcessor(
         tiles,
-        _tokenizer(_IMAGE | _VIDEO),
+        tokenizer(IMAGE_TOKENS | VIDEO_TOKENS),
         hf.LlavaOnevisionVideoProcessor(**_square(TILE)),
         num_image_tokens=(TILE // 8) ** 2,
         vision_feature_select_strategy="full",
@@ -141,19 +72,19 @@ def _llava_onevision():
 
 def _video_llava():
     images, frames = hf.VideoLlavaImageProcessor(**_cropped(32)), hf.VideoLlavaVideoProcessor(**_cropped(32))
-    return hf.VideoLlavaProcessor(images, frames, _tokenizer(_IMAGE | _VIDEO), **_clip_tokens(8))
+    return hf.VideoLlavaProcessor(images, frames, tokenizer(IMAGE_TOKENS | VIDEO_TOKENS), **_clip_tokens(8))
 
 
 def _qwen(processor: type, videos: type) -> Callable:
     patches = {"patch_size": PATCH, "merge_size": MERGE, "size": {"shortest_edge": 300, "longest_edge": 2000}}
     frames = videos(**patches, cap_pixels_per_frame=False)
-    return lambda: processor(hf.Qwen2VLImageProcessor(**patches), _tokenizer(_QWEN), frames)
+    return lambda: processor(hf.Qwen2VLImageProcessor(**patches), tokenizer(QWEN_TOKENS), frames)
 
 
 def _internvl():
     return hf.InternVLProcessor(
         hf.GotOcr2ImageProcessor(**_square(TILE), max_patches=4),
-        _tokenizer(_INTERN),
+        tokenizer(INTERN_TOKENS),
         hf.InternVLVideoProcessor(**_square(TILE)),
         image_seq_length=(TILE // PATCH // MERGE) ** 2,
     )
@@ -161,22 +92,39 @@ def _internvl():
 
 def _idefics3():
     tiles = hf.Idefics3ImageProcessor(size={"longest_edge": 2 * TILE}, max_image_size={"longest_edge": TILE})
-    return hf.Idefics3Processor(tiles, _tokenizer(_IDEFICS), image_seq_len=(TILE // PATCH // MERGE) ** 2)
+    return hf.Idefics3Processor(tiles, tokenizer(IDEFICS_TOKENS), image_seq_len=(TILE // PATCH // MERGE) ** 2)
 
 
 def _gemma3():
-    return hf.Gemma3Processor(hf.Gemma3ImageProcessor(**_square(32)), _tokenizer(_GEMMA), image_seq_length=16)
+    return hf.Gemma3Processor(hf.Gemma3ImageProcessor(**_square(32)), tokenizer(GEMMA_TOKENS), image_seq_length=16)
 
 
 def _paligemma():
     images = hf.SiglipImageProcessor(**_square(35))
     images.image_seq_length = 25
-    return hf.PaliGemmaProcessor(images, _tokenizer(_IMAGE))
+    return hf.PaliGemmaProcessor(images, tokenizer(IMAGE_TOKENS))
 
 
 def _pixtral(merge: int) -> Callable:
     images = hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=PATCH)
-    return lambda: hf.PixtralProcessor(images, _tokenizer(_PIXTRAL), patch_size=PATCH, spatial_merge_size=merge)
+    return lambda: hf.PixtralProcessor(images, tokenizer(PIXTRAL_TOKENS), patch_size=PATCH, spatial_merge_size=merge)
+
+
+def _lighton_ocr():
+    images = hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=PATCH)
+    return hf.LightOnOcrProcessor(images, tokenizer(PIXTRAL_TOKENS), patch_size=PATCH, spatial_merge_size=MERGE)
+
+
+def _aya_vision():
+    tiles = hf.GotOcr2ImageProcessor(**_square(TILE), max_patches=4)
+    return hf.AyaVisionProcessor(
+        tiles, tokenizer(AYA_TOKENS), patch_size=PATCH, img_size=TILE, downsample_factor=MERGE, image_token="<image>"
+    )
+
+
+def _cohere2_vision():
+    tiles = hf.Cohere2VisionImageProcessor(**_square(TILE), max_patches=4, patch_size=TILE // PATCH // MERGE)
+    return hf.Cohere2VisionProcessor(tiles, tokenizer(COHERE_TOKENS))
 
 
 def _pinpoints(name: str) -> list[list[int]]:
@@ -199,6 +147,9 @@ _PROCESSORS: dict[str, Callable] = {
     "paligemma": _paligemma,
     "paligemma2": _paligemma,
     "mistral3": _pixtral(MERGE),
+    "lighton_ocr": _lighton_ocr,
+    "aya_vision": _aya_vision,
+    "cohere2_vision": _cohere2_vision,
 }
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -210,6 +161,7 @@ _QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _WRITTEN: dict[str, dict[str, str]] = {
     "pixtral": {"image": "[IMG]"},
     "mistral3": {"image": "[IMG]"},
+    "lighton_ocr": {"image": "[IMG]"},
     "internvl": {"image": "<IMG_CONTEXT>", "video": "<video>"},
     "gemma3": {"image": "<start_of_image>"},
     "qwen2_vl": {"image": _QWEN_IMAGE, "video": _QWEN_VIDEO},
@@ -268,9 +220,14 @@ ALIKE = {
     "qwen2_5_omni": "qwen2_5_vl",
     "qwen3_omni": "qwen2_5_vl",
     "internvl_gpt_oss": "internvl",
+    "qianfan_ocr": "internvl",
     "ministral3": "mistral3",
 }
 """Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
+
+
+FAMILIES = tuple(name for name in families.NAMES if name in _PROCESSORS or name in ALIKE)
+"""Families whose processor, or one like it, is here."""
 
 
 @functools.cache
@@ -339,4 +296,7 @@ CASES: dict[str, Case] = {
     "paligemma": Case("paligemma", _IMAGES_FIRST),
     "paligemma2": Case("paligemma2", _IMAGES_FIRST),
     "mistral3": Case("mistral3", _IMAGES),
+    "lighton_ocr": Case("lighton_ocr", _IMAGES),
+    "aya_vision": Case("aya_vision", _IMAGES),
+    "cohere2_vision": Case("cohere2_vision", _IMAGES),
 }

@@ -219,7 +219,7 @@ def check_image(model, processor, size: tuple[int, int], whole: bool, folder: Pa
 
 
 @pytest.mark.parametrize("size", [WIDE, TALL], ids=["wide", "tall"])
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", processors.FAMILIES)
 def test_tokens_of_an_image_are_where_the_model_sees_them(family, size, tmp_path):
     check_image(families.shared(family), processor_of(family), size, (family, "image") not in CROPPED, tmp_path)
 
@@ -238,7 +238,7 @@ def test_pixels_that_make_no_whole_patch_are_not_shown(tmp_path):
     assert pixels(picture).shape == (48, 96, 3) and view.grids == [[3, 3], [4, 4]]  # patches of 8 pixels
 
 
-@pytest.mark.parametrize("family", families.VIDEO_NAMES)
+@pytest.mark.parametrize("family", [name for name in processors.FAMILIES if name in families.VIDEO_NAMES])
 def test_tokens_of_a_video_are_where_the_model_sees_them(family, tmp_path):
     """Each half is shown for four frames, so that families which take two together get every one of them."""
     model, processor = families.shared(family), processor_of(family)
@@ -260,7 +260,8 @@ def test_tokens_of_a_video_are_where_the_model_sees_them(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family, kind", [(family, kind) for family in families.NAMES for kind in families.MEDIA[family] if kind != "mixed"]
+    "family, kind",
+    [(family, kind) for family in processors.FAMILIES for kind in families.MEDIA[family] if kind != "mixed"],
 )
 def test_every_picture_shows_the_medium(family, kind, tmp_path):
     """A square one, from which nothing is cut off, and a video of a still."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer for the processors of tiny models, with the special tokens of each family."""
+
+from __future__ import annotations
+
+import transformers as hf
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+
+from vtprune.testing.media import (
+    BOS,
+    BREAK,
+    END,
+    FIRST_WORD,
+    GLOBAL,
+    IMAGE,
+    NEWLINE,
+    PAD,
+    ROW_COLUMN,
+    START,
+    VIDEO,
+    VOCABULARY,
+)
+
+_KNOWN_WORDS = """
+: ? . < > 0 1 2 3 4 5 6 7 8 9 a and answer are better bigger compare crops first Frame1 Frame2 Frame3 Frame4 happens
+help here Here image in is look me now one original picture seconds see some tell the then there this to two what which
+who with word you
+"""
+
+IMAGE_TOKENS, VIDEO_TOKENS = {"image_token": ("<image>", IMAGE)}, {"video_token": ("<video>", VIDEO)}
+QWEN_TOKENS = {
+    "image_token": ("<|image_pad|>", IMAGE),
+    "video_token": ("<|video_pad|>", VIDEO),
+    "vision_start_token": ("<|vision_start|>", START),
+    "vision_end_token": ("<|vision_end|>", END),
+}
+PIXTRAL_TOKENS = {
+    "image_token": ("[IMG]", IMAGE),
+    "image_break_token": ("[IMG_BREAK]", BREAK),
+    "image_end_token": ("[IMG_END]", END),
+}
+IDEFICS_TOKENS = {
+    **IMAGE_TOKENS,
+    "fake_image_token": ("<fake_token_around_image>", BREAK),
+    "global_image_token": ("<global-img>", GLOBAL),
+    "end_of_utterance_token": ("<end_of_utterance>", ROW_COLUMN),
+} | {f"row_{row}_col_{col}": (f"<row_{row}_col_{col}>", 120 + 6 * row + col) for row in (1, 2) for col in (1, 2, 3)}
+INTERN_TOKENS = {
+    "context_image_token": ("<IMG_CONTEXT>", IMAGE),
+    "start_image_token": ("<img>", START),
+    "end_image_token": ("</img>", END),
+    **VIDEO_TOKENS,
+}
+GEMMA_TOKENS = {
+    "image_token": ("<image_soft_token>", IMAGE),
+    "boi_token": ("<start_of_image>", START),
+    "eoi_token": ("<end_of_image>", END),
+}
+AYA_TOKENS = {
+    "image_patch_token": ("<|IMG_PATCH|>", IMAGE),
+    "start_of_img_token": ("<|START_OF_IMG|>", START),
+    "end_of_img_token": ("<|END_OF_IMG|>", END),
+    "tile_global_token": ("TILE_GLOBAL", GLOBAL),
+} | {f"tile_{number}": (f"TILE_{number}", 120 + number) for number in range(1, 5)}
+COHERE_TOKENS = {
+    **IMAGE_TOKENS,
+    "boi_token": ("<|START_OF_IMG|>", START),
+    "eoi_token": ("<|END_OF_IMG|>", END),
+    "img_line_break_token": ("<|IMG_LINE_BREAK|>", BREAK),
+}
+
+
+def tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast:
+    """special: attribute -> token and id, beyond those that every family has."""
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "\n": NEWLINE} | dict(special.values())
+    words = ["</s>", "<unk>", "\n\n", *_KNOWN_WORDS.split()]  # a blank line is one token, as in real vocabularies
+    vocabulary |= {word: FIRST_WORD + index for index, word in enumerate(words)}
+    # Without gaps: tokens that a processor adds must not get an id twice.
+    vocabulary |= {f"<unused{index}>": index for index in set(range(VOCABULARY)) - set(vocabulary.values())}
+    assert len(vocabulary) == VOCABULARY
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = Split(Regex(r"\n+|\w+|[^\w\s]"), behavior="removed", invert=True)
+    if special not in (QWEN_TOKENS, INTERN_TOKENS):
+        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={name: token for name, (token, _) in special.items()},
+    )
