@@ -215,8 +215,11 @@ class Adapter(ABC):
         # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
         return [(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in chosen]
 
-    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
-        """Length, in patches without CLS, of every sequence that the encoder ran for a call; for counting FLOPs."""
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
+        """Length, in patches without CLS, of every sequence that the encoder ran for a call; for counting FLOPs.
+
+        One number a layer where the encoder itself merges patches between its layers.
+        """
         crops = inputs[PIXELS[kind]].flatten(0, -4)
         return [(crops.shape[-2] // self._patch) * (crops.shape[-1] // self._patch)] * len(crops)
 

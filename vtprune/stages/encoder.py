@@ -215,7 +215,7 @@ class EncoderRecorder:
                 encoding.keys[layer] = scattered(torch.cat(keys, 1).flatten(2)).unflatten(2, keys[0].shape[2:])
             if layer not in self.cls_layers | self.received_layers:
                 return
-            calls = self._by_image(calls, encoding)
+            calls = self._by_image(calls, encoding, layer)
             if layer in self.cls_layers:
                 (call,) = calls  # CLS tokens are in front of their crops, so crops are not packed
                 rows = attention_rows(call.queries[:, :, :1], call.keys, scale=call.scale, mask=call.visible(0, 1))
@@ -235,12 +235,13 @@ class EncoderRecorder:
 
         return hook
 
-    def _by_image(self, calls: list[EncoderScores], encoding: EncoderCall) -> list[EncoderScores]:
+    def _by_image(self, calls: list[EncoderScores], encoding: EncoderCall, layer: int) -> list[EncoderScores]:
         """The calls of a layer's attention function, of which none holds several images in one sequence.
 
         Raises VTPruneError if such a sequence cannot be split: attention would be shared out among other images.
         """
-        lengths = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+        whole = self.adapter.encoder_sequences(encoding.kind, encoding.inputs)
+        lengths = [one if isinstance(one, int) else one[layer] for one in whole]
         if len(calls) > 1 or len(calls[0].queries) > 1 or len(lengths) < 2:
             return calls
         if sum(lengths) != calls[0].queries.shape[2]:

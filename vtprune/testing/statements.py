@@ -151,7 +151,8 @@ def sequences(look: Look) -> Result:
             encode_all(adapter, look.inputs, encoded.kind)
         finally:
             handle.remove()
-        stated = adapter.encoder_sequences(encoded.kind, encoded.arguments)
+        whole = adapter.encoder_sequences(encoded.kind, encoded.arguments)
+        stated = [one if isinstance(one, int) else one[0] for one in whole]
         patches, cls = sum(stated), len(stated) * adapter.shape.has_cls
         there = max(seen, default=0)
         if patches + cls != there:

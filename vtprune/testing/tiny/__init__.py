@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vtprune.testing.tiny import cohere_vision, gemma, idefics3, internvl, llava, mistral3, qwen_omni, qwen_vl
+from vtprune.testing.tiny import gemma, idefics3, internvl, llava, minicpm, mistral3, qwen_omni, qwen_vl
 from vtprune.testing.tiny.family import Family
 
 __all__ = ["FAMILIES", "Family"]
@@ -17,6 +18,7 @@ _FILES = (
     gemma,
     mistral3,
     cohere_vision,
+    minicpm,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
