@@ -14,6 +14,7 @@ from vtprune.adapters.clip import TransformersEncoder
 from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
+from vtprune.adapters.generic import Generic
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.llava import Llava
@@ -36,7 +37,7 @@ from vtprune.errors import ConfigError, UnsupportedModelError
 from vtprune.plugins import load_plugins
 from vtprune.transformers_private import is_remote_code
 
-__all__ = ["Adapter", "EncoderAdapter", "adapter_for", "find_encoder", "list_adapters", "register_adapter"]
+__all__ = ["Adapter", "EncoderAdapter", "Generic", "adapter_for", "find_encoder", "list_adapters", "register_adapter"]
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
 _ENCODERS: tuple[type[EncoderAdapter], ...] = (TransformersEncoder, OpenClipViT, OpenClipTimm, TimmViT)
@@ -121,7 +122,8 @@ def adapter_for(model: Any) -> Adapter:
         supported = ", ".join(f"{a.family} ({t})" for t, a in sorted(known.items()))
         encoders = ", ".join(a.family for a in _ENCODERS)
         raise UnsupportedModelError(
-            f"no adapter for {type(model).__name__}; supported: {supported}; and as encoders alone: {encoders}"
+            f"no adapter for {type(model).__name__}; supported: {supported}; and as encoders alone: {encoders}; "
+            "adapter='generic' tries whether methods that need features only can be trusted on it"
         )
     if (reason := adapter.refuses(config)) is not None:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported here: {reason}")

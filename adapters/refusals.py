@@ -42,7 +42,7 @@ class Refusal(NamedTuple):
 NO_ADAPTER = Reason(
     "no adapter yet",
     "its visual tokens could be pruned, but there is no adapter for it yet",
-    f"{_OWN_ADAPTER}, or take a supported family (`vtprune models`)",
+    f"{_OWN_ADAPTER}, try adapter='generic', or take a supported family (`vtprune models`)",
 )
 CROSS_ATTENTION = Reason(
     "cross-attention",

@@ -6,7 +6,7 @@ with vtprune.prune(model, "mmtok", keep_tokens=64) as session:
 print(session.report)
 """
 
-from vtprune.adapters import Adapter, adapter_for, register_adapter
+from vtprune.adapters import Adapter, Generic, adapter_for, register_adapter
 from vtprune.encoder_report import EncoderReport
 from vtprune.encoder_session import EncoderSession
 from vtprune.errors import (
@@ -39,6 +39,7 @@ __all__ = [
     "CutOnce",
     "EncoderReport",
     "EncoderSession",
+    "Generic",
     "Grid",
     "InEncoder",
     "InLLM",

@@ -6,11 +6,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 from itertools import chain
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 
-from vtprune.adapters import adapter_for, find_encoder
+from vtprune.adapters import Adapter, adapter_for, find_encoder
 from vtprune.auto import choose, is_auto
 from vtprune.callers import PerCaller
 from vtprune.encoder_session import EncoderSession
@@ -37,6 +37,7 @@ def prune(
     text: Text | None = None,
     prompt_length: PromptLength = None,
     profile: Profile = False,
+    adapter: Literal["generic"] | None = None,
     **parameters: Any,
 ) -> Session:
     """A context manager inside which `model` prunes visual tokens; an `EncoderSession` for a vision encoder alone.
@@ -59,6 +60,9 @@ def prune(
             begin (unless they begin with the prompt), or where `logits_to_keep` says; else all is prompt.
         profile: True measures the times in `report.timings` (not for a vision encoder alone). "flops" counts the FLOPs
             of choosing tokens, `report.selection_flops`; each operation of a choice takes some 20 to 40 us longer.
+        adapter: "generic" takes a model without an adapter of its own, for methods that need the projected features
+            only. The model runs a few short prompts first, and is refused unless pruning gives what it gives itself
+            without the dropped columns (`vtprune.generic`). By default the adapter of the model's family.
         **parameters: further fields of a single method, e.g. `layer=2`.
 
     Raises:
@@ -72,7 +76,8 @@ def prune(
         method, chosen = choose(model, method, **parameters)
         parameters = {}
     methods = build_methods(method, **parameters)
-    encoder = find_encoder(model)
+    generic = None if adapter is None else _generic(model, methods, adapter)
+    encoder = None if generic else find_encoder(model)
     if encoder is not None:
         given = {"text": text, "prompt_length": prompt_length}
         names = [name for name, value in given.items() if value is not None]
@@ -81,7 +86,25 @@ def prune(
         # Which of the two it is only the model says. Type checkers are told the one that most callers get.
         return cast(Session, EncoderSession(model, encoder, methods, strict=strict, profile=profile))
     notes = () if chosen is None else (chosen,)
-    return Session(model, methods, strict=strict, text=text, prompt_length=prompt_length, profile=profile, notes=notes)
+    return Session(
+        model,
+        methods,
+        strict=strict,
+        text=text,
+        prompt_length=prompt_length,
+        profile=profile,
+        notes=notes,
+        adapter=generic,
+    )
+
+
+def _generic(model: Any, methods: list[Method], name: str) -> Adapter:
+    """The generic adapter of a model for methods that it can serve."""
+    from vtprune.generic import GENERIC, generic_adapter  # it opens sessions itself
+
+    if name != GENERIC:
+        raise ConfigError(f"adapter={name!r}: give {GENERIC!r}, or leave it out to take that of the model's family")
+    return generic_adapter(model, methods)
 
 
 def patch(model: nn.Module, method: MethodLike, **options: Any) -> Session:
@@ -110,10 +133,11 @@ class Session(SessionLife):
         prompt_length: PromptLength,
         profile: Profile,
         notes: tuple[str, ...] = (),
+        adapter: Adapter | None = None,
     ):
-        """notes: what each report says besides what it measured."""
+        """notes: what each report says besides what it measured. adapter: of the model; None for that of its family."""
         check_release()
-        self.adapter = adapter = adapter_for(model)
+        self.adapter = adapter = adapter_for(model) if adapter is None else adapter
         modules = chain(model.modules() if isinstance(model, nn.Module) else (), adapter.model.modules())
         towers = [adapter.vision_tower(kind) for kind in adapter.visual_token_ids]
         super().__init__([adapter.language_model, *towers], modules, methods, strict=strict)
