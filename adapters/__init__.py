@@ -21,9 +21,8 @@ from vtprune.adapters.llava import Llava
 from vtprune.adapters.llava_next import LlavaNext
 from vtprune.adapters.llava_next_video import LlavaNextVideo
 from vtprune.adapters.llava_onevision import LlavaOnevision
-from vtprune.adapters.mistral3 import LightOnOcr, Mistral3
 from vtprune.adapters.minicpm import MiniCPMV, MiniCPMV4_7
-from vtprune.adapters.mistral3 import Mistral3
+from vtprune.adapters.mistral3 import LightOnOcr, Mistral3
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral

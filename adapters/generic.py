@@ -31,6 +31,9 @@ class Generic(Adapter):
     family = "generic"
     layout = "one group an image; a grid if the call has `image_grid_thw`"
     merges_in_encoder = False
+    layers_unread = "the generic adapter does not know which patches become which visual token"
+    features_unread = layers_unread
+    encoder_uncounted = "the generic adapter does not know the encoder"
 
     @classmethod
     def signals(cls) -> tuple[str, ...]:

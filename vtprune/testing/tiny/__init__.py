@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from vtprune.testing.tiny import cohere_vision, gemma, idefics3, internvl, llava, mistral3, qwen_omni, qwen_vl
-from vtprune.testing.tiny import gemma, idefics3, internvl, llava, minicpm, mistral3, qwen_omni, qwen_vl
+from vtprune.testing.tiny import cohere_vision, gemma, idefics3, internvl, llava, minicpm, mistral3, qwen_omni, qwen_vl
 from vtprune.testing.tiny.family import Family
 
 __all__ = ["FAMILIES", "Family"]
