@@ -26,9 +26,10 @@ def features(model, tiles):
     return model.model.get_image_features(tiles, return_dict=True).pooler_output
 
 
+@pytest.mark.parametrize("name", [NAME, "qianfan_ocr"])
 @torch.no_grad()
-def test_tokens_stand_for_squares_of_four_patches():
-    model = blinkered(NAME)
+def test_tokens_stand_for_squares_of_four_patches(name):
+    model = blinkered(name)
     adapter = vtprune.adapter_for(model)
     tiles = pixels(3)
     inputs, output = {"pixel_values": tiles}, features(model, tiles)
@@ -36,7 +37,8 @@ def test_tokens_stand_for_squares_of_four_patches():
     assert [medium.grids for medium in media] == [(Grid(3, 3),)] * 3 and adapter.image_grid is None
     depends = check_layout(media, lambda tiles: features(model, tiles).flatten(0, 1), tiles, PATCH, side=2)
 
-    model, adapter = families.shared(NAME), vtprune.adapter_for(families.shared(NAME))
+    model, adapter = families.shared(name), vtprune.adapter_for(families.shared(name))
+    assert adapter.shape == ModelShape(4, 8, 3, has_cls=True)
     encoder, projector = encoder_and_projector(model, lambda: features(model, tiles))
     shown = adapter.projector_inputs("image", inputs, projector)
     torch.testing.assert_close(shown, means(depends, encoder[:, 1:]))
@@ -99,7 +101,6 @@ def test_cls_rows_are_those_of_the_encoder(normalised):
 def test_depths():
     assert vtprune.adapter_for(model_with(vision_feature_layer=-3)).shape.feature_layer == 1
     assert vtprune.adapter_for(model_with(vision_feature_layer=3)).shape.feature_layer == 2
-    assert vtprune.adapter_for(families.shared(NAME)).shape == ModelShape(4, 8, 3, has_cls=True)
 
 
 def test_a_cls_token_among_the_patches_is_refused():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixtral-12B and Mistral 3, which have the tower in common."""
+"""Pixtral-12B, Mistral 3 and LightOnOCR, which have the tower in common."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from .checks import blinkered, check_pruned, check_untouched, every_cell
 from .merging import check_layout, encoder_and_projector, means
 
 PATCH = 4
-both = pytest.mark.parametrize(("name", "side"), [("pixtral", 1), ("mistral3", 2)])
-both_names = pytest.mark.parametrize("name", ["pixtral", "mistral3"])
+every_side = pytest.mark.parametrize(("name", "side"), [("pixtral", 1), ("mistral3", 2), ("lighton_ocr", 2)])
+every_name = pytest.mark.parametrize("name", ["pixtral", "mistral3", "lighton_ocr"])
 
 
 def features(model, **inputs):
@@ -30,7 +30,7 @@ def images(*sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.stack(pixels), "image_sizes": torch.tensor(sizes)}
 
 
-@both
+@every_side
 @torch.no_grad()
 def test_tokens_stand_for_patches_of_their_image_alone(name, side):
     model = blinkered(name)
@@ -58,7 +58,7 @@ def test_tokens_stand_for_patches_of_their_image_alone(name, side):
     assert adapter.encoder_sequences("image", inputs) == [12, 20, 12]
 
 
-@both_names
+@every_name
 def test_pixels_do_not_depend_on_the_batch(name):
     adapter = vtprune.adapter_for(families.shared(name))
     together = images((8, 24), (24, 8))
@@ -78,11 +78,11 @@ def test_pixtral_without_sizes_takes_images_for_as_large_as_their_pixels():
     assert sum(map(len, output)) == 12 and adapter.encoder_sequences("image", inputs) == [6, 6]
 
 
-@both_names
+@every_name
 def test_depths(name):
     adapter = vtprune.adapter_for(families.shared(name))
     assert adapter.shape == ModelShape(4, 8, 3, has_cls=False)
-    assert adapter.model_types == ({"pixtral": "llava/pixtral", "mistral3": "mistral3"}[name],)
+    assert adapter.model_types == ({"pixtral": "llava/pixtral"}.get(name, name),)
 
 
 def test_pixtral_without_its_first_patch_is_refused():
@@ -96,19 +96,19 @@ def test_pixtral_without_its_first_patch_is_refused():
 
 
 @every_cell("pixtral", cls_token=False)
-@both_names
+@every_name
 def test_pruned_generation_is_the_recomputed_one(name, media, method, attention, positions):
     check_pruned(name, media, method, attention, positions)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@both_names
+@every_name
 def test_keeping_everything_changes_nothing(name, attention):
     check_untouched(name, "image", attention)
 
 
 @pytest.mark.parametrize("scope", ["crop", "image"])
-@both_names
+@every_name
 def test_every_image_has_a_budget_of_its_own(name, scope):
     """Text after each row of an image does not divide it."""
     report = check_pruned(name, "image", "divprune", keep_ratio=None, keep_tokens=5, scope=scope)
