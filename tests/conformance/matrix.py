@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import vtprune
 from vtprune.adapters.coverage import coverage
 from vtprune.testing import families
@@ -67,11 +69,11 @@ _HEAD = """<!-- Written by `pytest tests/conformance/test_matrix.py --update-sup
 
 The tests run every cell below on tiny random-weight models, with sdpa (positions kept) and eager attention (positions
 renumbered), for single prompts and for a padded batch of three that differ in length and in the number and size of
-their images. Families that take videos run with images, with videos, and with both in one prompt. The language model
-under `paligemma2`, Gemma 2, caps attention logits, and that under `internvl_gpt_oss` has sinks, which sdpa cannot: they
-are eager in either case.
+their images. Families that take videos run with images, with videos, and with both in one prompt. On kindred families,
+in which little is new, a method runs with one of these media and one kind of attention, in turns. Language models that
+do what sdpa cannot (Gemma 2 caps attention logits, gpt-oss has sinks) are eager in either case.
 
-A cell that *works* keeps these promises:
+A cell with ✓ keeps these promises:
 
 * keeping everything gives the logits and ids of the model without vtprune, bit by bit;
 * generation with a pruned KV cache gives the logits (within 1e-4) and ids of a recompute without a cache, what was
@@ -81,37 +83,61 @@ A cell that *works* keeps these promises:
 * the attention back end stays;
 * text is never dropped, and the report counts what every cache layer holds.
 
-Any other cell is refused when the session is made, before anything is computed, for the reason under the table.
+Any other cell is refused when the session is made, before anything is computed; its letter is the reason, below.
 Methods inside encoder layers (`tome` to `tca`, and names with `_patches`): where visual tokens are means of
 several patches (Gemma 3, videos of LLaVA-OneVision and LLaVA-NeXT-Video, resized images of LLaVA-OneVision), merging
 makes only the encoder cheaper, and methods that drop patches refuse the batch.
 """
 
+_WORKS = "✓"
+
 
 def page() -> str:
     """The text of docs/support.md, from what sessions accept now."""
-    names = list(METHODS)
-    reasons: list[str] = []
-    table = [["family", "tested as", *(f"`{name}`" for name in names)]]
+    reasons: dict[str, str] = {}
+    columns: dict[tuple[str, ...], list[str]] = {}
     facts = [["family", "tested as", "media", "visual tokens", "stages", "signals", "CLS token in the tests"]]
     for name in families.NAMES:
         model = families.shared(name)
         adapter = vtprune.adapter_for(model)
-        cells = []
-        for method in names:
+        marks = []
+        for method in METHODS:
             reason = refusal(model, spec(method))
-            if reason is not None and reason not in reasons:
-                reasons.append(reason)
-            cells.append("works" if reason is None else f"refused [{reasons.index(reason) + 1}]")
-        table.append([adapter.family, f"`{name}`", *cells])
+            if reason is not None:
+                reason = _general(reason, method, adapter.family)
+                reasons.setdefault(reason, _letter(len(reasons)))
+            marks.append(_WORKS if reason is None else reasons[reason])
+        columns.setdefault(tuple(marks), []).append(name)
         media = ", ".join(f"{kind}s" for kind in adapter.kinds)
         stages, signals = ", ".join(f"`{stage}`" for stage in adapter.stages()), ", ".join(adapter.signals())
         has_cls = "yes" if adapter.shape.has_cls else "no"
         facts.append([adapter.family, f"`{name}`", media, adapter.layout, stages, signals, has_cls])
-    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    numbers = [str(number) for number in range(1, len(columns) + 1)]
+    groups = [["column", "families, as they are tested"]]
+    groups += [
+        [number, ", ".join(f"`{name}`" for name in names)]
+        for number, names in zip(numbers, columns.values(), strict=True)
+    ]
+    table = [["method", *numbers]]
+    table += [[f"`{method}`", *marks] for method, *marks in zip(METHODS, *columns, strict=True)]
+    notes = [f"* **{letter}**: {reason}." for reason, letter in reasons.items()]
     text = [_TEXT_HEAD, *_markdown(_text_models()), ""]
-    head = [_HEAD, *_markdown(table), "", *notes, "", "## Families", "", *_markdown(facts), ""]
-    return "\n".join([*head, *text, *_every_class(), ""])
+    head = [_HEAD, "Families with the same marks are one column:", "", *_markdown(groups), "", *_markdown(table), ""]
+    return "\n".join([*head, *notes, "", "## Families", "", *_markdown(facts), "", *text, *_every_class(), ""])
+
+
+def _letter(number: int) -> str:
+    """a to z, then aa to zz."""
+    first, last = divmod(number, 26)
+    return ("" if first == 0 else chr(96 + first)) + chr(97 + last)
+
+
+def _general(reason: str, method: str, family: str) -> str:
+    """A reason without names of the method (of its part), of the family and its encoder, and without what works
+    instead."""
+    general = re.sub(r"^\w+: ", "", reason.partition("; methods ")[0]).removeprefix(method).lstrip()
+    general = general.replace(f"the vision encoder of {family}", "the vision encoder")
+    return re.sub(r"its vision tower is a \w+", "it is another one than CLIP's and SigLIP's", general)
 
 
 _TEXT_HEAD = """## Language models
