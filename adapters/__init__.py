@@ -15,6 +15,7 @@ from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
+from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.llava import Llava
@@ -24,6 +25,7 @@ from vtprune.adapters.llava_onevision import LlavaOnevision
 from vtprune.adapters.minicpm import MiniCPMV, MiniCPMV4_7
 from vtprune.adapters.mistral3 import LightOnOcr, Mistral3
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
+from vtprune.adapters.paddleocr_vl import PaddleOcrVL
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
@@ -75,6 +77,9 @@ for _adapter in (
     QianfanOcr,
     MiniCPMV,
     MiniCPMV4_7,
+    GlmV,
+    GlmOcr,
+    PaddleOcrVL,
 ):
     register_adapter(_adapter)
 

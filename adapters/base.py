@@ -188,6 +188,12 @@ class Adapter(ABC):
         return self.config.vision_config
 
     @property
+    def encoder_mlp_width(self) -> int | None:
+        """Width inside an MLP of the encoder, for counting FLOPs; None if it is the config's `intermediate_size`, or
+        follows from its `mlp_ratio`."""
+        return None
+
+    @property
     def has_cls(self) -> bool:
         """Whether the encoder puts a CLS token before the patches."""
         return False

@@ -88,6 +88,9 @@ LINEAR = dict(
     linear_value_head_dim=20,
     layer_types=["linear_attention", "full_attention", "linear_attention"],
 )
+ROPE = dict(
+    rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], partial_rotary_factor=1.0)
+)
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -100,6 +103,13 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
             "Qwen3VLMoeTextModel",
             lambda: hf.Qwen3VLMoeTextConfig(**EXPERTS, moe_intermediate_size=24, num_experts=5, mlp_only_layers=[1]),
         ),
+        (
+            "Glm4vMoeTextModel",
+            lambda: hf.Glm4vMoeTextConfig(
+                **EXPERTS | ROPE, moe_intermediate_size=24, n_routed_experts=5, first_k_dense_replace=1
+            ),
+        ),
+        ("Cosmos3EdgeTextModel", lambda: hf.Cosmos3EdgeTextConfig(**TINY | ROPE, num_key_value_heads=2, head_dim=16)),
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
     ],

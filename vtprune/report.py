@@ -66,6 +66,8 @@ class Report:
     encoder_has_cls: bool
     encoder_gated_mlp: bool
     """Whether an MLP of the vision encoder has three matrices instead of two."""
+    encoder_mlp_width: int | None
+    """Width inside an MLP of the vision encoder; None if `vision_config` says it."""
     encoder_sequences: tuple[int | tuple[int | tuple[int, int], ...], ...]
     """Patches of each sequence (image, tile or frame) that the vision encoder ran for this prefill; one number a layer
     where tokens were merged between layers, and two (of its attention and of its MLP) where they went inside layers."""
@@ -212,8 +214,9 @@ class Report:
         """
         if self.encoder_uncounted:
             return None
-        facts = {"has_cls": self.encoder_has_cls, "gated_mlp": self.encoder_gated_mlp}
-        return float(cost.encoder_flops(self.vision_config, self.encoder_sequences, **facts))
+        mlp = {"gated_mlp": self.encoder_gated_mlp, "mlp_width": self.encoder_mlp_width}
+        sequences, has_cls = self.encoder_sequences, self.encoder_has_cls
+        return float(cost.encoder_flops(self.vision_config, sequences, has_cls=has_cls, **mlp))
 
     def _kv_lengths(self, counts: list[list[int]]) -> Tensor:
         config = self.text_config

@@ -88,8 +88,13 @@ def _encoder_flops(adapter: Adapter, inputs: Inputs) -> int | None:
     if adapter.encoder_uncounted:
         return None
     sequences = adapter.encoder_sequences("image", inputs)
-    facts = {"has_cls": adapter.has_cls, "gated_mlp": adapter.gated_encoder_mlp}
-    return cost.encoder_flops(adapter.vision_config, sequences, **facts)
+    return cost.encoder_flops(
+        adapter.vision_config,
+        sequences,
+        has_cls=adapter.has_cls,
+        gated_mlp=adapter.gated_encoder_mlp,
+        mlp_width=adapter.encoder_mlp_width,
+    )
 
 
 def beside_plain(plain: Mapping[int, list[float]], widths: Sequence[int], passes: Sequence[Pass]) -> Record:

@@ -93,7 +93,8 @@ def test_keys_and_outputs(name, media):
             continue
         keys, output = (x if x.ndim == 3 else x[None] for x in (caught["keys"], caught["output"]))
         keys = keys.chunk(3, -1)[1] if fused else keys
-        keys = getattr(attention, "k_norm", torch.nn.Identity())(keys)
+        if (norm := getattr(attention, "k_norm", None)) is not None and hasattr(norm, "weight"):
+            keys = norm(keys.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)  # over each head, or over all
         heads = getattr(adapter.vision_config, "num_heads", None) or adapter.vision_config.num_attention_heads
         expected[asked[0]].append(look.rows(encoded, keys))
         expected[asked[1]].append(look.rows(encoded, keys.unflatten(-1, (heads, -1)).mean(2)))

@@ -15,6 +15,7 @@ from PIL import Image
 from vtprune.testing import families
 from vtprune.testing.media import MERGE, PATCH, TILE
 
+from . import packed_processors as packed
 from .special_tokens import (
     AYA_TOKENS,
     COHERE_TOKENS,
@@ -150,6 +151,7 @@ _PROCESSORS: dict[str, Callable] = {
     "lighton_ocr": _lighton_ocr,
     "aya_vision": _aya_vision,
     "cohere2_vision": _cohere2_vision,
+    **packed.PROCESSORS,
 }
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -167,6 +169,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     "qwen2_vl": {"image": _QWEN_IMAGE, "video": _QWEN_VIDEO},
     "qwen2_5_vl": {"image": _QWEN_IMAGE, "video": _QWEN_VIDEO},
     "qwen3_vl": {"image": _QWEN_IMAGE, "video": "<|video_pad|>"},
+    **packed.WRITTEN,
 }
 
 
@@ -222,6 +225,8 @@ ALIKE = {
     "internvl_gpt_oss": "internvl",
     "qianfan_ocr": "internvl",
     "ministral3": "mistral3",
+    "glm4v_moe": "glm46v",
+    "glm_ocr": "glm46v",
 }
 """Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
 
@@ -299,4 +304,7 @@ CASES: dict[str, Case] = {
     "lighton_ocr": Case("lighton_ocr", _IMAGES),
     "aya_vision": Case("aya_vision", _IMAGES),
     "cohere2_vision": Case("cohere2_vision", _IMAGES),
+    "glm46v": Case("glm46v", _IMAGES),
+    "glm46v, videos": Case("glm46v", _VIDEOS, fps=4.0, options={"do_sample_frames": True}),
+    "paddleocr_vl": Case("paddleocr_vl", _IMAGES),
 }

@@ -95,6 +95,11 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
             first = text[: stamp.start()].count(" ")
             count = stamp[0].count(" ") + 1
             layout[first : first + count] = [True] * count
+    if case.family == "glm46v":  # a stamp behind each frame
+        inside = False
+        for column, token in enumerate(tokens):
+            inside = (inside or token == "<|begin_of_video|>") and token != "<|end_of_video|>"
+            layout[column] |= inside
     language = [None if own else token_id for own, token_id in zip(layout, ids, strict=True)]
     visual = [token_id in (IMAGE, VIDEO) for token_id in ids]
     ends = [c for c, own in enumerate(visual) if own and not (c + 1 < len(ids) and visual[c + 1])]
@@ -133,7 +138,10 @@ def test_inside_the_language_model(case):
         if not visual:
             continue
         text = expected_texts(case, case.inputs(number))[-1]
-        columns = [column for column in range(visual[-1], len(ids)) if int(ids[column]) in text]
+        columns = []
+        for column in reversed(range(visual[-1], len(ids))):  # what stands before it may hold the same words
+            if len(columns) < len(text) and int(ids[column]) == text[-1 - len(columns)]:
+                columns.insert(0, column)
         assert ids[columns].tolist() == text
         torch.testing.assert_close(SEEN[number], states[number, columns], atol=1e-4, rtol=1e-4)
 

@@ -63,7 +63,7 @@ def test_removed_before_the_first_layer_is_hidden_by_a_mask(name, media, attenti
     hidden = inputs["attention_mask"].clone()
     hidden[0, visual[~torch.isin(visual, kept)]] = 0
     positions = torch.arange(hidden.shape[1])[None]
-    if name.startswith("qwen"):
+    if hasattr(model.base_model, "get_rope_index"):
         positions = prompt_positions(model, inputs, 0)
     # The masked columns' own rows are of no interest; a cache of nothing but this call is none.
     expected = model(**inputs | {"attention_mask": hidden}, position_ids=positions, use_cache=False).logits[0]

@@ -18,7 +18,12 @@ class TinyModel:
 
 
 FACTS = dict(
-    model=TinyModel(), vision_config="of the encoder", has_cls=True, gated_encoder_mlp=False, encoder_uncounted=""
+    model=TinyModel(),
+    vision_config="of the encoder",
+    has_cls=True,
+    gated_encoder_mlp=False,
+    encoder_mlp_width=None,
+    encoder_uncounted="",
 )
 METHODS = [ScriptedBefore(), ScriptedInside()]
 RECORDER = SimpleNamespace(sequences=lambda encoding: [4, (4, 2)])

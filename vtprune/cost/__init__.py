@@ -99,7 +99,12 @@ def lm_head_flops(text_config: Any, tokens: int = 1) -> int:
 
 
 def encoder_flops(
-    vision_config: Any, sequences: Sequence[int | Sequence[int | tuple[int, int]]], *, has_cls: bool, gated_mlp: bool
+    vision_config: Any,
+    sequences: Sequence[int | Sequence[int | tuple[int, int]]],
+    *,
+    has_cls: bool,
+    gated_mlp: bool,
+    mlp_width: int | None = None,
 ) -> int:
     """FLOPs of a vision encoder, two per multiply-add: patch embedding and all its layers.
 
@@ -114,9 +119,10 @@ def encoder_flops(
             on different numbers.
         has_cls: whether the encoder puts a CLS token before the patches; an adapter's `has_cls`.
         gated_mlp: whether an MLP has three matrices instead of two; an adapter's `gated_encoder_mlp`.
+        mlp_width: width inside an MLP, if it is not the config's `intermediate_size`; an adapter's `encoder_mlp_width`.
     """
     d = getattr(vision_config, "embed_dim", None) or vision_config.hidden_size
-    m = getattr(vision_config, "intermediate_size", None) or int(d * vision_config.mlp_ratio)
+    m = mlp_width or getattr(vision_config, "intermediate_size", None) or int(d * vision_config.mlp_ratio)
     layers = getattr(vision_config, "depth", None) or vision_config.num_hidden_layers
     matrices = 3 if gated_mlp else 2
     patch = vision_config.patch_size

@@ -10,6 +10,9 @@ from vtprune.cost.mixers.attention import Attention
 from vtprune.cost.mixers.delta_rule import DeltaRule
 from vtprune.transformers_private import layer_type
 
+_UNGATED = frozenset({"cosmos3_edge_text"})
+"""Model types whose MLPs have no gate."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -22,10 +25,12 @@ class LayerShape:
     """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
     gates: int
     """numbers that are computed for each token to choose its experts and to weigh them; 0 without experts"""
+    matrices: int = 3
+    """of the MLP: gate, up and down, or two of these"""
 
     def flops(self, n: float) -> float:
         """FLOPs of the layer for n tokens."""
-        mlp = 3 * (2 * n * self.d * self.m) + 2 * n * self.d * self.gates  # gate, up, down; choice of experts
+        mlp = self.matrices * (2 * n * self.d * self.m) + 2 * n * self.d * self.gates
         return self.mixer.flops(self.d, n) + mlp
 
 
@@ -36,10 +41,13 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     attention = Attention.of(config, gated=has_delta)
     delta = DeltaRule.of(config) if has_delta else None
     mixed = _expert_widths(config)
+    dense = getattr(config, "dense_intermediate_size", None) or config.intermediate_size
+    matrices = 2 if config.model_type in _UNGATED else 3
 
     def shape(linear: bool, experts: bool) -> LayerShape:
-        m, gates = mixed if mixed is not None and experts else (config.intermediate_size, 0)
-        return LayerShape(d=config.hidden_size, mixer=delta if delta and linear else attention, m=m, gates=gates)
+        m, gates = mixed if mixed is not None and experts else (dense, 0)
+        mixer = delta if delta and linear else attention
+        return LayerShape(d=config.hidden_size, mixer=mixer, m=m, gates=gates, matrices=matrices)
 
     linear = [has_delta and layer_type(config, layer) == "linear_attention" for layer in range(layers)]
     kinds = list(zip(linear, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
@@ -53,11 +61,15 @@ def _expert_widths(config: Any) -> tuple[int, int] | None:
     if not experts:
         return None
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    shared = getattr(config, "shared_expert_intermediate_size", 0)
-    return config.num_experts_per_tok * width + shared, experts + bool(shared)
+    weighed = getattr(config, "shared_expert_intermediate_size", 0)
+    shared = weighed + width * (getattr(config, "n_shared_experts", None) or 0)
+    return config.num_experts_per_tok * width + shared, experts + bool(weighed)
 
 
 def _has_experts(config: Any, layers: int) -> list[bool]:
     """Whether each decoder layer of a model with experts has them."""
+    if types := getattr(config, "mlp_layer_types", None):
+        return [types[layer] == "sparse" for layer in range(layers)]
     dense, every = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
-    return [layer not in dense and (layer + 1) % every == 0 for layer in range(layers)]
+    first = getattr(config, "first_k_dense_replace", None) or 0
+    return [layer >= first and layer not in dense and (layer + 1) % every == 0 for layer in range(layers)]

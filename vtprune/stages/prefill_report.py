@@ -112,6 +112,7 @@ def _report(adapter: Adapter, methods: Sequence[Method], hidden: Tensor, **count
         encoder_has_cls=adapter.has_cls,
         encoder_gated_mlp=adapter.gated_encoder_mlp,
         encoder_uncounted=adapter.encoder_uncounted,
+        encoder_mlp_width=adapter.encoder_mlp_width,
         kv_dtype_bytes=hidden.element_size(),
         **counted,
     )

@@ -80,7 +80,11 @@ def shared(name: str, attention: str = "sdpa"):
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 VIDEO_NAMES = tuple(name for name, family in FAMILIES.items() if "video" in family.layouts)
-MEDIA = {name: ("image", "video", "mixed") if name in VIDEO_NAMES else ("image",) for name in NAMES}
+MEDIA = {
+    name: (*family.layouts, *(("mixed",) if len(family.layouts) == 2 and family.mixes_kinds else ()))
+    for name, family in FAMILIES.items()
+}
+"""Family -> what its prompts can hold."""
 
 # A prompt a string: `t` is a text token, `I` an image, `V` a video. The last mixed prompt has no video, the
 # second sparse one nothing but text.

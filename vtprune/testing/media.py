@@ -15,6 +15,7 @@ from vtprune.transformers_private import llava_next_crops
 PAD, BOS, FIRST_WORD = 0, 1, 2
 IMAGE, VIDEO, START, END, BREAK, ROW_COLUMN, GLOBAL, NEWLINE = range(150, 158)
 AUDIO, AUDIO_START, AUDIO_END = 158, 159, ROW_COLUMN  # families with audio have no tiles
+VIDEO_START, VIDEO_END = BREAK, GLOBAL  # families with marks around videos have neither of these
 VOCABULARY = 160
 
 MERGE = 2

@@ -167,8 +167,7 @@ def keep_all(model, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _placeholders(model) -> dict[str, int]:
-    ids = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
-    return {kind: value for kind, value in ids.items() if value is not None}
+    return dict(adapter_for(model).visual_token_ids)
 
 
 def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dict[str, Tensor], Any]]:

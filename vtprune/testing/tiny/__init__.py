@@ -3,7 +3,19 @@
 
 from __future__ import annotations
 
-from vtprune.testing.tiny import cohere_vision, gemma, idefics3, internvl, llava, minicpm, mistral3, qwen_omni, qwen_vl
+from vtprune.testing.tiny import (
+    cohere_vision,
+    gemma,
+    glm_v,
+    idefics3,
+    internvl,
+    llava,
+    minicpm,
+    mistral3,
+    paddleocr_vl,
+    qwen_omni,
+    qwen_vl,
+)
 from vtprune.testing.tiny.family import Family
 
 __all__ = ["FAMILIES", "Family"]
@@ -18,6 +30,8 @@ _FILES = (
     mistral3,
     cohere_vision,
     minicpm,
+    glm_v,
+    paddleocr_vl,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

@@ -32,6 +32,8 @@ class Family:
     """Whether its processor puts all images before the first token."""
     package: str = "transformers"
     """A package that its model needs."""
+    mixes_kinds: bool = True
+    """Whether a call may hold images and videos, if it takes both."""
     kindred: bool = False
     """Whether little is new in it: the tests then run one medium and one back end a method, and few of these cells by
     default."""

@@ -49,7 +49,7 @@ IMAGES = Layout(
     tuple((1, *grid) for grid in GRIDS), lay_patches(IMAGE), collate_patches("pixel_values", "image_grid_thw")
 )
 VIDEOS = Layout(CLIPS, lay_patches(VIDEO), collate_patches("pixel_values_videos", "video_grid_thw"))
-_STAMPED = {
+STAMPED = {
     "image": IMAGES,
     "video": Layout(CLIPS, lay_patches(VIDEO, stamped=True), collate_patches("pixel_values_videos", "video_grid_thw")),
 }
@@ -99,21 +99,21 @@ FAMILIES = {
         {"image": IMAGES, "video": Layout(CLIPS, lay_patches(VIDEO), collate_timed)},
         mm_token_types,
     ),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", _qwen3_vl("Qwen3VLConfig"), _STAMPED, mm_token_types),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", _qwen3_vl("Qwen3VLConfig"), STAMPED, mm_token_types),
     "qwen3_vl_moe": Family(  # one layer without experts
         "Qwen3VLMoeForConditionalGeneration",
         _qwen3_vl("Qwen3VLMoeConfig", **EXPERTS, mlp_only_layers=[2]),
-        _STAMPED,
+        STAMPED,
         mm_token_types,
         kindred=True,
     ),
     "qwen3_5": Family(
-        "Qwen3_5ForConditionalGeneration", _qwen3_5("Qwen3_5Config"), _STAMPED, mm_token_types, carries_state=True
+        "Qwen3_5ForConditionalGeneration", _qwen3_5("Qwen3_5Config"), STAMPED, mm_token_types, carries_state=True
     ),
     "qwen3_5_moe": Family(
         "Qwen3_5MoeForConditionalGeneration",
         _qwen3_5("Qwen3_5MoeConfig", **EXPERTS, shared_expert_intermediate_size=16),
-        _STAMPED,
+        STAMPED,
         mm_token_types,
         carries_state=True,
         kindred=True,
