@@ -16,6 +16,7 @@ from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
+from vtprune.adapters.granite import Granite4Vision
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.llava import Llava
@@ -80,6 +81,7 @@ for _adapter in (
     GlmV,
     GlmOcr,
     PaddleOcrVL,
+    Granite4Vision,
 ):
     register_adapter(_adapter)
 

@@ -243,12 +243,16 @@ class Adapter(ABC):
 
     # -- what was encoded ---------------------------------------------------------------------------------------
 
+    def features_of(self, output: Any) -> Tensor | Sequence[Tensor]:
+        """The features that enter the language model, in what an encode call returned: tensors (tokens, dim), or one
+        (images, tokens, dim)."""
+        return output.pooler_output
+
     @abstractmethod
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         """Layouts of the images or videos that one call encoded, in order.
 
-        inputs: the call's arguments. features: what it returned as `pooler_output`: tensors (tokens, dim), or one
-        (images, tokens, dim).
+        inputs: the call's arguments. features: `features_of` what it returned.
         """
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:

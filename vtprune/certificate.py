@@ -39,6 +39,7 @@ TESTED_TEXT_MODELS = frozenset(
         "glm_ocr_text",
         "gpt_oss",
         "granite",
+        "granite4_vision_text",
         "helium",
         "hunyuan_v1_dense",
         "llama",

@@ -130,7 +130,7 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
     """The images or videos of a prompt. One of them may be several media. None if they cannot be drawn."""
     encode = getattr(adapter.base, f"get_{kind}_features")
     given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
-    media = adapter.media(kind, given, encode(**given).pooler_output)
+    media = adapter.media(kind, given, adapter.features_of(encode(**given)))
     if any(None in medium.grids for medium in media):
         return None
     seen = _Seen([], [], [])

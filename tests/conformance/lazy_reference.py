@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtprune.testing.attention import eager
-from vtprune.testing.recompute import layer_kind, look, prompt_blocks, prompt_positions
+from vtprune.testing.recompute import enter, layer_kind, look, prompt_blocks, prompt_positions, to_logits
 
 
 class Lazy(NamedTuple):
@@ -43,13 +43,12 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
     assert all(layer_kind(decoder.config, index) == "full_attention" for index in range(len(decoder.layers)))
     ids = torch.cat([inputs["input_ids"][0], generated])
     length = inputs["input_ids"].shape[1]
-    embedded = model.get_input_embeddings()(ids)
     vision = look(model, inputs)
-    embedded[vision.columns] = vision.features
-    deepstack = []
-    for added in vision.deepstack:
-        deepstack.append(torch.zeros_like(embedded))
-        deepstack[-1][vision.columns] = added
+    embedded = enter(decoder, model.get_input_embeddings()(ids), vision)
+    deepstack = {}
+    for layer, added in vision.deepstack.items():
+        deepstack[layer] = torch.zeros_like(embedded)
+        deepstack[layer][vision.columns] = added
     positions = prompt_positions(model, inputs, len(generated))
     blocks = prompt_blocks(model, inputs, len(generated))
     visual = set(vision.columns.tolist()) - separators(model, inputs)
@@ -78,9 +77,9 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
                 states, rows = _run(decoder, layer, states, positions[..., places], blocks[places])
                 weights = dict(zip(context, rows[:, context.index(new[-1])].mean(0).tolist(), strict=True))
                 flow = {column: states[context.index(column)] for column in flow}
-                if index < len(deepstack):
-                    flow = {column: state + deepstack[index][column] for column, state in flow.items()}
-            logits.append(model.lm_head(decoder.norm(flow[new[-1]])))
+                if index + 1 in deepstack:
+                    flow = {column: state + deepstack[index + 1][column] for column, state in flow.items()}
+            logits.append(to_logits(model, decoder.norm(flow[new[-1]])))
     return Lazy(torch.stack(logits), [sorted(visual.intersection(known)) for known in entered], revived)
 
 
@@ -91,7 +90,8 @@ def separators(model, inputs: dict[str, Tensor]) -> set[int]:
     if newline is None:
         return set()
     vision = look(model, inputs)
-    return set(vision.columns[(vision.features == newline).all(-1)].tolist())
+    features = vision.deepstack.get(0, vision.features)
+    return set(vision.columns[(features == newline).all(-1)].tolist())
 
 
 def _run(decoder, layer, states: Tensor, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def call_of(*prompts: str, encodings: Sequence[EncoderCall] = (), **fields: Any)
         embeddings=embeddings,
         blocks=None,
         masks_by_type=False,
-        deepstack=(),
+        deepstack={},
         past_real=None,
         unpadded=bool(real.all()),
     )

@@ -114,14 +114,23 @@ def test_blocks_are_those_of_the_call_and_of_what_is_left():
 
 
 def test_deepstack_features_are_cut_and_merged_like_their_tokens():
-    features = [torch.tensor([[1.0], [2], [3]]), torch.tensor([[10.0], [20], [60]])]
+    features = {1: torch.tensor([[1.0], [2], [3]]), 3: torch.tensor([[10.0], [20], [60]])}
     prompts = call_of("tiiit", encodings=[encoding(row_of(3))], deepstack=features)
-    assert prompts.add_deepstack(0, numbered(1, 5)).flatten().tolist() == [1, 3, 5, 7, 5]
+    assert prompts.add_deepstack(1, numbered(1, 5)).flatten().tolist() == [1, 3, 5, 7, 5]
     cut(prompts, [1], sources=torch.tensor([[1, 1, -1]]))
-    assert prompts.deepstack_at(1, prompts.sequence).flatten().tolist() == [0, 15, 0]
-    assert prompts.add_deepstack(1, numbered(1, 3)).flatten().tolist() == [1, 17, 3]
-    for layer in (-1, 2):
+    assert prompts.deepstack_at(3, prompts.sequence).flatten().tolist() == [0, 15, 0]
+    assert prompts.add_deepstack(3, numbered(1, 3)).flatten().tolist() == [1, 17, 3]
+    for layer in (0, 2, 4):
         assert prompts.add_deepstack(layer, numbered(1, 3)).flatten().tolist() == [1, 2, 3]
+
+
+def test_what_is_added_on_the_first_layers_input_is_what_was_cut_and_merged_before():
+    prompts = call_of("tiiit", encodings=[encoding(row_of(3))])
+    assert prompts.take_deepstack({1: numbered(1, 3)[0]}, numbered(1, 5)).flatten().tolist() == [1, 2, 3, 4, 5]
+    assert prompts.add_deepstack(0, numbered(1, 5)).flatten().tolist() == [1, 2, 3, 4, 5]
+    cut(prompts, [1])
+    assert prompts.take_deepstack({0: numbered(1, 3)[0]}, numbered(1, 3)).flatten().tolist() == [1, 0, 3]
+    assert prompts.add_deepstack(0, torch.tensor([[[10.0], [0], [30]]])).flatten().tolist() == [10, 2, 30]
 
 
 def test_outputs_are_restored_by_the_layout_of_their_layer():

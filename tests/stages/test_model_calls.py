@@ -337,10 +337,16 @@ def test_calls_run_as_they_are_once_the_session_is_stopped():
 # -- DeepStack ----------------------------------------------------------------------------------------------------
 
 
+IN_A_LIST = {"deepstack_visual_embeds": ["behind layer 0", "behind 1", "behind 2"], "visual_pos_masks": "mask"}
+BY_LAYER = {"deepstack_features": {1: "behind layer 0", 2: "behind 1", 3: "behind 2"}, "vision_mask": "mask"}
+
+
+@pytest.mark.parametrize("given", [IN_A_LIST, BY_LAYER])
 @pytest.mark.parametrize("cut, pruned, taken", [(2, False, True), (5, False, False), (5, True, True)])
-def test_deepstack_features_are_taken_over_where_tokens_go_missing_in_their_layers(cut, pruned, taken):
+def test_deepstack_features_are_taken_over_where_tokens_go_missing_in_their_layers(cut, pruned, taken, given):
     with following(ScriptedInside(keeps=((range(9),),), layers=(cut,))) as (calls, _):
-        call = SimpleNamespace(pruned=pruned, deepstack=())
-        kwargs = {"deepstack_visual_embeds": ["of layer 0", "of 1", "of 2"], "visual_pos_masks": "mask"}
-        calls._take_deepstack(call, kwargs)
-    assert (call.deepstack == ["of layer 0", "of 1", "of 2"]) == taken and (kwargs == {}) == taken
+        call = SimpleNamespace(pruned=pruned, take_deepstack=lambda features, entering: (features, entering))
+        kwargs = dict(given)
+        got = calls._take_deepstack(call, kwargs, "came in", "pruned")
+    assert got == ((BY_LAYER["deepstack_features"], "pruned") if taken else "came in")
+    assert kwargs == ({} if taken else given)

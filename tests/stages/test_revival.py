@@ -310,11 +310,11 @@ def test_blocks_see_one_another_both_ways(decoder):
 
 
 def test_deepstack_features_are_added_to_tokens_that_came_back(decoder):
-    features = [torch.full((4, 8), 10.0 * (layer + 1)) + torch.arange(4)[:, None] for layer in range(3)]
+    features = {layer: torch.full((4, 8), 10.0 * layer) + torch.arange(4)[:, None] for layer in (1, 2, 3)}
     method = Script(keeps=([[1, 2, 3]], [[2]]))
     generation = Generation(decoder, method, ["tiiiit"], [4], ([[1, 2, 3]], [[2]]), deepstack=features)
     table = pruned_layers(generation.cache)[0].slots.table
-    assert set(table.deepstack) == {1, 2} and table.deepstack[2][0, :, 0].tolist() == [0, 30, 31, 32, 33, 0]
+    assert set(table.deepstack) == {2, 3} and table.deepstack[3][0, :, 0].tolist() == [0, 30, 31, 32, 33, 0]
     given = []
     watch = decoder.layers[1].register_forward_hook(lambda module, args, output: given.append(output))
     generation.step(NEW)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class Call:
     """(batch, any length) long: see `Adapter.blocks`."""
     masks_by_type: bool
     """Whether the call came with a mapping from kinds of attention to masks."""
-    deepstack: Sequence[Tensor]
-    """One (visual tokens of the batch, dim) a decoder layer, which the model adds to its output (DeepStack)."""
+    deepstack: Mapping[int, Tensor]
+    """Decoder layer -> (visual tokens of the batch, dim), which is to be added on its input (DeepStack)."""
     past_real: Tensor | None
     """(batch, past) bool: padding already in a cache that was never pruned; None if there is none."""
     unpadded: bool
@@ -65,6 +65,8 @@ class Call:
     """Layout and physical length of every cache layer when the call began."""
     wrapped: bool = field(init=False)
     """Whether the cache layers are ours."""
+    entering: Tensor | None = field(default=None, init=False)
+    """(batch, n, dim): what DeepStack adds on the input of layer 0, as pruned before the LLM; 0 for text."""
     memo: dict = field(default_factory=dict)
     """Masks and rotary embeddings already built, by `key`."""
     left_in_cache: dict[int, Tensor] = field(default_factory=dict)
@@ -202,9 +204,24 @@ class Call:
         shift = counted_from(positions, last) - sequence.end
         return shift if bool(shift.any()) else None
 
+    def take_deepstack(self, deepstack: Mapping[int, Tensor], entering: Tensor) -> Tensor:
+        """Add DeepStack features from now on instead of the model.
+
+        entering: embeddings (batch, n, dim) with what is due on the input of layer 0. Returns them without it: some
+        language models scale the embeddings that they are called with, but nothing that they add.
+        """
+        self.deepstack = deepstack
+        if 0 not in deepstack:
+            return entering
+        visual = self.sequence.visual.to(entering.device)[..., None]
+        self.entering = entering.masked_fill(~visual, 0)
+        return entering.masked_fill(visual, 0)
+
     def add_deepstack(self, layer: int, hidden: Tensor) -> Tensor:
-        """A decoder layer's output (batch, n, dim) with the DeepStack features that are due there."""
-        if not 0 <= layer < len(self.deepstack):
+        """A decoder layer's input (batch, n, dim) with the DeepStack features that are due there."""
+        if layer == 0 and self.entering is not None:
+            return hidden + self.entering.to(hidden)
+        if layer not in self.deepstack:
             return hidden
         return hidden + self.deepstack_at(layer, self.sequence).to(hidden)
 

@@ -48,11 +48,6 @@ class _Seen:
     """Encoder layer -> projection -> its output, until the layer's attention has run."""
 
 
-def _pooled(output: Any) -> Tensor | tuple[Tensor, ...]:
-    pooled = output.pooler_output
-    return pooled if torch.is_tensor(pooled) else tuple(pooled)
-
-
 def _shares_rows(features: Tensor, known: Tensor) -> bool:
     return features.shape[1:] == known.shape[1:] and bool((known.to(features) == features[0]).all(-1).any())
 
@@ -171,13 +166,17 @@ class EncoderRecorder:
                 if self._times:
                     encoding.seconds = clock(self.adapter.model) - started
                 if hasattr(encoding.output, "pooler_output"):  # a tuple, on request, is nothing a model is fed with
-                    encoding.pooled = _pooled(encoding.output)
+                    encoding.pooled = self._pooled(encoding.output)
                     seen.last[kind] = encoding
                 return encoding.output
 
             return encode
 
         return make
+
+    def _pooled(self, output: Any) -> Tensor | tuple[Tensor, ...]:
+        pooled = self.adapter.features_of(output)
+        return pooled if torch.is_tensor(pooled) else tuple(pooled)
 
     def _before_projector(self, module, args):
         if (encoding := self._seen().open) is not None:
@@ -260,7 +259,7 @@ class EncoderRecorder:
         """
         encoding = self._seen().last.get(kind)
         if output is not None and (encoding is None or encoding.output is not output):
-            given = EncoderCall(kind, None, output, _pooled(output))
+            given = EncoderCall(kind, None, output, self._pooled(output))
             if encoding is None or not _shares_rows(given.features, encoding.features):
                 return self._place_unseen(given)
             # `generate()` cuts features for chunked prefill, and then hands on nothing else of the encoder's output.

@@ -130,7 +130,7 @@ class InLLMStage(ThreadAware[_Following]):
             call = now.call
             if call is None:
                 return None
-            hidden = call.add_deepstack(i - 1, hidden_of(args, kwargs))
+            hidden = call.add_deepstack(i, hidden_of(args, kwargs))
             if now.selecting and i == 0:
                 view = self._view(0, hidden)
                 for signal in self.signals:

@@ -236,7 +236,7 @@ def open_call(
         media=None if incoming is None else _media_in_prompt(adapter, recorder, incoming, hidden, columns.real),
         blocks=None if incoming is None else incoming.blocks,
         masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
-        deepstack=(),
+        deepstack={},
         ids=None if incoming is None else incoming.ids,
         embeddings=hidden,
         past_real=columns.past_real,

@@ -43,6 +43,7 @@ from vtprune.transformers_private import (
     longest_prunable,
     state_kinds,
     unmasked_steps,
+    with_first_features,
 )
 
 
@@ -220,15 +221,16 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         kwargs = dict(kwargs)
         try:
             noted = incoming if has_images else None
-            call = now.call = open_call(self.adapter, self.owner, self._recorder, hidden, kwargs, mask, noted)
+            whole = with_first_features(hidden, kwargs)
+            call = now.call = open_call(self.adapter, self.owner, self._recorder, whole, kwargs, mask, noted)
         except UnsupportedStageError:
             if self.prunes or pruned:
                 raise
             return None  # nothing will be pruned, so there is nothing to refuse; only the report goes without
         if has_images:
             self.start_prefill(call, incoming)
-            hidden = prune_before_llm(call, hidden, self._before, self._recorder, self.guidance.text, self.choose)
-            self._take_deepstack(call, kwargs)
+            entering = prune_before_llm(call, whole, self._before, self._recorder, self.guidance.text, self.choose)
+            hidden = self._take_deepstack(call, kwargs, hidden, entering)
         self._in_llm.begin(call)
         if not call.pruned and not call.wrapped:
             return (args, kwargs) if call.cache is not cache or call.deepstack else None
@@ -244,15 +246,14 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
                 f"by the tokens before them, and stays right up to {self._longest} tokens only"
             )
 
-    def _take_deepstack(self, call: Call, kwargs: dict) -> None:
-        """Take over the DeepStack features if tokens go missing in the layers to whose outputs the model adds them.
-
-        The language model would add them where the visual tokens stood before any was dropped.
-        """
+    def _take_deepstack(self, call: Call, kwargs: dict, given: Tensor, entering: Tensor) -> Tensor:
+        """The embeddings that the model is called with: those that came in (`given`), or those to go on with
+        (`entering`) if tokens go missing where it would still add DeepStack features, which are then taken over."""
         deepstack = deepstack_of(kwargs)
-        if deepstack and (call.pruned or self._in_llm.cuts_before(len(deepstack))):
-            call.deepstack = deepstack
-            drop_deepstack(kwargs)
+        if deepstack and not call.pruned and not self._in_llm.cuts_before(max(deepstack)):
+            return given
+        drop_deepstack(kwargs)
+        return call.take_deepstack(deepstack, entering)
 
     def _needs_no_mask(self, length: int, mask: Tensor | None, pruned: list[PrunedLayer]) -> bool:
         """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.

@@ -145,7 +145,8 @@ class RevivalStage(ThreadAware[_Following]):
             blocks=call.blocks,
             deepstack={
                 layer: spread_columns(entering.columns, call.deepstack_at(layer, entering), call.length)
-                for layer in range(self.cuts[0], len(call.deepstack))
+                for layer in call.deepstack
+                if layer > self.cuts[0]
             },
             counts=torch.stack([(call.crop_labels(sequence) >= 0).sum(1) for sequence in before], 1),
             contents=contents,
@@ -213,8 +214,8 @@ class RevivalStage(ThreadAware[_Following]):
                 return None
             hidden = hidden_of(args, kwargs)
             back = step.revived.shape[1]
-            if back and i - 1 in step.table.deepstack:
-                added = step.table.deepstack[i - 1].to(hidden)
+            if back and i in step.table.deepstack:
+                added = step.table.deepstack[i].to(hidden)
                 due = take_columns(added, step.table.places(step.revived))
                 hidden = torch.cat([hidden[:, :back] + due, hidden[:, back:]], 1)
             if i in self.cuts:

@@ -81,7 +81,7 @@ class PromptTable(PerSample):
     blocks: Tensor | None
     """(batch, columns) long: see `Adapter.blocks`."""
     deepstack: dict[int, Tensor]
-    """Decoder layer -> (batch, columns, dim), which the model adds to that layer's output (DeepStack)."""
+    """Decoder layer -> (batch, columns, dim), which the model adds on that layer's input (DeepStack)."""
     counts: Tensor
     """(batch, cuts) long: visual tokens let through by each cut."""
     contents: CacheContents

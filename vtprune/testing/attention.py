@@ -56,7 +56,7 @@ def _content(model, adapter: vtprune.Adapter, single: dict[str, Tensor]) -> Tens
     """Columns of a single prompt that hold visual tokens with content: no separators."""
     columns = visual_columns(model, single)[:0]
     for kind, own, arguments, output in encoded(model, single):
-        media = adapter.media(kind, arguments, output.pooler_output)
+        media = adapter.media(kind, arguments, adapter.features_of(output))
         crops = torch.cat([medium.crops for medium in media]).to(own.device)
         columns = torch.cat([columns, own[crops >= 0]])
     return columns.sort().values

@@ -29,7 +29,7 @@ class Encoded:
     arguments: dict[str, Any]
     """of the call"""
     features: Any
-    """its `pooler_output`: tensors (tokens, dim), or one (media, tokens, dim)"""
+    """`Adapter.features_of` what it returned"""
 
     @property
     def rows(self) -> Tensor:
@@ -56,7 +56,7 @@ def encode_all(adapter: Adapter, inputs: Mapping[str, Any], only: str | None = N
         accepted = inspect.signature(function).parameters
         arguments = {name: value for name, value in inputs.items() if name in accepted}
         output = function(**arguments, return_dict=True)
-        found.append(Encoded(kind, inputs["input_ids"] == placeholder, arguments, output.pooler_output))
+        found.append(Encoded(kind, inputs["input_ids"] == placeholder, arguments, adapter.features_of(output)))
     return found
 
 

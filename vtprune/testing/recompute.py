@@ -32,12 +32,12 @@ class Vision:
     """(visual tokens,) ascending columns of the prompt that hold features"""
     features: Tensor
     """(visual tokens, dim)"""
-    deepstack: list[Tensor]
-    """(visual tokens, dim) each, added after decoder layer 0, 1, ...; empty for most models"""
+    deepstack: dict[int, Tensor]
+    """decoder layer -> (visual tokens, dim), added on its input; empty for most models"""
 
     def averaged(self, kept: Tensor, sources: Tensor) -> Vision:
         """Each kept token, and what is added to it later, as the mean of the tokens that went into it."""
-        deepstack = [self.mean(added, kept, sources) for added in self.deepstack]
+        deepstack = {layer: self.mean(added, kept, sources) for layer, added in self.deepstack.items()}
         return Vision(self.columns, self.mean(self.features, kept, sources), deepstack)
 
     def mean(self, values: Tensor, kept: Tensor, sources: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def recompute(
     vision = look(model, inputs)
     if sources is not None:
         vision = vision.averaged(kept[0], sources)
-    hidden[vision.columns] = vision.features
+    hidden = enter(decoder, hidden, vision)
     original = prompt_positions(model, inputs, len(generated))
     blocks = prompt_blocks(model, inputs, len(generated))
 
@@ -136,19 +136,32 @@ def recompute(
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
         )[0]
-        if index < len(vision.deepstack):
+        if index + 1 in vision.deepstack:
             added = hidden.new_zeros(len(ids), hidden.shape[-1])
-            features = vision.deepstack[index]
+            features = vision.deepstack[index + 1]
             added[vision.columns] = features if merges is None else vision.mean(features, alive, merges.sources[index])
             hidden = hidden + added[columns]
 
-    last = model.get_output_embeddings()(decoder.norm(hidden))
-    cap = getattr(decoder.config, "final_logit_softcapping", None)
-    if cap is not None and _caps_logits(type(model)):
-        last = cap * torch.tanh(last / cap)
+    last = to_logits(model, decoder.norm(hidden))
     logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
     return logits
+
+
+def enter(decoder, embeddings: Tensor, vision: Vision) -> Tensor:
+    """What enters the first decoder layer. embeddings: (tokens, dim) of the prompt's ids."""
+    hidden = embeddings.index_copy(0, vision.columns, vision.features)
+    hidden = hidden * getattr(decoder, "embedding_multiplier", 1)
+    return hidden.index_add(0, vision.columns, vision.deepstack[0]) if 0 in vision.deepstack else hidden
+
+
+def to_logits(model, states: Tensor) -> Tensor:
+    """Logits (..., vocabulary) of normalised states (..., dim)."""
+    logits, config = model.get_output_embeddings()(states), model.get_decoder().config
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None and _reads(type(model), "final_logit_softcapping"):  # PaliGemma does from transformers 5.23 on
+        logits = cap * torch.tanh(logits / cap)
+    return logits / config.logits_scaling if _reads(type(model), "logits_scaling") else logits
 
 
 _ROPE_ARGUMENTS = {"video_second_per_grid": "second_per_grids"}
@@ -188,12 +201,25 @@ def look(model, inputs: dict[str, Tensor]) -> Vision:
     features = [model.get_input_embeddings()(ids[:0])]
     for _, placeholders, _, output in encoded(model, inputs):
         columns.append(placeholders)
-        features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
-        deepstack.append([torch.cat(list(added)) for added in getattr(output, "deepstack_features", [])])
+        deepstack.append(_deepstack(output))
+        if output.pooler_output is None:  # all that there is of these tokens is added in layers
+            features.append(torch.zeros_like(deepstack[-1][0]))
+        else:
+            features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
     where, order = torch.cat(columns).sort()
-    return Vision(
-        where, torch.cat(features)[order], [torch.cat(added)[order] for added in zip(*deepstack, strict=True)]
-    )
+    layers = deepstack[0] if deepstack else {}
+    stacked = {layer: torch.cat([of_kind[layer] for of_kind in deepstack])[order] for layer in layers}
+    return Vision(where, torch.cat(features)[order], stacked)
+
+
+def _deepstack(output) -> dict[int, Tensor]:
+    """Decoder layer -> (visual tokens, dim) to be added on its input, from what an encode call returned: what is added
+    behind layer 0, 1, ..., or pairs of a layer and what is added before it."""
+    found = {}
+    for index, entry in enumerate(getattr(output, "deepstack_features", None) or []):
+        layer, parts = entry if isinstance(entry[0], int) else (index + 1, entry)
+        found[layer] = torch.cat(list(parts))
+    return found
 
 
 def prompt_positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
@@ -220,9 +246,9 @@ def prompt_blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
 
 
 @functools.cache
-def _caps_logits(cls: type) -> bool:
-    """Whether a model caps its logits as its language model's config says: PaliGemma does from transformers 5.23 on."""
-    return "final_logit_softcapping" in inspect.getsource(cls.forward)
+def _reads(cls: type, name: str) -> bool:
+    """Whether a model's forward works with a value of a config."""
+    return name in inspect.getsource(cls.forward)
 
 
 def layer_kind(config, index: int) -> str:

@@ -27,6 +27,7 @@ from vtprune.transformers_private.arguments import (
     deepstack_of,
     drop_deepstack,
     with_cache,
+    with_first_features,
 )
 from vtprune.transformers_private.capture import EncoderScores, Scored
 from vtprune.transformers_private.classes import is_language_model, is_remote_code, multimodal_classes
@@ -119,4 +120,5 @@ __all__ = [
     "unmasked_steps",
     "uses_mrope",
     "with_cache",
+    "with_first_features",
 ]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ _CACHE_NAMES = ("cache", "past_key_values")
 CACHE = _CACHE_NAMES[0] if version() >= (5, 24) else _CACHE_NAMES[1]
 """What the installed release calls a KV cache, as an argument and in what models return."""
 
-_DEEPSTACK, _DEEPSTACK_COLUMNS = "deepstack_visual_embeds", "visual_pos_masks"
+_DEEPSTACK = {"deepstack_visual_embeds": "visual_pos_masks", "deepstack_features": "vision_mask"}
+"""What decoders call the features that they add to the visual tokens in their layers -> what they call the mask of the
+columns of these tokens."""
 
 _KNOWN_ARGUMENTS = {
     *_CACHE_NAMES,
-    _DEEPSTACK,
-    _DEEPSTACK_COLUMNS,
+    *_DEEPSTACK,
+    *_DEEPSTACK.values(),
     "attention_mask",
     "hidden_states",
     "input_ids",
@@ -65,16 +67,30 @@ def cache_parameter(decoder: nn.Module) -> inspect.Parameter | None:
     return next((parameters[name] for name in _CACHE_NAMES if name in parameters), None)
 
 
-def deepstack_of(kwargs: Mapping[str, Any]) -> Sequence[Tensor] | None:
-    """The features that a decoder adds to the visual tokens behind its first layers: (tokens, dim) each; None if
-    none."""
-    return kwargs.get(_DEEPSTACK)
+def deepstack_of(kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
+    """The features that a decoder adds to the visual tokens (DeepStack): decoder layer, on whose input they are added
+    -> (tokens, dim)."""
+    given = next((kwargs[name] for name in _DEEPSTACK if kwargs.get(name) is not None), ())
+    if isinstance(given, Mapping):
+        return dict(given)
+    # A list holds what is added to the output of the first layer, the second, ...
+    return {layer + 1: features for layer, features in enumerate(given)}
+
+
+def with_first_features(hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """The embeddings (batch, length, dim) that a decoder is called with, and in the place of zeros the features that it
+    adds to the visual tokens on the input of its first layer, if it does so."""
+    first = deepstack_of(kwargs).get(0)
+    if first is None:
+        return hidden
+    mask = next(kwargs[mask] for name, mask in _DEEPSTACK.items() if kwargs.get(name) is not None)
+    return hidden.masked_scatter(mask.to(hidden.device), first.to(hidden))
 
 
 def drop_deepstack(kwargs: dict[str, Any]) -> None:
     """Take these features from the arguments of a decoder."""
-    kwargs.pop(_DEEPSTACK)
-    kwargs.pop(_DEEPSTACK_COLUMNS, None)
+    for name in (*_DEEPSTACK, *_DEEPSTACK.values()):
+        kwargs.pop(name, None)
 
 
 def check_arguments(where: str, kwargs: Mapping[str, Any], batch: int, length: int) -> None:

@@ -149,7 +149,7 @@ def features(model, processor, medium, kind: str) -> torch.Tensor:
         for layer in adapter.encoder_layers(kind):
             stack.callback(adapter.encoder_attention(layer).register_forward_hook(unseeing).remove)
         found = encode(**{name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs})
-    return torch.cat([media.flatten(0, -2) for media in found.pooler_output])
+    return torch.cat([media.flatten(0, -2) for media in adapter.features_of(found)])
 
 
 def brightness(view, picture: Path) -> np.ndarray:

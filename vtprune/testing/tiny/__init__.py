@@ -16,6 +16,8 @@ from vtprune.testing.tiny import (
     qwen_omni,
     qwen_vl,
 )
+from vtprune.testing.tiny import cohere_vision, gemma, idefics3, internvl, llava, minicpm, mistral3, qwen_omni, qwen_vl
+from vtprune.testing.tiny import gemma, granite, idefics3, internvl, llava, mistral3, qwen_omni, qwen_vl
 from vtprune.testing.tiny.family import Family
 
 __all__ = ["FAMILIES", "Family"]
@@ -32,6 +34,7 @@ _FILES = (
     minicpm,
     glm_v,
     paddleocr_vl,
+    granite,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
