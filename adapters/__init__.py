@@ -17,6 +17,7 @@ from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.granite import Granite4Vision
+from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.llava import Llava
@@ -82,6 +83,7 @@ for _adapter in (
     GlmOcr,
     PaddleOcrVL,
     Granite4Vision,
+    GraniteDocling,
 ):
     register_adapter(_adapter)
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite 4 Vision: the layout of LLaVA-NeXT, with features of their own in many decoder layers."""
+"""Granite 4 Vision and Granite Docling: the layouts of LLaVA-NeXT and Idefics3, with features added in many decoder
+layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.llava_next import LlavaNext
+from vtprune.tokens import Grid, Medium
 
 
 class Granite4Vision(LlavaNext):
@@ -64,17 +67,49 @@ class Granite4Vision(LlavaNext):
         return [super().side ** 2] * sum(map(len, self.pixels(kind, inputs)))
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
-        return super().projector_inputs(kind, inputs, self._squares(features))
+        return super().projector_inputs(kind, inputs, squares(features, super().side, self.side))
 
     def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
-        return super().patch_values(kind, inputs, self._squares(values))
-
-    def _squares(self, values: Tensor) -> Tensor:
-        """(crops, patches, dim) -> (crops, tokens, dim): means of the squares that tokens stand for."""
-        side = super().side
-        return adaptive_avg_pool2d(values.mT.unflatten(2, (side, side)), self.side).flatten(2).mT
+        return super().patch_values(kind, inputs, squares(values, super().side, self.side))
 
 
 def _targets(config: Any) -> list[int]:
     """Decoder layer that each projector feeds; of several for one layer the model takes the last."""
     return [*(layer for _, layer in config.deepstack_layer_map), *config.spatial_target_layers]
+
+
+class GraniteDocling(Idefics3):
+    """`GraniteDoclingForConditionalGeneration` (Granite Docling; no paper).
+
+    The tiles and the text between them are those of Idefics3. The connector stacks neighbouring patches, `scale_factor`
+    in each direction, or half of it where the processor asks for the fine route, which the whole batch then takes.
+    Features of earlier encoder layers are added to the visual tokens behind the first decoder layers (DeepStack).
+    """
+
+    model_types = ("granite_docling",)
+    family = "Granite Docling"
+
+    @property
+    def projector(self) -> Any:
+        return self.base.vision_model.connector
+
+    def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
+        side = inputs["pixel_values"].shape[-1] // self._patch // self._merged(inputs)
+        return [Medium.of_grids(Grid(side, side)) for _ in self.pixels(kind, inputs)]
+
+    def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
+        return inputs["pixel_values"][inputs["pixel_attention_mask"]]
+
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
+        side = inputs["pixel_values"].shape[-1] // self._patch
+        return squares(features, side, side // self._merged(inputs)).flatten(0, 1)
+
+    def _merged(self, inputs: Mapping[str, Any]) -> int:
+        """Patches in a row of the square that one token is made of."""
+        scale = self.vision_config.scale_factor
+        return scale if inputs.get("tile_fine_mask") is None else scale // 2
+
+
+def squares(values: Tensor, side: int, left: int) -> Tensor:
+    """(crops, side * side, dim) in raster order -> (crops, left * left, dim): means over squares of a coarser grid."""
+    return adaptive_avg_pool2d(values.mT.unflatten(2, (side, side)), left).flatten(2).mT

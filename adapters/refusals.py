@@ -120,7 +120,6 @@ _NEEDS = {
     "gemma4_unified": "a model without a vision encoder, and layers that share keys and values",
     "glm5_next": "linear attention beside latent attention (MLA) that looks keys up in an index",
     "got_ocr2": "the layout of one grid an image, from a SAM encoder",
-    "granite_docling": "the layout of Idefics3, with features added to the visual tokens in several layers",
     "hunyuan_vl": "a layout with newline, start and end tokens among the features",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
     "hyperclovax_vision_v2": "the tower of Qwen2.5-VL over a language model without M-RoPE",

@@ -40,6 +40,7 @@ TESTED_TEXT_MODELS = frozenset(
         "gpt_oss",
         "granite",
         "granite4_vision_text",
+        "granite_docling_text",
         "helium",
         "hunyuan_v1_dense",
         "llama",

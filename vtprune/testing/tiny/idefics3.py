@@ -27,7 +27,7 @@ from vtprune.testing.media import (
 from vtprune.testing.tiny.family import Family
 
 
-def _lay_marked_tiles(model, shape, siblings, generator):
+def lay_marked_tiles(model, shape, siblings, generator):
     """Tiles with text tokens between them, then the whole image. shape: rows, columns of tiles; (0, 0): not cut."""
     rows, columns = shape
     tokens = [IMAGE] * (TILE // PATCH // MERGE) ** 2
@@ -39,7 +39,7 @@ def _lay_marked_tiles(model, shape, siblings, generator):
     return Item(ids, pixels)
 
 
-def _collate_marked_tiles(samples):
+def collate_marked_tiles(samples):
     most = max(sum(len(item.pixels) for item in items) for items in samples)
     none = torch.empty(0, 3, TILE, TILE)
     padded = [torch.cat([none, *(item.pixels for item in items)]) for items in samples]
@@ -54,7 +54,9 @@ def _idefics(config: str) -> Callable:
     )
 
 
-_LAYOUTS = {"image": Layout(((1, 2), (0, 0), (2, 1), (2, 2)), _lay_marked_tiles, _collate_marked_tiles)}
+TILES = ((1, 2), (0, 0), (2, 1), (2, 2))
+"""Rows and columns of tiles of the images of a batch."""
+_LAYOUTS = {"image": Layout(TILES, lay_marked_tiles, collate_marked_tiles)}
 
 FAMILIES = {
     "idefics3": Family("Idefics3ForConditionalGeneration", _idefics("Idefics3Config"), _LAYOUTS),
