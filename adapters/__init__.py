@@ -16,7 +16,6 @@ from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
-from vtprune.adapters.granite import Granite4Vision
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr

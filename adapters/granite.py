@@ -42,9 +42,9 @@ class Granite4Vision(LlavaNext):
 
     @property
     def feature_layers(self) -> list[int]:
-        depth = len(self.encoder_layers())
-        read = [layer for layer, _ in self.config.deepstack_layer_map] + [self.config.spatial_vision_layer]
-        return [layer % (depth + 1) - 1 for layer in read]
+        read = [layer for layer, _ in self.config.deepstack_layer_map]
+        read += [self.config.spatial_vision_layer] * len(self.config.spatial_target_layers)
+        return [dict(zip(_targets(self.config), read, strict=True))[0] % (len(self.encoder_layers()) + 1) - 1]
 
     @property
     def projector(self) -> nn.Module:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -176,9 +176,12 @@ def _mosaic(adapter: Adapter, given: Mapping[str, Any], crops: Tensor) -> Tensor
     # Resized features cover the same area as the others, but pixels cannot be resized like features.
     given = adapter.without_resizing(given)
     (medium,) = adapter.media("image", given, [])
-    side = _patch(adapter)
-    sizes = dict(p=side, q=side)
-    patches = rearrange(crops, "n ch (r p) (c q) -> n (r c) (ch p q)", **sizes)
+    overview = medium.grids[0]
+    merged = crops.shape[-1] // _patch(adapter) // overview.cols
+    sizes = dict(p=crops.shape[-2] // overview.rows, q=crops.shape[-1] // overview.cols)
+    # A token's value is the mean of its patches, so each of them is given all pixels of the token.
+    tokens = rearrange(crops, "n ch (r p) (c q) -> n r c (ch p q)", **sizes)
+    patches = repeat(tokens, "n r c x -> n (r i c j) x", i=merged, j=merged)
     content = adapter.patch_values("image", given, patches)[medium.crops > 0]
     rows = _one_mosaic(medium).grids[1].rows
     return rearrange(content, "(r c) (ch p q) -> ch (r p) (c q)", r=rows, **sizes)

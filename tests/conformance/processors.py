@@ -96,6 +96,18 @@ def _idefics3():
     return hf.Idefics3Processor(tiles, tokenizer(IDEFICS_TOKENS), image_seq_len=(TILE // PATCH // MERGE) ** 2)
 
 
+def _granite4_vision():
+    tiles = hf.LlavaNextImageProcessor(**_cropped(32), image_grid_pinpoints=_pinpoints("granite4_vision"))
+    return hf.Granite4VisionProcessor(
+        tiles, tokenizer(IMAGE_TOKENS), patch_size=4, vision_feature_select_strategy="full", downsample_rate="2/4"
+    )
+
+
+def _granite_docling():
+    tiles = hf.GraniteDoclingImageProcessor(**_square(TILE), max_patches=4)
+    return hf.GraniteDoclingProcessor(tiles, tokenizer(IDEFICS_TOKENS), image_seq_len=(TILE // PATCH // MERGE) ** 2)
+
+
 def _gemma3():
     return hf.Gemma3Processor(hf.Gemma3ImageProcessor(**_square(32)), tokenizer(GEMMA_TOKENS), image_seq_length=16)
 
@@ -144,6 +156,8 @@ _PROCESSORS: dict[str, Callable] = {
     "qwen3_vl": _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
     "internvl": _internvl,
     "idefics3": _idefics3,
+    "granite4_vision": _granite4_vision,
+    "granite_docling": _granite_docling,
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "paligemma2": _paligemma,
@@ -296,6 +310,8 @@ CASES: dict[str, Case] = {
     "internvl": Case("internvl", _IMAGES),
     "internvl, videos": Case("internvl", _MIXED_4),
     "idefics3": Case("idefics3", _IMAGES),
+    "granite4_vision": Case("granite4_vision", _IMAGES),
+    "granite_docling": Case("granite_docling", _IMAGES),
     "gemma3": Case("gemma3", _IMAGES, nested=True),
     "gemma3, crops": Case("gemma3", _IMAGES, nested=True, options=_PAN_AND_SCAN),
     "paligemma": Case("paligemma", _IMAGES_FIRST),

@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import vtprune
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.testing import families, media
-from vtprune.testing.recompute import recompute, visual_columns
+from vtprune.testing.recompute import recompute, to_logits, visual_columns
 from vtprune.transformers_private import CACHE
 
 ATOL = 1e-4
@@ -318,7 +318,7 @@ def test_hidden_states_stand_at_the_columns_of_the_prompt(name, method):
             assert torch.equal(state[0, reached], own[0, before[reached]])
     assert len(output.hidden_states) == len(layers) + 1
     if getattr(model.get_decoder().config, "final_logit_softcapping", None) is None:
-        assert torch.equal(model.get_output_embeddings()(output.hidden_states[-1]), output.logits)
+        assert torch.equal(to_logits(model, output.hidden_states[-1]), output.logits)
 
 
 @pytest.mark.release

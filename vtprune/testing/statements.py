@@ -18,7 +18,7 @@ from vtprune.testing.attention import SHARE_OF_WEIGHTS, WEIGHTS, eager
 from vtprune.testing.batching import Encoded, encode_all, media_per_sample
 from vtprune.testing.cases import Refused, Result, compared, found, largest_difference
 from vtprune.tokens import Medium
-from vtprune.transformers_private import eager_encoder_attention
+from vtprune.transformers_private import eager_encoder_attention, with_first_features
 
 
 class Look:
@@ -217,7 +217,7 @@ def features(look: Look) -> Result:
     seen: list[Tensor] = []
 
     def note(module, args, kwargs):
-        seen.append(kwargs["inputs_embeds"].clone())
+        seen.append(with_first_features(kwargs["inputs_embeds"], kwargs).clone())
 
     handle = look.adapter.language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:

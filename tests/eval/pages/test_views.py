@@ -137,7 +137,8 @@ def processor_of(family: str):
 
 
 def features(model, processor, medium, kind: str) -> torch.Tensor:
-    """(tokens, dim) of the model itself, but patches do not see one another in its encoder."""
+    """(tokens, dim) of the model itself, but patches do not see one another in its encoder, nor queries in a
+    projector the window around them."""
 
     def unseeing(module, args, output):
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
@@ -148,6 +149,9 @@ def features(model, processor, medium, kind: str) -> torch.Tensor:
     with ExitStack() as stack, torch.inference_mode():
         for layer in adapter.encoder_layers(kind):
             stack.callback(adapter.encoder_attention(layer).register_forward_hook(unseeing).remove)
+        for module in adapter.projector.modules():
+            if type(module).__name__ == "Blip2QFormerMultiHeadAttention":
+                stack.callback(module.register_forward_hook(unseeing).remove)
         found = encode(**{name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs})
     return torch.cat([media.flatten(0, -2) for media in adapter.features_of(found)])
 

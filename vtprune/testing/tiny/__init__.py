@@ -7,6 +7,7 @@ from vtprune.testing.tiny import (
     cohere_vision,
     gemma,
     glm_v,
+    granite,
     idefics3,
     internvl,
     llava,
@@ -16,8 +17,6 @@ from vtprune.testing.tiny import (
     qwen_omni,
     qwen_vl,
 )
-from vtprune.testing.tiny import cohere_vision, gemma, idefics3, internvl, llava, minicpm, mistral3, qwen_omni, qwen_vl
-from vtprune.testing.tiny import gemma, granite, idefics3, internvl, llava, mistral3, qwen_omni, qwen_vl
 from vtprune.testing.tiny.family import Family
 
 __all__ = ["FAMILIES", "Family"]
