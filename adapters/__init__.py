@@ -19,6 +19,7 @@ from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
+from vtprune.adapters.lfm_vl import Lfm2VL, Lfm3VL
 from vtprune.adapters.llava import Llava
 from vtprune.adapters.llava_next import LlavaNext
 from vtprune.adapters.llava_next_video import LlavaNextVideo
@@ -83,6 +84,8 @@ for _adapter in (
     PaddleOcrVL,
     Granite4Vision,
     GraniteDocling,
+    Lfm2VL,
+    Lfm3VL,
 ):
     register_adapter(_adapter)
 

@@ -24,6 +24,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 import vtprune
 from vtprune import cost
+from vtprune.cost.layers import layer_shapes
 from vtprune.errors import ConfigError
 from vtprune.testing import families
 
@@ -91,6 +92,7 @@ LINEAR = dict(
 ROPE = dict(
     rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], partial_rotary_factor=1.0)
 )
+CONVOLUTIONS = TINY | dict(num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"])
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -112,6 +114,8 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ("Cosmos3EdgeTextModel", lambda: hf.Cosmos3EdgeTextConfig(**TINY | ROPE, num_key_value_heads=2, head_dim=16)),
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
+        ("Lfm2Model", lambda: hf.Lfm2Config(**CONVOLUTIONS | dict(block_multiple_of=7))),
+        ("Lfm3Model", lambda: hf.Lfm3Config(**CONVOLUTIONS, head_dim=16, pad_token_id=0)),
     ],
 )
 @pytest.mark.parametrize(("visual", "text"), [(19, 7), (60, 41)])
@@ -120,12 +124,13 @@ def test_active_experts_and_linear_attention_are_what_torch_counts(model, config
         pytest.skip(f"this release of transformers has no {model}")
     config, tokens = config(), visual + text
     model = getattr(hf, model)(config)
-    model.set_experts_implementation("eager")  # others are not counted, or run tokens that nobody needs
+    if any(shape.gates for shape in layer_shapes(config, config.num_hidden_layers)):
+        model.set_experts_implementation("eager")  # others are not counted, or run tokens that nobody needs
     counted = counted_flops(model, inputs_embeds=torch.randn(1, tokens, config.hidden_size))
     expected = sum(counted[f"layers.{i}"] for i in range(config.num_hidden_layers))
     for layer in model.layers:  # the convolution runs beyond the last token, and that is cut off
-        if hasattr(layer, "linear_attn"):
-            convolution = layer.linear_attn.conv1d
+        convolutions = [module for module in layer.modules() if isinstance(module, torch.nn.Conv1d)]
+        for convolution in convolutions:
             kernel = convolution.kernel_size[0]
             expected -= 2 * convolution.out_channels * kernel * (kernel - 1)
     assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == expected

@@ -24,6 +24,11 @@ PACKED = ["pixtral", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def skip_unread(adapter):
+    if adapter.layers_unread:
+        pytest.skip(f"nothing can be read there: {adapter.layers_unread}")
+
+
 @torch.no_grad()
 @pytest.mark.release
 @pytest.mark.parametrize(("name", "media"), CELLS, ids=["-".join(cell) for cell in CELLS])
@@ -31,6 +36,7 @@ def test_attention_of_every_layer(name, media):
     model = families.shared(name, "eager")
     inputs = families.batch(name, model, media=media).inputs
     adapter = vtprune.adapter_for(model)
+    skip_unread(adapter)
     look = Look(adapter, inputs)
     layers, has_cls = range(adapter.shape.encoder_layers), adapter.shape.has_cls
     expected: dict[EncoderSignal, list[Tensor]] = {AttentionReceived(layer): [] for layer in layers}
@@ -66,6 +72,7 @@ def test_keys_and_outputs(name, media):
     model = families.shared(name)
     inputs = families.batch(name, model, media=media).inputs
     adapter = vtprune.adapter_for(model)
+    skip_unread(adapter)
     look = Look(adapter, inputs)
     layer = adapter.shape.feature_layer
     asked = [EncoderKeys(layer), EncoderKeys(layer, heads="mean"), EncoderOutput(layer)]

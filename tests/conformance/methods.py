@@ -19,7 +19,7 @@ from vtprune.methods.base import AfterPrefill, Method
 from vtprune.methods.glsim import ClsSimilarity
 from vtprune.methods.in_layers import InLayers
 from vtprune.methods.schedules import Reviving
-from vtprune.signals import ClsAttention
+from vtprune.signals import ClsAttention, EncoderSignal
 from vtprune.testing.cases import numbering
 
 Spec = list[dict[str, Any]]
@@ -121,6 +121,13 @@ def needs_cls(name: str) -> bool:
                 return True
     signals = [signal for part in parts(_ALL[name]) for signal in part.signals(_SHAPE)]
     return any(isinstance(signal, ClsAttention | ClsSimilarity) for signal in signals)
+
+
+def reads_encoder_layers(name: str) -> bool:
+    """Whether it reads what layers of the vision encoder compute."""
+    signals = [signal for part in parts(_ALL[name]) for signal in part.signals(_SHAPE)]
+    taps = [signal.taps(_SHAPE) for signal in signals if isinstance(signal, EncoderSignal)]
+    return any(tap.cls_rows or tap.received or tap.keys or tap.outputs for tap in taps)
 
 
 def numbered(methods: Spec) -> str:

@@ -23,7 +23,7 @@ from vtprune.transformers_private import CACHE, has_keys
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
 from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal, turn
-from .methods import METHODS, acts, evicts, keep_everything, needs_cls, numbered, revives, spec
+from .methods import METHODS, acts, evicts, keep_everything, needs_cls, numbered, reads_encoder_layers, revives, spec
 
 ATOL = 1e-4
 NEW = 4
@@ -300,6 +300,8 @@ def test_only_what_needs_a_cls_token_is_refused(name):
         expected |= {method for method in METHODS if acts(method, InLayers)}
     if name in families.CARRY_STATE:
         expected |= {method for method in METHODS if acts(method, InLLM) or evicts(method)}
+    if vtprune.adapter_for(model).layers_unread:
+        expected |= {method for method in METHODS if reads_encoder_layers(method)}
     assert refused == expected
 
 

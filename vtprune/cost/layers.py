@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from vtprune.cost.mixers.attention import Attention
 from vtprune.cost.mixers.delta_rule import DeltaRule
+from vtprune.cost.mixers.short_conv import ShortConv
 from vtprune.transformers_private import layer_type
 
 _UNGATED = frozenset({"cosmos3_edge_text"})
@@ -20,7 +22,7 @@ class LayerShape:
 
     d: int
     """width of the hidden state"""
-    mixer: Attention | DeltaRule
+    mixer: Attention | DeltaRule | ShortConv
     m: int
     """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
     gates: int
@@ -39,20 +41,34 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
     attention = Attention.of(config, gated=has_delta)
-    delta = DeltaRule.of(config) if has_delta else None
+    others: dict[str, DeltaRule | ShortConv] = {}
+    if has_delta:
+        others["linear_attention"] = DeltaRule.of(config)
+    if hasattr(config, "conv_L_cache"):
+        others["conv"] = ShortConv.of(config)
+    dense = _dense_width(config)
     mixed = _expert_widths(config)
-    dense = getattr(config, "dense_intermediate_size", None) or config.intermediate_size
     matrices = 2 if config.model_type in _UNGATED else 3
 
-    def shape(linear: bool, experts: bool) -> LayerShape:
+    def shape(kind: str, experts: bool) -> LayerShape:
         m, gates = mixed if mixed is not None and experts else (dense, 0)
-        mixer = delta if delta and linear else attention
-        return LayerShape(d=config.hidden_size, mixer=mixer, m=m, gates=gates, matrices=matrices)
+        return LayerShape(d=config.hidden_size, mixer=others.get(kind, attention), m=m, gates=gates, matrices=matrices)
 
-    linear = [has_delta and layer_type(config, layer) == "linear_attention" for layer in range(layers)]
-    kinds = list(zip(linear, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
+    types = [layer_type(config, layer) for layer in range(layers)]
+    kinds = list(zip(types, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
     shapes = {kind: shape(*kind) for kind in set(kinds)}
     return [shapes[kind] for kind in kinds]
+
+
+def _dense_width(config: Any) -> int:
+    """`m` of a layer without experts."""
+    width = getattr(config, "dense_intermediate_size", None) or config.intermediate_size
+    if getattr(config, "block_auto_adjust_ff_dim", False):  # LFM2
+        width = int(2 * width / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            step = config.block_multiple_of
+            width = math.ceil(int(config.block_ffn_dim_multiplier * width) / step) * step
+    return width
 
 
 def _expert_widths(config: Any) -> tuple[int, int] | None:

@@ -72,7 +72,10 @@ def joined(singles: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, T
             inputs[name] = torch.cat([pad(x, (longest - x.shape[1], 0), value=fill) for x in values])
         else:
             sizes = torch.tensor([x.shape[1:] for x in values]).amax(0).tolist() if values[0].ndim > 1 else []
-            inputs[name] = torch.cat([pad(x, _missing(x.shape[1:], sizes)) for x in values])
+            if any(_packed_by(name, single) is not None for single in singles):
+                inputs[name] = torch.cat(values, -1)
+            else:
+                inputs[name] = torch.cat([pad(x, _missing(x.shape[1:], sizes)) for x in values])
     return inputs
 
 
@@ -90,9 +93,10 @@ def split(encoded: Iterable[Encoded], inputs: Mapping[str, Tensor]) -> list[dict
             parts = [value[[row], start:] for row, start in enumerate(starts)]
         else:
             of_kind = [e for e in encoded if ("video" in name) == (e.kind == "video")]
-            parts = list(value.split(_rows(name, value, of_kind[0], inputs) if of_kind else _unknown(name)))
+            rows = _rows(name, value, of_kind[0], inputs) if of_kind else _unknown(name)
+            parts = list(value.split(rows, 0 if _packed_by(name, inputs) is None else -1))
         for single, part in zip(singles, parts, strict=True):
-            if len(part):
+            if part.numel():
                 single[name] = part
     return singles
 
@@ -139,10 +143,19 @@ def _missing(size: Sequence[int], wanted: Sequence[int]) -> list[int]:
     return [n for have, want in zip(reversed(size), reversed(wanted), strict=True) for n in (0, want - have)]
 
 
+def _packed_by(name: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """(media, 2) rows and columns of patches of media whose pixels stand side by side along the last axis of an
+    argument, as MiniCPM-V has them; None if they do not."""
+    sizes = name.replace("pixel_values", "target_sizes")
+    return None if sizes == name else inputs.get(sizes)
+
+
 def _rows(name: str, value: Tensor, encoded: Encoded, inputs: Mapping[str, Tensor]) -> list[int]:
-    """How many rows of an argument belong to each sample."""
+    """How many rows of an argument belong to each sample; along its last axis if it is packed."""
     tokens = encoded.columns.sum(1)
     media = media_per_sample(encoded)
+    if (sizes := _packed_by(name, inputs)) is not None:
+        return [int(own.prod(1).sum()) * value.shape[2] for own in sizes.split(media)]
     if len(value) == sum(media):
         return media
     grid = inputs.get(f"{encoded.kind}_grid_thw")

@@ -120,10 +120,7 @@ def recompute(
         ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
         place = ranks.expand(*original.shape[:-1], -1) if renumbered else original[..., columns]
-        per_type = (
-            {"layer_type": kind} if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters else {}
-        )
-        carries_state = kind == "linear_attention"  # and so sees all that came before
+        carries_state = kind in ("linear_attention", "conv")  # and so sees all that came before
         mask = None if carries_state else _mask(model, kind, blocks[columns], hidden.dtype)
         if cached is not None and not carries_state:
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
@@ -132,7 +129,7 @@ def recompute(
         hidden = layer(
             hidden[None],
             attention_mask=mask,
-            position_embeddings=decoder.rotary_emb(hidden[None], place, **per_type),
+            position_embeddings=None if kind == "conv" else _rotary(decoder, kind, hidden[None], place),
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
         )[0]
@@ -142,7 +139,7 @@ def recompute(
             added[vision.columns] = features if merges is None else vision.mean(features, alive, merges.sources[index])
             hidden = hidden + added[columns]
 
-    last = to_logits(model, decoder.norm(hidden))
+    last = to_logits(model, _final_norm(decoder)(hidden))
     logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
     return logits
@@ -162,6 +159,17 @@ def to_logits(model, states: Tensor) -> Tensor:
     if cap is not None and _reads(type(model), "final_logit_softcapping"):  # PaliGemma does from transformers 5.23 on
         logits = cap * torch.tanh(logits / cap)
     return logits / config.logits_scaling if _reads(type(model), "logits_scaling") else logits
+
+
+def _rotary(decoder, kind: str, hidden: Tensor, places: Tensor):
+    """What layers of a kind are handed as `position_embeddings`."""
+    per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    return decoder.rotary_emb(hidden, places, **{"layer_type": kind} if per_type else {})
+
+
+def _final_norm(decoder):
+    """What the output of the last layer goes through."""
+    return next(getattr(decoder, name) for name in ("norm", "embedding_norm") if hasattr(decoder, name))
 
 
 _ROPE_ARGUMENTS = {"video_second_per_grid": "second_per_grids"}

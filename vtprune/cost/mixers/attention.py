@@ -17,13 +17,16 @@ class Attention:
     """width of all key (or value) heads together; below `d_q` with grouped-query attention"""
     gated: bool
     """whether the queries' projection also puts out a gate of the same width"""
+    head_gates: int = 0
+    """heads that have a gate of one number each; 0 if they have none"""
 
     @classmethod
     def of(cls, config: Any, *, gated: bool) -> Attention:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(d_q=heads * head_dim, d_kv=kv_heads * head_dim, gated=gated)
+        head_gates = heads if getattr(config, "use_attention_gate", False) else 0
+        return cls(d_q=heads * head_dim, d_kv=kv_heads * head_dim, gated=gated, head_gates=head_gates)
 
     @property
     def cached(self) -> int:
@@ -33,5 +36,5 @@ class Attention:
     def flops(self, d: int, n: float) -> float:
         """FLOPs for n tokens whose hidden states are d wide."""
         queries = (3 if self.gated else 2) * self.d_q  # q and o
-        projections = 2 * n * d * (queries + 2 * self.d_kv)  # those, k and v
+        projections = 2 * n * d * (queries + 2 * self.d_kv + self.head_gates)  # those, k and v
         return projections + 2 * (2 * n * n * self.d_q)  # QK^T and AV

@@ -10,6 +10,7 @@ from vtprune.testing.tiny import (
     granite,
     idefics3,
     internvl,
+    lfm_vl,
     llava,
     minicpm,
     mistral3,
@@ -34,6 +35,7 @@ _FILES = (
     glm_v,
     paddleocr_vl,
     granite,
+    lfm_vl,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

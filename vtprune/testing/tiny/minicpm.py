@@ -32,7 +32,7 @@ _NUMBER = 20
 """The word for 0."""
 _SLICES = (((2, 3), (1, 2), (2, 2)), ((3, 3), (0, 0), ()), ((4, 2), (2, 1), (2, 3)), ((2, 2), (2, 2), (1, 2)))
 """Of each image: rows and columns of its tokens, of its slices, and of the tokens of a slice."""
-_FRAMES = (3, 2, 4, 5)
+_FRAMES = (5, 4, 6, 7)
 
 
 def _side(model) -> int:
@@ -59,8 +59,8 @@ def _lay_slices(model, shape, siblings, generator):
 def _lay_clip(model, shape, siblings, generator):
     """Frames side by side. shape: their number."""
     side = _side(model)
-    ids = [START, *[VIDEO] * 6, END] * shape
-    sizes = [(2 * side, 3 * side)] * shape
+    ids = [START, *[VIDEO] * 3, END] * shape
+    sizes = [(side, 3 * side)] * shape
     return Item(ids, _pixels(sizes, generator), tuple(side for size in sizes for side in size))
 
 
