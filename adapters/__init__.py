@@ -16,6 +16,7 @@ from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
+from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
@@ -77,6 +78,7 @@ for _adapter in (
     Cohere2Vision,
     LightOnOcr,
     QianfanOcr,
+    GotOcr2,
     MiniCPMV,
     MiniCPMV4_7,
     GlmV,

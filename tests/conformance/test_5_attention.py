@@ -2,6 +2,7 @@
 """Promise 5: the model keeps its attention back end, and a method gets the rows it needs, not the square."""
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
@@ -73,14 +74,18 @@ def test_no_square_of_attention_is_computed_on_any_family(name, method):
         model(**inputs)
     with LargestSquare() as pruned, vtprune.prune(model, parts):
         model(**inputs)
-    assert unpatched.squares == [] and max(eager.squares) > visual.sum() > 2 * text
+    # Some encoders have attention of their own, which is no back end.
+    assert unpatched.squares == [] or vtprune.adapter_for(model).layers_unread
+    assert max(eager.squares) > visual.sum() > 2 * text
     rows = text if method in ("transprune", "mustdrop") else 1
-    assert 0 < max(pruned.squares) <= 2 * rows  # two queries share a key
+    added = Counter(pruned.squares) - Counter(unpatched.squares)
+    assert 0 < max(added) <= 2 * rows  # two queries share a key
 
 
 @contextlib.contextmanager
 def attention_of(model, implementation):
-    before = model.config._attn_implementation
+    before = {key: getattr(model.config, key)._attn_implementation for key in ("text_config", "vision_config")}
+    before[""] = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     yield
     model.set_attn_implementation(before)

@@ -17,6 +17,7 @@ from vtprune.testing.tiny import (
     paddleocr_vl,
     qwen_omni,
     qwen_vl,
+    sam,
 )
 from vtprune.testing.tiny.family import Family
 
@@ -31,6 +32,7 @@ _FILES = (
     gemma,
     mistral3,
     cohere_vision,
+    sam,
     minicpm,
     glm_v,
     paddleocr_vl,
