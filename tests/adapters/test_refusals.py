@@ -64,8 +64,8 @@ def test_every_reason_is_of_a_class_that_there_is():
         ("GitForCausalLM", "where its visual tokens are (they are put before the text", "take a family"),
         ("VoxtralForConditionalGeneration", "it reads sound and no images", "vtprune models"),
         (
-            "GotOcr2ForConditionalGeneration",
-            "no adapter for it yet (an adapter must handle the layout",
+            "VipLlavaForConditionalGeneration",
+            "no adapter for it yet (CONTRIBUTING.md shows one",
             "CONTRIBUTING.md",
         ),
         ("Mistral4ForCausalLM", "it is a language model alone", "pass the whole vision-language model"),
