@@ -21,6 +21,7 @@ from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.lfm_vl import Lfm2VL, Lfm3VL
+from vtprune.adapters.llama4 import Llama4
 from vtprune.adapters.llava import Llava
 from vtprune.adapters.llava_next import LlavaNext
 from vtprune.adapters.llava_next_video import LlavaNextVideo
@@ -88,6 +89,7 @@ for _adapter in (
     GraniteDocling,
     Lfm2VL,
     Lfm3VL,
+    Llama4,
 ):
     register_adapter(_adapter)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,8 +21,9 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 class Adapter(ABC):
     """Facts about one loaded model. One subclass a model family; it holds the model and changes nothing in it.
 
-    A *kind* is "image" or "video". transformers encodes all media of a kind of a batch in one call of the base model's
-    `get_image_features` or `get_video_features`; the *inputs* below are that call's arguments by name. The defaults fit
+    A *kind* is "image" or "video". transformers encodes all media of a kind of a batch in one call (`encode_call`), of
+    the base model's `get_image_features` or `get_video_features` in most families; the *inputs* below are that call's
+    arguments by name. The defaults fit
     models with one tower (CLIP's or SigLIP's), whose tokens pass the projector one by one, one block an image.
     """
 
@@ -52,6 +54,10 @@ class Adapter(ABC):
     """The same of what the projector reads."""
     encoder_uncounted: ClassVar[str] = ""
     """Why FLOPs of the encoder are not counted, as a clause; empty: they are, as those of a ViT."""
+    cls_is_last: ClassVar[bool] = False
+    """Whether the encoder puts its CLS token behind the patches, not before them. What is recorded has it first."""
+    decoder_mlp: ClassVar[str] = "mlp"
+    """What the MLP, or the experts, of a decoder layer is called."""
     window_cuts_blocks: ClassVar[bool] = False
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
     marker_columns: ClassVar[tuple[int, int]] = (0, 0)
@@ -195,7 +201,7 @@ class Adapter(ABC):
 
     @property
     def has_cls(self) -> bool:
-        """Whether the encoder puts a CLS token before the patches."""
+        """Whether the encoder has a CLS token beside the patches."""
         return False
 
     @property
@@ -247,6 +253,20 @@ class Adapter(ABC):
         """The features that enter the language model, in what an encode call returned: tensors (tokens, dim), or one
         (images, tokens, dim)."""
         return output.pooler_output
+
+    def encode_call(self, kind: str) -> tuple[nn.Module, str]:
+        """The module, and the name of its method, that encodes all media of a kind of a batch in one call."""
+        return self.base, f"get_{kind}_features"
+
+    def encode(self, kind: str, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Encode all media of a kind of a batch, outside of any call of the model.
+
+        inputs: the model's arguments. Returns the arguments of the encode call, and what it returned.
+        """
+        module, name = self.encode_call(kind)
+        method = getattr(module, name)
+        arguments = {name: inputs[name] for name in inspect.signature(method).parameters if name in inputs}
+        return arguments, method(**arguments, return_dict=True)
 
     @abstractmethod
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:

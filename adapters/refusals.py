@@ -125,7 +125,6 @@ _NEEDS = {
     "idefics2": "a layout without a grid: a perceiver makes 64 tokens of each tile",
     "janus": "the layout of one grid an image",
     "kimi_k25": "the layout of its patches and frames; latent attention (MLA), so only methods before the LLM",
-    "llama4": "a projector outside of the image features, and a model that is its own base",
     "minimax_m3_vl": "the layout of Qwen-VL over a language model with sparse attention",
     "mistral_large4": "latent attention (MLA) that looks keys up in an index, over the tower of Pixtral",
     "molmo2": "the layout of its pooled crops and column tokens, which attend to one another in both directions",

@@ -136,6 +136,16 @@ def test_active_experts_and_linear_attention_are_what_torch_counts(model, config
     assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == expected
 
 
+def test_experts_of_llama4_are_those_that_the_router_chooses():
+    """transformers runs all of them, most on zeros."""
+    fields = EXPERTS | dict(num_experts_per_tok=1, num_local_experts=5, intermediate_size_mlp=56, moe_layers=[0, 2])
+    config, tokens = hf.Llama4TextConfig(**fields), 26
+    counted = counted_flops(hf.Llama4TextModel(config), inputs_embeds=torch.randn(1, tokens, config.hidden_size))
+    experts = sum(counted[f"layers.{layer}.feed_forward.experts"] for layer in config.moe_layers)
+    expected = sum(counted[f"layers.{layer}"] for layer in range(3)) - experts * 4 / 5
+    assert cost.llm_prefill_flops(config, [19] * 3, 7) == expected
+
+
 def test_linear_attention_holds_no_keys_and_has_no_published_formula():
     if not hasattr(hf, "Qwen3_5TextConfig"):
         pytest.skip("this release of transformers has no Qwen3.5")

@@ -22,7 +22,7 @@ NAMES_RELEASES = rf"installed is transformers {VERSION}, and vtprune is tested w
 def renamed(monkeypatch, names: dict[str, str | None]):
     """A LLaVA whose base model calls its language model with some arguments renamed; None as a name drops one."""
     model = models.build("gqa")
-    decoder = model.get_decoder()
+    decoder = vtprune.adapter_for(model).language_model
     forward, back = decoder.forward, {new: old for old, new in names.items()}
     monkeypatch.setattr(
         decoder, "forward", lambda **given: forward(**{back.get(key, key): value for key, value in given.items()})
@@ -67,7 +67,7 @@ def test_a_cache_that_does_not_arrive_is_an_error(monkeypatch):
 @torch.no_grad()
 def test_an_unknown_argument_with_one_entry_a_token_is_an_error(where):
     model = models.build("gqa")
-    decoder = model.get_decoder()
+    decoder = vtprune.adapter_for(model).language_model
     inputs = models.batch_of_three(model).inputs()
     module = decoder if where == "decoder" else decoder.layers[0]
 

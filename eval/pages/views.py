@@ -13,7 +13,6 @@ shows their mean.
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import re
@@ -128,9 +127,8 @@ class _Seen:
 
 def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | None:
     """The images or videos of a prompt. One of them may be several media. None if they cannot be drawn."""
-    encode = getattr(adapter.base, f"get_{kind}_features")
-    given = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
-    media = adapter.media(kind, given, adapter.features_of(encode(**given)))
+    given, output = adapter.encode(kind, inputs)
+    media = adapter.media(kind, given, adapter.features_of(output))
     if any(None in medium.grids for medium in media):
         return None
     seen = _Seen([], [], [])

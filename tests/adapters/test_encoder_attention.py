@@ -16,7 +16,7 @@ from vtprune.adapters.pixtral import Pixtral
 from vtprune.signals import AttentionReceived, ClsAttention, EncoderKeys, EncoderOutput, EncoderSaliency, EncoderSignal
 from vtprune.testing import families
 from vtprune.testing.batching import encode_all
-from vtprune.testing.statements import Look, received
+from vtprune.testing.statements import Look, cls_first, received
 from vtprune.transformers_private import eager_encoder_attention
 
 CELLS = [(name, media) for name in families.NAMES for media in families.MEDIA[name]]
@@ -49,6 +49,7 @@ def test_attention_of_every_layer(name, media):
             found = [stack.enter_context(eager_encoder_attention(attention)) for attention in attentions]
             encoded = next(iter(encode_all(adapter, inputs, kind)), None)
         for layer, calls in enumerate(found if encoded is not None else ()):
+            calls = [(cls_first(adapter, weights, -2, -1), mask) for weights, mask in calls]
             gets = torch.cat([received(*call) for call in calls], 1)
             expected[AttentionReceived(layer)].append(look.rows(encoded, gets[..., None])[:, 0])
             if has_cls:
@@ -99,6 +100,7 @@ def test_keys_and_outputs(name, media):
         if encoded is None:
             continue
         keys, output = (x if x.ndim == 3 else x[None] for x in (caught["keys"], caught["output"]))
+        keys, output = cls_first(adapter, keys, 1), cls_first(adapter, output, 1)
         keys = keys.chunk(3, -1)[1] if fused else keys
         if (norm := getattr(attention, "k_norm", None)) is not None and hasattr(norm, "weight"):
             keys = norm(keys.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)  # over each head, or over all

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import vtprune
 from vtprune.testing.attention import eager
 from vtprune.testing.recompute import enter, layer_kind, look, prompt_blocks, prompt_positions, to_logits
 
@@ -39,7 +40,7 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
 
     inputs: a single prompt without padding. generated: (new tokens,).
     """
-    decoder = model.get_decoder()
+    decoder = vtprune.adapter_for(model).language_model
     assert all(layer_kind(decoder.config, index) == "full_attention" for index in range(len(decoder.layers)))
     ids = torch.cat([inputs["input_ids"][0], generated])
     length = inputs["input_ids"].shape[1]
@@ -86,7 +87,7 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
 @torch.no_grad()
 def separators(model, inputs: dict[str, Tensor]) -> set[int]:
     """Columns of a single prompt that hold newline tokens."""
-    newline = getattr(model.model, "image_newline", None)
+    newline = getattr(model.base_model, "image_newline", None)
     if newline is None:
         return set()
     vision = look(model, inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune.methods.base import InLLM
+from vtprune.methods.base import InEncoder, InLLM
 from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
@@ -183,7 +183,7 @@ def test_cell(name, media, method, attention):
     with vtprune.prune(model, methods) as session:
         watches = [
             module.register_forward_pre_hook(asserts_no_attentions_are_asked_for, with_kwargs=True)
-            for module in (model.model, model.get_decoder())
+            for module in (model.base_model, session.adapter.language_model)
         ]
         together, report = generate(model, batch, batch.inputs), session.report
         alone = {
@@ -287,17 +287,24 @@ def test_right_padding(name, method):
 SHORTER_TOWERS = {"llava", "llava_next", "video_llava", "paligemma", "paligemma2"} | MEANS_OF_PATCHES.keys()
 """Families in whose vision towers the sequence can get shorter: one image a sequence, and no mask."""
 
+WITH_CLS = {"clip_vision_model", "internvl_vision", "llama4_vision_model", "qianfan_ocr_vision"}
+"""Vision towers that have a CLS token."""
+
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_only_what_needs_a_cls_token_is_refused(name):
     """The matrix would be easy to pass if everything were refused."""
     model = families.shared(name)
     refused = {method for method in METHODS if refusal(model, spec(method)) is not None}
-    has_cls = model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision", "qianfan_ocr_vision")
-    slides = "sliding_attention" in (getattr(model.get_decoder().config, "layer_types", None) or ())
+    has_cls = model.config.vision_config.model_type in WITH_CLS
+    adapter = vtprune.adapter_for(model)
+    kinds = getattr(adapter.language_model.config, "layer_types", None) or ()
+    slides = bool({"sliding_attention", "chunked_attention"} & {*kinds})
     expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
     if name not in SHORTER_TOWERS:
         expected |= {method for method in METHODS if acts(method, InLayers)}
+    if not adapter.merges_in_encoder:
+        expected |= {method for method in METHODS if acts(method, InEncoder)}
     if name in families.CARRY_STATE:
         expected |= {method for method in METHODS if acts(method, InLLM) or evicts(method)}
     if vtprune.adapter_for(model).layers_unread:

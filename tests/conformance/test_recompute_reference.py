@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vtprune.adapters import adapter_for
 from vtprune.testing import families
 from vtprune.testing.recompute import keep_all, prompt_positions, recompute, visual_columns
 
@@ -77,7 +78,7 @@ def test_removed_before_the_first_layer_is_hidden_by_a_mask(name, media, attenti
 def test_where_tokens_go_and_which_and_their_positions_all_matter(name):
     model = families.shared(name)
     inputs = families.batch(name, model).singles[0]
-    visual, depth = visual_columns(model, inputs), len(model.get_decoder().layers)
+    visual, depth = visual_columns(model, inputs), len(adapter_for(model).decoder_layers)
     half, other = some(visual), some(visual, seed=1)
     accounts = {
         "everything": ([visual] * depth, "original"),
@@ -101,7 +102,7 @@ def test_where_tokens_go_and_which_and_their_positions_all_matter(name):
 def test_deepstack_planes_leave_with_their_tokens(media):
     model = families.shared("qwen3_vl")
     inputs = families.batch("qwen3_vl", model, media=media).singles[0]
-    visual, depth = visual_columns(model, inputs), len(model.get_decoder().layers)
+    visual, depth = visual_columns(model, inputs), len(adapter_for(model).decoder_layers)
     half = some(visual)
     logits = [recompute(model, inputs, NONE, [visual] * k + [half] * (depth - k))[-1] for k in range(4)]
     for k in range(3):

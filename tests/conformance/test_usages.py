@@ -299,7 +299,7 @@ def test_hidden_states_stand_at_the_columns_of_the_prompt(name, method):
     inputs = families.batch(name, model).singles[0]
     length = inputs["input_ids"].shape[1]
     seen: list[Tensor] = []
-    layers = model.get_decoder().layers
+    layers = vtprune.adapter_for(model).decoder_layers
     hooks = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
     with vtprune.prune(model, method, keep_ratio=0.5) as session:
         output = model(**inputs, output_hidden_states=True)
@@ -317,7 +317,7 @@ def test_hidden_states_stand_at_the_columns_of_the_prompt(name, method):
             reached = before >= 0
             assert torch.equal(state[0, reached], own[0, before[reached]])
     assert len(output.hidden_states) == len(layers) + 1
-    if getattr(model.get_decoder().config, "final_logit_softcapping", None) is None:
+    if getattr(vtprune.adapter_for(model).language_model.config, "final_logit_softcapping", None) is None:
         assert torch.equal(to_logits(model, output.hidden_states[-1]), output.logits)
 
 
@@ -882,7 +882,7 @@ def test_learnt_prompts_of_peft(name, kind):
     # The learnt tokens stand before the prompt, in the cache or in the call.
     gone = sorted(set(visual_columns(model, inputs).tolist()) - {c - 4 for c in session.report.kept(0).tolist()})
     mask = inputs["attention_mask"].index_fill(1, torch.tensor(gone), 0)
-    decoder, length = model.get_decoder(), mask.shape[1]
+    decoder, length = vtprune.adapter_for(model).language_model, mask.shape[1]
     places = torch.arange(4, 4 + length) if kind == "PrefixTuning" else torch.arange(4 + length)
     given = decoder.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"position_ids": places[None]}), with_kwargs=True
@@ -922,7 +922,7 @@ def by_torchao(model):
 def by_bitsandbytes(model):
     from bitsandbytes.nn import Linear8bitLt
 
-    decoder = model.get_decoder()
+    decoder = vtprune.adapter_for(model).language_model
     for name, module in list(decoder.named_modules()):
         if isinstance(module, nn.Linear):
             quantised = Linear8bitLt(

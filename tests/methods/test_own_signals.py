@@ -167,16 +167,18 @@ def test_a_signal_inside_the_llm(name):
 
     def note(module, args, kwargs, output):
         before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
+        after = (output[0] if isinstance(output, tuple) else output).view_as(before)
         seen["growth"] = seen.get("growth", 0) + after.norm(dim=-1) - before.norm(dim=-1)
 
     def enter(module, args, kwargs):
         seen["first"] = args[0] if args else kwargs["hidden_states"]
 
-    layers = model.get_decoder().layers
+    adapter = vtprune.adapter_for(model)
+    layers = adapter.decoder_layers
     handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
     for layer in layers[:2]:
-        handles += [block.register_forward_hook(note, with_kwargs=True) for block in (layer.self_attn, layer.mlp)]
+        for block in (layer.self_attn, getattr(layer, adapter.decoder_mlp)):
+            handles.append(block.register_forward_hook(note, with_kwargs=True))
     for inputs in (batch.singles[0], batch.inputs):
         seen.clear()
         with vtprune.prune(model, Inside(layer=2, share=0.5)) as session:

@@ -27,7 +27,7 @@ class Watched:
         self.model = families.shared(name, "eager")
         self.inputs = families.batch(name, self.model).singles[1]
         self.weights, self.before, self.after, self.rope = {}, {}, {}, {}
-        layers = self.model.get_decoder().layers
+        layers = vtprune.adapter_for(self.model).decoder_layers
         with vtprune.prune(self.model, SparseVLM(layers=CUTS, **settings)) as session, torch.no_grad():
             watches = [
                 layers[0].register_forward_pre_hook(lambda m, args, kw: self._enter(0, args, kw), with_kwargs=True)
@@ -110,7 +110,8 @@ def test_version_two_divides_by_the_rotation_and_looks_at_some_heads(name):
         left, places = watched.report.kept(0, cut), watched.places(alive)
         weights = watched.weights[cut]
         cos, sin = watched.rope[cut]
-        columns, attention = torch.arange(cos.shape[1])[None], watched.model.get_decoder().layers[cut - 1].self_attn
+        columns = torch.arange(cos.shape[1])[None]
+        attention = vtprune.adapter_for(watched.model).decoder_layers[cut - 1].self_attn
         context = RowContext(attention, Places(columns, (cos, sin)), torch.ones_like(columns).bool(), None, None)
         weights = (weights[:, rows] / context.position_logits(rows[None]))[..., places].mean(1)
         scores = weights[weights.sum(-1).argsort(descending=True)[:2]].mean(0)
@@ -123,7 +124,7 @@ def test_version_two_divides_by_the_rotation_and_looks_at_some_heads(name):
 def merged_between_layers(model, inputs, generated, report):
     """Logits of the last prompt token and of what was generated, (1 + generated, vocabulary), all in one pass without a
     cache, with tokens averaged where the report says so."""
-    decoder, visual = model.get_decoder(), visual_columns(model, inputs)
+    decoder, visual = vtprune.adapter_for(model).language_model, visual_columns(model, inputs)
     hidden = model.get_input_embeddings()(torch.cat([inputs["input_ids"][0], generated]))
     hidden[visual] = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
     columns, alive = torch.arange(len(hidden)), visual

@@ -62,7 +62,8 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
 
 def _dense_width(config: Any) -> int:
     """`m` of a layer without experts."""
-    width = getattr(config, "dense_intermediate_size", None) or config.intermediate_size
+    names = ("dense_intermediate_size", "intermediate_size_mlp", "intermediate_size")
+    width = next(width for name in names if (width := getattr(config, name, None)))
     if getattr(config, "block_auto_adjust_ff_dim", False):  # LFM2
         width = int(2 * width / 3)
         if config.block_ffn_dim_multiplier is not None:
@@ -77,8 +78,10 @@ def _expert_widths(config: Any) -> tuple[int, int] | None:
     if not experts:
         return None
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    # One of Llama 4's is shared, which its config does not say.
+    shared_experts = 1 if config.model_type == "llama4_text" else getattr(config, "n_shared_experts", None) or 0
     weighed = getattr(config, "shared_expert_intermediate_size", 0)
-    shared = weighed + width * (getattr(config, "n_shared_experts", None) or 0)
+    shared = weighed + width * shared_experts
     return config.num_experts_per_tok * width + shared, experts + bool(weighed)
 
 
@@ -86,6 +89,8 @@ def _has_experts(config: Any, layers: int) -> list[bool]:
     """Whether each decoder layer of a model with experts has them."""
     if types := getattr(config, "mlp_layer_types", None):
         return [types[layer] == "sparse" for layer in range(layers)]
+    if (named := getattr(config, "moe_layers", None)) is not None:
+        return [layer in named for layer in range(layers)]
     dense, every = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
     first = getattr(config, "first_k_dense_replace", None) or 0
     return [layer >= first and layer not in dense and (layer + 1) % every == 0 for layer in range(layers)]

@@ -108,7 +108,7 @@ class EncoderRecorder:
         """Yields what takes each hook off again, as soon as it is on."""
         kinds = self.adapter.visual_token_ids
         for kind in kinds:
-            yield Wrapped(self.adapter.base, f"get_{kind}_features", self._encode(kind))
+            yield Wrapped(*self.adapter.encode_call(kind), self._encode(kind))
         if self.keep_features:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
@@ -165,18 +165,14 @@ class EncoderRecorder:
                     seen.projected.clear()
                 if self._times:
                     encoding.seconds = clock(self.adapter.model) - started
-                if hasattr(encoding.output, "pooler_output"):  # a tuple, on request, is nothing a model is fed with
-                    encoding.pooled = self._pooled(encoding.output)
+                if not isinstance(encoding.output, tuple):  # which, on request, is nothing a model is fed with
+                    encoding.pooled = self.adapter.features_of(encoding.output)
                     seen.last[kind] = encoding
                 return encoding.output
 
             return encode
 
         return make
-
-    def _pooled(self, output: Any) -> Tensor | tuple[Tensor, ...]:
-        pooled = self.adapter.features_of(output)
-        return pooled if torch.is_tensor(pooled) else tuple(pooled)
 
     def _before_projector(self, module, args):
         if (encoding := self._seen().open) is not None:
@@ -186,7 +182,8 @@ class EncoderRecorder:
         def hook(module, args, output):
             if (encoding := self._seen().open) is not None:
                 hidden = (output[0] if isinstance(output, tuple) else output).detach()
-                encoding.outputs[layer] = hidden if hidden.ndim == 3 else hidden[None]  # packed: one sequence
+                hidden = hidden if hidden.ndim == 3 else hidden[None]  # packed: one sequence
+                encoding.outputs[layer] = hidden.roll(1, 1) if self.adapter.cls_is_last else hidden
 
         return hook
 
@@ -207,9 +204,9 @@ class EncoderRecorder:
             projected = seen.projected.pop(layer)
             merge = encoding.merge
             scattered = (lambda values: values) if merge is None else merge.scattered
-            calls = encoder_scores(module, projected, args, kwargs)
+            calls = self._scores(module, projected, args, kwargs)
             if layer in self.key_layers:
-                plain = encoder_scores(module, projected, args, kwargs, rotated=False) if is_rotated(kwargs) else calls
+                plain = self._scores(module, projected, args, kwargs, rotated=False) if is_rotated(kwargs) else calls
                 keys = [rearrange(call.keys, "b heads n d -> b n heads d") for call in plain]
                 encoding.keys[layer] = scattered(torch.cat(keys, 1).flatten(2)).unflatten(2, keys[0].shape[2:])
             if layer not in self.cls_layers | self.received_layers:
@@ -233,6 +230,11 @@ class EncoderRecorder:
                 encoding.received[layer] = scattered(torch.cat(received, 1))
 
         return hook
+
+    def _scores(self, *arguments, **options) -> list[EncoderScores]:
+        """`encoder_scores` with a CLS token in front."""
+        calls = encoder_scores(*arguments, **options)
+        return [call.last_token_first() for call in calls] if self.adapter.cls_is_last else calls
 
     def _by_image(self, calls: list[EncoderScores], encoding: EncoderCall, layer: int) -> list[EncoderScores]:
         """The calls of a layer's attention function, of which none holds several images in one sequence.
@@ -259,7 +261,7 @@ class EncoderRecorder:
         """
         encoding = self._seen().last.get(kind)
         if output is not None and (encoding is None or encoding.output is not output):
-            given = EncoderCall(kind, None, output, self._pooled(output))
+            given = EncoderCall(kind, None, output, self.adapter.features_of(output))
             if encoding is None or not _shares_rows(given.features, encoding.features):
                 return self._place_unseen(given)
             # `generate()` cuts features for chunked prefill, and then hands on nothing else of the encoder's output.

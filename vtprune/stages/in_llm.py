@@ -87,10 +87,9 @@ class InLLMStage(ThreadAware[_Following]):
             self._check_blocks(adapter.decoder_layers[layer])
         self._reading = {i for i, layer in enumerate(adapter.decoder_layers) if reads_positions(layer)}
 
-    @staticmethod
-    def _check_blocks(layer: nn.Module) -> None:
+    def _check_blocks(self, layer: nn.Module) -> None:
         """Raise unless a decoder layer has the two blocks whose transitions are measured."""
-        missing = [name for name in ("self_attn", "mlp") if not hasattr(layer, name)]
+        missing = [name for name in ("self_attn", self.adapter.decoder_mlp) if not hasattr(layer, name)]
         if missing:
             raise UnsupportedStageError(
                 f"this method measures what the blocks of a decoder layer change, and a {type(layer).__name__} has no "
@@ -102,7 +101,7 @@ class InLLMStage(ThreadAware[_Following]):
         for i, layer in enumerate(self.adapter.decoder_layers):
             yield layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
             if i in self._measuring:
-                for block in (layer.self_attn, layer.mlp):
+                for block in (layer.self_attn, getattr(layer, self.adapter.decoder_mlp)):
                     yield block.register_forward_hook(self._measure(i), with_kwargs=True)
             if i in self._last_use:
                 for name in ("q_proj", "k_proj"):
@@ -177,7 +176,8 @@ class InLLMStage(ThreadAware[_Following]):
             if now.call is None or not now.selecting:
                 return
             inputs = hidden_of(args, kwargs)
-            outputs = output[0] if isinstance(output, tuple) else output
+            # Experts may put out one row a token, of all samples together.
+            outputs = (output[0] if isinstance(output, tuple) else output).reshape(inputs.shape)
             sequence = now.call.sequence_at(i)
             counts = (sequence.real & now.call.prompt_at(sequence)).to(inputs.device)
             sums = now.recorded.measured

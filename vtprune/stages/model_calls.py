@@ -169,7 +169,9 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         check_traced()
         now = self.now
         behind, now.behind = now.behind, None
-        now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.guidance.prompt_length))
+        # A model that is its own base is told everything itself.
+        behind = behind or Behind.of(kwargs, self.guidance.prompt_length)
+        now.incoming = Incoming.of(self.adapter, args, kwargs, behind)
 
     def _after_base(self, module, args, output):
         if self.now.incoming is not None and self.prunes:

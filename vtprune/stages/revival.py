@@ -96,8 +96,8 @@ class RevivalStage(ThreadAware[_Following]):
             raise ConfigError(f"{name} cannot be combined with {others[0]}: what that drops inside the LLM is gone")
         if any(layer_type(config, layer) != "full_attention" for layer in range(self.shape.decoder_layers)):
             raise UnsupportedStageError(
-                f"{name} brings tokens back into the KV cache, and decoder layers of this model have a sliding window, "
-                "which forgets by itself; methods that bring nothing back work: fastv, transprune"
+                f"{name} brings tokens back into the KV cache, and decoder layers of this model have a sliding window "
+                "or chunks, which forget by themselves; methods that bring nothing back work: fastv, transprune"
             )
 
     def install(self) -> Iterator[RemovableHandle]:

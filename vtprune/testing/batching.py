@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,7 @@ class Encoded:
 
 @torch.no_grad()
 def encode_all(adapter: Adapter, inputs: Mapping[str, Any], only: str | None = None) -> list[Encoded]:
-    """What `get_image_features` and `get_video_features` give for the pixels of a batch, outside of any session.
+    """What the model's encode functions give for the pixels of a batch, outside of any session.
 
     only: the one kind that is encoded.
     """
@@ -52,10 +51,7 @@ def encode_all(adapter: Adapter, inputs: Mapping[str, Any], only: str | None = N
     for kind, placeholder in adapter.visual_token_ids.items():
         if adapter.pixel_argument(kind, inputs) is None or only not in (None, kind):
             continue
-        function = getattr(adapter.base, f"get_{kind}_features")
-        accepted = inspect.signature(function).parameters
-        arguments = {name: value for name, value in inputs.items() if name in accepted}
-        output = function(**arguments, return_dict=True)
+        arguments, output = adapter.encode(kind, inputs)
         found.append(Encoded(kind, inputs["input_ids"] == placeholder, arguments, adapter.features_of(output)))
     return found
 

@@ -68,6 +68,8 @@ def build(name: str, attention: str = "sdpa", **overrides):
                 torch.nn.init.normal_(parameter, mean=-3.0, std=INIT_STD)
             else:
                 torch.nn.init.normal_(parameter, std=INIT_STD)
+    if (mend := FAMILIES[name].mend) is not None:
+        mend(model)
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.bos_token_id, settings.do_sample = None, PAD, BOS, False
     return model.eval()

@@ -83,7 +83,7 @@ def recompute(
         cached: one LongTensor a layer, the columns of `kept` that what was generated still sees in it; default all.
         merges: values that were merged in any other way, at any layer; instead of `sources`.
     """
-    decoder = model.get_decoder()
+    decoder = adapter_for(model).language_model
     device = inputs["input_ids"].device
     generated, kept = generated.to(device), [columns.to(device) for columns in kept]
     ids = torch.cat([inputs["input_ids"][0], generated])
@@ -184,7 +184,7 @@ def visual_columns(model, inputs: dict[str, Tensor]) -> Tensor:
 
 def keep_all(model, inputs: dict[str, Tensor]) -> list[Tensor]:
     """`kept` of a model that prunes nothing."""
-    return [visual_columns(model, inputs)] * len(model.get_decoder().layers)
+    return [visual_columns(model, inputs)] * len(adapter_for(model).decoder_layers)
 
 
 def _placeholders(model) -> dict[str, int]:
@@ -210,10 +210,11 @@ def look(model, inputs: dict[str, Tensor]) -> Vision:
     for _, placeholders, _, output in encoded(model, inputs):
         columns.append(placeholders)
         deepstack.append(_deepstack(output))
-        if output.pooler_output is None:  # all that there is of these tokens is added in layers
+        entering = _features(model, output)
+        if entering is None:  # all that there is of these tokens is added in layers
             features.append(torch.zeros_like(deepstack[-1][0]))
         else:
-            features.append(torch.cat([part.flatten(0, -2) for part in output.pooler_output]))
+            features.append(torch.cat([part.flatten(0, -2) for part in entering]))
     where, order = torch.cat(columns).sort()
     layers = deepstack[0] if deepstack else {}
     stacked = {layer: torch.cat([of_kind[layer] for of_kind in deepstack])[order] for layer in layers}
@@ -228,6 +229,13 @@ def _deepstack(output) -> dict[int, Tensor]:
         layer, parts = entry if isinstance(entry[0], int) else (index + 1, entry)
         found[layer] = torch.cat(list(parts))
     return found
+
+
+def _features(model, output: Any) -> Any:
+    """What enters the language model, of an encode call's output; None if nothing does."""
+    if model.config.model_type == "llama4":
+        return model.multi_modal_projector(output.last_hidden_state)
+    return output.pooler_output
 
 
 def prompt_positions(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
@@ -270,7 +278,7 @@ def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor | None
 
     blocks: (n,), as in `prompt_blocks`.
     """
-    if "flash" in attention_back_end(model.get_decoder().config):
+    if "flash" in attention_back_end(adapter_for(model).language_model.config):
         return None
     ranks = torch.arange(len(blocks), device=blocks.device)
     distance = ranks[:, None] - ranks
@@ -278,7 +286,7 @@ def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor | None
     together = (blocks[:, None] == blocks) & (blocks >= 0)
     window = torch.ones_like(causal)
     if kind == "sliding_attention":
-        window = distance < model.get_decoder().config.sliding_window
+        window = distance < adapter_for(model).language_model.config.sliding_window
     cuts = adapter_for(model).window_cuts_blocks
     allowed = window & (causal | together) if cuts else (window & causal) | together
     mask = torch.zeros(allowed.shape, dtype=dtype, device=blocks.device)

@@ -92,7 +92,7 @@ def depths(look: Look) -> Result:
     """The stated depths are those of the modules."""
     adapter, shape = look.adapter, look.adapter.shape
     for name, stated, there in (
-        ("decoder_layers", shape.decoder_layers, len(look.model.get_decoder().layers)),
+        ("decoder_layers", shape.decoder_layers, len(adapter.language_model.layers)),
         ("encoder_layers", shape.encoder_layers, len(adapter.encoder_layers())),
     ):
         if stated != there:
@@ -143,7 +143,7 @@ def sequences(look: Look) -> Result:
         seen: list[int] = []
 
         def note(module, args, kwargs, seen=seen):
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
             seen.append(hidden[..., 0].numel())
 
         handle = adapter.encoder_layers(encoded.kind)[0].register_forward_pre_hook(note, with_kwargs=True)
@@ -287,7 +287,12 @@ def _eager_calls(look: Look) -> Iterator[tuple[Encoded, list[tuple[Tensor, Tenso
             raise Refused(f"not checked: {error}") from error
         if not calls:
             raise Refused("not checked: the encoder's eager attention gives no weights")
-        yield encoded, [(weights.float(), mask) for weights, mask in calls]
+        yield encoded, [(cls_first(look.adapter, weights.float(), -2, -1), mask) for weights, mask in calls]
+
+
+def cls_first(adapter: Adapter, values: Tensor, *axes: int) -> Tensor:
+    """Values with axes of encoder tokens, a CLS token among them first, as what is recorded has it."""
+    return values.roll([int(adapter.cls_is_last)] * len(axes), axes)
 
 
 def received(weights: Tensor, mask: Tensor | None) -> Tensor:

@@ -152,6 +152,10 @@ class EncoderScores:
         visible = self.visible(0, self.queries.shape[2])
         return None if visible is None else visible.any(2)[:, 0]
 
+    def last_token_first(self) -> EncoderScores:
+        """The same with the last token of each sequence before all others. Of calls without a mask."""
+        return EncoderScores(self.queries.roll(1, 2), self.keys.roll(1, 2), self.scale, self.mask)
+
     def split(self, lengths: Sequence[int]) -> list[EncoderScores]:
         """A sequence of several images, each as long as stated, as one call for each image: attention does not cross
         images."""

@@ -34,9 +34,26 @@ def query_key_projections(attention: nn.Module) -> tuple[str, ...]:
     )
 
 
+_ROTATIONS = ("position_embeddings", "freqs_ci")
+"""Arguments of attention modules that rotate queries and keys: cosines and sines, or complex numbers."""
+
+
 def is_rotated(kwargs: Mapping[str, Any]) -> bool:
     """Whether an encoder's attention module that is called with these arguments rotates queries and keys."""
-    return kwargs.get("position_embeddings") is not None
+    return any(kwargs.get(name) is not None for name in _ROTATIONS)
+
+
+def _unrotated(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of such a module, with rotations by nothing."""
+
+    def nothing(rotation: Any) -> Any:
+        if torch.is_tensor(rotation):
+            return torch.ones_like(rotation)
+        cos, sin = rotation
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    given = {name: kwargs[name] for name in _ROTATIONS if kwargs.get(name) is not None}
+    return {**kwargs, **{name: nothing(rotation) for name, rotation in given.items()}}
 
 
 def encoder_scores(
@@ -71,9 +88,8 @@ def encoder_scores(
     }
     twin = replica(attention, NOTE, **children)
     calls = twin.__dict__[CALLS] = []
-    if not rotated and is_rotated(kwargs):
-        cos, sin = kwargs["position_embeddings"]
-        kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    if not rotated:
+        kwargs = _unrotated(kwargs)
     with torch.no_grad(), capturing():
         type(attention).forward(twin, *args, **kwargs)
     if not calls:
@@ -89,19 +105,23 @@ def eager_encoder_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor,
     Raises UnsupportedStageError if the module's file has no such function.
     """
     home = sys.modules[type(attention).__module__]
-    eager = getattr(home, "eager_attention_forward", None)
-    if eager is None:
+    # Some files have one function for each kind of module.
+    functions = {name: value for name, value in vars(home).items() if name.endswith("eager_attention_forward")}
+    if not functions:
         raise UnsupportedStageError(f"{home.__name__} has no eager attention function")
     calls: list[tuple[Tensor, Tensor | None]] = []
 
-    def note(module, query, key, value, attention_mask=None, **kwargs):
-        output = eager(module, query, key, value, attention_mask, **kwargs)
-        if module is attention:
-            calls.append((output[1], attention_mask))
-        return output
+    def noting(eager):
+        def note(module, query, key, value, attention_mask=None, **kwargs):
+            output = eager(module, query, key, value, attention_mask, **kwargs)
+            if module is attention:
+                calls.append((output[1], attention_mask))
+            return output
 
-    home.eager_attention_forward = note
+        return note
+
+    vars(home).update({name: noting(eager) for name, eager in functions.items()})
     try:
         yield calls
     finally:
-        home.eager_attention_forward = eager
+        vars(home).update(functions)

@@ -11,6 +11,7 @@ from vtprune.testing.tiny import (
     idefics3,
     internvl,
     lfm_vl,
+    llama4,
     llava,
     minicpm,
     mistral3,
@@ -38,6 +39,7 @@ _FILES = (
     paddleocr_vl,
     granite,
     lfm_vl,
+    llama4,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

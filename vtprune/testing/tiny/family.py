@@ -34,6 +34,8 @@ class Family:
     """A package that its model needs."""
     mixes_kinds: bool = True
     """Whether a call may hold images and videos, if it takes both."""
+    mend: Callable[[Any], None] | None = None
+    """What makes a model run on releases of transformers that cannot run it."""
     kindred: bool = False
     """Whether little is new in it: the tests then run one medium and one back end a method, and few of these cells by
     default."""
