@@ -134,8 +134,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
 
     def _install_here(self) -> Iterator[RemovableHandle]:
         decoder = self.adapter.language_model
-        if self.adapter.model is not self.adapter.base:
-            yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
         yield self.adapter.base.register_forward_hook(self._after_base)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
@@ -169,9 +168,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         check_traced()
         now = self.now
         behind, now.behind = now.behind, None
-        # A model that is its own base is told everything itself.
-        behind = behind or Behind.of(kwargs, self.guidance.prompt_length)
-        now.incoming = Incoming.of(self.adapter, args, kwargs, behind)
+        now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.guidance.prompt_length))
 
     def _after_base(self, module, args, output):
         if self.now.incoming is not None and self.prunes:
