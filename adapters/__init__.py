@@ -12,6 +12,7 @@ from typing import Any
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.clip import TransformersEncoder
 from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
+from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
@@ -36,6 +37,7 @@ from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL
 from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.timm import TimmViT
+from vtprune.adapters.video_llama3 import VideoLlama3
 from vtprune.adapters.video_llava import VideoLlava
 from vtprune.adapters.wrappers import unwrapped
 from vtprune.errors import ConfigError, UnsupportedModelError
@@ -90,6 +92,9 @@ for _adapter in (
     Lfm2VL,
     Lfm3VL,
     Llama4,
+    Cosmos3Edge,
+    Cosmos3Omni,
+    VideoLlama3,
 ):
     register_adapter(_adapter)
 

@@ -275,6 +275,13 @@ class Adapter(ABC):
         inputs: the call's arguments. features: `features_of` what it returned.
         """
 
+    def prompt_tokens(self, kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(tokens,) bool: which of the tokens of a kind that are encoded the model puts into the prompt; None for all.
+
+        inputs: arguments of the base model's forward. What the adapter says of an encode call is about all tokens.
+        """
+        return None
+
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         """The pixels of each medium of a call; all-zero padding makes no difference."""
         return inputs[PIXELS[kind]]

@@ -105,8 +105,6 @@ OTHER_PURPOSE = Reason(
 _NEEDS = {
     "aria": "a layout without a grid: the projector makes a fixed number of tokens of an image",
     "cohere_compass": "the layout of Qwen3-VL, and rotations that differ by layer",
-    "cosmos3_edge": "the layout of Qwen-VL over a SigLIP 2 tower",
-    "cosmos3_omni": "the layout of Qwen3-VL",
     "deepseek_ocr2": "the layout of its tiles, whole view and separator, and of an encoder that is a language model",
     "deepseek_vl": "the layout of one SigLIP grid an image",
     "deepseek_vl_hybrid": "the layout of one grid an image, from two encoders",
@@ -137,7 +135,6 @@ _NEEDS = {
     "qwen4_exp": "linear attention beside attention that looks keys up in an index",
     "step3p7": "the layout of its whole view and tiles",
     "unlimited_ocr": "a layout with newline tokens and separators, and sliding windows of a kind of its own",
-    "video_llama_3": "the layout of Qwen2-VL, with tokens of videos that the model drops itself",
 }
 """Model type -> what an adapter must handle. Delete the line of a type with the commit that adds its adapter."""
 

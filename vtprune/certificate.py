@@ -26,6 +26,7 @@ TESTED_TEXT_MODELS = frozenset(
         "bitnet",
         "cohere",
         "cohere2",
+        "cosmos3_edge_text",
         "diffllama",
         "ernie4_5",
         "exaone4",

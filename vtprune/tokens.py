@@ -45,6 +45,16 @@ class Medium:
         lengths = torch.tensor([len(grid) for grid in grids])
         return cls(torch.arange(len(grids)).repeat_interleave(lengths), grids)
 
+    def only(self, kept: Tensor) -> Medium:
+        """The layout of the tokens `kept` (tokens,) bool, of one without separators; what lost tokens has no grid."""
+        left = torch.bincount(self.crops[kept], minlength=len(self.grids)).tolist()
+        _, crops = self.crops[kept].unique(return_inverse=True)
+        whole = torch.bincount(self.crops, minlength=len(self.grids)).tolist()
+        grids = [
+            grid if some == every else None for grid, some, every in zip(self.grids, left, whole, strict=True) if some
+        ]
+        return Medium(crops, tuple(grids))
+
     @classmethod
     def without_grid(cls, tokens: int) -> Medium:
         """One crop of so many tokens whose places are unknown."""

@@ -146,6 +146,8 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
         seen.places.extend(place and [first + place[0], *place[1:]] for place in _places(layout))
         seen.grids.extend([grid.rows, grid.cols] for grid in layout.grids)
         seen.pictures.extend(_plain(picture, getattr(processor, f"{kind}_processor")) for picture in pictures)
+    if (placed := adapter.prompt_tokens(kind, inputs)) is not None:
+        seen.places[:] = [place for place, kept in zip(seen.places, placed.tolist(), strict=True) if kept]
     return _assembled(seen) if len(media) > 2 else seen
 
 

@@ -38,11 +38,20 @@ def _paddleocr():
     )
 
 
-PROCESSORS: dict[str, Callable] = {"glm46v": _glm, "paddleocr_vl": _paddleocr}
+def _cosmos3_edge():
+    images = hf.Cosmos3EdgeImageProcessor(**_PATCHES, **_sizes(300, 2000))
+    frames = hf.Cosmos3EdgeVideoProcessor(**_PATCHES, **_sizes(300, 100_000), return_metadata=True)
+    processor = hf.Cosmos3EdgeProcessor(images, tokenizer(QWEN_TOKENS), frames)
+    processor.return_mm_token_type_ids = True  # its model needs them
+    return processor
+
+
+PROCESSORS: dict[str, Callable] = {"cosmos3_edge": _cosmos3_edge, "glm46v": _glm, "paddleocr_vl": _paddleocr}
 WRITTEN: dict[str, dict[str, str]] = {
     "glm46v": {
         "image": "<|begin_of_image|><|image|><|end_of_image|>",
         "video": "<|begin_of_video|><|video|><|end_of_video|>",
     },
+    "cosmos3_edge": {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|video_pad|>"},
     "paddleocr_vl": {"image": "<|vision_start|><|image_pad|><|vision_end|>"},
 }

@@ -241,6 +241,7 @@ ALIKE = {
     "ministral3": "mistral3",
     "glm4v_moe": "glm46v",
     "glm_ocr": "glm46v",
+    "cosmos3_omni": "qwen3_vl",
 }
 """Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
 
@@ -323,4 +324,6 @@ CASES: dict[str, Case] = {
     "glm46v": Case("glm46v", _IMAGES),
     "glm46v, videos": Case("glm46v", _VIDEOS, fps=4.0, options={"do_sample_frames": True}),
     "paddleocr_vl": Case("paddleocr_vl", _IMAGES),
+    "cosmos3_edge, videos": Case("cosmos3_edge", _VIDEOS, fps=4.0),
+    "cosmos3_edge": Case("cosmos3_edge", _MIXED, options={"do_sample_frames": False}),
 }

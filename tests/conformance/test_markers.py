@@ -89,7 +89,7 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
     layout = [token_id in special for token_id in ids]
     if case.family.startswith(("gemma", "idefics")):
         layout = [own or set(token) == {"\n"} for own, token in zip(layout, tokens, strict=True)]
-    if case.family == "qwen3_vl":
+    if case.family in ("qwen3_vl", "cosmos3_edge"):
         text = " ".join(tokens)
         for stamp in re.finditer(r"< (?:[\d .]|<unk>)+ seconds >", text):
             first = text[: stamp.start()].count(" ")

@@ -206,7 +206,7 @@ def opened(kwargs, prompts=("..tiit", "titiii"), given=None, embeddings=None, **
     encoded = encoding(row_of(2), row_of(1), row_of(3))
     hidden = torch.zeros(2, 6, 2)
     hidden[columns_of(prompts, "i")] = encoded.features
-    recorder = SimpleNamespace(encoding=lambda kind, output: {"image": encoded}[kind])
+    recorder = SimpleNamespace(encoding=lambda kind, output, placed: {"image": encoded}[kind])
     names = {"input_ids": ids_of(prompts)} if embeddings is None else {"inputs_embeds": embeddings}
     noted = Incoming.of(stated(), (), names | {"pixel_values": 1}, Behind(prompt_length=4))
     if given is not None:
@@ -244,7 +244,7 @@ def test_padding_is_never_visual():
     ids[0, :2] = IDS["i"]
     encoded = encoding(row_of(2), row_of(1), row_of(3))
     noted = Incoming.of(stated(), (), {"input_ids": ids, "pixel_values": 1}, Behind())
-    recorder = SimpleNamespace(encoding=lambda kind, output: encoded)
+    recorder = SimpleNamespace(encoding=lambda kind, output, placed: encoded)
     facts = adapter(language_model=Decoder(), decoder_layers=[nn.Linear(1, 1)])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     call = open_call(facts, Owner(), recorder, torch.zeros(2, 6, 2), {"use_cache": False}, mask, noted)
@@ -256,7 +256,7 @@ def test_features_from_elsewhere_must_be_those_in_the_prompt():
     encoded = encoding(row_of(2), row_of(1), row_of(3), first=100)
     noted = Incoming.of(stated(), (), {"input_ids": ids_of(["..tiit", "titiii"])}, Behind())
     noted.encoded["image"] = "a copy"
-    recorder = SimpleNamespace(encoding=lambda kind, output: encoded)
+    recorder = SimpleNamespace(encoding=lambda kind, output, placed: encoded)
     facts = adapter(language_model=Decoder(), decoder_layers=[nn.Linear(1, 1)])
     with pytest.raises(UnsupportedStageError, match="computed elsewhere"):
         open_call(facts, Owner(), recorder, torch.zeros(2, 6, 2), {"use_cache": False}, None, noted)

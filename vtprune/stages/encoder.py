@@ -254,8 +254,9 @@ class EncoderRecorder:
 
     # -- what was encoded ---------------------------------------------------------------------------------------
 
-    def encoding(self, kind: str, output: Any | None) -> EncoderCall:
+    def encoding(self, kind: str, output: Any | None, placed: Tensor | None = None) -> EncoderCall:
         """The encoding that a call's features come from; `output` is what was handed in, None if computed within.
+        placed: see `EncoderCall`.
 
         Raises UnsupportedStageError if the layout of its tokens cannot be told.
         """
@@ -268,8 +269,8 @@ class EncoderRecorder:
             # Copies of all of it come from wrappers that move arguments between devices.
             if output.last_hidden_state is None and encoding.output.last_hidden_state is not None:
                 raise UnsupportedStageError("chunked prefill cannot be pruned; pass the whole prompt at once")
-        if not encoding.media:
-            encoding.media = self.adapter.media(kind, encoding.inputs, encoding.pooled)
+        if not encoding.media or encoding.placed is not placed:
+            encoding.place(self.adapter.media(kind, encoding.inputs, encoding.pooled), placed)
         return encoding
 
     def _place_unseen(self, encoding: EncoderCall) -> EncoderCall:
@@ -284,7 +285,7 @@ class EncoderRecorder:
         values = []
         for e in encodings:
             rows = self.adapter.projector_inputs(e.kind, e.inputs, e.projector_input)
-            values.append(_fitting(self.adapter, "projector_inputs", rows, e.tokens))
+            values.append(_fitting(self.adapter, "projector_inputs", rows, e))
         return torch.cat(values)
 
     def sequences(self, encoding: EncoderCall) -> list[int | tuple[int | tuple[int, int], ...]]:
@@ -300,7 +301,7 @@ class EncoderRecorder:
                 into, own = torch.full((e.tokens,), -1), torch.ones(e.tokens, dtype=torch.bool)
             else:
                 into, own = e.merge.copied_into()
-                _fitting(self.adapter, "patch_values", into, e.tokens)
+                _fitting(self.adapter, "patch_values", into, e)
             values.append(torch.where(into >= 0, into + start, into))
             same.append(own)
             start += 0 if e.merge is None else e.merge.slots.numel()
@@ -314,7 +315,7 @@ class EncoderRecorder:
         """Values of the encoder's tokens (crops, tokens, dim), CLS included, as one row a visual token."""
         has_cls = self.adapter.shape.has_cls and self.adapter.cuts_cls(encoding.kind)
         rows = self.adapter.patch_values(encoding.kind, encoding.inputs, values[:, int(has_cls) :])
-        return _fitting(self.adapter, "patch_values", rows, encoding.tokens)
+        return _fitting(self.adapter, "patch_values", rows, encoding)
 
     def image_keys(self, encoding: EncoderCall) -> list[int]:
         """One number a medium that depends on its pixels alone; zeros if they were not seen."""
@@ -323,17 +324,17 @@ class EncoderRecorder:
         return [_bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)]
 
 
-def _fitting(adapter: Adapter, name: str, rows: Tensor, tokens: int) -> Tensor:
-    """What an adapter's method `name` made of the encoder's values: (visual tokens, ...).
+def _fitting(adapter: Adapter, name: str, rows: Tensor, encoding: EncoderCall) -> Tensor:
+    """What an adapter's method `name` made of the encoder's values, of the tokens in the prompt: (visual tokens, ...).
 
     Raises VTPruneError unless there is one row for each of so many visual tokens.
     """
-    if len(rows) != tokens:
+    if len(rows) != encoding.encoded_tokens:
         raise VTPruneError(
-            f"the adapter {type(adapter).__name__} gives {len(rows)} rows of encoder values for {tokens} visual "
-            f"tokens; override its `{name}`, which says how patches become visual tokens"
+            f"the adapter {type(adapter).__name__} gives {len(rows)} rows of encoder values for the "
+            f"{encoding.encoded_tokens} visual tokens; override its `{name}`, which says how patches become tokens"
         )
-    return rows
+    return encoding.in_prompt(rows)
 
 
 def _bit_sum(pixels: Tensor) -> int:

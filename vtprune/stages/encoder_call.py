@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.errors import UnsupportedStageError
 from vtprune.stages.in_encoder import EncoderMerge
 from vtprune.tokens import Medium
 
@@ -39,6 +40,9 @@ class EncoderCall:
     """What was merged inside the encoder; None if nothing was to be."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, tokens, dim), what it put out; only for the layers asked for."""
+    placed: Tensor | None = None
+    """(encoded tokens,) bool: those that the model puts into the prompt; `media` and `features` have these alone. None
+    for all."""
     seconds: float = 0.0
     selection_flops: int = 0
     """FLOPs of the choices inside the encoder; only if they are counted."""
@@ -47,9 +51,37 @@ class EncoderCall:
     def features(self) -> Tensor:
         """(tokens of all media, dim): what goes to the language model."""
         pooled = self.pooled
-        return pooled.flatten(0, -2) if torch.is_tensor(pooled) else torch.cat([f.flatten(0, -2) for f in pooled])
+        rows = pooled.flatten(0, -2) if torch.is_tensor(pooled) else torch.cat([f.flatten(0, -2) for f in pooled])
+        return self.in_prompt(rows)
 
     @property
     def tokens(self) -> int:
         """Visual tokens of all media."""
         return sum(map(len, self.media))
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Those that the model leaves out of the prompt included."""
+        return self.tokens if self.placed is None else len(self.placed)
+
+    def place(self, media: list[Medium], placed: Tensor | None) -> None:
+        """Note the layout of all encoded media, and which of their tokens the model puts into the prompt.
+
+        Raises UnsupportedStageError if that is said of another number of tokens.
+        """
+        self.placed = placed
+        if placed is None:
+            self.media = media
+            return
+        lengths = [len(medium) for medium in media]
+        if sum(lengths) != len(placed):
+            raise UnsupportedStageError(
+                f"{sum(lengths)} {self.kind} tokens were encoded, but the call says of {len(placed)} which are in the "
+                "prompt, as it does for beams and several answers; ask for one answer without beams"
+            )
+        parts = placed.cpu().split(lengths)
+        self.media = [medium.only(kept) for medium, kept in zip(media, parts, strict=True)]
+
+    def in_prompt(self, rows: Tensor) -> Tensor:
+        """Rows of all encoded tokens -> those of the tokens in the prompt."""
+        return rows if self.placed is None else rows[self.placed.to(rows.device)]

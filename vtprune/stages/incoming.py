@@ -97,6 +97,8 @@ class Incoming:
     cache: Cache | None
     """The KV cache that the outer model was called with."""
     behind: Behind
+    placed: dict[str, Tensor | None]
+    """Kind -> see `Adapter.prompt_tokens`."""
     packed: bool
     """Whether the rows of the call may hold several samples, one after another."""
 
@@ -115,6 +117,7 @@ class Incoming:
             encoded=encoded,
             cache=cache_of(kwargs),
             behind=behind,
+            placed={kind: adapter.prompt_tokens(kind, kwargs) for kind in (*pixels, *encoded)},
             packed=_is_packed(kwargs),
         )
 
@@ -251,7 +254,7 @@ def _media_in_prompt(
     # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
     kinds = [kind for kind in adapter.visual_token_ids if kind in incoming.kinds]
     visual = [_columns_of(adapter, incoming, kind, hidden) & real for kind in kinds]
-    encodings = [recorder.encoding(kind, incoming.encoded.get(kind)) for kind in kinds]
+    encodings = [recorder.encoding(kind, incoming.encoded.get(kind), incoming.placed.get(kind)) for kind in kinds]
     media = Media.find(visual, encodings, adapter.tiles_adjoin)
     if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
         raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")

@@ -207,14 +207,16 @@ def look(model, inputs: dict[str, Tensor]) -> Vision:
     ids = inputs["input_ids"][0]
     columns, deepstack = [ids[:0]], []
     features = [model.get_input_embeddings()(ids[:0])]
-    for _, placeholders, _, output in encoded(model, inputs):
+    for kind, placeholders, _, output in encoded(model, inputs):
         columns.append(placeholders)
         deepstack.append(_deepstack(output))
         entering = _features(model, output)
         if entering is None:  # all that there is of these tokens is added in layers
             features.append(torch.zeros_like(deepstack[-1][0]))
         else:
-            features.append(torch.cat([part.flatten(0, -2) for part in entering]))
+            rows = torch.cat([part.flatten(0, -2) for part in entering])
+            left = inputs.get("video_compression_mask") if kind == "video" else None
+            features.append(rows if left is None else rows[left])
     where, order = torch.cat(columns).sort()
     layers = deepstack[0] if deepstack else {}
     stacked = {layer: torch.cat([of_kind[layer] for of_kind in deepstack])[order] for layer in layers}

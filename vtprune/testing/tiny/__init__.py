@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vtprune.testing.tiny import (
     cohere_vision,
+    cosmos3,
     gemma,
     glm_v,
     granite,
@@ -19,6 +20,7 @@ from vtprune.testing.tiny import (
     qwen_omni,
     qwen_vl,
     sam,
+    video_llama3,
 )
 from vtprune.testing.tiny.family import Family
 
@@ -40,6 +42,8 @@ _FILES = (
     granite,
     lfm_vl,
     llama4,
+    cosmos3,
+    video_llama3,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
