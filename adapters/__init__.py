@@ -21,6 +21,7 @@ from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
+from vtprune.adapters.kimi_k25 import KimiK25
 from vtprune.adapters.lfm_vl import Lfm2VL, Lfm3VL
 from vtprune.adapters.llama4 import Llama4
 from vtprune.adapters.llava import Llava
@@ -28,7 +29,7 @@ from vtprune.adapters.llava_next import LlavaNext
 from vtprune.adapters.llava_next_video import LlavaNextVideo
 from vtprune.adapters.llava_onevision import LlavaOnevision
 from vtprune.adapters.minicpm import MiniCPMV, MiniCPMV4_7
-from vtprune.adapters.mistral3 import LightOnOcr, Mistral3
+from vtprune.adapters.mistral3 import LightOnOcr, Mistral3, MistralLarge4
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paddleocr_vl import PaddleOcrVL
 from vtprune.adapters.paligemma import PaliGemma
@@ -95,6 +96,8 @@ for _adapter in (
     Cosmos3Edge,
     Cosmos3Omni,
     VideoLlama3,
+    KimiK25,
+    MistralLarge4,
 ):
     register_adapter(_adapter)
 

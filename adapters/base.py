@@ -42,8 +42,8 @@ class Adapter(ABC):
     """Whether tokens can be merged between encoder layers: all patches of a crop see one another, without masks or
     rotary embeddings."""
     carries_state: ClassVar[bool] = False
-    """Whether layers of the family's language model carry a state from token to token, so that no tokens can be dropped
-    inside it; for tables. Of a model that is loaded, its config says so."""
+    """Whether layers of the family's language model carry a state from token to token, or column numbers from layer to
+    layer, so that no tokens can be dropped inside it; for tables. Of a model that is loaded, its config says so."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     gated_encoder_mlp: ClassVar[bool] = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral Small 3.1 and later, LightOnOCR: the tower of Pixtral, with 2x2 patches merged before the LLM."""
+"""Mistral Small 3.1 and later, Mistral Large 4, LightOnOCR: the tower of Pixtral, with 2x2 patches merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtprune.tokens import Grid, Medium
 
 
 class Mistral3(Pixtral):
-    """`Mistral3ForConditionalGeneration` (Mistral Small 3.1 and 3.2; no paper).
+    """`Mistral3ForConditionalGeneration` (Mistral Small 3.1, 3.2 and 4; no paper).
 
     Like Pixtral-12B, but the projector merges neighbouring patches, `spatial_merge_size` in each direction, into one
     token. Rows and columns that do not fill a merge are cut off.
@@ -61,3 +61,15 @@ class LightOnOcr(Mistral3):
     @property
     def projector(self) -> Any:
         return self.base.vision_projection
+
+
+class MistralLarge4(Mistral3):
+    """`MistralLarge4ForConditionalGeneration` (Mistral Large 4; no paper).
+
+    Like Mistral 3. The language model looks up in an index which columns a token attends to. Several layers share what
+    is found, and may share keys and values, so tokens can be dropped before the language model only.
+    """
+
+    model_types = ("mistral_large4",)
+    family = "Mistral Large 4"
+    carries_state = True

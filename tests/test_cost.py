@@ -27,6 +27,7 @@ from vtprune import cost
 from vtprune.cost.layers import layer_shapes
 from vtprune.errors import ConfigError
 from vtprune.testing import families
+from vtprune.transformers_private import CACHE
 
 TINY = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
 TINY_VISION = dict(
@@ -93,6 +94,20 @@ ROPE = dict(
     rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], partial_rotary_factor=1.0)
 )
 CONVOLUTIONS = TINY | dict(num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"])
+LATENT = TINY | dict(
+    num_key_value_heads=6,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    n_routed_experts=5,
+    num_experts_per_tok=2,
+    n_shared_experts=2,
+    moe_intermediate_size=24,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+)
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -113,13 +128,15 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ),
         ("Cosmos3EdgeTextModel", lambda: hf.Cosmos3EdgeTextConfig(**TINY | ROPE, num_key_value_heads=2, head_dim=16)),
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
+        ("DeepseekV3Model", lambda: hf.DeepseekV3Config(**LATENT, q_lora_rank=None)),
+        ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
         ("Lfm2Model", lambda: hf.Lfm2Config(**CONVOLUTIONS | dict(block_multiple_of=7))),
         ("Lfm3Model", lambda: hf.Lfm3Config(**CONVOLUTIONS, head_dim=16, pad_token_id=0)),
     ],
 )
 @pytest.mark.parametrize(("visual", "text"), [(19, 7), (60, 41)])
-def test_active_experts_and_linear_attention_are_what_torch_counts(model, config, visual, text):
+def test_experts_and_other_attention_are_what_torch_counts(model, config, visual, text):
     if not hasattr(hf, model):
         pytest.skip(f"this release of transformers has no {model}")
     config, tokens = config(), visual + text
@@ -154,6 +171,13 @@ def test_linear_attention_holds_no_keys_and_has_no_published_formula():
     for convention in cost.CONVENTIONS.keys() - {"exact"}:
         with pytest.raises(ConfigError, match=f"'{convention}' knows plain attention only.*qwen3_5_text.*use 'exact'"):
             cost.llm_prefill_flops(config, [1] * 3, 1, convention)
+
+
+def test_latent_attention_caches_a_short_vector_and_the_rotated_key():
+    config = hf.DeepseekV3Config(**LATENT, q_lora_rank=None)
+    cache = hf.DeepseekV3Model(config)(inputs_embeds=torch.randn(1, 9, config.hidden_size), use_cache=True)[CACHE]
+    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    assert cost.kv_bytes(config, [9] * 3, dtype_bytes=4) == sum(held) == 3 * 9 * (20 + 4) * 4
 
 
 def test_exact_prefill_adds_layers_of_different_lengths():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtprune.ops.attention import attention_rows
 from vtprune.stages.layout import take_columns
-from vtprune.transformers_private import Scored, output_width, scored
+from vtprune.transformers_private import Scored, output_width, projections, scored
 
 ROWS_AT_A_TIME = 256
 """Rows whose attention is in memory at a time."""
@@ -91,7 +91,7 @@ class RowContext:
         shape, device = (len(rows), places.ids.shape[1]), places.ids.device
         queries, keys = (
             torch.ones(*shape, output_width(attention, projection), device=device)
-            for projection in ("q_proj", "k_proj")
+            for projection in projections(attention) or ()
         )
         rope = _map_rope(lambda t: t if t.is_complex() else t.float(), places.rope)
         turned = scored(attention, queries, keys, rope, places.ids, norms=False)
@@ -127,9 +127,9 @@ class RowContext:
 def decoder_attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, context: RowContext) -> Tensor:
     """Attention of chosen query rows over the current columns of one decoder layer.
 
-    queries: (batch, r, heads * head_dim), outputs of `q_proj` for the rows; keys: (batch, n, kv heads * head_dim),
-    outputs of `k_proj` for all columns; rows: (batch, r) long, the rows' columns. Returns (batch, heads, r, n) float32;
-    mass on cached keys and on sinks counts in the softmax and is then left out.
+    queries: (batch, r, heads * head_dim), projected ones of the rows; keys: (batch, n, kv heads * head_dim), projected
+    ones of all columns, or compressed ones of latent attention; rows: (batch, r) long, the rows' columns. Returns
+    (batch, heads, r, n) float32; mass on cached keys and on sinks counts in the softmax and is then left out.
     """
     q, k = context.scored(queries, None, rows), context.scored(None, keys)
     mask = context.visible(rows.to(keys.device))
@@ -142,7 +142,7 @@ def cached_attention_row(
 ) -> Tensor:
     """Attention of one query a sample over the keys in a cache, (batch, heads, n) float32.
 
-    queries: (batch, 1, heads * head dim), output of `q_proj`; keys: (batch, kv heads, n, head dim), as cached; visible:
+    queries: (batch, 1, heads * head dim), projected; keys: (batch, kv heads, n, head dim), positions applied; visible:
     (batch, n) bool; places: of the queries.
     """
     places = places.to(queries.device)
@@ -154,8 +154,9 @@ class LayerAttention:
     """The attention of one decoder layer over the current columns of a prompt: what a signal reads it from."""
 
     def __init__(self, context: RowContext, queries: Callable[[Tensor | None], Tensor], keys: Callable[[], Tensor]):
-        """queries: columns (batch, r), None for all -> outputs of `q_proj`, (batch, r, heads * head dim).
-        keys: gives the outputs of `k_proj` for all columns, (batch, n, kv heads * head dim)."""
+        """queries: columns (batch, r), None for all -> projected queries, (batch, r, heads * head dim).
+        keys: gives the projected keys of all columns, (batch, n, kv heads * head dim), compressed ones of latent
+        attention."""
         self.context = context
         self._queries, self._make_keys = queries, keys
 

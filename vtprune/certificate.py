@@ -17,7 +17,15 @@ from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, RowContext, decoder_attention_rows
 from vtprune.errors import UncheckedError, UnsupportedStageError
 from vtprune.stages.layout import last_axis
-from vtprune.transformers_private import attention_input, eager_weights, is_own, is_tested_release
+from vtprune.transformers_private import (
+    attention_input,
+    eager_weights,
+    is_own,
+    is_tested_release,
+    project_keys,
+    project_queries,
+    projections,
+)
 
 TESTED_TEXT_MODELS = frozenset(
     {
@@ -27,6 +35,7 @@ TESTED_TEXT_MODELS = frozenset(
         "cohere",
         "cohere2",
         "cosmos3_edge_text",
+        "deepseek_v3",
         "diffllama",
         "ernie4_5",
         "exaone4",
@@ -48,6 +57,7 @@ TESTED_TEXT_MODELS = frozenset(
         "llama4_text",
         "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
         "nemotron",
         "olmo",
@@ -91,7 +101,7 @@ def check_attention(adapter: Adapter, layer: int, *, of_input: bool) -> None:
     """
     module = adapter.decoder_layers[layer]
     attention = getattr(module, "self_attn", None)
-    missing = [name for name in ("q_proj", "k_proj") if not hasattr(attention, name)]
+    missing = [] if projections(attention) else [n for n in ("q_proj", "k_proj") if getattr(attention, n, None) is None]
     if of_input and not hasattr(module, "input_layernorm"):
         missing.append("input_layernorm")
     if missing:
@@ -169,7 +179,8 @@ def _row_error(adapter: Adapter, layer: int, of_input: bool) -> tuple[float, flo
     # Weights that are nearly equal say nothing about how they came about.
     for gain in (1.0, 4.0, 16.0):
         hidden = entering * gain
-        got = decoder_attention_rows(attention.q_proj(hidden), attention.k_proj(hidden), rows, context)
+        queries, keys = project_queries(attention, hidden), project_keys(attention, hidden)
+        got = decoder_attention_rows(queries, keys, rows, context)
         if got[:, :, -1].std(-1).mean() > 0.05:
             break
     expected = eager_weights(attention, hidden, places.rope, places.ids).float()

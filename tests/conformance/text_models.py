@@ -47,6 +47,17 @@ _SMALL: dict[str, Any] = dict(
     query_pre_attn_scalar=16,
 )
 """Fields of text configs, each given to those that have it."""
+_LATENT = dict(
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    kv_lora_rank=32,
+    q_lora_rank=32,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    num_key_value_heads=4,
+)
 _OTHERS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -54,18 +65,8 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "llama4_text": {"no_rope_layers": [1, 0] * 2, "moe_layers": [1, 3]},
     "smollm3": {"no_rope_layers": [1, 0] * 2},
     "ministral3": {"sliding_window": None},
-    "mistral4": {
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 16,
-        "kv_lora_rank": 32,
-        "q_lora_rank": 32,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-    },
+    "deepseek_v3": _LATENT | {"first_k_dense_replace": 2, "q_lora_rank": None},
+    "mistral4": _LATENT | {"head_dim": 32},
 }
 
 EVERYTHING = [
@@ -99,6 +100,8 @@ EVERYTHING = [
     "bitnet",
     "llama4_text",
     "ministral3",
+    "deepseek_v3",
+    "mistral4",
 ]
 """Language models on which methods of all stages are right."""
 SEEN_WHILE_RUNNING = ["olmo2", "olmo3", "exaone4", "apertus"]
@@ -107,7 +110,6 @@ BEFORE = {
     "phi3": "no q_proj, k_proj",
     "gpt_neox": "no q_proj, k_proj",
     "persimmon": "no q_proj, k_proj",
-    "mistral4": "no k_proj",
     "lfm2": "state from token to token",
     "qwen3_next": "state from token to token",
     "qwen3_5_text": "state from token to token",

@@ -64,8 +64,8 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
               attention and the three matrices of a gated MLP. Attention is counted over the full N x N square, as FLOP
               counters do, although causality makes half of it unnecessary and some kernels skip it. Of a mixture of
               experts, m is the width of all experts that run for a token, and the choice among them is added. Layers of
-              linear attention by the gated delta rule have a cost of their own, in chunks of 64 tokens. Other layers
-              that carry a state are counted as attention.
+              linear attention by the gated delta rule have a cost of their own, in chunks of 64 tokens; so do those of
+              latent attention (MLA). Other layers that carry a state are counted as attention.
             - `"visual_only"` (FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334): 4n d^2 + 2n^2 d + 2n d m. One FLOP
               per multiply-add, no text, no grouped-query attention, two MLP matrices.
             - `"visual_only_gated"` (TransPrune, arXiv 2507.20630): 4n d^2 + 2n^2 d + 3n d m.
@@ -127,7 +127,7 @@ def encoder_flops(
     matrices = 3 if gated_mlp else 2
     patch = vision_config.patch_size
     area = patch[0] * patch[1] if isinstance(patch, (list, tuple)) else patch**2
-    channels = getattr(vision_config, "num_channels", None) or vision_config.in_channels
+    channels = getattr(vision_config, "num_channels", None) or getattr(vision_config, "in_channels", 3)
     pixels = area * channels * getattr(vision_config, "temporal_patch_size", 1)
     total = 0
     for patches in sequences:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vtprune.cost.mixers.attention import Attention
 from vtprune.cost.mixers.delta_rule import DeltaRule
+from vtprune.cost.mixers.latent_attention import LatentAttention
 from vtprune.cost.mixers.short_conv import ShortConv
 from vtprune.transformers_private import layer_type
 
@@ -22,7 +23,7 @@ class LayerShape:
 
     d: int
     """width of the hidden state"""
-    mixer: Attention | DeltaRule | ShortConv
+    mixer: Attention | DeltaRule | LatentAttention | ShortConv
     m: int
     """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
     gates: int
@@ -40,7 +41,8 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     """The shape of each decoder layer. Layers of one kind share one, because configs are slow to read."""
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
-    attention = Attention.of(config, gated=has_delta)
+    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    attention = LatentAttention.of(config) if is_latent else Attention.of(config, gated=has_delta)
     others: dict[str, DeltaRule | ShortConv] = {}
     if has_delta:
         others["linear_attention"] = DeltaRule.of(config)

@@ -25,12 +25,12 @@ from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.hooks import hidden_of, with_hidden
-from vtprune.stages.layer_view import CutView, Recorded
+from vtprune.stages.layer_view import QUERIES_KEYS, CutView, Recorded
 from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import Stored
 from vtprune.tokens import ModelShape, Selection
-from vtprune.transformers_private import attention_back_end, check_arguments, check_replay, reads_positions
+from vtprune.transformers_private import attention_back_end, check_arguments, check_replay, projections, reads_positions
 
 
 @dataclass
@@ -104,8 +104,8 @@ class InLLMStage(ThreadAware[_Following]):
                 for block in (layer.self_attn, getattr(layer, self.adapter.decoder_mlp)):
                     yield block.register_forward_hook(self._measure(i), with_kwargs=True)
             if i in self._last_use:
-                for name in ("q_proj", "k_proj"):
-                    yield getattr(layer.self_attn, name).register_forward_hook(self._watch(i, name))
+                for what, name in zip(QUERIES_KEYS, projections(layer.self_attn), strict=True):
+                    yield getattr(layer.self_attn, name).register_forward_hook(self._watch(i, what))
 
     def cuts_before(self, layer: int) -> bool:
         """Whether something may be dropped on the input of a decoder layer up to this one."""
@@ -188,11 +188,11 @@ class InLLMStage(ThreadAware[_Following]):
 
         return hook
 
-    def _watch(self, i: int, name: str):
+    def _watch(self, i: int, what: str):
         def hook(module, args, output):
             now = self.now
             if now.call is not None and now.selecting:
-                now.recorded.projected[i, name] = output.detach()
+                now.recorded.projected[i, what] = output.detach()
 
         return hook
 

@@ -19,7 +19,9 @@ from vtprune.stages.call import Call
 from vtprune.stages.encoded import EncodedMedia
 from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.layout import Groups, take_columns
-from vtprune.transformers_private import layer_type
+from vtprune.transformers_private import cached_keys, layer_type, project_keys, project_queries
+
+QUERIES_KEYS = ("queries", "keys")
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Recorded:
     """What was recorded for signals in one forward call of the language model, cut along with the sequence."""
 
     projected: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """Decoder layer and projection -> its output."""
+    """Decoder layer and "queries" or "keys" -> what the layer projected."""
     places: dict[int, Places] = field(default_factory=dict)
     """Decoder layer -> the positions that it was given."""
     measured: dict[tuple[LayerSignal, int], Tensor] = field(default_factory=dict)
@@ -43,8 +45,8 @@ class Recorded:
 
     def forget(self, layer: int) -> None:
         """Release the projections of a decoder layer: queries of whole prompts are large."""
-        for name in ("q_proj", "k_proj"):
-            self.projected.pop((layer, name), None)
+        for what in QUERIES_KEYS:
+            self.projected.pop((layer, what), None)
         self.places.pop(layer, None)
 
 
@@ -121,7 +123,7 @@ class CutView:
     def attention(self, layer: int) -> LayerAttention:
         if layer == self.layer:
             return self._ahead()
-        queries, keys = (self.recorded.projected.get((layer, name)) for name in ("q_proj", "k_proj"))
+        queries, keys = (self.recorded.projected.get((layer, what)) for what in QUERIES_KEYS)
         if queries is None or keys is None:
             raise UnsupportedStageError(
                 f"the attention of decoder layer {layer} was not kept for the cut on the input of layer {self.layer}; "
@@ -135,11 +137,10 @@ class CutView:
         """The attention of the layer that runs next."""
         layer = self.adapter.decoder_layers[self.layer]
         inner = layer.input_layernorm(self.hidden)
-        project = layer.self_attn.q_proj
         return LayerAttention(
             self._context(self.layer, self.call.places_at(self.layer, self.hidden)),
-            lambda rows: project(inner if rows is None else take_columns(inner, rows)),
-            lambda: layer.self_attn.k_proj(inner),
+            lambda rows: project_queries(layer.self_attn, inner if rows is None else take_columns(inner, rows)),
+            lambda: project_keys(layer.self_attn, inner),
         )
 
     def _context(self, layer: int, places: Places) -> RowContext:
@@ -148,7 +149,7 @@ class CutView:
         config = call.text_config
         sliding = layer_type(config, layer) == "sliding_attention"
         window = config.sliding_window if sliding else None
-        keys = None
+        attention, keys = self.adapter.decoder_layers[layer].self_attn, None
         if call.cache is not None and past:
             if window is not None and past + call.sequence.real.shape[1] > window:
                 raise UnsupportedStageError(
@@ -156,9 +157,10 @@ class CutView:
                     "no longer holds all of the conversation so far"
                 )
             layer_cache = call.cache.layers[layer]
-            keys = (layer_cache.inner if isinstance(layer_cache, PrunedLayer) else layer_cache).keys[:, :, :past]
+            held = layer_cache.inner if isinstance(layer_cache, PrunedLayer) else layer_cache
+            keys = cached_keys(attention, held, past)
         return RowContext(
-            attention=self.adapter.decoder_layers[layer].self_attn,
+            attention=attention,
             places=places,
             real=self.real,
             past_keys=keys,

@@ -36,6 +36,7 @@ from vtprune.stages.slots import CacheContents
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
+    carried,
     check_decoder,
     deepstack_of,
     drop_deepstack,
@@ -120,11 +121,10 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         decoder, depth = self.adapter.language_model, len(self.adapter.decoder_layers)
         check_decoder(decoder)
         states = state_kinds(decoder.config, depth)
-        inside = [part.name for part in active if isinstance(part, InLLM | AfterPrefill)]
-        if states and inside:
+        if states and (inside := [part.name for part in active if isinstance(part, InLLM | AfterPrefill)]):
             raise UnsupportedStageError(
                 f"{', '.join(inside)}: tokens cannot be dropped inside this language model, which has layers that "
-                f"carry a state from token to token ({', '.join(states)}); methods before the LLM work: mmtok, divprune"
+                f"{carried(states)} ({', '.join(states)}); methods before the LLM work: mmtok, divprune"
             )
 
     def install(self) -> Iterator[RemovableHandle]:

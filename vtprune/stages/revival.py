@@ -33,7 +33,14 @@ from vtprune.stages.layout import Groups, compact_columns, last_axis, spread_col
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import CacheContents, PromptTable, Slots, Stored
 from vtprune.tokens import ModelShape
-from vtprune.transformers_private import Cache, attention_back_end, layer_type, reads_positions
+from vtprune.transformers_private import (
+    Cache,
+    attention_back_end,
+    cached_keys,
+    layer_type,
+    projections,
+    reads_positions,
+)
 
 
 @dataclass
@@ -61,7 +68,7 @@ class _Following:
     step: _Step | None = None
     """None outside of such a call."""
     queries: Tensor | None = None
-    """Output of `q_proj` of the layer before the next cut."""
+    """Projected queries of the layer before the next cut."""
 
 
 @dataclass
@@ -107,7 +114,8 @@ class RevivalStage(ThreadAware[_Following]):
         for i, layer in enumerate(self.adapter.decoder_layers):
             yield layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
             if i + 1 in self.cuts:
-                yield layer.self_attn.q_proj.register_forward_hook(self._watch)
+                queries, _ = projections(layer.self_attn)
+                yield getattr(layer.self_attn, queries).register_forward_hook(self._watch)
 
     def check(self, call: Call, replayed: bool) -> None:
         """Raise UnsupportedStageError unless what a prefill leaves can be worked on; nothing is changed."""
@@ -285,14 +293,15 @@ class RevivalStage(ThreadAware[_Following]):
         before = step.layers[i - 1]
         table, view = step.table, step.views[bisect_right(self.cuts, i - 1)]
         columns = before.slots.columns
-        keys = before.inner.keys
+        attention = self.adapter.decoder_layers[i - 1].self_attn
+        keys = cached_keys(attention, before.inner)
         last = torch.where(step.new >= 0, torch.arange(step.new.shape[1], device=columns.device), 0).amax(1)
         row = (last + step.revived.shape[1])[:, None]
         weights = cached_attention_row(
             take_columns(self.now.queries, row),
             keys,
             self._visible(columns).to(keys.device),
-            self.adapter.decoder_layers[i - 1].self_attn,
+            attention,
             view.places.take(row),
         )
         rows = torch.arange(len(columns), device=columns.device)

@@ -26,7 +26,7 @@ from vtprune.testing.tiny import FAMILIES
 NAMES = tuple(FAMILIES)
 """All families, those included that the installed transformers lacks."""
 CARRY_STATE = tuple(name for name, family in FAMILIES.items() if family.carries_state)
-"""Families whose language models have layers that carry a state from token to token: nothing can go inside them."""
+"""Families whose language models have layers that carry a state, or an index: nothing can go inside them."""
 PRUNED_INSIDE = tuple(name for name in NAMES if name not in CARRY_STATE)
 """Families inside whose language models tokens can go."""
 ALWAYS_EAGER = tuple(name for name, family in FAMILIES.items() if family.always_eager)

@@ -105,6 +105,7 @@ def recompute(
         entering = torch.isin(columns, torch.cat([text, kept[0]]))
         if not entering.all():
             original = (entering.cumsum(0) - 1).expand(*original.shape)
+    handed = _handed_on(decoder)
     for index, (layer, alive) in enumerate(zip(decoder.layers, kept, strict=True)):
         assert torch.isin(alive, vision.columns).all(), "these are not visual columns"
         wanted = torch.cat([text, alive])
@@ -126,13 +127,17 @@ def recompute(
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
-        hidden = layer(
+        output = layer(
             hidden[None],
             attention_mask=mask,
             position_embeddings=None if kind == "conv" else _rotary(decoder, kind, hidden[None], place),
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
-        )[0]
+            **handed,
+        )
+        if "prev_topk_indices" in handed:
+            output, handed["prev_topk_indices"] = output
+        hidden = output[0]
         if index + 1 in vision.deepstack:
             added = hidden.new_zeros(len(ids), hidden.shape[-1])
             features = vision.deepstack[index + 1]
@@ -170,6 +175,13 @@ def _rotary(decoder, kind: str, hidden: Tensor, places: Tensor):
 def _final_norm(decoder):
     """What the output of the last layer goes through."""
     return next(getattr(decoder, name) for name in ("norm", "embedding_norm") if hasattr(decoder, name))
+
+
+def _handed_on(decoder) -> dict[str, Any]:
+    """Arguments of the first layer that hand something on to later ones, where layers take them."""
+    given = {"prev_topk_indices": None, "shared_kv_states": {}}
+    accepted = inspect.signature(type(decoder.layers[0]).forward).parameters
+    return {name: value for name, value in given.items() if name in accepted}
 
 
 _ROPE_ARGUMENTS = {"video_second_per_grid": "second_per_grids"}

@@ -33,8 +33,12 @@ from vtprune.transformers_private.capture import EncoderScores, Scored
 from vtprune.transformers_private.classes import is_language_model, is_remote_code, multimodal_classes
 from vtprune.transformers_private.decoder_attention import (
     attention_input,
+    cached_keys,
     eager_weights,
     output_width,
+    project_keys,
+    project_queries,
+    projections,
     reads_positions,
     scored,
 )
@@ -45,6 +49,7 @@ from vtprune.transformers_private.encoder_attention import (
     query_key_projections,
 )
 from vtprune.transformers_private.layers import (
+    carried,
     check_decoder,
     check_replay,
     create_missing_layers,
@@ -80,6 +85,8 @@ __all__ = [
     "attention_back_end",
     "attention_input",
     "cache_of",
+    "cached_keys",
+    "carried",
     "check_arguments",
     "check_decoder",
     "check_release",
@@ -109,6 +116,9 @@ __all__ = [
     "longest_prunable",
     "multimodal_classes",
     "output_width",
+    "project_keys",
+    "project_queries",
+    "projections",
     "query_key_projections",
     "qwen2_5_vl_window_order",
     "reads_positions",

@@ -42,6 +42,54 @@ def _works_with_positions(cls: type) -> bool:
     return any(node not in handed_on for node in names)
 
 
+_TO_LATENT = ("q_a_proj", "q_a_layernorm")
+"""What makes a token's latent vector that `q_b_proj` expands, in latent attention (MLA)."""
+
+
+def projections(attention: nn.Module) -> tuple[str, str] | None:
+    """Names of the projections whose outputs `scored` takes as queries and as keys; None if they are not known.
+
+    Latent attention (MLA) has them in steps: the last one of the queries, the first one of the keys, which holds them
+    compressed.
+    """
+    for queries in ("q_proj", "q_b_proj"):
+        for keys in ("k_proj", "kv_a_proj_with_mqa"):
+            if getattr(attention, queries, None) is not None and getattr(attention, keys, None) is not None:
+                return queries, keys
+    return None
+
+
+def project_queries(attention: nn.Module, hidden: Tensor) -> Tensor:
+    """(batch, n, dim), what enters an attention module -> queries (batch, n, heads * head dim), as `scored` takes
+    them."""
+    name = _names(attention)[0]
+    for step in (*_TO_LATENT, name) if name == "q_b_proj" else (name,):
+        hidden = getattr(attention, step)(hidden)
+    return hidden
+
+
+def project_keys(attention: nn.Module, hidden: Tensor) -> Tensor:
+    """(batch, n, dim), what enters an attention module -> keys (batch, n, width), as `scored` takes them."""
+    return getattr(attention, _names(attention)[1])(hidden)
+
+
+def cached_keys(attention: nn.Module, layer: Any, count: int | None = None) -> Tensor:
+    """(batch, kv heads, n, head dim): the keys that a cache layer of an attention module holds, as they are scored.
+
+    count: of the first so many columns; None for all.
+    """
+    expand = getattr(attention, "expand_kv", None)  # of latent attention, which caches keys and values compressed
+    keys = layer.keys[:, :, :count]
+    return keys if expand is None else expand(keys, layer.values[:, :, :count])[0]
+
+
+def _names(attention: nn.Module) -> tuple[str, str]:
+    names = projections(attention)
+    if names is None:
+        raise UnsupportedStageError(f"the projections of {type(attention).__name__} are not known")
+    return names
+
+
 def scored(
     attention: nn.Module,
     queries: Tensor | None,
@@ -58,23 +106,30 @@ def scored(
 
     Args:
         attention: the layer's attention module.
-        queries: (batch, n, heads * head dim), output of `q_proj`; None if only the keys are of interest.
-        keys: (batch, n, kv heads * head dim), output of `k_proj`; None if only the queries are.
+        queries: (batch, n, heads * head dim), output of the first one of `projections`; None if only the keys are of
+            interest.
+        keys: (batch, n, width), output of the second one; None if only the queries are of interest.
         rope: what the language model hands its layers as `position_embeddings`, for n columns.
         positions: (batch | 1, n) position ids.
-        norms: whether queries and keys are normalised, where the layer does so.
+        norms: whether queries and keys are normalised, where the layer does so. Without, compressed keys become ones
+            where no rotation applies.
 
     Raises UnsupportedStageError if the layer does not work that way.
     """
     hidden = keys if queries is None else queries
-    given = {"q_proj": queries, "k_proj": keys, "v_proj": None}
+    query_name, key_name = _names(attention)
+    given = {query_name: queries, key_name: keys, "v_proj": None}
     children: dict[str, nn.Module] = {
         name: Given(_zeros(attention, name, hidden, rope) if output is None else output)
         for name, output in given.items()
         if name in attention._modules
     }
+    if query_name == "q_b_proj":
+        children |= {name: nn.Identity() for name in _TO_LATENT}
     if not norms:
         children |= {name: nn.Identity() for name in attention._modules if "norm" in name}
+        if "kv_b_proj" in attention._modules:
+            children["kv_b_proj"] = Given(hidden.new_ones(*hidden.shape[:2], output_width(attention, "kv_b_proj")))
     twin = replica(attention, CAPTURE, **children)
     try:
         with capturing():
@@ -85,12 +140,17 @@ def scored(
 
 
 def output_width(attention: nn.Module, projection: str) -> int:
-    """Width of the output of `q_proj`, `k_proj` or `v_proj`."""
+    """Width of the output of a projection of queries, keys or values."""
     width = getattr(getattr(attention, projection), "out_features", None)
     if width is not None:
         return width
     # Not every quantised layer says so.
     config = attention.config
+    if getattr(attention, "kv_lora_rank", None) is not None:
+        compressed = attention.kv_lora_rank + attention.qk_rope_head_dim
+        expanded = attention.num_heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        queries = attention.num_heads * attention.qk_head_dim
+        return {"kv_a_proj_with_mqa": compressed, "kv_b_proj": expanded}.get(projection, queries)
     return attention.head_dim * (config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads)
 
 

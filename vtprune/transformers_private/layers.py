@@ -21,6 +21,9 @@ ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_att
 _STATE_KINDS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 """Kinds of decoder layers with a state that each token changes; "hybrid" ones hold keys and values, too."""
 
+_INDEXED = "indexed_attention"
+"""Kind of decoder layers that attend to the keys of some columns only, which they look up in an index."""
+
 
 def layer_type(config: Any, layer: int) -> str:
     """Kind of a decoder layer, as transformers names it: "full_attention", "linear_attention", ..."""
@@ -31,17 +34,23 @@ def layer_type(config: Any, layer: int) -> str:
 
 
 def state_kinds(config: Any, layers: int) -> list[str]:
-    """Kinds of decoder layers that carry a state from token to token (convolutions, linear attention, Mamba), sorted.
+    """Kinds of decoder layers inside which no token can go, sorted: those that carry a state from token to token
+    (convolutions, linear attention, Mamba), and `_INDEXED` ones, which hand numbers of columns on to later layers.
 
     Raises UnsupportedModelError if a layer is of a kind that is not known.
     """
     kinds = {layer_type(config, layer) for layer in range(layers)} - ATTENTION_KINDS
-    if strange := sorted(kinds - _STATE_KINDS):
+    if strange := sorted(kinds - _STATE_KINDS - {_INDEXED}):
         raise UnsupportedModelError(
             f"the language model {config.model_type!r} has layers of a kind that is not known: {', '.join(strange)}; "
             f"{releases()}"
         )
     return sorted(kinds)
+
+
+def carried(kinds: list[str]) -> str:
+    """What layers of some `state_kinds` do, in words."""
+    return "look their keys up by column number" if kinds == [_INDEXED] else "carry a state from token to token"
 
 
 def longest_prunable(config: Any, layers: int) -> int | None:

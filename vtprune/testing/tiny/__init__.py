@@ -11,6 +11,7 @@ from vtprune.testing.tiny import (
     granite,
     idefics3,
     internvl,
+    latent,
     lfm_vl,
     llama4,
     llava,
@@ -44,6 +45,7 @@ _FILES = (
     llama4,
     cosmos3,
     video_llama3,
+    latent,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
