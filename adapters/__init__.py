@@ -13,12 +13,15 @@ from vtprune.adapters.base import Adapter
 from vtprune.adapters.clip import TransformersEncoder
 from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
+from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from vtprune.adapters.encoder import EncoderAdapter
+from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
+from vtprune.adapters.idefics2 import Aria, Idefics2
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.kimi_k25 import KimiK25
@@ -40,6 +43,7 @@ from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.timm import TimmViT
 from vtprune.adapters.video_llama3 import VideoLlama3
 from vtprune.adapters.video_llava import VideoLlava
+from vtprune.adapters.vipllava import VipLlava
 from vtprune.adapters.wrappers import unwrapped
 from vtprune.errors import ConfigError, UnsupportedModelError
 from vtprune.plugins import load_plugins
@@ -98,6 +102,13 @@ for _adapter in (
     VideoLlama3,
     KimiK25,
     MistralLarge4,
+    VipLlava,
+    DeepseekVL,
+    DeepseekVLHybrid,
+    Janus,
+    FastVLM,
+    Idefics2,
+    Aria,
 ):
     register_adapter(_adapter)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.tokens import Grid, Medium, ModelShape
-from vtprune.transformers_private import rotary_embedding, uses_mrope
+from vtprune.transformers_private import chosen_feature_layers, rotary_embedding, uses_mrope
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
@@ -48,10 +48,14 @@ class Adapter(ABC):
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     gated_encoder_mlp: ClassVar[bool] = False
     """Whether an MLP of the encoder has three matrices (gate, up, down) instead of two; for counting FLOPs."""
+    unmerged: ClassVar[str] = "packed or masked images"
+    """Why they cannot, for messages."""
     layers_unread: ClassVar[str] = ""
     """Why nothing that the encoder's layers compute can be read as of a visual token, as a clause; empty: it can be."""
     features_unread: ClassVar[str] = ""
     """The same of what the projector reads."""
+    gridless: ClassVar[str] = ""
+    """Why visual tokens have no rows and columns, as a clause; empty: they have."""
     encoder_uncounted: ClassVar[str] = ""
     """Why FLOPs of the encoder are not counted, as a clause; empty: they are, as those of a ViT."""
     cls_is_last: ClassVar[bool] = False
@@ -222,8 +226,7 @@ class Adapter(ABC):
         -1 is the embedding.
         """
         depth = len(self.encoder_layers())
-        chosen = getattr(self.config, "vision_feature_layer", -1)
-        chosen = [chosen] if isinstance(chosen, int) else chosen
+        chosen = chosen_feature_layers(self.config)
         # Entry 0 of the hidden states is the embedding, so entry i is the output of layer i - 1.
         return [(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in chosen]
 

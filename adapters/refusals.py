@@ -103,15 +103,11 @@ OTHER_PURPOSE = Reason(
 )
 
 _NEEDS = {
-    "aria": "a layout without a grid: the projector makes a fixed number of tokens of an image",
     "cohere_compass": "the layout of Qwen3-VL, and rotations that differ by layer",
     "deepseek_ocr2": "the layout of its tiles, whole view and separator, and of an encoder that is a language model",
-    "deepseek_vl": "the layout of one SigLIP grid an image",
-    "deepseek_vl_hybrid": "the layout of one grid an image, from two encoders",
     "dots3_note": "latent attention (MLA) that looks keys up in an index, with a KV cache of its own",
     "ernie4_5_vl_moe": "token types that are cut along with the tokens, and a resampler that merges frames",
     "exaone4_5": "the layout of Qwen2.5-VL",
-    "fast_vlm": "the layout of one grid an image, from an encoder of timm without attention",
     "fuyu": "a model without a vision encoder: patches of pixels are projected straight into the prompt",
     "gemma3n": "embeddings by layer cut along, layers that share keys and values, and several streams of states",
     "gemma4": "embeddings by layer cut along, layers that share keys and values, and head sizes that differ by layer",
@@ -120,8 +116,6 @@ _NEEDS = {
     "hunyuan_vl": "a layout with newline, start and end tokens among the features",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
     "hyperclovax_vision_v2": "the tower of Qwen2.5-VL over a language model without M-RoPE",
-    "idefics2": "a layout without a grid: a perceiver makes 64 tokens of each tile",
-    "janus": "the layout of one grid an image",
     "minimax_m3_vl": "the layout of Qwen-VL over a language model with sparse attention",
     "molmo2": "the layout of its pooled crops and column tokens, which attend to one another in both directions",
     "muse_glimmer": "the layout of Qwen-VL over layers of which some have no rotation",
@@ -176,7 +170,6 @@ REFUSALS: dict[str, Refusal] = {
     "t5gemma2": Refusal(ENCODER_DECODER),
     "udop": Refusal(ENCODER_DECODER),
     "vibevoice_asr": Refusal(AUDIO),
-    "vipllava": Refusal(NO_ADAPTER, "CONTRIBUTING.md shows one, as an example"),
     "vision-encoder-decoder": Refusal(ENCODER_DECODER),
     "voxtral": Refusal(AUDIO),
     "voxtral_realtime": Refusal(AUDIO),

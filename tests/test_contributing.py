@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import models
-from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+from own_vlm import IMAGE, tiny_own_vlm, two_prompts
 
 import vtprune
 from vtprune import adapters, methods
@@ -48,47 +48,23 @@ def test_the_example_method_prunes():
 
 
 def test_the_example_adapter_prunes():
+    model = tiny_own_vlm((-2, -3, 1))
+    with pytest.raises(vtprune.UnsupportedModelError, match="no adapter for OwnVlm"):
+        vtprune.adapter_for(model)
     run_example("adapter")
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=32)
-    config = VipLlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=31, vision_feature_layer=[-2, -3, 1]
-    )
-    model = VipLlavaForConditionalGeneration(config).eval()
-    assert vtprune.adapter_for(model).shape.feature_layer == 2
-    ids = torch.tensor([[1, *[31] * 16, 5, 6]])
+    assert vtprune.adapter_for(model).shape == vtprune.ModelShape(6, 6, feature_layer=4, has_cls=True)
+    ids = torch.tensor([[1, *[IMAGE] * 16, 5, 6]])
     for name in ("vtc_cls", "mmtok", "fastv", "pool"):
         with torch.no_grad(), vtprune.prune(model, name, keep_ratio=0.5) as session:
             model.generate(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), max_new_tokens=2)
         assert session.report.keep_ratio == pytest.approx(0.5, abs=0.03)
 
 
-def tiny_vipllava():
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2)
-    config = VipLlavaConfig(
-        vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8),
-        text_config=LlamaConfig(**small, vocab_size=32, pad_token_id=0, eos_token_id=None),
-        image_token_index=31,
-        vision_feature_layers=[-2, -3],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = VipLlavaForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id = 0
-    return model
-
-
 def test_the_examples_pass_the_checks(one_thread):
     run_example("method"), run_example("adapter")
-    checks, model = run_example("checks"), tiny_vipllava()
+    checks = run_example("checks")
     checks["test_the_method_keeps_the_promises"]()
-    ids = torch.tensor([[0, 0, 1, 4, *[31] * 16, 5, 6], [1, 8, 9, 4, *[31] * 16, 5, 6]])
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    checks["test_the_adapter_keeps_the_promises"](
-        model, {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
-    )
+    checks["test_the_adapter_keeps_the_promises"](*two_prompts())
 
 
 def test_the_example_task_is_right():
@@ -98,22 +74,16 @@ def test_the_example_task_is_right():
 
 
 USE_OF_THE_PACKAGE = """
-import torch, vtprune
-from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+import sys
+sys.path[:0] = [{tests!r}]
+import vtprune
+from own_vlm import two_prompts
 from vtprune.cli import app
 
-small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
-config = VipLlavaConfig(
-    vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8),
-    text_config=LlamaConfig(**small, vocab_size=32),
-    image_token_index=31,
-    vision_feature_layers=[-2, -3],
-)
-model = VipLlavaForConditionalGeneration(config).eval()
+model, inputs = two_prompts()
 print(type(vtprune.adapter_for(model)).__module__)
 with vtprune.prune(model, "divprune", keep_ratio=0.25) as session:
-    ids, pixels = torch.tensor([[1, *[31] * 16, 5]]), torch.randn(1, 3, 32, 32)
-    model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=2)
+    model.generate(**inputs, max_new_tokens=2)
 print(session.report.final_tokens)
 app(["models"])
 """
@@ -123,14 +93,14 @@ def test_an_adapter_in_a_package_of_its_own_is_found(tmp_path):
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()
     (source / "pyproject.toml").write_text(example("package"))
-    (source / "vtprune_vipllava.py").write_text(example("adapter"))
+    (source / "vtprune_own_vlm.py").write_text(example("adapter"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
     subprocess.run([*pip, "--no-build-isolation", "--target", site, source], check=True)
     environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-c", USE_OF_THE_PACKAGE]
+    command = [sys.executable, "-c", USE_OF_THE_PACKAGE.format(tests=str(Path(__file__).parent))]
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert result.stdout.splitlines()[:2] == ["vtprune_vipllava", "[4]"]
-    assert "VipLLaVA" in result.stdout
+    assert result.stdout.splitlines()[:2] == ["vtprune_own_vlm", "[4, 4]"]
+    assert "OwnVLM" in result.stdout
 
 
 def test_the_architecture_page_names_what_is_there():

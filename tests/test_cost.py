@@ -130,6 +130,7 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
         ("DeepseekV3Model", lambda: hf.DeepseekV3Config(**LATENT, q_lora_rank=None)),
         ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),
+        ("AriaTextModel", lambda: hf.AriaTextConfig(**TINY, num_key_value_heads=2, moe_num_experts=5)),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
         ("Lfm2Model", lambda: hf.Lfm2Config(**CONVOLUTIONS | dict(block_multiple_of=7))),
         ("Lfm3Model", lambda: hf.Lfm3Config(**CONVOLUTIONS, head_dim=16, pad_token_id=0)),

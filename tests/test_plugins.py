@@ -58,16 +58,11 @@ def test_everything_else_works_beside_a_broken_plugin(installed):
 OUTSIDE = """
 import sys
 sys.path[:0] = [{tests!r}]
-import torch
-from test_contributing import example, tiny_vipllava
+from own_vlm import two_prompts
+from test_contributing import example
 from testing.outside import Gathers, LongStates
 
 exec(example("adapter"))
-
-def two_prompts():
-    ids = torch.tensor([[0, 0, 1, 4, *[31] * 16, 5, 6], [1, 8, 9, 4, *[31] * 16, 5, 6]])
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return tiny_vipllava(), {{"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}}
 """
 
 
@@ -79,7 +74,7 @@ def test_the_matrix_finds_methods_and_models_of_other_packages(tmp_path):
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-package\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text(
         "[vtprune.methods]\na = outside_package:Gathers\nb = outside_package:LongStates\n"
-        "[vtprune.adapters]\na = outside_package:VipLlava\n[vtprune.test_models]\na = outside_package:two_prompts\n"
+        "[vtprune.adapters]\na = outside_package:OwnVLM\n[vtprune.test_models]\na = outside_package:two_prompts\n"
     )
     (tmp_path / "outside_package.py").write_text(OUTSIDE.format(tests=str(tests)))
     matrix = tests / "conformance" / "test_other_packages.py"
@@ -90,5 +85,5 @@ def test_the_matrix_finds_methods_and_models_of_other_packages(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    for cell in ("[gathers]", "[long_states]", "[VipLlavaForConditionalGeneration-divprune]"):
+    for cell in ("[gathers]", "[long_states]", "[OwnVlm-divprune]"):
         assert f"{cell} PASSED" in done.stdout

@@ -14,7 +14,7 @@ from vtprune import adapters
 from vtprune.adapters import list_adapters
 from vtprune.adapters.coverage import coverage
 from vtprune.adapters.llava import Llava
-from vtprune.adapters.refusals import NO_ADAPTER, REFUSALS
+from vtprune.adapters.refusals import REFUSALS
 from vtprune.testing import families
 from vtprune.transformers_private.release import NEWEST, version
 
@@ -95,19 +95,22 @@ def test_of_retrieval_the_tower_alone_can_be_pruned():
 
 
 def test_an_adapter_of_another_package_goes_before_a_reason(monkeypatch):
-    assert REFUSALS["vipllava"].reason is NO_ADAPTER
+    assert "mllama" in REFUSALS
+    with torch.device("meta"):
+        model = hf.MllamaForConditionalGeneration(hf.MllamaConfig())
+    refused(model)
 
-    class VipLlava(Llava):
-        model_types = ("vipllava",)
+    class Mllama(Llava):
+        model_types = ("mllama",)
 
-    monkeypatch.setitem(adapters._ADAPTERS, "vipllava", VipLlava)
-    config = families.shared("llava").config
-    model = hf.VipLlavaForConditionalGeneration(
-        hf.VipLlavaConfig(vision_config=config.vision_config, text_config=config.text_config)
-    )
-    assert isinstance(vtprune.adapter_for(model), VipLlava)
-    (row,) = (row for row in coverage() if row.model_type == "vipllava")
-    assert row.adapter is VipLlava and row.refusal is None
+        @classmethod
+        def refuses(cls, config):
+            return "it is an example"
+
+    monkeypatch.setitem(adapters._ADAPTERS, "mllama", Mllama)
+    assert "it is an example" in refused(model)
+    (row,) = (row for row in coverage() if row.model_type == "mllama")
+    assert row.adapter is Mllama and row.refusal is None
 
 
 # -- remote code ------------------------------------------------------------------------------------------------------

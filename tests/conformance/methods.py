@@ -123,11 +123,17 @@ def needs_cls(name: str) -> bool:
     return any(isinstance(signal, ClsAttention | ClsSimilarity) for signal in signals)
 
 
-def reads_encoder_layers(name: str) -> bool:
-    """Whether it reads what layers of the vision encoder compute."""
+def needs_grid(name: str) -> bool:
+    """Whether it goes by the rows and columns of tokens."""
+    return any(part.needs_grid for part in parts(_ALL[name]))
+
+
+def reads_encoder(name: str, *, layers: bool, features: bool) -> bool:
+    """Whether it reads what the encoder's layers compute, or what the projector reads."""
     signals = [signal for part in parts(_ALL[name]) for signal in part.signals(_SHAPE)]
     taps = [signal.taps(_SHAPE) for signal in signals if isinstance(signal, EncoderSignal)]
-    return any(tap.cls_rows or tap.received or tap.keys or tap.outputs for tap in taps)
+    of_layers = any(tap.cls_rows or tap.received or tap.keys or tap.outputs for tap in taps)
+    return (layers and of_layers) or (features and any(tap.projector_input for tap in taps))
 
 
 def numbered(methods: Spec) -> str:

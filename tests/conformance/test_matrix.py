@@ -23,7 +23,18 @@ from vtprune.transformers_private import CACHE, has_keys
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
 from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal, turn
-from .methods import METHODS, acts, evicts, keep_everything, needs_cls, numbered, reads_encoder_layers, revives, spec
+from .methods import (
+    METHODS,
+    acts,
+    evicts,
+    keep_everything,
+    needs_cls,
+    needs_grid,
+    numbered,
+    reads_encoder,
+    revives,
+    spec,
+)
 
 ATOL = 1e-4
 NEW = 4
@@ -284,7 +295,14 @@ def test_right_padding(name, method):
         torch.testing.assert_close(got, expected[alive], atol=ATOL, rtol=0)
 
 
-SHORTER_TOWERS = {"llava", "llava_next", "video_llava", "paligemma", "paligemma2"} | MEANS_OF_PATCHES.keys()
+SHORTER_TOWERS = {
+    "llava",
+    "llava_next",
+    "video_llava",
+    "paligemma",
+    "paligemma2",
+    "deepseek_vl",
+} | MEANS_OF_PATCHES.keys()
 """Families in whose vision towers the sequence can get shorter: one image a sequence, and no mask."""
 
 WITH_CLS = {"clip_vision_model", "internvl_vision", "llama4_vision_model", "qianfan_ocr_vision"}
@@ -305,10 +323,11 @@ def test_only_what_needs_a_cls_token_is_refused(name):
         expected |= {method for method in METHODS if acts(method, InLayers)}
     if not adapter.merges_in_encoder:
         expected |= {method for method in METHODS if acts(method, InEncoder)}
+    unread = dict(layers=bool(adapter.layers_unread), features=bool(adapter.features_unread))
+    expected |= {method for method in METHODS if reads_encoder(method, **unread)}
+    expected |= {method for method in METHODS if adapter.gridless and needs_grid(method)}
     if name in families.CARRY_STATE:
         expected |= {method for method in METHODS if acts(method, InLLM) or evicts(method)}
-    if vtprune.adapter_for(model).layers_unread:
-        expected |= {method for method in METHODS if reads_encoder_layers(method)}
     assert refused == expected
 
 

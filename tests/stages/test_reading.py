@@ -22,7 +22,7 @@ from vtprune.signals import (
     SampleKeys,
 )
 from vtprune.stages.layout import Groups
-from vtprune.stages.reading import check_encoder, check_signals, signal_reader, visual_tokens
+from vtprune.stages.reading import check_family, check_signals, signal_reader, visual_tokens
 
 from .hand_made import SHAPE, Scripted, ScriptedBefore, ScriptedInside, adapter
 
@@ -63,10 +63,17 @@ def test_what_an_adapter_says_cannot_be_read_is_refused(signal, unread):
         f"scripted_before: {type(signal).__name__} cannot be read of the vision encoder of Odd: ({words}); .*divprune"
     )
     with pytest.raises(UnsupportedStageError, match=name):
-        check_encoder(method, adapter(family="Odd", **unread))
-    check_encoder(method, adapter(family="Odd", layers_unread="", features_unread=""))
+        check_family(method, adapter(family="Odd", **unread))
+    check_family(method, adapter(family="Odd", layers_unread="", features_unread=""))
     other = {key: "" if value else "never mind" for key, value in unread.items()}
-    check_encoder(method, adapter(family="Odd", **other))
+    check_family(method, adapter(family="Odd", **other))
+
+
+def test_methods_that_go_by_rows_and_columns_are_refused_where_there_are_none():
+    pool = vtprune.Pool(keep_ratio=0.5)
+    with pytest.raises(UnsupportedStageError, match="pool goes by rows.* of Odd have none: it resamples; .*divprune"):
+        check_family(pool, adapter(family="Odd", gridless="it resamples", layers_unread="", features_unread=""))
+    check_family(pool, adapter(family="Odd", gridless="", layers_unread="", features_unread=""))
 
 
 @dataclass(frozen=True)

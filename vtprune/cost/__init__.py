@@ -123,7 +123,7 @@ def encoder_flops(
     """
     d = getattr(vision_config, "embed_dim", None) or vision_config.hidden_size
     m = mlp_width or getattr(vision_config, "intermediate_size", None) or int(d * vision_config.mlp_ratio)
-    layers = getattr(vision_config, "depth", None) or vision_config.num_hidden_layers
+    layers = getattr(vision_config, "num_hidden_layers", None) or vision_config.depth  # Janus has both
     matrices = 3 if gated_mlp else 2
     patch = vision_config.patch_size
     area = patch[0] * patch[1] if isinstance(patch, (list, tuple)) else patch**2

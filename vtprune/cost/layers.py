@@ -76,15 +76,21 @@ def _dense_width(config: Any) -> int:
 
 def _expert_widths(config: Any) -> tuple[int, int] | None:
     """`m` and `gates` of a layer with a mixture of experts; None if the model has none."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = _first(config, "num_local_experts", "num_experts", "moe_num_experts")
     if not experts:
         return None
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    width = _first(config, "moe_intermediate_size", "intermediate_size")
     # One of Llama 4's is shared, which its config does not say.
-    shared_experts = 1 if config.model_type == "llama4_text" else getattr(config, "n_shared_experts", None) or 0
+    llama4 = 1 if config.model_type == "llama4_text" else 0
+    shared_experts = llama4 or _first(config, "n_shared_experts", "moe_num_shared_experts") or 0
     weighed = getattr(config, "shared_expert_intermediate_size", 0)
     shared = weighed + width * shared_experts
-    return config.num_experts_per_tok * width + shared, experts + bool(weighed)
+    return _first(config, "num_experts_per_tok", "moe_topk") * width + shared, experts + bool(weighed)
+
+
+def _first(config: Any, *names: str) -> int | None:
+    """The first of several fields that a config has and fills."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _has_experts(config: Any, layers: int) -> list[bool]:

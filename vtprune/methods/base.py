@@ -69,6 +69,8 @@ class Method(ABC):
     paper: ClassVar[str] = "-"
     needs_budget: ClassVar[bool] = True
     """Whether keep_ratio or keep_tokens must be given (a published schedule makes it optional)."""
+    needs_grid: ClassVar[bool] = False
+    """Whether it goes by the rows and columns of tokens; families whose tokens have none are refused."""
 
     keep_ratio: KeepRatio | None = None
     keep_tokens: Annotated[int, Ge(0)] | None = None

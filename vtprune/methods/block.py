@@ -35,6 +35,7 @@ class Block(BeforeLLM):
     name: ClassVar[str] = "block"
     signal: ClassVar[str] = "none"
     paper: ClassVar[str] = "arXiv 2305.07017"
+    needs_grid: ClassVar[bool] = True
 
     seed: Annotated[int, Ge(0)] = 0
 

@@ -37,6 +37,7 @@ class ProgressivePooling(BeforeLLM):
     name: ClassVar[str] = "progressive_pooling"
     signal: ClassVar[str] = "position"
     paper: ClassVar[str] = "arXiv 2409.20018"
+    needs_grid: ClassVar[bool] = True
 
     frames: Annotated[int, Ge(1)] = 2
     ratio: Annotated[float, Ge(1)] = 4.0

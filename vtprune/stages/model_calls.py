@@ -29,7 +29,7 @@ from vtprune.stages.hooks import Uncopied
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
 from vtprune.stages.prefill_report import prefill_report, substitutes, text_report
-from vtprune.stages.reading import check_encoder, check_signals
+from vtprune.stages.reading import check_family, check_signals
 from vtprune.stages.replays import Replays
 from vtprune.stages.revival import RevivalStage
 from vtprune.stages.slots import CacheContents
@@ -99,7 +99,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         parts = [part for method in methods for part in method.parts(shape)]
         for part in parts:
             check_signals(part, shape)
-            check_encoder(part, adapter)
+            check_family(part, adapter)
         signals = [signal for part in parts for signal in part.signals(shape)]
         self._notes = (*notes, *substitutes(methods, shape))
         active = [part for part in parts if part.keep_ratio != 1.0]

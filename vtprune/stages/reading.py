@@ -44,8 +44,13 @@ def check_signals(method: Method, shape: ModelShape) -> None:
                 raise ConfigError(f"{name} lists layers in `measures`, and does not override `measure`")
 
 
-def check_encoder(method: Method, adapter: Adapter) -> None:
-    """Raise UnsupportedStageError if a method of one stage lists a signal that cannot be read of a family's encoder."""
+def check_family(method: Method, adapter: Adapter) -> None:
+    """Raise UnsupportedStageError if a method of one stage needs what an adapter says that its family lacks."""
+    if method.needs_grid and adapter.gridless:
+        raise UnsupportedStageError(
+            f"{method.name} goes by rows and columns, and the visual tokens of {adapter.family} have none: "
+            f"{adapter.gridless}; methods that need none work: divprune, cdpruner"
+        )
     for signal in method.signals(adapter.shape):
         taps = signal.taps(adapter.shape) if isinstance(signal, EncoderSignal) else Taps()
         of_layers = taps.cls_rows or taps.received or taps.keys or taps.outputs

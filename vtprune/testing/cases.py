@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 import vtprune
 from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
@@ -71,15 +70,9 @@ class PromiseBroken(AssertionError):
         """Of all checks, those that passed included."""
 
 
-class _Dictation(LogitsProcessor):
-    """Makes generation say given tokens. tokens: (batch, new tokens), said from column `start` on."""
-
-    def __init__(self, tokens: Tensor, start: int):
-        self.tokens, self.start = tokens, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.start
-        return torch.full_like(scores, float("-inf")).scatter(1, self.tokens[:, step : step + 1], 0.0)
+def _dictation(tokens: Tensor, start: int) -> Callable[[int, Tensor], list[int]]:
+    """What makes generation say given tokens. tokens: (batch, new tokens), said from column `start` on."""
+    return lambda sample, ids: [int(tokens[sample, len(ids) - start])]
 
 
 def largest_difference(got: Tensor, expected: Tensor) -> float:
@@ -145,7 +138,8 @@ class Case:
     def generate(self, inputs: Mapping[str, Tensor], dictated: Tensor | None = None, **options: Any) -> Any:
         """`NEW` tokens with raw logits, greedy unless they are dictated (batch, NEW)."""
         if dictated is not None:
-            options["logits_processor"] = [_Dictation(dictated, inputs["input_ids"].shape[1])]
+            # Janus passes no processors of logits on.
+            options["prefix_allowed_tokens_fn"] = _dictation(dictated, inputs["input_ids"].shape[1])
         return self.model.generate(
             **inputs,
             max_new_tokens=NEW,

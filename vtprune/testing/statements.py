@@ -139,6 +139,8 @@ def _moves(look: Look, encoded: Encoded, layer: nn.Module) -> bool:
 def sequences(look: Look) -> Result:
     """The encoder ran over the stated patches, with a CLS token before each sequence if there is said to be one."""
     adapter = look.adapter
+    if adapter.layers_unread and adapter.encoder_uncounted:
+        raise Refused(f"not checked: {adapter.encoder_uncounted}")
     for encoded in look.encoded:
         seen: list[int] = []
 

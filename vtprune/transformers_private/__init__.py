@@ -64,6 +64,7 @@ from vtprune.transformers_private.layers import (
 )
 from vtprune.transformers_private.masks import attention_back_end, encoder_mask, layer_mask, unmasked_steps
 from vtprune.transformers_private.models import (
+    chosen_feature_layers,
     commit_of,
     gemma3_blocks,
     llava_next_crops,
@@ -91,6 +92,7 @@ __all__ = [
     "check_decoder",
     "check_release",
     "check_replay",
+    "chosen_feature_layers",
     "commit_of",
     "create_missing_layers",
     "deepstack_of",

@@ -10,6 +10,14 @@ from typing import Any
 from torch import Tensor
 
 
+def chosen_feature_layers(config: Any) -> list[int]:
+    """Entries of the encoder's hidden states that a projector reads, as a model's config says it; -1, the last one, if
+    it does not."""
+    # VipLLaVA has its own name up to transformers 5.18, and this one since.
+    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
 def gemma3_blocks(token_types: Tensor) -> Tensor:
     """(batch, n) token types of Gemma 3 -> (batch, n) long: the image of each token, -1 for none."""
     from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask

@@ -9,6 +9,7 @@ from vtprune.testing.tiny import (
     gemma,
     glm_v,
     granite,
+    grid,
     idefics3,
     internvl,
     latent,
@@ -46,6 +47,7 @@ _FILES = (
     cosmos3,
     video_llama3,
     latent,
+    grid,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
