@@ -205,6 +205,9 @@ def test_lm_head_is_what_torch_counts():
         pytest.param(CLIPVisionModel, CLIPVisionConfig(**TINY_VISION), id="clip-cls"),
         pytest.param(SiglipVisionModel, SiglipVisionConfig(**TINY_VISION), id="siglip-pooling-head"),
         pytest.param(SiglipVisionModel, SiglipVisionConfig(**TINY_VISION, vision_use_head=False), id="siglip"),
+        pytest.param(  # its `depth` is that of the projector
+            hf.JanusVisionModel, hf.JanusVisionConfig(**TINY_VISION | {"mlp_ratio": 2.25, "depth": 2}), id="janus"
+        ),
     ],
 )
 def test_encoder_is_what_torch_counts(model_class, config):

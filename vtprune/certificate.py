@@ -31,6 +31,7 @@ TESTED_TEXT_MODELS = frozenset(
     {
         "apertus",
         "arcee",
+        "aria_text",
         "bitnet",
         "cohere",
         "cohere2",

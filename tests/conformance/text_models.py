@@ -102,6 +102,7 @@ EVERYTHING = [
     "ministral3",
     "deepseek_v3",
     "mistral4",
+    "aria_text",
 ]
 """Language models on which methods of all stages are right."""
 SEEN_WHILE_RUNNING = ["olmo2", "olmo3", "exaone4", "apertus"]
