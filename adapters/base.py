@@ -48,8 +48,8 @@ class Adapter(ABC):
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
     gated_encoder_mlp: ClassVar[bool] = False
     """Whether an MLP of the encoder has three matrices (gate, up, down) instead of two; for counting FLOPs."""
-    unmerged: ClassVar[str] = "packed or masked images"
-    """Why they cannot, for messages."""
+    unmerged: ClassVar[str] = ""
+    """Why they cannot, as a clause; empty: for the reason in `layers_unread`, or else images are packed or masked."""
     layers_unread: ClassVar[str] = ""
     """Why nothing that the encoder's layers compute can be read as of a visual token, as a clause; empty: it can be."""
     features_unread: ClassVar[str] = ""
@@ -77,6 +77,11 @@ class Adapter(ABC):
     def refuses(cls, config: Any) -> str | None:
         """Why a config of this family is not supported after all; None if it is."""
         return None
+
+    @classmethod
+    def why_unmerged(cls) -> str:
+        """Why tokens cannot be merged between encoder layers where they cannot."""
+        return cls.unmerged or cls.layers_unread or "packed or masked images"
 
     @classmethod
     def stages(cls) -> tuple[str, ...]:

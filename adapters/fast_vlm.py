@@ -24,7 +24,6 @@ class FastVLM(Adapter):
     layout = "one grid an image"
     merges_in_encoder = False
     layers_unread = "it is a network of timm with convolutions, whose layers hold no sequence of patches"
-    unmerged = layers_unread
     encoder_uncounted = "it is a network of timm with convolutions"
 
     def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:

@@ -19,7 +19,6 @@ class Resampled(Adapter):
     layers_unread: ClassVar[str] = "a resampler makes each visual token of all patches"
     features_unread = layers_unread
     gridless = layers_unread
-    unmerged = layers_unread
 
 
 class Idefics2(Resampled):

@@ -166,7 +166,7 @@ class EncoderCut:
             names = ", ".join(sorted({method.name for method in methods}))
             raise UnsupportedStageError(
                 f"{names}: tokens cannot be merged inside the vision encoder of {adapter.family} "
-                f"({adapter.unmerged}); methods that act behind it work: divprune, cdpruner"
+                f"({adapter.why_unmerged()}); methods that act behind it work: divprune, cdpruner"
             )
 
     def install(self, layers: Sequence[nn.Module]) -> Iterator[RemovableHandle]:

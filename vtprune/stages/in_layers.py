@@ -40,7 +40,7 @@ class TowerCut:
         (method,) = self.methods
         reason = None
         if not self.adapter.merges_in_encoder:
-            reason = self.adapter.unmerged
+            reason = self.adapter.why_unmerged()
         elif len(self.adapter.feature_layers) > 1:
             reason = "the projector reads several layers"
         elif (encoder := self._encoder(kind)) is None:
