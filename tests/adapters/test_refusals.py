@@ -14,7 +14,7 @@ from vtprune import adapters
 from vtprune.adapters import list_adapters
 from vtprune.adapters.coverage import coverage
 from vtprune.adapters.llava import Llava
-from vtprune.adapters.refusals import REFUSALS
+from vtprune.adapters.refusals import NO_ADAPTER, REFUSALS
 from vtprune.testing import families
 from vtprune.transformers_private.release import NEWEST, version
 
@@ -63,11 +63,6 @@ def test_every_reason_is_of_a_class_that_there_is():
         ),
         ("GitForCausalLM", "where its visual tokens are (they are put before the text", "take a family"),
         ("VoxtralForConditionalGeneration", "it reads sound and no images", "vtprune models"),
-        (
-            "VipLlavaForConditionalGeneration",
-            "no adapter for it yet (CONTRIBUTING.md shows one",
-            "CONTRIBUTING.md",
-        ),
         ("Mistral4ForCausalLM", "it is a language model alone", "pass the whole vision-language model"),
         ("GPT2LMHeadModel", "it is a language model alone", "pass the whole vision-language model"),
     ],
@@ -78,6 +73,13 @@ def test_the_error_says_why_and_what_would_help(name, why, helps):
         model = cls(cls.config_class())
     begin, _, end = refused(model).partition("; ")
     assert begin.startswith(f"a {name} cannot be pruned: ") and why in begin and helps in end
+
+
+def test_a_class_without_an_adapter_is_told_what_one_must_handle():
+    yet = [refusal for refusal in REFUSALS.values() if refusal.reason is NO_ADAPTER]
+    for message in (refusal.message("SomeModel") for refusal in yet):
+        begin, _, end = message.partition("; ")
+        assert "no adapter for it yet (an adapter must handle" in begin and "CONTRIBUTING.md" in end
 
 
 @torch.no_grad()

@@ -280,7 +280,7 @@ def test_packed_images_are_split(lengths, calls, parts):
     facts = vtprune.adapter_for(families.shared("llava"))
     facts.encoder_sequences = lambda kind, inputs: lengths
     with recording(adapter=facts) as recorder:
-        found = recorder._by_image(calls, EncoderCall("image", {}))
+        found = recorder._by_image(calls, EncoderCall("image", {}), 0)
     assert [call.queries.shape[2] for call in found] == parts
 
 
@@ -291,7 +291,7 @@ def test_packed_images_that_cannot_be_split_are_an_error():
         recording(adapter=facts) as recorder,
         pytest.raises(VTPruneError, match="states sequences of 4 patches, and the vision encoder attends over 5"),
     ):
-        recorder._by_image([scores(5)], EncoderCall("image", {}))
+        recorder._by_image([scores(5)], EncoderCall("image", {}), 0)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
