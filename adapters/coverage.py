@@ -29,3 +29,11 @@ def coverage() -> list[Coverage]:
         if not names:
             rows.append(Coverage(model_type, class_name, None, REFUSALS.get(model_type)))
     return rows
+
+
+def families() -> list[tuple[type[Adapter], list[str]]]:
+    """Every adapter with the model types that it is for, sorted by the families' names."""
+    types: dict[type[Adapter], list[str]] = {}
+    for model_type, adapter in list_adapters().items():
+        types.setdefault(adapter, []).append(model_type)
+    return sorted(types.items(), key=lambda item: item[0].family.casefold())

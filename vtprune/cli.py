@@ -241,12 +241,12 @@ def models(
     ] = False,
 ) -> None:
     """List the supported model families: what they take, how they lay it out, which stages and signals methods get."""
-    from vtprune.listings import families, print_models
+    from vtprune.listings import print_families, print_models
 
     if every:
         print_models(Console())
     else:
-        Console().print(families())
+        print_families(Console())
 
 
 @app.command()

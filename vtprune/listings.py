@@ -10,23 +10,20 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from vtprune.adapters import list_adapters
-from vtprune.adapters.coverage import Coverage, coverage
+from vtprune.adapters.coverage import Coverage, coverage, families
 from vtprune.methods import list_methods
 from vtprune.methods.schedules import Progressive
 
 
-def families() -> Table:
-    """The families that have an adapter: what they take, how they lay it out, which stages and signals methods get."""
-    types: dict[type, list[str]] = {}
-    for model_type, adapter in list_adapters().items():
-        types.setdefault(adapter, []).append(model_type)
-    table = Table("family", "model type", "media", "visual tokens", "stages", "signals", show_lines=True)
-    for adapter, names in sorted(types.items(), key=lambda item: item[0].family):
-        media = ", ".join(f"{kind}s" for kind in adapter.kinds)
+def print_families(console: Console) -> None:
+    """Print the families that have an adapter: what they take, how they lay it out, which stages and signals methods
+    get."""
+    for adapter, types in families():
+        console.print(f"{adapter.family} [{', '.join(types)}]", style="bold", markup=False, highlight=False)
+        media = " and ".join(f"{kind}s" for kind in adapter.kinds)
         stages, signals = ", ".join(adapter.stages()), ", ".join(adapter.signals())
-        table.add_row(adapter.family, ", ".join(names), media, adapter.layout, stages, signals)
-    return table
+        for line in (f"{media}: {adapter.layout}", f"stages: {stages}", f"signals: {signals}"):
+            console.print(Padding(line, (0, 0, 0, 4), expand=False), markup=False, highlight=False)
 
 
 def print_models(console: Console) -> None:
