@@ -33,6 +33,7 @@ from vtprune.adapters.llava_next_video import LlavaNextVideo
 from vtprune.adapters.llava_onevision import LlavaOnevision
 from vtprune.adapters.minicpm import MiniCPMV, MiniCPMV4_7
 from vtprune.adapters.mistral3 import LightOnOcr, Mistral3, MistralLarge4
+from vtprune.adapters.nemotron_h_omni import NemotronHOmni
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.paddleocr_vl import PaddleOcrVL
 from vtprune.adapters.paligemma import PaliGemma
@@ -96,6 +97,7 @@ for _adapter in (
     GraniteDocling,
     Lfm2VL,
     Lfm3VL,
+    NemotronHOmni,
     Llama4,
     Cosmos3Edge,
     Cosmos3Omni,

@@ -120,7 +120,6 @@ _NEEDS = {
     "molmo2": "the layout of its pooled crops and column tokens, which attend to one another in both directions",
     "muse_glimmer": "the layout of Qwen-VL over layers of which some have no rotation",
     "muse_spark": "the layout of Qwen-VL over layers of which some have no rotation",
-    "nemotron_h_omni": "a language model with layers that are Mamba or experts alone, and a model that is its own base",
     "ovis2": "the layout of tiles; features are mixed from a visual vocabulary",
     "perception_lm": "the layout of its tiles and pooled frames, from an encoder of timm",
     "phi4_multimodal": "features that are written into the prompt inside an embedding module",

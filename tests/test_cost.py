@@ -108,6 +108,17 @@ LATENT = TINY | dict(
     topk_group=1,
     first_k_dense_replace=1,
 )
+NEMOTRON = EXPERTS | dict(
+    layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    ssm_state_size=12,
+    mamba_num_heads=4,
+    mamba_head_dim=20,
+    n_groups=2,
+    chunk_size=32,
+    n_routed_experts=5,
+    moe_intermediate_size=24,
+    moe_shared_expert_intermediate_size=36,
+)
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -132,6 +143,8 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),
         ("AriaTextModel", lambda: hf.AriaTextConfig(**TINY, num_key_value_heads=2, moe_num_experts=5)),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
+        ("NemotronHModel", lambda: hf.NemotronHConfig(**NEMOTRON)),
+        ("NemotronHModel", lambda: hf.NemotronHConfig(**NEMOTRON, moe_latent_size=20)),
         ("Lfm2Model", lambda: hf.Lfm2Config(**CONVOLUTIONS | dict(block_multiple_of=7))),
         ("Lfm3Model", lambda: hf.Lfm3Config(**CONVOLUTIONS, head_dim=16, pad_token_id=0)),
     ],
@@ -151,6 +164,10 @@ def test_experts_and_other_attention_are_what_torch_counts(model, config, visual
         for convolution in convolutions:
             kernel = convolution.kernel_size[0]
             expected -= 2 * convolution.out_channels * kernel * (kernel - 1)
+        if hasattr(layer, "mixer") and hasattr(layer.mixer, "A_log"):  # here each chunk is passed the states of all
+            chunks = math.ceil(tokens / config.chunk_size)
+            state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
+            expected -= 2 * state * ((chunks + 1) ** 2 - chunks)
     assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == expected
 
 

@@ -63,9 +63,9 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
             - `"exact"` (default): 4N d (d_q + d_kv) + 4N^2 d_q + 6N d m. Two FLOPs per multiply-add, grouped-query
               attention and the three matrices of a gated MLP. Attention is counted over the full N x N square, as FLOP
               counters do, although causality makes half of it unnecessary and some kernels skip it. Of a mixture of
-              experts, m is the width of all experts that run for a token, and the choice among them is added. Layers of
-              linear attention by the gated delta rule have a cost of their own, in chunks of 64 tokens; so do those of
-              latent attention (MLA). Other layers that carry a state are counted as attention.
+              experts, m is the width of all experts that run for a token, and the choice among them is added. Linear
+              attention by the gated delta rule, Mamba2, short convolutions and latent attention (MLA) have a cost of
+              their own, the first two in chunks of tokens. Other layers that carry a state are counted as attention.
             - `"visual_only"` (FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334): 4n d^2 + 2n^2 d + 2n d m. One FLOP
               per multiply-add, no text, no grouped-query attention, two MLP matrices.
             - `"visual_only_gated"` (TransPrune, arXiv 2507.20630): 4n d^2 + 2n^2 d + 3n d m.

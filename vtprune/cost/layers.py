@@ -10,6 +10,8 @@ from typing import Any
 from vtprune.cost.mixers.attention import Attention
 from vtprune.cost.mixers.delta_rule import DeltaRule
 from vtprune.cost.mixers.latent_attention import LatentAttention
+from vtprune.cost.mixers.mamba2 import Mamba2
+from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
 from vtprune.transformers_private import layer_type
 
@@ -23,22 +25,26 @@ class LayerShape:
 
     d: int
     """width of the hidden state"""
-    mixer: Attention | DeltaRule | LatentAttention | ShortConv
+    mixer: Attention | DeltaRule | LatentAttention | Mamba2 | Nothing | ShortConv
     m: int
     """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
     gates: int
     """numbers that are computed for each token to choose its experts and to weigh them; 0 without experts"""
     matrices: int = 3
     """of the MLP: gate, up and down, or two of these"""
+    others: int = 0
+    """elements of all other matrices that each token is multiplied with"""
 
     def flops(self, n: float) -> float:
         """FLOPs of the layer for n tokens."""
         mlp = self.matrices * (2 * n * self.d * self.m) + 2 * n * self.d * self.gates
-        return self.mixer.flops(self.d, n) + mlp
+        return self.mixer.flops(self.d, n) + mlp + 2 * n * self.others
 
 
 def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     """The shape of each decoder layer. Layers of one kind share one, because configs are slow to read."""
+    if config.model_type == "nemotron_h":
+        return _lone_parts(config, layers)
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
     is_latent = getattr(config, "kv_lora_rank", None) is not None
@@ -60,6 +66,22 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     kinds = list(zip(types, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
     shapes = {kind: shape(*kind) for kind in set(kinds)}
     return [shapes[kind] for kind in kinds]
+
+
+def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
+    """The shape of each layer of Nemotron-H, which has one part: Mamba2, attention, an MLP or experts."""
+    d, latent = config.hidden_size, config.moe_latent_size
+    experts = config.num_experts_per_tok * config.moe_intermediate_size
+    always = config.moe_shared_expert_intermediate_size
+    # Experts of a latent width have a matrix into it, and one out of it.
+    moe = dict(m=always, others=2 * latent * (d + experts)) if latent else dict(m=always + experts)
+    shapes = {
+        "linear_attention": LayerShape(d, Mamba2.of(config), m=0, gates=0),
+        "full_attention": LayerShape(d, Attention.of(config, gated=False), m=0, gates=0),
+        "mlp": LayerShape(d, Nothing(), m=config.intermediate_size, gates=0, matrices=2),
+        "moe": LayerShape(d, Nothing(), gates=config.n_routed_experts, matrices=2, **moe),
+    }
+    return [shapes[layer_type(config, layer)] for layer in range(layers)]
 
 
 def _dense_width(config: Any) -> int:

@@ -154,7 +154,7 @@ def _rows(name: str, value: Tensor, encoded: Encoded, inputs: Mapping[str, Tenso
         return [int(own.prod(1).sum()) * value.shape[2] for own in sizes.split(media)]
     if len(value) == sum(media):
         return media
-    grid = inputs.get(f"{encoded.kind}_grid_thw")
+    grid = inputs.get(f"{encoded.kind}_grid_thw", inputs.get(f"{encoded.kind}_grid_hw"))
     if grid is not None and len(value) == int(grid.prod(1).sum()):
         return [int(grids.prod(1).sum()) for grids in grid.split(media)]
     if len(value) == len(tokens):

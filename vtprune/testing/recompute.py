@@ -121,7 +121,7 @@ def recompute(
         ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
         place = ranks.expand(*original.shape[:-1], -1) if renumbered else original[..., columns]
-        carries_state = kind in ("linear_attention", "conv")  # and so sees all that came before
+        carries_state = kind in ("linear_attention", "conv", "moe", "mlp")  # sees all that came before, or nothing
         mask = None if carries_state else _mask(model, kind, blocks[columns], hidden.dtype)
         if cached is not None and not carries_state:
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
@@ -130,7 +130,7 @@ def recompute(
         output = layer(
             hidden[None],
             attention_mask=mask,
-            position_embeddings=None if kind == "conv" else _rotary(decoder, kind, hidden[None], place),
+            **_rotary(decoder, kind, hidden[None], place),
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
             **handed,
@@ -159,22 +159,25 @@ def enter(decoder, embeddings: Tensor, vision: Vision) -> Tensor:
 
 def to_logits(model, states: Tensor) -> Tensor:
     """Logits (..., vocabulary) of normalised states (..., dim)."""
-    logits, config = model.get_output_embeddings()(states), model.get_decoder().config
+    head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+    logits, config = head(states), model.get_decoder().config
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None and _reads(type(model), "final_logit_softcapping"):  # PaliGemma does from transformers 5.23 on
         logits = cap * torch.tanh(logits / cap)
     return logits / config.logits_scaling if _reads(type(model), "logits_scaling") else logits
 
 
-def _rotary(decoder, kind: str, hidden: Tensor, places: Tensor):
-    """What layers of a kind are handed as `position_embeddings`."""
+def _rotary(decoder, kind: str, hidden: Tensor, places: Tensor) -> dict[str, Any]:
+    """The rotation that layers of a kind are handed, as an argument; none if nothing is rotated."""
+    if kind == "conv" or not hasattr(decoder, "rotary_emb"):
+        return {}
     per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-    return decoder.rotary_emb(hidden, places, **{"layer_type": kind} if per_type else {})
+    return {"position_embeddings": decoder.rotary_emb(hidden, places, **{"layer_type": kind} if per_type else {})}
 
 
 def _final_norm(decoder):
     """What the output of the last layer goes through."""
-    return next(getattr(decoder, name) for name in ("norm", "embedding_norm") if hasattr(decoder, name))
+    return next(getattr(decoder, name) for name in ("norm", "embedding_norm", "norm_f") if hasattr(decoder, name))
 
 
 def _handed_on(decoder) -> dict[str, Any]:

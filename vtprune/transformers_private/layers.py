@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 from vtprune.transformers_private.arguments import cache_parameter
 from vtprune.transformers_private.release import releases
+
+_WITHOUT_KEYS = tuple(
+    getattr(cache_utils, name)
+    for name in ("LinearAttentionCacheLayerMixin", "DummyLayer")
+    if hasattr(cache_utils, name)
+)
+"""Cache layers that hold no tokens: a state instead, or nothing."""
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of decoder layers that hold nothing but keys and values, one of each a token."""
@@ -23,6 +31,9 @@ _STATE_KINDS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"
 
 _INDEXED = "indexed_attention"
 """Kind of decoder layers that attend to the keys of some columns only, which they look up in an index."""
+
+_ALONE_KINDS = frozenset({"mlp", "moe"})
+"""Kinds of decoder layers that look at each token alone."""
 
 
 def layer_type(config: Any, layer: int) -> str:
@@ -40,6 +51,8 @@ def state_kinds(config: Any, layers: int) -> list[str]:
     Raises UnsupportedModelError if a layer is of a kind that is not known.
     """
     kinds = {layer_type(config, layer) for layer in range(layers)} - ATTENTION_KINDS
+    if kinds & _STATE_KINDS:  # without these, nobody has tried what is in such models
+        kinds -= _ALONE_KINDS
     if strange := sorted(kinds - _STATE_KINDS - {_INDEXED}):
         raise UnsupportedModelError(
             f"the language model {config.model_type!r} has layers of a kind that is not known: {', '.join(strange)}; "
@@ -115,7 +128,7 @@ def is_prunable(layer: Any) -> bool:
     """Whether tokens can go missing in a cache layer: one that grows, or that holds no tokens at all."""
     if has_keys(layer):
         return not layer.is_compileable
-    return isinstance(layer, LinearAttentionCacheLayerMixin)
+    return isinstance(layer, _WITHOUT_KEYS)
 
 
 def create_missing_layers(cache: Cache, count: int) -> None:
