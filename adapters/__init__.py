@@ -16,6 +16,7 @@ from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
 from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.fast_vlm import FastVLM
+from vtprune.adapters.fuyu import Fuyu
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
@@ -33,8 +34,10 @@ from vtprune.adapters.llava_next_video import LlavaNextVideo
 from vtprune.adapters.llava_onevision import LlavaOnevision
 from vtprune.adapters.minicpm import MiniCPMV, MiniCPMV4_7
 from vtprune.adapters.mistral3 import LightOnOcr, Mistral3, MistralLarge4
+from vtprune.adapters.molmo2 import Molmo2
 from vtprune.adapters.nemotron_h_omni import NemotronHOmni
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
+from vtprune.adapters.ovis2 import Ovis2
 from vtprune.adapters.paddleocr_vl import PaddleOcrVL
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.pixtral import Pixtral
@@ -111,6 +114,9 @@ for _adapter in (
     FastVLM,
     Idefics2,
     Aria,
+    Molmo2,
+    Ovis2,
+    Fuyu,
 ):
     register_adapter(_adapter)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.tokens import Grid, Medium, ModelShape
-from vtprune.transformers_private import chosen_feature_layers, rotary_embedding, uses_mrope
+from vtprune.transformers_private import chosen_feature_layers, layer_type, rotary_embedding, uses_mrope
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
@@ -108,12 +108,17 @@ class Adapter(ABC):
 
     @property
     def language_model(self) -> Any:
-        """The decoder, called with `inputs_embeds`; has `layers`, `norm` and `rotary_emb`."""
+        """The decoder, called with `inputs_embeds`; has `layers` and `rotary_emb`."""
         return self.model.get_decoder()
 
     @property
     def decoder_layers(self) -> Sequence[nn.Module]:
         return self.language_model.layers
+
+    @property
+    def final_norm(self) -> Any:
+        """What the language model normalises the output of its last layer with."""
+        return self.language_model.norm
 
     @property
     def text_config(self) -> Any:
@@ -161,6 +166,10 @@ class Adapter(ABC):
         # Of four rows the first one is for masks alone; the others are the axes of M-RoPE.
         has_text_row = positions.ndim == 3 and len(positions) == 4
         return rotary_embedding(self.language_model, layer, hidden, positions[1:] if has_text_row else positions)
+
+    def rope_kind(self, layer: int) -> Hashable:
+        """Decoder layers of one kind are handed the same rotations at the same positions."""
+        return layer_type(self.language_model.config, layer)
 
     @property
     def position_axes(self) -> int:

@@ -72,6 +72,6 @@ class Llama4(Adapter):
         return self.projector_inputs(kind, inputs, values)
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
-        grid = features.unflatten(1, (-1, square(features.shape[1]).cols))
-        pattern = "tiles (rows a) (columns b) dim -> (tiles rows columns) dim"
-        return reduce(grid, pattern, "mean", a=self._side, b=self._side)
+        columns = square(features.shape[1]).cols // self._side
+        pattern = "tiles (rows a columns b) dim -> (tiles rows columns) dim"
+        return reduce(features, pattern, "mean", columns=columns, a=self._side, b=self._side)

@@ -60,6 +60,7 @@ TESTED_TEXT_MODELS = frozenset(
         "mistral",
         "mistral4",
         "mixtral",
+        "molmo2_text",
         "nemotron",
         "olmo",
         "olmo2",

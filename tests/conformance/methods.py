@@ -15,11 +15,11 @@ import pytest
 
 import vtprune
 from vtprune.methods import build_methods
-from vtprune.methods.base import AfterPrefill, Method
+from vtprune.methods.base import AfterPrefill, InLLM, Method
 from vtprune.methods.glsim import ClsSimilarity
 from vtprune.methods.in_layers import InLayers
 from vtprune.methods.schedules import Reviving
-from vtprune.signals import ClsAttention, EncoderSignal
+from vtprune.signals import ClsAttention, EncoderSignal, LayerSignal
 from vtprune.testing.cases import numbering
 
 Spec = list[dict[str, Any]]
@@ -134,6 +134,13 @@ def reads_encoder(name: str, *, layers: bool, features: bool) -> bool:
     taps = [signal.taps(_SHAPE) for signal in signals if isinstance(signal, EncoderSignal)]
     of_layers = any(tap.cls_rows or tap.received or tap.keys or tap.outputs for tap in taps)
     return (layers and of_layers) or (features and any(tap.projector_input for tap in taps))
+
+
+def attends_in_llm(name: str) -> bool:
+    """Whether it reads the attention of a decoder layer."""
+    inside = [part for part in parts(_ALL[name]) if isinstance(part, InLLM)]
+    signals = [signal for part in inside for signal in part.signals(_SHAPE) if isinstance(signal, LayerSignal)]
+    return any(signal.ahead or signal.attends(1) for signal in signals)
 
 
 def numbered(methods: Spec) -> str:

@@ -26,6 +26,7 @@ from .matrix import CELLS, MEANS_OF_PATCHES, in_turns, refusal, turn
 from .methods import (
     METHODS,
     acts,
+    attends_in_llm,
     evicts,
     keep_everything,
     needs_cls,
@@ -314,10 +315,11 @@ def test_only_what_needs_a_cls_token_is_refused(name):
     """The matrix would be easy to pass if everything were refused."""
     model = families.shared(name)
     refused = {method for method in METHODS if refusal(model, spec(method)) is not None}
-    has_cls = model.config.vision_config.model_type in WITH_CLS
     adapter = vtprune.adapter_for(model)
+    has_cls = adapter.vision_config.model_type in WITH_CLS
     kinds = getattr(adapter.language_model.config, "layer_types", None) or ()
     slides = bool({"sliding_attention", "chunked_attention"} & {*kinds})
+    slides |= len({adapter.rope_kind(layer) for layer in range(adapter.shape.decoder_layers)}) > 1
     expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
     if name not in SHORTER_TOWERS:
         expected |= {method for method in METHODS if acts(method, InLayers)}
@@ -328,6 +330,8 @@ def test_only_what_needs_a_cls_token_is_refused(name):
     expected |= {method for method in METHODS if adapter.gridless and needs_grid(method)}
     if name in families.CARRY_STATE:
         expected |= {method for method in METHODS if acts(method, InLLM) or evicts(method)}
+    if families.FAMILIES[name].attention_unread:
+        expected |= {method for method in METHODS if attends_in_llm(method)}
     assert refused == expected
 
 

@@ -15,7 +15,7 @@ from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
 from vtprune.transformers_private import layer_type
 
-_UNGATED = frozenset({"cosmos3_edge_text"})
+_UNGATED = frozenset({"persimmon", "cosmos3_edge_text"})
 """Model types whose MLPs have no gate."""
 
 

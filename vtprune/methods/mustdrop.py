@@ -129,7 +129,8 @@ class MustDrop(Composite):
             raise ConfigError("mustdrop: with a budget both thresholds must be above 0, because they weigh attention")
 
     def check_budget(self, shape: ModelShape) -> None:
-        if self.merge_layer >= shape.encoder_layers - 1:
+        # A model without an encoder has no CLS token either, which is refused by name.
+        if shape.encoder_layers and self.merge_layer >= shape.encoder_layers - 1:
             raise ConfigError(f"mustdrop: merge_layer={self.merge_layer} must be within 0..{shape.encoder_layers - 2}")
         self._filter().check_budget(shape)
 

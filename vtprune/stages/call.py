@@ -268,7 +268,7 @@ class Call:
 
     def places_at(self, layer: int, hidden: Tensor) -> Places:
         """The positions of a layer's columns."""
-        key = ("places", layer_type(self.text_config, layer), self.key(layer))
+        key = ("places", self.adapter.rope_kind(layer), self.key(layer))
         if key not in self.memo:
             positions = self.positions_at(layer).to(hidden.device)
             self.memo[key] = Places(last_axis(positions), self.adapter.rope(layer, hidden, positions))

@@ -85,7 +85,7 @@ class CutView:
         return self.call.length - behind
 
     def normed(self) -> Tensor:
-        return self.adapter.language_model.norm(self.hidden).to(self.hidden.device)
+        return self.adapter.final_norm(self.hidden).to(self.hidden.device)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ NAMES = tuple(FAMILIES)
 """All families, those included that the installed transformers lacks."""
 CARRY_STATE = tuple(name for name, family in FAMILIES.items() if family.carries_state)
 """Families whose language models have layers that carry a state, or an index: nothing can go inside them."""
-PRUNED_INSIDE = tuple(name for name in NAMES if name not in CARRY_STATE)
-"""Families inside whose language models tokens can go."""
+PRUNED_INSIDE = tuple(name for name in NAMES if name not in CARRY_STATE and not FAMILIES[name].attention_unread)
+"""Families inside whose language models tokens can go, by attention too."""
 ALWAYS_EAGER = tuple(name for name, family in FAMILIES.items() if family.always_eager)
 """Families whose language models do what sdpa cannot: Gemma 2 caps attention logits, gpt-oss has sinks."""
 IMAGES_FIRST = tuple(name for name, family in FAMILIES.items() if family.images_first)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ class Vision:
     """(visual tokens, dim)"""
     deepstack: dict[int, Tensor]
     """decoder layer -> (visual tokens, dim), added on its input; empty for most models"""
+    indicators: tuple[Tensor, Tensor]
+    """columns, and (columns, dim): text whose embeddings come with the encoder's output; none in most models"""
 
     def averaged(self, kept: Tensor, sources: Tensor) -> Vision:
         """Each kept token, and what is added to it later, as the mean of the tokens that went into it."""
         deepstack = {layer: self.mean(added, kept, sources) for layer, added in self.deepstack.items()}
-        return Vision(self.columns, self.mean(self.features, kept, sources), deepstack)
+        return replace(self, features=self.mean(self.features, kept, sources), deepstack=deepstack)
 
     def mean(self, values: Tensor, kept: Tensor, sources: Tensor) -> Tensor:
         """(visual tokens, dim): values of which each kept token has the mean of those that went into it."""
@@ -130,7 +132,7 @@ def recompute(
         output = layer(
             hidden[None],
             attention_mask=mask,
-            **_rotary(decoder, kind, hidden[None], place),
+            **_rotary(decoder, index, hidden[None], place),
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
             **handed,
@@ -152,7 +154,7 @@ def recompute(
 
 def enter(decoder, embeddings: Tensor, vision: Vision) -> Tensor:
     """What enters the first decoder layer. embeddings: (tokens, dim) of the prompt's ids."""
-    hidden = embeddings.index_copy(0, vision.columns, vision.features)
+    hidden = embeddings.index_copy(0, *vision.indicators).index_copy(0, vision.columns, vision.features)
     hidden = hidden * getattr(decoder, "embedding_multiplier", 1)
     return hidden.index_add(0, vision.columns, vision.deepstack[0]) if 0 in vision.deepstack else hidden
 
@@ -167,17 +169,21 @@ def to_logits(model, states: Tensor) -> Tensor:
     return logits / config.logits_scaling if _reads(type(model), "logits_scaling") else logits
 
 
-def _rotary(decoder, kind: str, hidden: Tensor, places: Tensor) -> dict[str, Any]:
-    """The rotation that layers of a kind are handed, as an argument; none if nothing is rotated."""
+def _rotary(decoder, index: int, hidden: Tensor, places: Tensor) -> dict[str, Any]:
+    """The rotation that a layer is handed, as an argument; none if nothing is rotated."""
+    kind = layer_kind(decoder.config, index)
     if kind == "conv" or not hasattr(decoder, "rotary_emb"):
         return {}
-    per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-    return {"position_embeddings": decoder.rotary_emb(hidden, places, **{"layer_type": kind} if per_type else {})}
+    scaled = index in getattr(decoder.config, "rope_scaling_layers", (index,))
+    rotary = decoder.rotary_emb if scaled else decoder.rotary_emb_unscaled
+    per_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    return {"position_embeddings": rotary(hidden, places, **{"layer_type": kind} if per_type else {})}
 
 
 def _final_norm(decoder):
     """What the output of the last layer goes through."""
-    return next(getattr(decoder, name) for name in ("norm", "embedding_norm", "norm_f") if hasattr(decoder, name))
+    names = ("norm", "embedding_norm", "norm_f", "final_layernorm")
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))
 
 
 def _handed_on(decoder) -> dict[str, Any]:
@@ -220,11 +226,15 @@ def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dic
 def look(model, inputs: dict[str, Tensor]) -> Vision:
     """Features from the model's own `get_image_features` and `get_video_features`."""
     ids = inputs["input_ids"][0]
-    columns, deepstack = [ids[:0]], []
-    features = [model.get_input_embeddings()(ids[:0])]
+    columns, deepstack, nothing = [ids[:0]], [], model.get_input_embeddings()(ids[:0])
+    features, indicators = [nothing], (ids[:0], nothing)
     for kind, placeholders, _, output in encoded(model, inputs):
         columns.append(placeholders)
         deepstack.append(_deepstack(output))
+        if hasattr(output, "visual_indicator_features"):
+            marks = torch.tensor(model.config.visual_indicator_token_ids, device=ids.device)
+            there, which = (ids[:, None] == marks).nonzero(as_tuple=True)
+            indicators = there, output.visual_indicator_features[which]
         entering = _features(model, output)
         if entering is None:  # all that there is of these tokens is added in layers
             features.append(torch.zeros_like(deepstack[-1][0]))
@@ -235,7 +245,7 @@ def look(model, inputs: dict[str, Tensor]) -> Vision:
     where, order = torch.cat(columns).sort()
     layers = deepstack[0] if deepstack else {}
     stacked = {layer: torch.cat([of_kind[layer] for of_kind in deepstack])[order] for layer in layers}
-    return Vision(where, torch.cat(features)[order], stacked)
+    return Vision(where, torch.cat(features)[order], stacked, indicators)
 
 
 def _deepstack(output) -> dict[int, Tensor]:
@@ -252,6 +262,11 @@ def _features(model, output: Any) -> Any:
     """What enters the language model, of an encode call's output; None if nothing does."""
     if model.config.model_type == "llama4":
         return model.multi_modal_projector(output.last_hidden_state)
+    if model.config.model_type == "fuyu":
+        return output.last_hidden_state
+    if model.config.model_type == "molmo2":
+        placeholder = torch.tensor(model.config.image_patch_id, device=output.pooler_output[0].device)
+        return [part + model.get_input_embeddings()(placeholder) for part in output.pooler_output]
     return output.pooler_output
 
 

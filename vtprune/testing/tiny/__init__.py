@@ -6,6 +6,7 @@ from __future__ import annotations
 from vtprune.testing.tiny import (
     cohere_vision,
     cosmos3,
+    fuyu,
     gemma,
     glm_v,
     granite,
@@ -18,7 +19,9 @@ from vtprune.testing.tiny import (
     llava,
     minicpm,
     mistral3,
+    molmo2,
     nemotron_h_omni,
+    ovis2,
     paddleocr_vl,
     qwen_omni,
     qwen_vl,
@@ -50,6 +53,9 @@ _FILES = (
     video_llama3,
     latent,
     grid,
+    molmo2,
+    ovis2,
+    fuyu,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

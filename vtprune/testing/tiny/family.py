@@ -26,6 +26,8 @@ class Family:
     """Column types that its processor adds, from the ids (batch, length)."""
     carries_state: bool = False
     """Whether its language model has layers that carry a state from token to token: nothing can go inside it."""
+    attention_unread: bool = False
+    """Whether the attention of its language model's layers cannot be read: few methods can act inside it."""
     always_eager: bool = False
     """Whether its language model does what sdpa cannot."""
     images_first: bool = False
