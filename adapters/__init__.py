@@ -44,6 +44,7 @@ from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL
 from vtprune.adapters.refusals import refusal, remote_code
+from vtprune.adapters.step3p7 import Step3p7
 from vtprune.adapters.timm import TimmViT
 from vtprune.adapters.video_llama3 import VideoLlama3
 from vtprune.adapters.video_llava import VideoLlava
@@ -117,6 +118,7 @@ for _adapter in (
     Molmo2,
     Ovis2,
     Fuyu,
+    Step3p7,
 ):
     register_adapter(_adapter)
 

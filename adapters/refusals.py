@@ -76,6 +76,12 @@ COLUMN_DISTANCES = Reason(
     "what is left would change as soon as a token between is gone",
     _OTHER_FAMILY,
 )
+BLOCKS_OF_COLUMNS = Reason(
+    "blocks of columns",
+    "its sparse attention chooses among blocks of columns and takes positions for columns, so that with tokens missing "
+    "a position names a block that is not there",
+    _OTHER_FAMILY,
+)
 RETRIEVAL = Reason(
     "retrieval",
     "the vectors of its tokens are its output, so that dropping tokens drops what a document is found by",
@@ -115,13 +121,11 @@ _NEEDS = {
     "hunyuan_vl": "a layout with newline, start and end tokens among the features",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
     "hyperclovax_vision_v2": "the tower of Qwen2.5-VL over a language model without M-RoPE",
-    "minimax_m3_vl": "the layout of Qwen-VL over a language model with sparse attention",
     "muse_glimmer": "the layout of Qwen-VL over layers of which some have no rotation",
     "muse_spark": "the layout of Qwen-VL over layers of which some have no rotation",
     "perception_lm": "the layout of its tiles and pooled frames, from an encoder of timm",
     "phi4_multimodal": "features that are written into the prompt inside an embedding module",
     "qwen4_exp": "linear attention beside attention that looks keys up in an index",
-    "step3p7": "the layout of its whole view and tiles",
     "unlimited_ocr": "a layout with newline tokens and separators, and sliding windows of a kind of its own",
 }
 """Model type -> what an adapter must handle. Delete the line of a type with the commit that adds its adapter."""
@@ -152,6 +156,7 @@ REFUSALS: dict[str, Refusal] = {
     "kosmos-2": Refusal(NO_PLACEHOLDERS, "image_embeds_position_mask does; they are 64 an image"),
     "kosmos-2.5": Refusal(NO_PLACEHOLDERS, "image_embeds_position_mask does"),
     "kyutai_speech_to_text": Refusal(AUDIO),
+    "minimax_m3_vl": Refusal(BLOCKS_OF_COLUMNS),
     "mistral4": Refusal(TEXT_ONLY),
     "mllama": Refusal(CROSS_ATTENTION),
     "moss_transcribe_diarize": Refusal(AUDIO),

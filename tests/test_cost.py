@@ -137,6 +137,19 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
                 **EXPERTS | ROPE, moe_intermediate_size=24, n_routed_experts=5, first_k_dense_replace=1
             ),
         ),
+        (
+            "Step3p7TextModel",
+            lambda: hf.Step3p7TextConfig(
+                **EXPERTS,
+                num_sliding_attention_heads=4,
+                sliding_window=200,
+                layer_types=["full_attention", "sliding_attention", "full_attention"],
+                mlp_layer_types=["dense", "sparse", "sparse"],
+                n_routed_experts=5,
+                moe_intermediate_size=24,
+                share_expert_dim=20,
+            ),
+        ),
         ("Cosmos3EdgeTextModel", lambda: hf.Cosmos3EdgeTextConfig(**TINY | ROPE, num_key_value_heads=2, head_dim=16)),
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
         ("DeepseekV3Model", lambda: hf.DeepseekV3Config(**LATENT, q_lora_rank=None)),

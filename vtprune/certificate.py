@@ -80,6 +80,7 @@ TESTED_TEXT_MODELS = frozenset(
         "smollm3",
         "stablelm",
         "starcoder2",
+        "step3p5",
     }
 )
 """Model types of language models whose attention rows the tests compare with eager attention, in every layer."""

@@ -13,7 +13,7 @@ from vtprune.cost.mixers.latent_attention import LatentAttention
 from vtprune.cost.mixers.mamba2 import Mamba2
 from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
-from vtprune.transformers_private import layer_type
+from vtprune.transformers_private import layer_config, layer_type
 
 _UNGATED = frozenset({"persimmon", "cosmos3_edge_text"})
 """Model types whose MLPs have no gate."""
@@ -48,7 +48,6 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
     is_latent = getattr(config, "kv_lora_rank", None) is not None
-    attention = LatentAttention.of(config) if is_latent else Attention.of(config, gated=has_delta)
     others: dict[str, DeltaRule | ShortConv] = {}
     if has_delta:
         others["linear_attention"] = DeltaRule.of(config)
@@ -58,13 +57,17 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     mixed = _expert_widths(config)
     matrices = 2 if config.model_type in _UNGATED else 3
 
-    def shape(kind: str, experts: bool) -> LayerShape:
+    def attention(own: Any) -> LatentAttention | Attention:
+        return LatentAttention.of(own) if is_latent else Attention.of(own, gated=has_delta)
+
+    def shape(layer: int, kind: str, experts: bool) -> LayerShape:
         m, gates = mixed if mixed is not None and experts else (dense, 0)
-        return LayerShape(d=config.hidden_size, mixer=others.get(kind, attention), m=m, gates=gates, matrices=matrices)
+        mixer = others.get(kind) or attention(layer_config(config, layer))
+        return LayerShape(d=config.hidden_size, mixer=mixer, m=m, gates=gates, matrices=matrices)
 
     types = [layer_type(config, layer) for layer in range(layers)]
     kinds = list(zip(types, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
-    shapes = {kind: shape(*kind) for kind in set(kinds)}
+    shapes = {kind: shape(kinds.index(kind), *kind) for kind in set(kinds)}
     return [shapes[kind] for kind in kinds]
 
 
@@ -106,7 +109,7 @@ def _expert_widths(config: Any) -> tuple[int, int] | None:
     llama4 = 1 if config.model_type == "llama4_text" else 0
     shared_experts = llama4 or _first(config, "n_shared_experts", "moe_num_shared_experts") or 0
     weighed = getattr(config, "shared_expert_intermediate_size", 0)
-    shared = weighed + width * shared_experts
+    shared = weighed + width * shared_experts + (getattr(config, "share_expert_dim", None) or 0)
     return _first(config, "num_experts_per_tok", "moe_topk") * width + shared, experts + bool(weighed)
 
 

@@ -331,7 +331,7 @@ def _fitting(adapter: Adapter, name: str, rows: Tensor, encoding: EncoderCall) -
     """
     if len(rows) != encoding.encoded_tokens:
         raise VTPruneError(
-            f"the adapter {type(adapter).__name__} gives {len(rows)} rows of encoder values for the "
+            f"the adapter {type(adapter).__name__} gives {len(rows)} rows of encoder values for "
             f"{encoding.encoded_tokens} visual tokens; override its `{name}`, which says how patches become tokens"
         )
     return encoding.in_prompt(rows)

@@ -126,6 +126,8 @@ def scored(
     }
     if query_name == "q_b_proj":
         children |= {name: nn.Identity() for name in _TO_LATENT}
+    if "g_proj" in attention._modules:  # gates what comes behind the attention function
+        children["g_proj"] = nn.Identity()
     if not norms:
         children |= {name: nn.Identity() for name in attention._modules if "norm" in name}
         if "kv_b_proj" in attention._modules:

@@ -44,6 +44,11 @@ def layer_type(config: Any, layer: int) -> str:
     return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
 
 
+def layer_config(config: Any, layer: int) -> Any:
+    """The config of one decoder layer: those of some models have different numbers of heads."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
 def state_kinds(config: Any, layers: int) -> list[str]:
     """Kinds of decoder layers inside which no token can go, sorted: those that carry a state from token to token
     (convolutions, linear attention, Mamba), and `_INDEXED` ones, which hand numbers of columns on to later layers.

@@ -25,8 +25,8 @@ class Attention:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        head_gates = heads if getattr(config, "use_attention_gate", False) else 0
-        return cls(d_q=heads * head_dim, d_kv=kv_heads * head_dim, gated=gated, head_gates=head_gates)
+        has_gates = getattr(config, "use_attention_gate", False) or config.model_type == "step3p5"
+        return cls(d_q=heads * head_dim, d_kv=kv_heads * head_dim, gated=gated, head_gates=has_gates * heads)
 
     @property
     def cached(self) -> int:

@@ -26,6 +26,7 @@ from vtprune.testing.tiny import (
     qwen_omni,
     qwen_vl,
     sam,
+    step3p7,
     video_llama3,
 )
 from vtprune.testing.tiny.family import Family
@@ -56,6 +57,7 @@ _FILES = (
     molmo2,
     ovis2,
     fuyu,
+    step3p7,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
