@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from vtprune.testing import families
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of kindred families the default run has some cells of the matrix; what else goes through all families is slow."""
+    for item in items:
+        if "callspec" not in dir(item) or item.path.name == "test_matrix.py":
+            continue
+        if {item.callspec.params.get("name"), item.callspec.params.get("family")} & set(families.KINDRED):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():
