@@ -14,6 +14,7 @@ from vtprune.adapters.clip import TransformersEncoder
 from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
 from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
+from vtprune.adapters.deepseek_ocr2 import DeepseekOcr2
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
@@ -92,6 +93,7 @@ for _adapter in (
     LightOnOcr,
     QianfanOcr,
     GotOcr2,
+    DeepseekOcr2,
     MiniCPMV,
     MiniCPMV4_7,
     GlmV,

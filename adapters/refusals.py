@@ -110,7 +110,6 @@ OTHER_PURPOSE = Reason(
 
 _NEEDS = {
     "cohere_compass": "the layout of Qwen3-VL, and rotations that differ by layer",
-    "deepseek_ocr2": "the layout of its tiles, whole view and separator, and of an encoder that is a language model",
     "dots3_note": "latent attention (MLA) that looks keys up in an index, with a KV cache of its own",
     "ernie4_5_vl_moe": "token types that are cut along with the tokens, and a resampler that merges frames",
     "exaone4_5": "the layout of Qwen2.5-VL",
@@ -118,7 +117,6 @@ _NEEDS = {
     "gemma4": "embeddings by layer cut along, layers that share keys and values, and head sizes that differ by layer",
     "gemma4_unified": "a model without a vision encoder, and layers that share keys and values",
     "glm5_next": "linear attention beside latent attention (MLA) that looks keys up in an index",
-    "hunyuan_vl": "a layout with newline, start and end tokens among the features",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
     "hyperclovax_vision_v2": "the tower of Qwen2.5-VL over a language model without M-RoPE",
     "muse_glimmer": "the layout of Qwen-VL over layers of which some have no rotation",

@@ -151,6 +151,17 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
             ),
         ),
         ("Cosmos3EdgeTextModel", lambda: hf.Cosmos3EdgeTextConfig(**TINY | ROPE, num_key_value_heads=2, head_dim=16)),
+        (
+            "DeepseekOcr2TextModel",
+            lambda: hf.DeepseekOcr2TextConfig(
+                **TINY,
+                num_experts_per_tok=2,
+                n_routed_experts=5,
+                n_shared_experts=2,
+                moe_intermediate_size=24,
+                mlp_layer_types=["dense", "sparse", "sparse"],
+            ),
+        ),
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
         ("DeepseekV3Model", lambda: hf.DeepseekV3Config(**LATENT, q_lora_rank=None)),
         ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),

@@ -37,6 +37,7 @@ TESTED_TEXT_MODELS = frozenset(
         "cohere2",
         "cosmos3_edge_text",
         "deepseek_v3",
+        "deepseek_ocr2_text",
         "diffllama",
         "ernie4_5",
         "exaone4",

@@ -86,13 +86,14 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
 
 @torch.no_grad()
 def separators(model, inputs: dict[str, Tensor]) -> set[int]:
-    """Columns of a single prompt that hold newline tokens."""
-    newline = getattr(model.base_model, "image_newline", None)
-    if newline is None:
+    """Columns of a single prompt that hold newline tokens, or what separates views."""
+    found = [getattr(model.base_model, name, None) for name in ("image_newline", "view_separator")]
+    if found == [None, None]:
         return set()
     vision = look(model, inputs)
     features = vision.deepstack.get(0, vision.features)
-    return set(vision.columns[(features == newline).all(-1)].tolist())
+    columns = [vision.columns[(features == token).all(-1)].tolist() for token in found if token is not None]
+    return {column for own in columns for column in own}
 
 
 def _run(decoder, layer, states: Tensor, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:

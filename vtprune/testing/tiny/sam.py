@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+import torch
 import transformers as hf
 
-from vtprune.testing.configs import VISION, qwen2
-from vtprune.testing.media import END, IMAGE, PATCH, START, Item, Layout, collate_tiles, noise
+from vtprune.testing.configs import TEXT, VISION, WIDTH, qwen2
+from vtprune.testing.media import END, IMAGE, PATCH, START, Item, Layout, collate_tiles, flat, noise
 from vtprune.testing.tiny.family import Family
 
 _SIDE = 64
+_EXPERTS = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=2,
+    moe_intermediate_size=16,
+    mlp_layer_types=["dense", *["sparse"] * 7],
+)
 SAM = VISION | dict(
     image_size=_SIDE,
     patch_size=PATCH,
@@ -25,6 +33,21 @@ def _lay_tiles(model, tiles, siblings, generator):
     return Item([START, *[IMAGE] * (16 * tiles), END], noise(generator, tiles, 3, _SIDE, _SIDE))
 
 
+def _lay_views(model, tiles, siblings, generator):
+    """Tiles, then the whole view, then a separator. Each has 144 tokens, whatever its size."""
+    return Item([IMAGE] * (144 * (tiles + 1) + 1), noise(generator, tiles + 1, 3, _SIDE, _SIDE), (tiles,))
+
+
+def _collate_views(samples):
+    items = flat(samples)
+    arguments = {
+        "pixel_values": torch.stack([item.pixels[0] for item in items]),
+        "num_local_patches": torch.tensor([item.shape[0] for item in items]),
+    }
+    tiles = torch.cat([item.pixels[1:, :, : _SIDE // 2, : _SIDE // 2] for item in items])
+    return arguments | ({"pixel_values_local": tiles} if len(tiles) else {})
+
+
 FAMILIES = {
     "got_ocr2": Family(
         "GotOcr2ForConditionalGeneration",
@@ -35,6 +58,19 @@ FAMILIES = {
             image_seq_length=16,
         ),
         {"image": Layout((1, 2, 1, 3), _lay_tiles, collate_tiles)},
+        kindred=True,
+    ),
+    "deepseek_ocr2": Family(
+        "DeepseekOcr2ForConditionalGeneration",
+        lambda **text: hf.DeepseekOcr2Config(
+            vision_config=dict(
+                sam_config=SAM | dict(downsample_channels=[24, WIDTH]),
+                encoder_config=VISION | dict(num_key_value_heads=2),
+            ),
+            text_config=TEXT | _EXPERTS | text,
+            image_token_id=IMAGE,
+        ),
+        {"image": Layout((0, 1, 0, 2), _lay_views, _collate_views)},
         kindred=True,
     ),
 }
