@@ -24,6 +24,7 @@ from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.idefics2 import Aria, Idefics2
+from vtprune.adapters.hunyuan_vl import HunYuanVL
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.kimi_k25 import KimiK25
@@ -94,6 +95,7 @@ for _adapter in (
     QianfanOcr,
     GotOcr2,
     DeepseekOcr2,
+    HunYuanVL,
     MiniCPMV,
     MiniCPMV4_7,
     GlmV,

@@ -204,7 +204,8 @@ class Adapter(ABC):
 
     @property
     def projector(self) -> Any:
-        """Maps encoder features, its first argument, to the LLM's width; called once for all media of a call."""
+        """Maps encoder features, its first argument, to the LLM's width; called once for all media of a call, or for
+        some of them at a time."""
         return self.base.multi_modal_projector
 
     @property
@@ -306,7 +307,8 @@ class Adapter(ABC):
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         """The projector's input as one row a visual token: (tokens of all media, dim), zeros for separators.
 
-        Where several encoder tokens become one visual token, their mean.
+        Where several encoder tokens become one visual token, their mean. Inputs of several calls come as rows, one call
+        after another.
         """
         return features.flatten(0, 1)
 

@@ -28,7 +28,6 @@ class DeepseekOcr2(Adapter):
     layout = "tiles, whole view, a separator token; learned queries without a grid"
     merges_in_encoder = False
     layers_unread: ClassVar[str] = "it runs twice a call, on whole views and on tiles"
-    features_unread = layers_unread
     gridless = "learned queries, which stand for no place, become the visual tokens"
     unmerged = layers_unread
     encoder_uncounted = "it is a SAM, whose layers attend in windows, with convolutions and a language model behind it"
@@ -52,6 +51,15 @@ class DeepseekOcr2(Adapter):
         # Of two sizes.
         images = zip(whole, local.split(tiles(inputs)) if len(local) else [local] * len(whole), strict=True)
         return [torch.cat([image.flatten(), own.flatten()]) for image, own in images]
+
+    def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
+        # Whole views of all images came first.
+        rows, counts = features.flatten(0, -2), tiles(inputs)
+        whole = self._patches_and_queries(inputs["pixel_values"])[1]
+        views, local = rows.split([whole * len(counts), len(rows) - whole * len(counts)])
+        each = len(local) // max(sum(counts), 1)
+        parts = zip(local.split([each * count for count in counts]), views.split(whole), strict=True)
+        return torch.cat([row for own, view in parts for row in (own, view, rows.new_zeros(1, rows.shape[1]))])
 
     def _patches_and_queries(self, pixels: Tensor) -> tuple[int, int]:
         """Patches of SAM, and queries, that the encoder reads of each view. pixels: (views, 3, side, side)."""

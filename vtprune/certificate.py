@@ -55,6 +55,7 @@ TESTED_TEXT_MODELS = frozenset(
         "granite_docling_text",
         "helium",
         "hunyuan_v1_dense",
+        "hunyuan_vl_text",
         "llama",
         "llama4_text",
         "ministral3",

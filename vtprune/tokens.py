@@ -34,7 +34,8 @@ class Medium:
     """One layout a crop; its tokens in raster order. None if it has no grid."""
     lines: Tensor | None = None
     """(tokens,) long: number of the separator that ends each token's line, a separator's own number, -1 without one. A
-    separator goes when all the content of its line is gone. None: there are no separators."""
+    separator goes when all the content of its line is gone, and one without a number when all of the image is. None:
+    there are no separators."""
 
     def __len__(self) -> int:
         return len(self.crops)

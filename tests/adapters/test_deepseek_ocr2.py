@@ -4,6 +4,8 @@ import torch
 import transformers as hf
 
 import vtprune
+from vtprune.signals import EncoderFeatures
+from vtprune.stages.encoder import EncoderRecorder
 from vtprune.testing import families
 from vtprune.tokens import ModelShape
 
@@ -46,6 +48,23 @@ def test_tiles_then_the_whole_view_then_a_separator():
             moved = (features(**{name: pixels}) - before).abs().amax(-1) > 1e-3
             assert moved.equal(claimed == crop)
     assert before[claimed < 0].equal(model.model.view_separator.expand(3, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [(2, 0, 1), (0, 0), (1,)])
+def test_features_are_those_that_are_projected(counts):
+    """The projector runs twice a call."""
+    model, inputs = families.shared(NAME), views(*counts)
+    recorder = EncoderRecorder(vtprune.adapter_for(model), [EncoderFeatures()], profile=False)
+    handles = list(recorder.install())
+    output = model.model.get_image_features(**inputs, return_dict=True)
+    for handle in handles:
+        handle.remove()
+    features = recorder.projector_inputs([recorder.encoding("image", output)])
+    projected, expected = model.model.multi_modal_projector(features), torch.cat(list(output.pooler_output))
+    content = (expected != model.model.view_separator).any(-1)
+    assert (~content).sum() == len(counts) and (features[~content] == 0).all()
+    torch.testing.assert_close(projected[content], expected[content], atol=1e-5, rtol=1e-5)
 
 
 def test_what_the_encoder_reads():

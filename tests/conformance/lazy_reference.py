@@ -86,14 +86,11 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
 
 @torch.no_grad()
 def separators(model, inputs: dict[str, Tensor]) -> set[int]:
-    """Columns of a single prompt that hold newline tokens, or what separates views."""
-    found = [getattr(model.base_model, name, None) for name in ("image_newline", "view_separator")]
-    if found == [None, None]:
-        return set()
-    vision = look(model, inputs)
-    features = vision.deepstack.get(0, vision.features)
-    columns = [vision.columns[(features == token).all(-1)].tolist() for token in found if token is not None]
-    return {column for own in columns for column in own}
+    """Columns of a single prompt that hold newline tokens and the like: the same whatever an image shows."""
+    shown = [inputs, {key: -0.5 * x if key.startswith("pixel_values") else x for key, x in inputs.items()}]
+    one, other = (look(model, pictures) for pictures in shown)
+    first, second = (vision.deepstack.get(0, vision.features) for vision in (one, other))
+    return set(one.columns[(first == second).all(-1)].tolist())
 
 
 def _run(decoder, layer, states: Tensor, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,12 +58,18 @@ def cut_sequence(
 
 
 def idle_separators(call: Call, keep: Tensor, sequence: SequenceLayout | None = None) -> Tensor:
-    """(batch, n) bool: separators (newline tokens) of lines of which nothing is kept, by default of those now."""
+    """(batch, n) bool: separators (newline tokens) of lines, or of whole images, of which nothing is kept, by default
+    of those now."""
     sequence = sequence or call.sequence
     lines, content = call.alive(call.media.lines, sequence), call.crop_labels(sequence) >= 0
     separators = sequence.visual & ~content
     if not bool(separators.any()):
         return separators
-    ended = lines.new_zeros(int(lines.max()) + 1, dtype=torch.bool)
-    ended[lines[keep & content & (lines >= 0)]] = True
-    return separators & ~ended[lines.clamp(min=0)]
+
+    def is_empty(parts: Tensor) -> Tensor:
+        """(batch, n) bool: whether no content is kept of the part that each column is in, -1 for none."""
+        held = parts.new_zeros(int(parts.max()) + 2, dtype=torch.bool)
+        held[parts[keep & content] + 1] = True
+        return ~held[parts + 1]
+
+    return separators & torch.where(lines >= 0, is_empty(lines), is_empty(call.alive(call.media.images, sequence)))

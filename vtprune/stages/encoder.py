@@ -176,7 +176,9 @@ class EncoderRecorder:
 
     def _before_projector(self, module, args):
         if (encoding := self._seen().open) is not None:
-            encoding.projector_input = args[0].detach()
+            given, earlier = args[0].detach(), encoding.projector_input
+            several = earlier is not None  # as rows, because calls may differ in shape
+            encoding.projector_input = torch.cat([earlier.flatten(0, -2), given.flatten(0, -2)]) if several else given
 
     def _take_output(self, layer: int):
         def hook(module, args, output):

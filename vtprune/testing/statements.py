@@ -156,7 +156,7 @@ def sequences(look: Look) -> Result:
         whole = adapter.encoder_sequences(encoded.kind, encoded.arguments)
         stated = [one if isinstance(one, int) else one[0] for one in whole]
         patches, cls = sum(stated), len(stated) * adapter.shape.has_cls
-        there = max(seen, default=0)
+        there = sum(seen)
         if patches + cls != there:
             return Result(
                 "", "", "failed", float(patches + cls), float(there),
