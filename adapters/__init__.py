@@ -13,8 +13,8 @@ from vtprune.adapters.base import Adapter
 from vtprune.adapters.clip import TransformersEncoder
 from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
-from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from vtprune.adapters.deepseek_ocr2 import DeepseekOcr2
+from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
@@ -23,8 +23,8 @@ from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
-from vtprune.adapters.idefics2 import Aria, Idefics2
 from vtprune.adapters.hunyuan_vl import HunYuanVL
+from vtprune.adapters.idefics2 import Aria, Idefics2
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
 from vtprune.adapters.kimi_k25 import KimiK25

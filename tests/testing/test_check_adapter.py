@@ -30,7 +30,8 @@ def inputs_of(name: str, media: str = "image"):
 )
 def test_our_adapters_pass(name):
     model, batch = inputs_of(name)
-    results = check_adapter(model, batch.inputs)
+    # Nobody can tell from the inputs of a batch which tiles, all in a row, are whose.
+    results = check_adapter(model, batch.singles if name == "deepseek_ocr2" else batch.inputs)
     adapter = adapter_for(model)
     refuses = adapter.carries_state or adapter.layers_unread or adapter.features_unread
     allowed = {"ok", "refused"} if refuses else {"ok"}

@@ -207,9 +207,12 @@ def _misfit(medium: Medium) -> str | None:
     if (medium.lines is None) != (separators == 0):
         return f"it has {separators} separators (crops -1) and {'no ' if medium.lines is None else ''}lines"
     if medium.lines is not None:
-        named = medium.lines.unique()
-        if medium.lines.shape != medium.crops.shape or set(named[named >= 0].tolist()) != set(range(separators)):
-            return f"lines name {named.tolist()}, and there are {separators} separators"
+        if medium.lines.shape != medium.crops.shape:
+            return f"its lines have another shape than its crops: {medium.lines.shape} and {medium.crops.shape}"
+        named = medium.lines[medium.lines >= 0].unique().tolist()
+        ends = medium.lines[(medium.crops < 0) & (medium.lines >= 0)].sort().values.tolist()
+        if not named == ends == list(range(len(ends))):
+            return f"lines name {named}, and separators {ends}"
     return None
 
 
