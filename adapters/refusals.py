@@ -124,7 +124,8 @@ _NEEDS = {
     "perception_lm": "the layout of its tiles and pooled frames, from an encoder of timm",
     "phi4_multimodal": "features that are written into the prompt inside an embedding module",
     "qwen4_exp": "linear attention beside attention that looks keys up in an index",
-    "unlimited_ocr": "a layout with newline tokens and separators, and sliding windows of a kind of its own",
+    "unlimited_ocr": "a KV cache of its own, which keeps the prompt and a window of what is generated, and counts from "
+    "how long the prompt is",
 }
 """Model type -> what an adapter must handle. Delete the line of a type with the commit that adds its adapter."""
 

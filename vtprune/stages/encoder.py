@@ -176,9 +176,7 @@ class EncoderRecorder:
 
     def _before_projector(self, module, args):
         if (encoding := self._seen().open) is not None:
-            given, earlier = args[0].detach(), encoding.projector_input
-            several = earlier is not None  # as rows, because calls may differ in shape
-            encoding.projector_input = torch.cat([earlier.flatten(0, -2), given.flatten(0, -2)]) if several else given
+            encoding.project(args[0].detach())
 
     def _take_output(self, layer: int):
         def hook(module, args, output):

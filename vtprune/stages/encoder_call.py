@@ -29,7 +29,7 @@ class EncoderCall:
     media: list[Medium] = field(default_factory=list)
     """The layout of each image or video, in order."""
     projector_input: Tensor | None = None
-    """The projector's input; only if asked for."""
+    """The projector's input; as rows if it was called several times; only if asked for."""
     rows: dict[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> (crops, heads, tokens), the CLS query's attention; only for the layers asked for."""
     received: dict[int, Tensor] = field(default_factory=dict)
@@ -46,6 +46,12 @@ class EncoderCall:
     seconds: float = 0.0
     selection_flops: int = 0
     """FLOPs of the choices inside the encoder; only if they are counted."""
+
+    def project(self, features: Tensor) -> None:
+        """Take down the input of one call of the projector."""
+        earlier = self.projector_input
+        both = None if earlier is None else torch.cat([earlier.flatten(0, -2), features.flatten(0, -2)])
+        self.projector_input = features if both is None else both
 
     @property
     def features(self) -> Tensor:
