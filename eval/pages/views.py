@@ -194,7 +194,7 @@ def _whole_patches(pixels: Tensor, side: int) -> Tensor:
 
 
 def _patch(adapter: Adapter) -> int:
-    side = adapter.vision_config.patch_size
+    side = getattr(adapter.vision_config, "patch_size", 1)  # a network of convolutions looks at every pixel
     return side if isinstance(side, int) else side[0]
 
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 import vtprune
+from vtprune.eval.pages.views import view_of
 from vtprune.signals import EncoderFeatures
 from vtprune.testing import families
 from vtprune.testing.statements import Look
@@ -48,3 +52,19 @@ def test_a_report_has_no_flops_of_the_encoder():
 def test_what_needs_layers_of_a_transformer_is_refused(method):
     with pytest.raises(vtprune.UnsupportedStageError, match=f"{method}: .*FastVLM.*it is a network of timm"):
         vtprune.prune(families.shared("fast_vlm"), method, keep_ratio=0.5)
+
+
+@torch.no_grad()
+def test_a_picture_is_what_the_encoder_saw():
+    """Its config names no patches, and every pixel counts."""
+    model = families.shared("fast_vlm")
+    pixels = torch.rand(1, 3, 200, 130)
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(do_normalize=False, do_rescale=True, rescale_factor=1 / 255)
+    )
+    inputs = {"input_ids": torch.full((1, 12), model.config.image_token_id), "pixel_values": pixels}
+    view, (picture,) = view_of(model, processor, inputs, "a question", "image", (200, 200))
+    assert view.grids == [[4, 3]] and view.places == [[0, row, column] for row in range(4) for column in range(3)]
+    assert (picture.width, picture.height) == (130, 200)
+    shown = torch.tensor(np.asarray(picture)).permute(2, 0, 1)
+    torch.testing.assert_close(shown.float(), (255 * pixels[0]).round(), atol=1, rtol=0)

@@ -15,6 +15,7 @@ from PIL import Image
 from vtprune.testing import families
 from vtprune.testing.media import MERGE, PATCH, TILE
 
+from . import grid_processors as grid
 from . import packed_processors as packed
 from .special_tokens import (
     AYA_TOKENS,
@@ -166,6 +167,7 @@ _PROCESSORS: dict[str, Callable] = {
     "aya_vision": _aya_vision,
     "cohere2_vision": _cohere2_vision,
     **packed.PROCESSORS,
+    **grid.PROCESSORS,
 }
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -242,6 +244,7 @@ ALIKE = {
     "glm4v_moe": "glm46v",
     "glm_ocr": "glm46v",
     "cosmos3_omni": "qwen3_vl",
+    "vipllava": "llava",
 }
 """Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
 
@@ -321,6 +324,8 @@ CASES: dict[str, Case] = {
     "lighton_ocr": Case("lighton_ocr", _IMAGES),
     "aya_vision": Case("aya_vision", _IMAGES),
     "cohere2_vision": Case("cohere2_vision", _IMAGES),
+    "deepseek_vl": Case("deepseek_vl", _IMAGES),
+    "janus": Case("janus", _IMAGES),
     "glm46v": Case("glm46v", _IMAGES),
     "glm46v, videos": Case("glm46v", _VIDEOS, fps=4.0, options={"do_sample_frames": True}),
     "paddleocr_vl": Case("paddleocr_vl", _IMAGES),
