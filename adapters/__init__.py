@@ -42,6 +42,7 @@ from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.ovis2 import Ovis2
 from vtprune.adapters.paddleocr_vl import PaddleOcrVL
 from vtprune.adapters.paligemma import PaliGemma
+from vtprune.adapters.perception_lm import PerceptionLM
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL
@@ -123,6 +124,7 @@ for _adapter in (
     Ovis2,
     Fuyu,
     Step3p7,
+    PerceptionLM,
 ):
     register_adapter(_adapter)
 

@@ -26,7 +26,8 @@ from vtprune.methods.in_layers import InLayers
 from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.choosing import Profile
-from vtprune.stages.encoder_call import EncoderCall
+from vtprune.stages.encode_kinds import EncodeKinds
+from vtprune.stages.encoder_call import EncoderCall, bit_sum
 from vtprune.stages.hooks import Wrapped
 from vtprune.stages.in_encoder import EncoderCut
 from vtprune.stages.in_layers import TowerCut
@@ -73,6 +74,7 @@ class EncoderRecorder:
         them."""
         self.adapter = adapter
         self._seen = PerThread(_Seen)
+        self._kinds = EncodeKinds(adapter)
         self.cut = EncoderCut(adapter, methods, lambda: self._seen().open, profile=profile)
         self.in_layers = TowerCut(adapter, in_layers, lambda: self._seen().open, profile=profile)
         signals = [request for request in requests if isinstance(request, EncoderSignal)]
@@ -107,8 +109,9 @@ class EncoderRecorder:
     def install(self) -> Iterator[RemovableHandle | Wrapped]:
         """Yields what takes each hook off again, as soon as it is on."""
         kinds = self.adapter.visual_token_ids
-        for kind in kinds:
-            yield Wrapped(*self.adapter.encode_call(kind), self._encode(kind))
+        yield from self._kinds.install()
+        for call, kind in self._kinds.calls.items():
+            yield Wrapped(*call, self._encode(kind))
         if self.keep_features:
             yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
@@ -139,6 +142,7 @@ class EncoderRecorder:
     def forget(self) -> None:
         """Forget what was computed, in every thread."""
         self._seen.clear()
+        self._kinds.forget()
 
     @property
     def has_merged(self) -> bool:
@@ -155,9 +159,9 @@ class EncoderRecorder:
                 if seen.open is not None:  # called by another one: Qwen3-VL encodes videos as images
                     return method(*args, **kwargs)
                 started = clock(self.adapter.model) if self._times else 0.0
-                # A call that fails leaves nothing behind.
-                seen.last.pop(kind, None)
-                seen.open = encoding = EncoderCall(kind, signature.bind(*args, **kwargs).arguments)
+                arguments = signature.bind(*args, **kwargs).arguments
+                seen.open = encoding = EncoderCall(self._kinds.of(kind, arguments), arguments)
+                seen.last.pop(encoding.kind, None)  # a call that fails leaves nothing behind
                 try:
                     encoding.output = method(*args, **kwargs)
                 finally:
@@ -167,7 +171,7 @@ class EncoderRecorder:
                     encoding.seconds = clock(self.adapter.model) - started
                 if not isinstance(encoding.output, tuple):  # which, on request, is nothing a model is fed with
                     encoding.pooled = self.adapter.features_of(encoding.output)
-                    seen.last[kind] = encoding
+                    seen.last[encoding.kind] = encoding
                 return encoding.output
 
             return encode
@@ -321,7 +325,7 @@ class EncoderRecorder:
         """One number a medium that depends on its pixels alone; zeros if they were not seen."""
         if encoding.inputs is None:
             return [0] * len(encoding.media)
-        return [_bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)]
+        return [bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)]
 
 
 def _fitting(adapter: Adapter, name: str, rows: Tensor, encoding: EncoderCall) -> Tensor:
@@ -335,12 +339,6 @@ def _fitting(adapter: Adapter, name: str, rows: Tensor, encoding: EncoderCall) -
             f"{encoding.encoded_tokens} visual tokens; override its `{name}`, which says how patches become tokens"
         )
     return encoding.in_prompt(rows)
-
-
-def _bit_sum(pixels: Tensor) -> int:
-    # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
-    return int(pixels.contiguous().view(bits).sum(dtype=torch.int64)) % 2**31
 
 
 def clock(model) -> float:

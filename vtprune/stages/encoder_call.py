@@ -91,3 +91,10 @@ class EncoderCall:
     def in_prompt(self, rows: Tensor) -> Tensor:
         """Rows of all encoded tokens -> those of the tokens in the prompt."""
         return rows if self.placed is None else rows[self.placed.to(rows.device)]
+
+
+def bit_sum(pixels: Tensor) -> int:
+    """A number that depends on the pixels alone."""
+    # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
+    return int(pixels.contiguous().view(bits).sum(dtype=torch.int64)) % 2**31

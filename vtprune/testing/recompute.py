@@ -217,9 +217,12 @@ def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dic
     ids = inputs["input_ids"][0]
     for kind, placeholder in _placeholders(model).items():
         if any(name in inputs for name in PIXELS[kind]):
-            encode = getattr(model.base_model, f"get_{kind}_features")
-            accepted = inspect.signature(encode).parameters
-            arguments = {key: value for key, value in inputs.items() if key in accepted}
+            encode = getattr(model.base_model, f"get_{kind}_features", None)
+            if encode is None:  # videos are encoded as images
+                encode, arguments = model.base_model.get_image_features, {"pixel_values": inputs[PIXELS[kind][0]]}
+            else:
+                accepted = inspect.signature(encode).parameters
+                arguments = {key: value for key, value in inputs.items() if key in accepted}
             yield kind, (ids == placeholder).nonzero().flatten(), arguments, encode(**arguments, return_dict=True)
 
 

@@ -97,7 +97,7 @@ def depths(look: Look) -> Result:
     ):
         if stated != there:
             return Result("", "", "failed", float(stated), float(there), f"shape.{name} is {stated}; there are {there}")
-    if not 0 <= shape.feature_layer < shape.encoder_layers:
+    if shape.encoder_layers and not 0 <= shape.feature_layer < shape.encoder_layers:
         return found("failed", f"shape.feature_layer is {shape.feature_layer}, of layers 0..{shape.encoder_layers - 1}")
     return found("ok")
 
@@ -109,7 +109,7 @@ def feature_layer(look: Look) -> Result:
     for encoded in look.encoded:
         layers = look.adapter.encoder_layers(encoded.kind)
         moving = [index for index in range(stated, len(layers)) if _moves(look, encoded, layers[index])]
-        if not moving or max(moving) != stated:
+        if layers and (not moving or max(moving) != stated):
             deepest = f"layer {max(moving)}" if moving else "none from there on"
             return found(
                 "failed", f"shape.feature_layer is {stated}; the deepest that {encoded.kind}s need is {deepest}"

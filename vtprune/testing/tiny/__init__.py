@@ -24,6 +24,7 @@ from vtprune.testing.tiny import (
     nemotron_h_omni,
     ovis2,
     paddleocr_vl,
+    perception_lm,
     qwen_omni,
     qwen_vl,
     sam,
@@ -60,6 +61,7 @@ _FILES = (
     ovis2,
     fuyu,
     step3p7,
+    perception_lm,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
