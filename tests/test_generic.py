@@ -14,7 +14,7 @@ from vtprune import adapters, example_prompts, generic
 from vtprune.adapters.generic import Generic
 from vtprune.eval import digitscenes
 from vtprune.stages.call import Call
-from vtprune.testing import families
+from vtprune.testing import check_adapter, families
 
 CERTIFIED = ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "internvl", "mistral3", "ministral3")
 
@@ -113,6 +113,22 @@ def test_a_model_is_asked_once(unknown, monkeypatch, one_thread):
     vtprune.prune(model, "divprune", keep_ratio=0.5, adapter="generic")
     monkeypatch.setattr(generic, "_fault", lambda adapter: pytest.fail("asked again"))
     vtprune.prune(model, "random", keep_ratio=0.5, adapter="generic")
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl"])
+def test_an_adapter_that_derives_from_it_states_three_facts(name, unknown, monkeypatch, one_thread):
+    model = unknown(name)
+
+    class Placeholders(vtprune.Generic):
+        model_types = (model.config.model_type,)
+        family = "Placeholders"
+        layout = "one grid an image"
+
+    monkeypatch.setitem(adapters._ADAPTERS, model.config.model_type, Placeholders)
+    results = check_adapter(model, families.batch(name, model).inputs)
+    passed = {(result.check, result.method) for result in results if result.passed}
+    assert {("layout", ""), ("features", ""), ("batch", "divprune"), ("cached", "fastv"), ("rows", "fastv")} <= passed
+    assert {result.status for result in results} == {"ok", "refused"}
 
 
 # -- the certificate can fail -----------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ def depths(look: Look) -> Result:
 def feature_layer(look: Look) -> Result:
     """The stated encoder layer is the deepest one whose output moves the features."""
     stated = look.adapter.shape.feature_layer
+    if look.adapter.layers_unread and not look.adapter.shape.encoder_layers:
+        raise Refused(f"not checked: no layers are stated: {look.adapter.layers_unread}")
     for encoded in look.encoded:
         layers = look.adapter.encoder_layers(encoded.kind)
         moving = [index for index in range(stated, len(layers)) if _moves(look, encoded, layers[index])]
