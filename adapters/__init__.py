@@ -19,6 +19,7 @@ from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
 from vtprune.adapters.gemma3 import Gemma3
+from vtprune.adapters.gemma4 import Gemma4
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
@@ -125,6 +126,7 @@ for _adapter in (
     Fuyu,
     Step3p7,
     PerceptionLM,
+    Gemma4,
 ):
     register_adapter(_adapter)
 

@@ -64,6 +64,8 @@ class Adapter(ABC):
     """What the MLP, or the experts, of a decoder layer is called."""
     window_cuts_blocks: ClassVar[bool] = False
     """Whether a sliding window also limits what a token sees of its own block (see `blocks`)."""
+    block_kinds: ClassVar[tuple[str, ...] | None] = None
+    """Kinds of decoder layers in which a block's tokens all see one another (see `blocks`); None: in all."""
     marker_columns: ClassVar[tuple[int, int]] = (0, 0)
     """How many tokens the processor puts right before and right behind the tokens of an image. For families whose
     config does not say which these are: only a tokenizer could tell their ids."""
@@ -183,6 +185,10 @@ class Adapter(ABC):
         cached ones included, as transformers does. None: attention is causal throughout.
         """
         return None
+
+    def has_blocks(self, kind: str) -> bool:
+        """Whether the tokens of a block all see one another in decoder layers of a kind."""
+        return self.block_kinds is None or kind in self.block_kinds
 
     def pixel_argument(self, kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
         """The pixels of a kind among the arguments of the base model's forward, or of an encode call; None if none."""

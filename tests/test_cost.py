@@ -119,6 +119,15 @@ NEMOTRON = EXPERTS | dict(
     moe_intermediate_size=24,
     moe_shared_expert_intermediate_size=36,
 )
+GEMMA4 = TINY | dict(
+    num_hidden_layers=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    global_head_dim=24,
+    layer_types=["sliding_attention", "full_attention"] * 3,
+    hidden_size_per_layer_input=0,
+)
+PER_LAYER = dict(hidden_size_per_layer_input=12, vocab_size_per_layer_input=TINY["vocab_size"], num_kv_shared_layers=2)
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -166,6 +175,19 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ("DeepseekV3Model", lambda: hf.DeepseekV3Config(**LATENT, q_lora_rank=None)),
         ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),
         ("AriaTextModel", lambda: hf.AriaTextConfig(**TINY, num_key_value_heads=2, moe_num_experts=5)),
+        ("Gemma4TextModel", lambda: hf.Gemma4TextConfig(**GEMMA4 | PER_LAYER, use_double_wide_mlp=True)),
+        (
+            "Gemma4TextModel",
+            lambda: hf.Gemma4TextConfig(
+                **GEMMA4,
+                attention_k_eq_v=True,
+                num_global_key_value_heads=1,
+                enable_moe_block=True,
+                num_experts=5,
+                top_k_experts=2,
+                moe_intermediate_size=24,
+            ),
+        ),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
         ("NemotronHModel", lambda: hf.NemotronHConfig(**NEMOTRON)),
         ("NemotronHModel", lambda: hf.NemotronHConfig(**NEMOTRON, moe_latent_size=20)),
@@ -181,7 +203,7 @@ def test_experts_and_other_attention_are_what_torch_counts(model, config, visual
     model = getattr(hf, model)(config)
     if any(shape.gates for shape in layer_shapes(config, config.num_hidden_layers)):
         model.set_experts_implementation("eager")  # others are not counted, or run tokens that nobody needs
-    counted = counted_flops(model, inputs_embeds=torch.randn(1, tokens, config.hidden_size))
+    counted = counted_flops(model, input_ids=torch.arange(tokens)[None] % config.vocab_size)
     expected = sum(counted[f"layers.{i}"] for i in range(config.num_hidden_layers))
     for layer in model.layers:  # the convolution runs beyond the last token, and that is cut off
         convolutions = [module for module in layer.modules() if isinstance(module, torch.nn.Conv1d)]

@@ -44,6 +44,7 @@ TESTED_TEXT_MODELS = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
         "glm",
         "glm4",
         "glm4v_moe_text",

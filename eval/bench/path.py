@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.stages.cache import CacheLayout, PrunedLayer
-from vtprune.transformers_private import CACHE
+from vtprune.transformers_private import CACHE, has_keys
 
 PIXELS = "pixel_values"
 
@@ -50,6 +50,8 @@ def grow(model: Any, ids: Tensor, cache: Any, tokens: int) -> None:
         return
     grown: dict[int, CacheLayout] = {}
     for index, layer in enumerate(cache.layers):
+        if not has_keys(layer):
+            continue
         if isinstance(layer, PrunedLayer):
             # Layers that share a layout also share masks, so they have to go on sharing it.
             old = layer.layout
@@ -60,4 +62,4 @@ def grow(model: Any, ids: Tensor, cache: Any, tokens: int) -> None:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if has_keys(layer))

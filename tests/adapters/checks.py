@@ -80,7 +80,7 @@ def blinkered(name: str):
     for layer in (layer for kind in adapter.kinds for layer in adapter.encoder_layers(kind)):
         parts = dict(adapter.encoder_attention(layer).named_children())
         (output,) = [parts[key] for key in ("out_proj", "o_proj", "projection_layer") if key in parts]
-        output.weight.data.zero_()
+        getattr(output, "linear", output).weight.data.zero_()
     return model
 
 

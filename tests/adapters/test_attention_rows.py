@@ -54,11 +54,12 @@ def built(name: str, window: int | None, attention: str):
 
 def ends_with_image(model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     end = int(visual_columns(model, inputs)[-1]) + 1
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
     return inputs | {key: inputs[key][:, :end] for key in names if key in inputs}
 
 
-# In Gemma 3 and PaliGemma 2 layer 2 is a sliding one and layer 3 a full one; both are looked at in both ways.
+# In Gemma 3 and PaliGemma 2 layer 2 is a sliding one and layer 3 a full one, in Gemma 4 the other way round; both are
+# looked at in both ways.
 MODELS = [
     ("gemma3", 512),
     ("gemma3", 24),
@@ -68,6 +69,9 @@ MODELS = [
     ("paligemma2", 24),
     ("mistral3", 24),
     ("mistral3", 6),
+    ("gemma4", 512),
+    ("gemma4_31b", 24),
+    ("gemma4_31b", 6),
 ]
 
 

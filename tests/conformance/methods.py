@@ -106,6 +106,12 @@ def acts(name: str, stage: type[Method]) -> bool:
     return any(isinstance(part, stage) for part in parts(_ALL[name]))
 
 
+def last_cut(name: str, shape: vtprune.ModelShape) -> int:
+    """The last decoder layer on whose input it drops something on a model of a shape; 0 for none."""
+    inside = [part for method in build_methods(_ALL[name]) for part in method.parts(shape) if isinstance(part, InLLM)]
+    return max((cut for part in inside for cut in part.cuts(shape)), default=0)
+
+
 def drops_patches(name: str) -> bool:
     """Whether it drops patches inside the encoder's layers."""
     return any(isinstance(part, InLayers) and part.drops for part in parts(_ALL[name]))

@@ -18,7 +18,7 @@ from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
 from vtprune.testing.traces import back_ends, fingerprint
-from vtprune.transformers_private import CACHE, has_keys
+from vtprune.transformers_private import CACHE, has_keys, key_sources
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
@@ -29,6 +29,7 @@ from .methods import (
     attends_in_llm,
     evicts,
     keep_everything,
+    last_cut,
     needs_cls,
     needs_grid,
     numbered,
@@ -332,6 +333,10 @@ def test_only_what_needs_a_cls_token_is_refused(name):
         expected |= {method for method in METHODS if acts(method, InLLM) or evicts(method)}
     if families.FAMILIES[name].attention_unread:
         expected |= {method for method in METHODS if attends_in_llm(method)}
+    shape = adapter.shape
+    sources = key_sources(adapter.language_model.config, shape.decoder_layers)
+    if read_later := {source for layer, source in enumerate(sources) if source != layer}:
+        expected |= {method for method in METHODS if last_cut(method, shape) > min(read_later)}
     assert refused == expected
 
 

@@ -13,7 +13,7 @@ from vtprune.cost.mixers.latent_attention import LatentAttention
 from vtprune.cost.mixers.mamba2 import Mamba2
 from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
-from vtprune.transformers_private import layer_config, layer_type
+from vtprune.transformers_private import key_sources, layer_config, layer_type
 
 _UNGATED = frozenset({"persimmon", "cosmos3_edge_text"})
 """Model types whose MLPs have no gate."""
@@ -48,27 +48,38 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
     is_latent = getattr(config, "kv_lora_rank", None) is not None
-    others: dict[str, DeltaRule | ShortConv] = {}
+    mixers: dict[str, DeltaRule | ShortConv] = {}
     if has_delta:
-        others["linear_attention"] = DeltaRule.of(config)
+        mixers["linear_attention"] = DeltaRule.of(config)
     if hasattr(config, "conv_L_cache"):
-        others["conv"] = ShortConv.of(config)
-    dense = _dense_width(config)
+        mixers["conv"] = ShortConv.of(config)
     mixed = _expert_widths(config)
     matrices = 2 if config.model_type in _UNGATED else 3
+    others = _other_weights(config)
 
-    def attention(own: Any) -> LatentAttention | Attention:
-        return LatentAttention.of(own) if is_latent else Attention.of(own, gated=has_delta)
+    def attention(layer: int, kind: str, shares: bool) -> LatentAttention | Attention:
+        own = layer_config(config, layer)
+        if is_latent:
+            return LatentAttention.of(own)
+        values_are_keys = kind == "full_attention" and getattr(config, "attention_k_eq_v", False)
+        return Attention.of(own, gated=has_delta, projected=0 if shares else 2 - values_are_keys)
 
-    def shape(layer: int, kind: str, experts: bool) -> LayerShape:
-        m, gates = mixed if mixed is not None and experts else (dense, 0)
-        mixer = others.get(kind) or attention(layer_config(config, layer))
-        return LayerShape(d=config.hidden_size, mixer=mixer, m=m, gates=gates, matrices=matrices)
+    def shape(layer: int, kind: str, experts: bool, shares: bool, dense: int) -> LayerShape:
+        m, gates = mixed if mixed is not None and experts else (0, 0)
+        if not gates or getattr(config, "enable_moe_block", False):  # Gemma 4 has experts beside a plain MLP
+            m += dense
+        mixer = mixers.get(kind) or attention(layer, kind, shares)
+        return LayerShape(d=config.hidden_size, mixer=mixer, m=m, gates=gates, matrices=matrices, others=others)
 
-    types = [layer_type(config, layer) for layer in range(layers)]
-    kinds = list(zip(types, [False] * layers if mixed is None else _has_experts(config, layers), strict=True))
-    shapes = {kind: shape(kinds.index(kind), *kind) for kind in set(kinds)}
-    return [shapes[kind] for kind in kinds]
+    kinds = [layer_type(config, layer) for layer in range(layers)]
+    experts = [False] * layers if mixed is None else _has_experts(config, layers)
+    shares = [source != layer for layer, source in enumerate(key_sources(config, layers))]
+    keys = list(zip(kinds, experts, shares, _dense_widths(config, shares), strict=True))
+    made: dict[tuple, LayerShape] = {}
+    for layer, key in enumerate(keys):
+        if key not in made:
+            made[key] = shape(layer, *key)
+    return [made[key] for key in keys]
 
 
 def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
@@ -87,8 +98,27 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
     return [shapes[layer_type(config, layer)] for layer in range(layers)]
 
 
-def _dense_width(config: Any) -> int:
-    """`m` of a layer without experts."""
+def _other_weights(config: Any) -> int:
+    """`others` of every layer: embeddings that Gemma 3n and Gemma 4 add, and what else Gemma 3n has."""
+    d = config.hidden_size
+    total = 2 * d * (getattr(config, "hidden_size_per_layer_input", 0) or 0)  # in and out
+    if (streams := getattr(config, "altup_num_inputs", 0)) > 0:
+        total += 2 * d * config.laurel_rank
+        # Chosen before and after the layer: weights of the streams, and what they make of them.
+        total += 2 * d * streams + streams**3 + streams**2 + d * streams**2
+    return total
+
+
+def _dense_widths(config: Any, shares: list[bool]) -> list[int]:
+    """`m` of each layer, as far as it has no experts. shares: whether it reads the keys of an earlier one."""
+    width = _dense_width(config)
+    widths = list(width) if isinstance(width, (list, tuple)) else [width] * len(shares)
+    doubled = getattr(config, "use_double_wide_mlp", False)
+    return [width * 2 if doubled and shared else width for width, shared in zip(widths, shares, strict=True)]
+
+
+def _dense_width(config: Any) -> int | list[int]:
+    """`m` of a layer without experts, or one a layer."""
     names = ("dense_intermediate_size", "intermediate_size_mlp", "intermediate_size")
     width = next(width for name in names if (width := getattr(config, name, None)))
     if getattr(config, "block_auto_adjust_ff_dim", False):  # LFM2
@@ -102,7 +132,7 @@ def _dense_width(config: Any) -> int:
 def _expert_widths(config: Any) -> tuple[int, int] | None:
     """`m` and `gates` of a layer with a mixture of experts; None if the model has none."""
     experts = _first(config, "num_local_experts", "num_experts", "moe_num_experts")
-    if not experts:
+    if not experts or not getattr(config, "enable_moe_block", True):
         return None
     width = _first(config, "moe_intermediate_size", "intermediate_size")
     # One of Llama 4's is shared, which its config does not say.
@@ -110,7 +140,7 @@ def _expert_widths(config: Any) -> tuple[int, int] | None:
     shared_experts = llama4 or _first(config, "n_shared_experts", "moe_num_shared_experts") or 0
     weighed = getattr(config, "shared_expert_intermediate_size", 0)
     shared = weighed + width * shared_experts + (getattr(config, "share_expert_dim", None) or 0)
-    return _first(config, "num_experts_per_tok", "moe_topk") * width + shared, experts + bool(weighed)
+    return _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts") * width + shared, experts + bool(weighed)
 
 
 def _first(config: Any, *names: str) -> int | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from vtprune.attention import Places
 from vtprune.stages.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.stages.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
-from vtprune.transformers_private import Cache, layer_mask, layer_type
+from vtprune.transformers_private import Cache, key_sources, layer_mask, layer_type
 
 
 @dataclass
@@ -69,6 +69,10 @@ class Call:
     """(batch, n, dim): what DeepStack adds on the input of layer 0, as pruned before the LLM; 0 for text."""
     memo: dict = field(default_factory=dict)
     """Masks and rotary embeddings already built, by `key`."""
+    key_sources: list[int] = field(init=False)
+    """Of each decoder layer, the one whose keys it reads."""
+    last_rows: int = 0
+    """How many last tokens alone may pass the layers that read keys of earlier ones; 0 for all."""
     left_in_cache: dict[int, Tensor] = field(default_factory=dict)
     """Decoder layer -> (batch, n) bool over the columns of its sequence: visual tokens left in its cache after an
     eviction."""
@@ -82,12 +86,14 @@ class Call:
         self.whole = SequenceLayout.whole(self.real, visual, self.positions)
         self.sequence_layouts, self.starts = [self.whole], [0]
         self.wrapped = bool(pruned_layers(self.cache))
+        depth = len(self.adapter.decoder_layers)
+        self.key_sources = key_sources(self.text_config, depth)
         if self.wrapped:
-            layers = [self.cached(i) for i in range(len(self.adapter.decoder_layers))]
+            layers = [self.cached(i) for i in range(depth)]
             self.before = [(layer.layout, layer.physical) for layer in layers]
             self.update_cache_layouts(0)
         else:
-            self.before = [(CacheLayout(real=self.past_real), self.past)] * len(self.adapter.decoder_layers)
+            self.before = [(CacheLayout(real=self.past_real), self.past)] * depth
 
     @property
     def sequence(self) -> SequenceLayout:
@@ -111,11 +117,11 @@ class Call:
         return take_columns(self.prompt, sequence.columns)
 
     def cached(self, layer: int) -> PrunedLayer:
-        """What a wrapped cache holds of a decoder layer.
+        """What a wrapped cache holds for a decoder layer, which may be the keys of an earlier one.
 
         A layer that carries a state instead has what all others have: where such layers are, nothing is cut between.
         """
-        there = self.cache.layers[layer]
+        there = self.cache.layers[self.key_sources[layer]]
         return there if isinstance(there, PrunedLayer) else pruned_layers(self.cache)[0]
 
     def sequence_at(self, layer: int) -> SequenceLayout:
@@ -179,7 +185,7 @@ class Call:
         if self.cache is None:
             return
         if not self.wrapped:
-            wrap_cache(self.cache, self.owner, len(self.adapter.decoder_layers))
+            wrap_cache(self.cache, self.owner, max(self.key_sources) + 1)
             self.wrapped, first_layer = True, 0
         memo = {}
         for i in range(first_layer, len(self.cache.layers)):
@@ -243,8 +249,8 @@ class Call:
     def restore(self, output: Any) -> Any:
         """The language model's output with states of the call's length, which is what callers index them by."""
         if isinstance(output, tuple):
-            return self.sequence.restore(output[0], self.length), *output[1:]
-        output.last_hidden_state = self.sequence.restore(output.last_hidden_state, self.length)
+            return self._restored(output[0]), *output[1:]
+        output.last_hidden_state = self._restored(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             # The first is what enters layer 0, each further one what a layer gives; None for one not asked for.
             output.hidden_states = tuple(
@@ -252,6 +258,18 @@ class Call:
                 for index, state in enumerate(output.hidden_states)
             )
         return output
+
+    def _restored(self, hidden: Tensor) -> Tensor:
+        """What leaves the last layer, at the call's length; if the last tokens alone left it, they are the call's."""
+        return hidden if self.is_tail(hidden) else self.sequence.restore(hidden, self.length)
+
+    def is_tail(self, hidden: Tensor) -> bool:
+        """Whether hidden states (batch, n, dim) are those of the sequence's last tokens alone."""
+        return bool(self.last_rows) and hidden.shape[1] == self.last_rows < self.sequence.columns.shape[1]
+
+    def from_first_layer(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Takes what has one entry a token of the first layer, (batch, n, ...), to the tokens of a layer."""
+        return self.sequence_at(layer).takes_from(self.sequence_at(0))
 
     # -- what a layer sees --------------------------------------------------------------------------------------
 
@@ -280,11 +298,12 @@ class Call:
             return self.sequence_at(layer).real
         return self.cached(layer).layout.mask()
 
-    def blocks_at(self, layer: int) -> Tensor | None:
-        """(batch, n) long: the block of each column of a layer whose tokens all see one another, -1 for none."""
-        if self.blocks is None:
+    def blocks_at(self, layer: int, sequence: SequenceLayout | None = None) -> Tensor | None:
+        """(batch, n) long: the block of each column whose tokens all see one another in a layer, -1 for none; of the
+        layer's own columns, or those of another sequence."""
+        if self.blocks is None or not self.adapter.has_blocks(layer_type(self.text_config, layer)):
             return None
-        sequence = self.sequence_at(layer)
+        sequence = sequence or self.sequence_at(layer)
         return take_columns(self.blocks, sequence.columns).masked_fill(~sequence.present, -1)
 
     def mask_at(self, layer: int, hidden: Tensor):

@@ -113,7 +113,7 @@ class EncoderRecorder:
         for call, kind in self._kinds.calls.items():
             yield Wrapped(*call, self._encode(kind))
         if self.keep_features:
-            yield self.adapter.projector.register_forward_pre_hook(self._before_projector)
+            yield self.adapter.projector.register_forward_pre_hook(self._before_projector, with_kwargs=True)
         # Hooks that read and never replace need no particular order; towers may be shared between kinds.
         hooked = self.watched or self.output_layers or self.cut.cuts or self.in_layers.methods
         towers = {id(self.adapter.vision_tower(kind)): kind for kind in kinds} if hooked else {}
@@ -178,9 +178,9 @@ class EncoderRecorder:
 
         return make
 
-    def _before_projector(self, module, args):
+    def _before_projector(self, module, args, kwargs):
         if (encoding := self._seen().open) is not None:
-            encoding.project(args[0].detach())
+            encoding.project((args or tuple(kwargs.values()))[0].detach())
 
     def _take_output(self, layer: int):
         def hook(module, args, output):

@@ -68,15 +68,15 @@ class EvictionStage:
         if call.left_in_cache:
             contents.columns = [
                 (s.columns + call.past).masked_fill(~call.left_in_cache.get(i, s.computed), -1).cpu()
-                for i, s in enumerate(map(call.sequence_at, range(len(call.cache.layers))))
+                for i, s in ((i, call.sequence_at(i)) for i in call.key_sources)
             ]
 
     def _evict(self, call: Call, method: AfterPrefill) -> None:
         made: dict[tuple[int, int, int], tuple[Tensor, PrunedLayer]] = {}
         for i in method.layers(self.shape):
-            layer = call.cache.layers[i]
-            if layer.is_sliding:
-                continue  # it forgets by itself, and counts on its columns being consecutive
+            layer = call.cached(i)
+            if layer.is_sliding or call.key_sources[i] != i:
+                continue  # a window forgets by itself, and counts on its columns being consecutive
             sequence = call.sequence_at(i)
             past = call.before[i][1]
             groups = call.sample_groups(sequence)

@@ -30,7 +30,16 @@ from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import Stored
 from vtprune.tokens import ModelShape, Selection
-from vtprune.transformers_private import attention_back_end, check_arguments, check_replay, projections, reads_positions
+from vtprune.transformers_private import (
+    attention_back_end,
+    by_name,
+    check_arguments,
+    check_replay,
+    cut_along,
+    key_sources,
+    projections,
+    reads_positions,
+)
 
 
 @dataclass
@@ -78,6 +87,7 @@ class InLLMStage(ThreadAware[_Following]):
                 # A method of several cuts lists at each one what it reads at any.
                 for layer in {layer for signal in signals for layer in signal.attends(cut) if layer < cut}:
                     self._last_use[layer] = max(cut, self._last_use.get(layer, 0))
+        self._check_sharing()
         self._measuring = {layer for signal in self.signals for layer in signal.measures()}
         for layer in sorted(self._last_use):
             check_attention(adapter, layer, of_input=False)
@@ -86,6 +96,28 @@ class InLLMStage(ThreadAware[_Following]):
         for layer in sorted(self._measuring):
             self._check_blocks(adapter.decoder_layers[layer])
         self._reading = {i for i, layer in enumerate(adapter.decoder_layers) if reads_positions(layer)}
+
+    def _check_sharing(self) -> None:
+        """Raise if a cut comes behind a layer whose keys a later layer reads: they would still be those of all."""
+        depth = self.shape.decoder_layers
+        sources = key_sources(self.adapter.text_config, depth)
+        shared = [source for layer, source in enumerate(sources) if source != layer]
+        late = {
+            method.name: cut for cut, cuts in self.cuts.items() if shared and cut > min(shared) for method, _ in cuts
+        }
+        reviving = next((m.name for cuts in self.cuts.values() for m, _ in cuts if isinstance(m, Reviving)), None)
+        if shared and reviving:
+            raise UnsupportedStageError(
+                f"{reviving} brings tokens back into the KV cache, and layers of this model read keys of earlier ones; "
+                "methods that bring nothing back work: fastv, transprune"
+            )
+        if late:
+            name, cut = next(iter(late.items()))
+            raise UnsupportedStageError(
+                f"{name} would drop tokens at layer {cut}, and the layers from {depth - len(shared)} on read keys of "
+                f"layer {min(shared)} and later ones, which already hold these tokens; give it layers up to "
+                f"{min(shared)}, or take a method before the LLM: mmtok, divprune"
+            )
 
     def _check_blocks(self, layer: nn.Module) -> None:
         """Raise unless a decoder layer has the two blocks whose transitions are measured."""
@@ -140,13 +172,18 @@ class InLLMStage(ThreadAware[_Following]):
                 now.recorded.places[i] = call.places_at(i, hidden)
             if not call.pruned and not call.wrapped and not call.deepstack:
                 return None
+            args, kwargs = by_name(module, args, dict(kwargs))
             if i == 0:
                 check_arguments(type(module).__name__, kwargs, call.batch, hidden.shape[1])
-            kwargs = dict(kwargs)
             differs = call.key(i) != call.key(0)
+            tail = call.is_tail(hidden)
+            if not tail:
+                cut_along(kwargs, call.from_first_layer(i))
             if differs:
-                kwargs["position_embeddings"] = call.places_at(i, hidden).rope
-                kwargs["attention_mask"] = call.mask_at(i, hidden)
+                rope, mask = call.places_at(i, hidden).rope, call.mask_at(i, hidden)
+                if tail:  # which sees all that the last tokens see
+                    rope, mask = tuple(part[:, -1:] for part in rope), None if mask is None else mask[..., -1:, :]
+                kwargs |= {"position_embeddings": rope, "attention_mask": mask}
             if i not in self._reading:
                 # Attention back ends read position ids to detect packed sequences, for which gaps would be mistaken.
                 kwargs["position_ids"] = None

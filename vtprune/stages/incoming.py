@@ -18,9 +18,11 @@ from vtprune.stages.media import Media
 from vtprune.transformers_private import (
     Cache,
     DynamicCache,
+    ask_for_all_rows,
     cache_of,
     check_arguments,
     is_checkpointed,
+    last_rows_only,
     releases,
     with_cache,
 )
@@ -226,6 +228,14 @@ def open_call(
         kwargs.update(with_cache(decoder, kwargs, DynamicCache(config=decoder.config)))
     columns = Columns.of(hidden, kwargs, mask, has_images=incoming is not None)
     check_arguments(type(decoder).__name__, kwargs, *hidden.shape[:2])
+    media = None if incoming is None else _media_in_prompt(adapter, recorder, incoming, hidden, columns.real)
+    last_rows = last_rows_only(kwargs)
+    # They stay the last ones if they are one token of text in each sample.
+    if last_rows and not (
+        last_rows == 1 and columns.real[:, -1].all() and (media is None or not media.visual[:, -1].any())
+    ):
+        ask_for_all_rows(kwargs)
+        last_rows = 0
     return Call(
         adapter=adapter,
         owner=owner,
@@ -236,7 +246,7 @@ def open_call(
         cache=cache_of(kwargs),
         real=columns.real,
         positions=columns.positions,
-        media=None if incoming is None else _media_in_prompt(adapter, recorder, incoming, hidden, columns.real),
+        media=media,
         blocks=None if incoming is None else incoming.blocks,
         masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
         deepstack={},
@@ -244,6 +254,7 @@ def open_call(
         embeddings=hidden,
         past_real=columns.past_real,
         unpadded=columns.unpadded,
+        last_rows=last_rows,
     )
 
 

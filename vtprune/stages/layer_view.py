@@ -166,7 +166,7 @@ class CutView:
             past_keys=keys,
             past_real=layout.real,
             # What was recorded in an earlier layer has been cut along with the sequence since.
-            blocks=call.blocks_at(call.starts[-1]),
+            blocks=call.blocks_at(layer, self._sequence),
             window=window,
             window_cuts_blocks=self.adapter.window_cuts_blocks,
             present=self.present,

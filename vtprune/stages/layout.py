@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -174,6 +175,14 @@ class SequenceLayout:
         """Mask the columns that are not in `keep` (batch, n) bool; all stay where they are."""
         masked = self.present & ~(self.real & keep)
         return replace(self, real=self.real & keep, visual=self.visual & keep, merged_into=merged_into, masked=masked)
+
+    def takes_from(self, earlier: SequenceLayout) -> Callable[[Tensor], Tensor]:
+        """What takes values (batch, n, ...) of the columns of an earlier layout of the call to those that are left."""
+        if earlier is self:
+            return lambda values: values
+        here = torch.arange(earlier.columns.shape[1], device=earlier.columns.device).expand_as(earlier.columns)
+        index = torch.zeros_like(self.merged_into).scatter(1, earlier.columns, here).gather(1, self.columns)
+        return lambda values: take_columns(values.flatten(2), index).unflatten(2, values.shape[2:])
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving

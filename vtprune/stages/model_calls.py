@@ -38,6 +38,7 @@ from vtprune.transformers_private import (
     cache_of,
     carried,
     check_decoder,
+    cut_along,
     deepstack_of,
     drop_deepstack,
     is_paged,
@@ -232,9 +233,9 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             hidden = self._take_deepstack(call, kwargs, hidden, entering)
         self._in_llm.begin(call)
         if not call.pruned and not call.wrapped:
-            return (args, kwargs) if call.cache is not cache or call.deepstack else None
-        kwargs["inputs_embeds"] = hidden
-        kwargs["position_ids"] = call.positions_at(0)
+            return (args, kwargs) if call.cache is not cache or call.deepstack or self._in_llm.cuts else None
+        cut_along(kwargs, call.sequence.takes_from(call.whole))
+        kwargs |= {"inputs_embeds": hidden, "position_ids": call.positions_at(0)}
         kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
 

@@ -101,6 +101,7 @@ def recompute(
     original = prompt_positions(model, inputs, len(generated))
     blocks = prompt_blocks(model, inputs, len(generated))
 
+    embedded = None
     columns = torch.arange(len(ids), device=device)
     text = columns[~torch.isin(columns, vision.columns)]
     if positions == "compact once":
@@ -119,6 +120,8 @@ def recompute(
                 there = torch.isin(where.to(device), columns)
                 hidden[torch.searchsorted(columns, where.to(device)[there])] = values.to(hidden)[there]
 
+        if index == 0:
+            embedded = _by_layer(decoder, ids, vision.columns, columns, hidden)
         kind = layer_kind(decoder.config, index)
         ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
@@ -129,6 +132,8 @@ def recompute(
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
+        if embedded is not None:
+            handed["per_layer_input"] = embedded[columns, index][None]
         output = layer(
             hidden[None],
             attention_mask=mask,
@@ -191,6 +196,17 @@ def _handed_on(decoder) -> dict[str, Any]:
     given = {"prev_topk_indices": None, "shared_kv_states": {}}
     accepted = inspect.signature(type(decoder.layers[0]).forward).parameters
     return {name: value for name, value in given.items() if name in accepted}
+
+
+def _by_layer(decoder, ids: Tensor, visual: Tensor, columns: Tensor, hidden: Tensor) -> Tensor | None:
+    """(tokens, layers, dim): what Gemma 3n and Gemma 4 add in each layer to the columns that enter the first one as
+    `hidden` (n, dim); None for others. Visual tokens have the embedding of padding."""
+    if not getattr(decoder.config, "hidden_size_per_layer_input", 0):
+        return None
+    own = ids.index_fill(0, visual, decoder.config.pad_token_id)
+    embedded = decoder.get_per_layer_inputs(own[None])[0]
+    embedded[columns] = decoder.project_per_layer_inputs(hidden[None], embedded[None, columns])[0]
+    return embedded
 
 
 _ROPE_ARGUMENTS = {"video_second_per_grid": "second_per_grids"}
@@ -313,16 +329,17 @@ def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor | None
 
     blocks: (n,), as in `prompt_blocks`.
     """
-    if "flash" in attention_back_end(adapter_for(model).language_model.config):
+    adapter = adapter_for(model)
+    if "flash" in attention_back_end(adapter.language_model.config):
         return None
+    blocks = blocks if adapter.has_blocks(kind) else torch.full_like(blocks, -1)
     ranks = torch.arange(len(blocks), device=blocks.device)
     distance = ranks[:, None] - ranks
     causal = distance >= 0
     together = (blocks[:, None] == blocks) & (blocks >= 0)
     window = torch.ones_like(causal)
     if kind == "sliding_attention":
-        window = distance < adapter_for(model).language_model.config.sliding_window
-    cuts = adapter_for(model).window_cuts_blocks
-    allowed = window & (causal | together) if cuts else (window & causal) | together
+        window = distance < adapter.language_model.config.sliding_window
+    allowed = window & (causal | together) if adapter.window_cuts_blocks else (window & causal) | together
     mask = torch.zeros(allowed.shape, dtype=dtype, device=blocks.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[None, None]

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +23,25 @@ _DEEPSTACK = {"deepstack_visual_embeds": "visual_pos_masks", "deepstack_features
 """What decoders call the features that they add to the visual tokens in their layers -> what they call the mask of the
 columns of these tokens."""
 
+_LAST_ROWS = "logits_to_keep"
+
+_BY_TOKEN = ("per_layer_inputs", "per_layer_input")
+"""Arguments of decoders and their layers that are (batch, tokens, ...), and are cut along with the tokens.
+
+A token that others were merged into keeps its own. `per_layer_inputs` and `per_layer_input`: embeddings that Gemma 3n
+and Gemma 4 add to each token in every layer, all of them for the decoder and one slice for a layer.
+"""
+
 _KNOWN_ARGUMENTS = {
     *_CACHE_NAMES,
+    *_BY_TOKEN,
     *_DEEPSTACK,
     *_DEEPSTACK.values(),
     "attention_mask",
     "hidden_states",
     "input_ids",
     "inputs_embeds",
+    "labels",  # handed on by models that compute the loss outside, and read by no layer
     "mamba_attention_mask",
     "position_embeddings",
     "position_ids",
@@ -91,6 +103,38 @@ def drop_deepstack(kwargs: dict[str, Any]) -> None:
     """Take these features from the arguments of a decoder."""
     for name in (*_DEEPSTACK, *_DEEPSTACK.values()):
         kwargs.pop(name, None)
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The same arguments of a call of a decoder layer, all but the first by name."""
+    if len(args) < 2:
+        return args, kwargs
+    return args[:1], dict(zip(_names(type(module))[2:], args[1:], strict=False)) | kwargs
+
+
+@functools.cache
+def _names(cls: type) -> tuple[str, ...]:
+    """Parameters of a module's forward, `self` first."""
+    return tuple(inspect.signature(cls.forward).parameters)
+
+
+def cut_along(kwargs: dict[str, Any], cut: Callable[[Tensor], Tensor]) -> None:
+    """Replace arguments that are (batch, tokens, ...) by what `cut` makes of them."""
+    for name in _BY_TOKEN:
+        if kwargs.get(name) is not None:
+            kwargs[name] = cut(kwargs[name])
+
+
+def last_rows_only(kwargs: Mapping[str, Any]) -> int:
+    """How many last tokens a decoder may leave alone in its last layers, by its arguments; 0 for all."""
+    asked = kwargs.get(_LAST_ROWS, 0)
+    return asked if isinstance(asked, int) else 0
+
+
+def ask_for_all_rows(kwargs: dict[str, Any]) -> None:
+    """Let a decoder compute all tokens in all layers."""
+    if _LAST_ROWS in kwargs:
+        kwargs[_LAST_ROWS] = 0
 
 
 def check_arguments(where: str, kwargs: Mapping[str, Any], batch: int, length: int) -> None:

@@ -95,7 +95,9 @@ def run(attention: nn.Module, hidden: Tensor, rope: Any, positions: Tensor, mask
     """The forward pass of a replica of an attention module."""
     # The module's own `forward` may be one that accelerate has put on the original.
     forward = type(attention).forward
-    more = {"position_ids": positions} if "position_ids" in parameters(type(attention)) else {}
+    # Layers whose keys others share put them there.
+    more = {"position_ids": positions, "shared_kv_states": {}}
+    more = {name: value for name, value in more.items() if name in parameters(type(attention))}
     return forward(attention, hidden, position_embeddings=rope, attention_mask=mask, **more)
 
 

@@ -71,6 +71,15 @@ def carried(kinds: list[str]) -> str:
     return "look their keys up by column number" if kinds == [_INDEXED] else "carry a state from token to token"
 
 
+def key_sources(config: Any, layers: int) -> list[int]:
+    """Of each decoder layer, the one whose keys and values it reads: itself, but for the last ones of Gemma 3n and
+    Gemma 4, which read those of the last layer of their kind before them."""
+    own = layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    kinds = [layer_type(config, layer) for layer in range(layers)]
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return [layer if layer < own else last[kind] for layer, kind in enumerate(kinds)]
+
+
 def longest_prunable(config: Any, layers: int) -> int | None:
     """Length of the longest sequence in which tokens can go missing; None for any.
 

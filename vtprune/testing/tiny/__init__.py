@@ -8,6 +8,7 @@ from vtprune.testing.tiny import (
     cosmos3,
     fuyu,
     gemma,
+    gemma4,
     glm_v,
     granite,
     grid,
@@ -62,6 +63,7 @@ _FILES = (
     fuyu,
     step3p7,
     perception_lm,
+    gemma4,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

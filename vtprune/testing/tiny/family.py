@@ -37,7 +37,8 @@ class Family:
     mixes_kinds: bool = True
     """Whether a call may hold images and videos, if it takes both."""
     mend: Callable[[Any], None] | None = None
-    """What makes a model run on releases of transformers that cannot run it."""
+    """What is done to a new model: what makes it run on releases of transformers that cannot run it, or weights that
+    are not as usual."""
     kindred: bool = False
     """Whether little is new in it: the tests then run one medium and one back end a method, and few of these cells by
     default."""
