@@ -46,12 +46,24 @@ def _cosmos3_edge():
     return processor
 
 
-PROCESSORS: dict[str, Callable] = {"cosmos3_edge": _cosmos3_edge, "glm46v": _glm, "paddleocr_vl": _paddleocr}
+def _video_llama3():
+    images = hf.VideoLlama3ImageProcessor(patch_size=PATCH, merge_size=1, **_sizes(300, 1000))
+    frames = hf.VideoLlama3VideoProcessor(**_PATCHES, **_sizes(300, 100_000), use_token_compression=False)
+    return hf.VideoLlama3Processor(images, tokenizer(QWEN_TOKENS), frames)
+
+
+PROCESSORS: dict[str, Callable] = {
+    "video_llama3": _video_llama3,
+    "cosmos3_edge": _cosmos3_edge,
+    "glm46v": _glm,
+    "paddleocr_vl": _paddleocr,
+}
 WRITTEN: dict[str, dict[str, str]] = {
     "glm46v": {
         "image": "<|begin_of_image|><|image|><|end_of_image|>",
         "video": "<|begin_of_video|><|video|><|end_of_video|>",
     },
     "cosmos3_edge": {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|video_pad|>"},
+    "video_llama3": {"image": "<|image_pad|>", "video": "<|video_pad|>"},
     "paddleocr_vl": {"image": "<|vision_start|><|image_pad|><|vision_end|>"},
 }

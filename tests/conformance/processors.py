@@ -329,6 +329,8 @@ CASES: dict[str, Case] = {
     "glm46v": Case("glm46v", _IMAGES),
     "glm46v, videos": Case("glm46v", _VIDEOS, fps=4.0, options={"do_sample_frames": True}),
     "paddleocr_vl": Case("paddleocr_vl", _IMAGES),
+    "video_llama3": Case("video_llama3", _IMAGES),
+    "video_llama3, videos": Case("video_llama3", _VIDEOS, fps=4.0, options={"fps": 2.0, "do_sample_frames": True}),
     "cosmos3_edge, videos": Case("cosmos3_edge", _VIDEOS, fps=4.0),
     "cosmos3_edge": Case("cosmos3_edge", _MIXED, options={"do_sample_frames": False}),
 }

@@ -95,6 +95,11 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
             first = text[: stamp.start()].count(" ")
             count = stamp[0].count(" ") + 1
             layout[first : first + count] = [True] * count
+    if case.family == "video_llama3":
+        text = " ".join(tokens)
+        for stamp in re.finditer(r"(?:, |<unk> )?Time (?:[\d.]|<unk>)(?: (?:[\d.]|<unk>))* :", text):
+            first = text[: stamp.start()].count(" ")
+            layout[first : first + stamp[0].count(" ") + 1] = [True] * (stamp[0].count(" ") + 1)
     if case.family == "glm46v":  # a stamp behind each frame
         inside = False
         for column, token in enumerate(tokens):
