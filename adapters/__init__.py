@@ -46,7 +46,7 @@ from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.perception_lm import PerceptionLM
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
-from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL
+from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL, Qwen4Exp
 from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.step3p7 import Step3p7
 from vtprune.adapters.timm import TimmViT
@@ -108,6 +108,7 @@ for _adapter in (
     Lfm2VL,
     Lfm3VL,
     NemotronHOmni,
+    Qwen4Exp,
     Llama4,
     Cosmos3Edge,
     Cosmos3Omni,

@@ -136,6 +136,18 @@ class Qwen3_5(Qwen3VL):
     carries_state = True
 
 
+class Qwen4Exp(Qwen3_5):
+    """`Qwen4ExpForConditionalGeneration` (Qwen4-Exp; no paper).
+
+    Like Qwen3.5. The other layers of the language model attend to a few blocks of columns, which they look up in an
+    index, and some layers add embeddings of runs of token ids. Of a prompt with tokens missing, blocks and runs are
+    those of the tokens that are there.
+    """
+
+    model_types = ("qwen4_exp",)
+    family = "Qwen4-Exp"
+
+
 def patch_grids(kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:
     """(media, 3) long: temporal patches, rows and columns of patches of each medium of a call."""
     return torch.as_tensor(inputs[f"{kind}_grid_thw"])

@@ -121,7 +121,6 @@ _NEEDS = {
     "muse_glimmer": "the layout of Qwen-VL over layers of which some have no rotation",
     "muse_spark": "the layout of Qwen-VL over layers of which some have no rotation",
     "phi4_multimodal": "features that are written into the prompt inside an embedding module",
-    "qwen4_exp": "linear attention beside attention that looks keys up in an index",
     "unlimited_ocr": "a KV cache of its own, which keeps the prompt and a window of what is generated, and counts from "
     "how long the prompt is",
 }

@@ -182,7 +182,13 @@ class SequenceLayout:
             return lambda values: values
         here = torch.arange(earlier.columns.shape[1], device=earlier.columns.device).expand_as(earlier.columns)
         index = torch.zeros_like(self.merged_into).scatter(1, earlier.columns, here).gather(1, self.columns)
-        return lambda values: take_columns(values.flatten(2), index).unflatten(2, values.shape[2:])
+
+        def take(values: Tensor) -> Tensor:
+            return take_columns(values.flatten(2) if values.ndim > 3 else values, index).reshape(
+                *index.shape, *values.shape[2:]
+            )
+
+        return take
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving

@@ -119,6 +119,8 @@ def recompute(
             if layer_index == index:
                 there = torch.isin(where.to(device), columns)
                 hidden[torch.searchsorted(columns, where.to(device)[there])] = values.to(hidden)[there]
+        if index == 0:
+            hidden = hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # streams of Qwen4
 
         if index == 0:
             embedded = _by_layer(decoder, ids, vision.columns, columns, hidden)
@@ -134,6 +136,8 @@ def recompute(
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
         if embedded is not None:
             handed["per_layer_input"] = embedded[columns, index][None]
+        if "ple_input_ids" in handed:
+            handed["ple_input_ids"] = ids[columns][None]
         output = layer(
             hidden[None],
             attention_mask=mask,
@@ -187,13 +191,13 @@ def _rotary(decoder, index: int, hidden: Tensor, places: Tensor) -> dict[str, An
 
 def _final_norm(decoder):
     """What the output of the last layer goes through."""
-    names = ("norm", "embedding_norm", "norm_f", "final_layernorm")
+    names = ("norm", "embedding_norm", "norm_f", "final_layernorm", "hyper_connection_mixer")
     return next(getattr(decoder, name) for name in names if hasattr(decoder, name))
 
 
 def _handed_on(decoder) -> dict[str, Any]:
     """Arguments of the first layer that hand something on to later ones, where layers take them."""
-    given = {"prev_topk_indices": None, "shared_kv_states": {}}
+    given = {"prev_topk_indices": None, "shared_kv_states": {}, "ple_input_ids": None}
     accepted = inspect.signature(type(decoder.layers[0]).forward).parameters
     return {name: value for name, value in given.items() if name in accepted}
 

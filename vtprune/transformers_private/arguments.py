@@ -25,11 +25,12 @@ columns of these tokens."""
 
 _LAST_ROWS = "logits_to_keep"
 
-_BY_TOKEN = ("per_layer_inputs", "per_layer_input")
+_BY_TOKEN = ("per_layer_inputs", "per_layer_input", "ple_input_ids")
 """Arguments of decoders and their layers that are (batch, tokens, ...), and are cut along with the tokens.
 
 A token that others were merged into keeps its own. `per_layer_inputs` and `per_layer_input`: embeddings that Gemma 3n
-and Gemma 4 add to each token in every layer, all of them for the decoder and one slice for a layer.
+and Gemma 4 add to each token in every layer, all of them for the decoder and one slice for a layer. `ple_input_ids`: ids whose runs Qwen4
+hashes to embeddings.
 """
 
 _KNOWN_ARGUMENTS = {
@@ -38,6 +39,7 @@ _KNOWN_ARGUMENTS = {
     *_DEEPSTACK,
     *_DEEPSTACK.values(),
     "attention_mask",
+    "conv_mask",  # made of the attention mask
     "hidden_states",
     "input_ids",
     "inputs_embeds",

@@ -17,16 +17,13 @@ from vtprune.testing.media import (
     PATCH,
     ROW_COLUMN,
     START,
-    VIDEO,
     Item,
     Layout,
-    collate_patches,
     flat,
-    lay_patches,
     noise,
 )
 from vtprune.testing.tiny.family import Family
-from vtprune.testing.tiny.qwen_vl import CLIPS, IDS, IMAGES
+from vtprune.testing.tiny.qwen_vl import IDS, STAMPED
 
 _TILE = (3, 3)
 _CUTS = (((1, 2), (2, 3)), ((0, 0), (4, 3)), ((2, 1), (3, 2)), ((2, 2), (2, 2)))
@@ -62,7 +59,6 @@ _SLIDING = dict(
     sliding_window=512,
     head_dim=8,
 )
-_STAMPED = Layout(CLIPS, lay_patches(VIDEO, stamped=True), collate_patches("pixel_values_videos", "video_grid_thw"))
 
 FAMILIES = {
     "lfm2_vl": Family(
@@ -92,7 +88,7 @@ FAMILIES = {
             tie_word_embeddings=False,
             **IDS,
         ),
-        {"image": IMAGES, "video": _STAMPED},
+        STAMPED,
         carries_state=True,
         kindred=True,
     ),
