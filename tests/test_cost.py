@@ -108,6 +108,23 @@ LATENT = TINY | dict(
     topk_group=1,
     first_k_dense_replace=1,
 )
+STREAMS = dict(
+    layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+    hc_count=2,
+    hc_lowrank=12,
+    indexer_n_heads=3,
+    indexer_kv_heads=1,
+    indexer_head_dim=20,
+    indexer_compress_ratio=4,
+    indexer_budget=16,
+    ple_layer_ids=[3],
+    ple_embed_dim=24,
+    heads_per_ngram=2,
+    ngram_vocab_size_base=64,
+    split_ngram_parts=1,
+    make_ngram_vocab_size_divisible_by=8,
+    eos_token_id=2,
+)
 NEMOTRON = EXPERTS | dict(
     layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
     ssm_state_size=12,
@@ -189,6 +206,7 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
             ),
         ),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
+        ("Qwen4ExpTextModel", lambda: hf.Qwen4ExpTextConfig(**EXPERTS | LINEAR | SHARED | STREAMS)),
         ("NemotronHModel", lambda: hf.NemotronHConfig(**NEMOTRON)),
         ("NemotronHModel", lambda: hf.NemotronHConfig(**NEMOTRON, moe_latent_size=20)),
         ("Lfm2Model", lambda: hf.Lfm2Config(**CONVOLUTIONS | dict(block_multiple_of=7))),
@@ -207,6 +225,7 @@ def test_experts_and_other_attention_are_what_torch_counts(model, config, visual
     expected = sum(counted[f"layers.{i}"] for i in range(config.num_hidden_layers))
     for layer in model.layers:  # the convolution runs beyond the last token, and that is cut off
         convolutions = [module for module in layer.modules() if isinstance(module, torch.nn.Conv1d)]
+        convolutions = [module for module in convolutions if module.padding[0]]
         for convolution in convolutions:
             kernel = convolution.kernel_size[0]
             expected -= 2 * convolution.out_channels * kernel * (kernel - 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtprune.cost.mixers.attention import Attention
+from vtprune.cost.mixers.block_index import BlockIndex
 from vtprune.cost.mixers.delta_rule import DeltaRule
 from vtprune.cost.mixers.latent_attention import LatentAttention
 from vtprune.cost.mixers.mamba2 import Mamba2
@@ -25,7 +26,7 @@ class LayerShape:
 
     d: int
     """width of the hidden state"""
-    mixer: Attention | DeltaRule | LatentAttention | Mamba2 | Nothing | ShortConv
+    mixer: Attention | BlockIndex | DeltaRule | LatentAttention | Mamba2 | Nothing | ShortConv
     m: int
     """width inside the MLP; of a mixture of experts, inside all experts that run for a token"""
     gates: int
@@ -48,14 +49,15 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
     is_latent = getattr(config, "kv_lora_rank", None) is not None
-    mixers: dict[str, DeltaRule | ShortConv] = {}
+    mixers: dict[str, BlockIndex | DeltaRule | ShortConv] = {}
     if has_delta:
         mixers["linear_attention"] = DeltaRule.of(config)
     if hasattr(config, "conv_L_cache"):
         mixers["conv"] = ShortConv.of(config)
+    if hasattr(config, "indexer_compress_ratio"):
+        mixers["indexed_attention"] = BlockIndex.of(config)
     mixed = _expert_widths(config)
     matrices = 2 if config.model_type in _UNGATED else 3
-    others = _other_weights(config)
 
     def attention(layer: int, kind: str, shares: bool) -> LatentAttention | Attention:
         own = layer_config(config, layer)
@@ -64,7 +66,7 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
         values_are_keys = kind == "full_attention" and getattr(config, "attention_k_eq_v", False)
         return Attention.of(own, gated=has_delta, projected=0 if shares else 2 - values_are_keys)
 
-    def shape(layer: int, kind: str, experts: bool, shares: bool, dense: int) -> LayerShape:
+    def shape(layer: int, kind: str, experts: bool, shares: bool, dense: int, others: int) -> LayerShape:
         m, gates = mixed if mixed is not None and experts else (0, 0)
         if not gates or getattr(config, "enable_moe_block", False):  # Gemma 4 has experts beside a plain MLP
             m += dense
@@ -74,7 +76,8 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     kinds = [layer_type(config, layer) for layer in range(layers)]
     experts = [False] * layers if mixed is None else _has_experts(config, layers)
     shares = [source != layer for layer, source in enumerate(key_sources(config, layers))]
-    keys = list(zip(kinds, experts, shares, _dense_widths(config, shares), strict=True))
+    others = [_other_weights(config, layer) for layer in range(layers)]
+    keys = list(zip(kinds, experts, shares, _dense_widths(config, shares), others, strict=True))
     made: dict[tuple, LayerShape] = {}
     for layer, key in enumerate(keys):
         if key not in made:
@@ -98,14 +101,20 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
     return [shapes[layer_type(config, layer)] for layer in range(layers)]
 
 
-def _other_weights(config: Any) -> int:
-    """`others` of every layer: embeddings that Gemma 3n and Gemma 4 add, and what else Gemma 3n has."""
+def _other_weights(config: Any, layer: int) -> int:
+    """`others` of a layer: embeddings that Gemma 3n and Gemma 4 add, what else Gemma 3n has, and streams and embeddings
+    of runs of tokens of Qwen4."""
     d = config.hidden_size
     total = 2 * d * (getattr(config, "hidden_size_per_layer_input", 0) or 0)  # in and out
     if (streams := getattr(config, "altup_num_inputs", 0)) > 0:
         total += 2 * d * config.laurel_rank
         # Chosen before and after the layer: weights of the streams, and what they make of them.
         total += 2 * d * streams + streams**3 + streams**2 + d * streams**2
+    if hasattr(config, "hc_lowrank"):
+        streams = config.hc_count * d
+        total += 2 * (2 * streams * config.hc_lowrank + streams * config.hc_count)  # before attention, before the MLP
+        if layer + 1 in config.ple_layer_ids:
+            total += config.ple_embed_dim * (streams + d) + streams * config.ple_conv_kernel_size
     return total
 
 
@@ -120,7 +129,7 @@ def _dense_widths(config: Any, shares: list[bool]) -> list[int]:
 def _dense_width(config: Any) -> int | list[int]:
     """`m` of a layer without experts, or one a layer."""
     names = ("dense_intermediate_size", "intermediate_size_mlp", "intermediate_size")
-    width = next(width for name in names if (width := getattr(config, name, None)))
+    width = next((width for name in names if (width := getattr(config, name, None))), 0)  # 0: all have experts
     if getattr(config, "block_auto_adjust_ff_dim", False):  # LFM2
         width = int(2 * width / 3)
         if config.block_ffn_dim_multiplier is not None:

@@ -184,9 +184,8 @@ class SequenceLayout:
         index = torch.zeros_like(self.merged_into).scatter(1, earlier.columns, here).gather(1, self.columns)
 
         def take(values: Tensor) -> Tensor:
-            return take_columns(values.flatten(2) if values.ndim > 3 else values, index).reshape(
-                *index.shape, *values.shape[2:]
-            )
+            taken = take_columns(values.flatten(2) if values.ndim > 3 else values, index)
+            return taken.unflatten(2, values.shape[2:]) if values.ndim > 3 else taken
 
         return take
 

@@ -29,8 +29,8 @@ _BY_TOKEN = ("per_layer_inputs", "per_layer_input", "ple_input_ids")
 """Arguments of decoders and their layers that are (batch, tokens, ...), and are cut along with the tokens.
 
 A token that others were merged into keeps its own. `per_layer_inputs` and `per_layer_input`: embeddings that Gemma 3n
-and Gemma 4 add to each token in every layer, all of them for the decoder and one slice for a layer. `ple_input_ids`: ids whose runs Qwen4
-hashes to embeddings.
+and Gemma 4 add to each token in every layer, all of them for the decoder and one slice for a layer.
+`ple_input_ids`: ids whose runs Qwen4 hashes to embeddings.
 """
 
 _KNOWN_ARGUMENTS = {
