@@ -54,7 +54,12 @@ class HunYuanVL(Adapter):
         return [_medium(rows // side, columns // side) for _, rows, columns in inputs["image_grid_thw"].tolist()]
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
-        return inputs["pixel_values"].split(self.encoder_sequences(kind, inputs))
+        images = inputs["pixel_values"].split(self.encoder_sequences(kind, inputs))
+        side = self._patch
+        return [
+            patches.view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4).reshape(-1, rows * side, columns * side)
+            for patches, (_, rows, columns) in zip(images, inputs["image_grid_thw"].tolist(), strict=True)
+        ]
 
     def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         return self.projector_inputs(kind, inputs, values)

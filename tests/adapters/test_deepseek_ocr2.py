@@ -74,7 +74,8 @@ def test_what_the_encoder_reads():
     assert adapter.encoder_sequences("image", views(0)) == [16 + QUERIES]
     # From 13 x 13 patches on there are 256 queries.
     assert adapter.encoder_sequences("image", views(0, side=208)) == [13 * 13 + 256]
-    assert len(adapter.media("image", views(0, side=208), [])[0]) == 257
+    (medium,) = adapter.media("image", views(1, side=208), [])
+    assert medium.crops.tolist() == [*[0] * QUERIES, *[1] * 256, -1]
     assert len(adapter.media("image", views(0, side=192), [])[0]) == QUERIES + 1
 
 

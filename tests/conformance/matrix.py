@@ -85,8 +85,8 @@ A cell with ✓ keeps these promises:
 
 Any other cell is refused when the session is made, before anything is computed; its letter is the reason, below.
 Methods inside encoder layers (`tome` to `tca`, and names with `_patches`): where visual tokens are means of
-several patches (Gemma 3, videos of LLaVA-OneVision and LLaVA-NeXT-Video, resized images of LLaVA-OneVision), merging
-makes only the encoder cheaper, and methods that drop patches refuse the batch.
+several patches (Gemma 3, Aya Vision, Command A Vision, videos of LLaVA-OneVision and LLaVA-NeXT-Video, resized images
+of LLaVA-OneVision), merging makes only the encoder cheaper, and methods that drop patches refuse the batch.
 """
 
 _WORKS = "✓"

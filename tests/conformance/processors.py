@@ -21,6 +21,7 @@ from .special_tokens import (
     AYA_TOKENS,
     COHERE_TOKENS,
     GEMMA_TOKENS,
+    HUNYUAN_TOKENS,
     IDEFICS_TOKENS,
     IMAGE_TOKENS,
     INTERN_TOKENS,
@@ -141,6 +142,13 @@ def _cohere2_vision():
     return hf.Cohere2VisionProcessor(tiles, tokenizer(COHERE_TOKENS))
 
 
+def _hunyuan_vl():
+    images = hf.HunYuanVLImageProcessor(
+        patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": 300, "longest_edge": 2000}
+    )
+    return hf.HunYuanVLProcessor(images, tokenizer(HUNYUAN_TOKENS))
+
+
 def _pinpoints(name: str) -> list[list[int]]:
     return families.shared(name).config.image_grid_pinpoints
 
@@ -166,6 +174,7 @@ _PROCESSORS: dict[str, Callable] = {
     "lighton_ocr": _lighton_ocr,
     "aya_vision": _aya_vision,
     "cohere2_vision": _cohere2_vision,
+    "hunyuan_vl": _hunyuan_vl,
     **packed.PROCESSORS,
     **grid.PROCESSORS,
 }
@@ -180,6 +189,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     "pixtral": {"image": "[IMG]"},
     "mistral3": {"image": "[IMG]"},
     "lighton_ocr": {"image": "[IMG]"},
+    "hunyuan_vl": {"image": "<image_start><image><image_end>"},
     "internvl": {"image": "<IMG_CONTEXT>", "video": "<video>"},
     "gemma3": {"image": "<start_of_image>"},
     "qwen2_vl": {"image": _QWEN_IMAGE, "video": _QWEN_VIDEO},
@@ -326,6 +336,7 @@ CASES: dict[str, Case] = {
     "cohere2_vision": Case("cohere2_vision", _IMAGES),
     "deepseek_vl": Case("deepseek_vl", _IMAGES),
     "janus": Case("janus", _IMAGES),
+    "hunyuan_vl": Case("hunyuan_vl", _IMAGES),
     "glm46v": Case("glm46v", _IMAGES),
     "glm46v, videos": Case("glm46v", _VIDEOS, fps=4.0, options={"do_sample_frames": True}),
     "paddleocr_vl": Case("paddleocr_vl", _IMAGES),

@@ -65,6 +65,11 @@ AYA_TOKENS = {
     "end_of_img_token": ("<|END_OF_IMG|>", END),
     "tile_global_token": ("TILE_GLOBAL", GLOBAL),
 } | {f"tile_{number}": (f"TILE_{number}", 120 + number) for number in range(1, 5)}
+HUNYUAN_TOKENS = {
+    **IMAGE_TOKENS,
+    "image_start_token": ("<image_start>", START),
+    "image_end_token": ("<image_end>", END),
+}
 COHERE_TOKENS = {
     **IMAGE_TOKENS,
     "boi_token": ("<|START_OF_IMG|>", START),
