@@ -36,7 +36,8 @@ def test_our_adapters_pass(name):
             check_adapter(model, batch.inputs)
         return
     # Nobody can tell from the inputs of a batch which tiles, all in a row, are whose.
-    results = check_adapter(model, batch.singles if name in ("deepseek_ocr2", "perception_lm") else batch.inputs)
+    alone = name in ("deepseek_ocr2", "perception_lm", "step3p7")
+    results = check_adapter(model, batch.singles if alone else batch.inputs)
     adapter = adapter_for(model)
     refuses = adapter.carries_state or adapter.layers_unread or adapter.features_unread
     allowed = {"ok", "refused"} if refuses else {"ok"}
