@@ -20,6 +20,7 @@ from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
 from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.gemma4 import Gemma4
+from vtprune.adapters.gemma4_unified import Gemma4Unified
 from vtprune.adapters.generic import Generic
 from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
@@ -128,6 +129,7 @@ for _adapter in (
     Step3p7,
     PerceptionLM,
     Gemma4,
+    Gemma4Unified,
 ):
     register_adapter(_adapter)
 

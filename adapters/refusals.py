@@ -114,7 +114,6 @@ _NEEDS = {
     "ernie4_5_vl_moe": "token types that are cut along with the tokens, and a resampler that merges frames",
     "exaone4_5": "the layout of Qwen2.5-VL",
     "gemma3n": "embeddings by layer cut along, layers that share keys and values, and several streams of states",
-    "gemma4_unified": "a model without a vision encoder, and layers that share keys and values",
     "glm5_next": "linear attention beside latent attention (MLA) that looks keys up in an index",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
     "hyperclovax_vision_v2": "the tower of Qwen2.5-VL over a language model without M-RoPE",

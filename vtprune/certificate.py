@@ -45,6 +45,7 @@ TESTED_TEXT_MODELS = frozenset(
         "gemma2",
         "gemma3_text",
         "gemma4_text",
+        "gemma4_unified_text",
         "glm",
         "glm4",
         "glm4v_moe_text",

@@ -72,6 +72,7 @@ MODELS = [
     ("gemma4", 512),
     ("gemma4_31b", 24),
     ("gemma4_31b", 6),
+    ("gemma4_unified", 24),
 ]
 
 

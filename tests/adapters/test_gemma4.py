@@ -105,6 +105,28 @@ def test_blocks_are_images_and_frames_in_sliding_layers_of_the_large_ones():
     assert large.has_blocks("sliding_attention") and not large.has_blocks("full_attention")
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+@torch.no_grad()
+def test_without_an_encoder_a_token_is_one_patch_of_pixels(kind):
+    model = families.shared("gemma4_unified")
+    adapter, arguments, output = encoded(model, kind)
+    media = adapter.media(kind, arguments, output.pooler_output)
+    assert [sum(map(len, medium.grids)) for medium in media] == list(map(len, output.pooler_output))
+    positions = torch.cat([part[(part >= 0).all(-1)] for part in list(arguments.values())[1]])
+    places = [[column, row] for m in media for g in m.grids for row in range(g.rows) for column in range(g.cols)]
+    assert positions.tolist() == places
+    recorder = EncoderRecorder(adapter, [EncoderFeatures()], profile=False)
+    handles = list(recorder.install())
+    output = getattr(model.model, f"get_{kind}_features")(**arguments, return_dict=True)
+    for handle in handles:
+        handle.remove()
+    features = recorder.projector_inputs([recorder.encoding(kind, output)])
+    torch.testing.assert_close(adapter.projector(features), torch.cat(output.pooler_output))
+    assert adapter.has_blocks("full_attention") and not adapter.window_cuts_blocks
+    with pytest.raises(vtprune.UnsupportedStageError, match="it has no vision encoder"):
+        vtprune.prune(model, "visionzip", keep_ratio=0.5)
+
+
 def test_models_that_are_not_prunable_are_refused_by_name():
     model = families.build(NAME, use_bidirectional_attention="all")
     with pytest.raises(vtprune.UnsupportedModelError, match="in both directions, so it generates no text"):

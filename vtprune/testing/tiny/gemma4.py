@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtprune.testing.configs import TEXT, VISION
+from vtprune.testing.configs import TEXT, VISION, WIDTH
 from vtprune.testing.media import (
     AUDIO_END,
     AUDIO_START,
@@ -131,6 +131,21 @@ def scale_queries(model) -> None:
 
 _EXPERTS = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16)
 
+
+def _unified(**text):
+    # The projection ends at the width of the language model.
+    vision = dict(
+        patch_size=PATCH, pooling_kernel_size=1, mm_embed_dim=WIDTH, mm_posemb_size=32, output_proj_dims=WIDTH
+    )
+    fields = {key: value for key, value in _TEXT.items() if "per_layer" not in key}
+    return hf.Gemma4UnifiedConfig(
+        vision_config=vision,
+        text_config=hf.Gemma4UnifiedTextConfig(**fields | text),
+        audio_config=None,
+        **IDS,
+    )
+
+
 _MORE = dict(token_types=types, mend=scale_queries)
 
 FAMILIES = {
@@ -139,4 +154,5 @@ FAMILIES = {
     "gemma4_experts": Family(
         "Gemma4ForConditionalGeneration", _config(**LARGE, **_EXPERTS), _LAYOUTS, **_MORE, kindred=True
     ),
+    "gemma4_unified": Family("Gemma4UnifiedForConditionalGeneration", _unified, _LAYOUTS, **_MORE, kindred=True),
 }
