@@ -42,6 +42,8 @@ def adapter(**facts: Any) -> SimpleNamespace:
         window_cuts_blocks=False,
         markers=lambda ids, images: torch.zeros_like(images, dtype=torch.bool) if ids is None else ids == IDS["<"],
         rope=lambda layer, hidden, positions: positions[..., None].float(),
+        rope_kind=lambda layer: "one",
+        has_blocks=lambda layer: True,
     )
     return SimpleNamespace(**stated | facts)
 
