@@ -11,6 +11,7 @@ from typing import Any
 
 from vtprune.adapters.base import Adapter
 from vtprune.adapters.clip import TransformersEncoder
+from vtprune.adapters.cohere_compass import CohereCompass
 from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
 from vtprune.adapters.deepseek_ocr2 import DeepseekOcr2
@@ -39,6 +40,7 @@ from vtprune.adapters.llava_onevision import LlavaOnevision
 from vtprune.adapters.minicpm import MiniCPMV, MiniCPMV4_7
 from vtprune.adapters.mistral3 import LightOnOcr, Mistral3, MistralLarge4
 from vtprune.adapters.molmo2 import Molmo2
+from vtprune.adapters.muse import Muse
 from vtprune.adapters.nemotron_h_omni import NemotronHOmni
 from vtprune.adapters.open_clip import OpenClipTimm, OpenClipViT
 from vtprune.adapters.ovis2 import Ovis2
@@ -47,6 +49,7 @@ from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.perception_lm import PerceptionLM
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
+from vtprune.adapters.qwen_towers import Exaone4_5, HyperClovaX
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL, Qwen4Exp
 from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.step3p7 import Step3p7
@@ -130,6 +133,10 @@ for _adapter in (
     PerceptionLM,
     Gemma4,
     Gemma4Unified,
+    CohereCompass,
+    Muse,
+    Exaone4_5,
+    HyperClovaX,
 ):
     register_adapter(_adapter)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.tokens import Grid, Medium, ModelShape
-from vtprune.transformers_private import chosen_feature_layers, layer_type, rotary_embedding, uses_mrope
+from vtprune.transformers_private import chosen_feature_layers, rotary_embedding, rotation_kind, uses_mrope
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
@@ -163,7 +163,7 @@ class Adapter(ABC):
     def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """What a decoder layer is handed as `position_embeddings` at positions (..., batch, n).
 
-        Usually cos and sin, (batch, n, rotary dim) each.
+        Usually cos and sin, (batch, n, rotary dim) each; None for a layer that rotates nothing.
         """
         # Of four rows the first one is for masks alone; the others are the axes of M-RoPE.
         has_text_row = positions.ndim == 3 and len(positions) == 4
@@ -171,7 +171,7 @@ class Adapter(ABC):
 
     def rope_kind(self, layer: int) -> Hashable:
         """Decoder layers of one kind are handed the same rotations at the same positions."""
-        return layer_type(self.language_model.config, layer)
+        return rotation_kind(self.language_model.config, layer)
 
     @property
     def position_axes(self) -> int:

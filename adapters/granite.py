@@ -26,6 +26,8 @@ class Granite4Vision(LlavaNext):
 
     model_types = ("granite4_vision",)
     family = "Granite 4 Vision"
+    merges_in_encoder = False
+    unmerged = "its projectors read several layers"
 
     @classmethod
     def refuses(cls, config: Any) -> str | None:
@@ -88,6 +90,7 @@ class GraniteDocling(Idefics3):
 
     model_types = ("granite_docling",)
     family = "Granite Docling"
+    unmerged = "its connector reads several layers"
 
     @property
     def projector(self) -> Any:

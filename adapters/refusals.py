@@ -109,16 +109,11 @@ OTHER_PURPOSE = Reason(
 )
 
 _NEEDS = {
-    "cohere_compass": "the layout of Qwen3-VL, and rotations that differ by layer",
     "dots3_note": "latent attention (MLA) that looks keys up in an index, with a KV cache of its own",
     "ernie4_5_vl_moe": "token types that are cut along with the tokens, and a resampler that merges frames",
-    "exaone4_5": "the layout of Qwen2.5-VL",
     "gemma3n": "embeddings by layer cut along, layers that share keys and values, and several streams of states",
     "glm5_next": "linear attention beside latent attention (MLA) that looks keys up in an index",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
-    "hyperclovax_vision_v2": "the tower of Qwen2.5-VL over a language model without M-RoPE",
-    "muse_glimmer": "the layout of Qwen-VL over layers of which some have no rotation",
-    "muse_spark": "the layout of Qwen-VL over layers of which some have no rotation",
     "phi4_multimodal": "features that are written into the prompt inside an embedding module",
     "unlimited_ocr": "a KV cache of its own, which keeps the prompt and a window of what is generated, and counts from "
     "how long the prompt is",

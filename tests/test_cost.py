@@ -145,6 +145,7 @@ GEMMA4 = TINY | dict(
     hidden_size_per_layer_input=0,
 )
 PER_LAYER = dict(hidden_size_per_layer_input=12, vocab_size_per_layer_input=TINY["vocab_size"], num_kv_shared_layers=2)
+NARROW = dict(moe_hidden_size=20, moe_intermediate_size=24, num_local_experts=5)
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -203,6 +204,16 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
                 num_experts=5,
                 top_k_experts=2,
                 moe_intermediate_size=24,
+            ),
+        ),
+        (
+            "MuseGlimmerTextModel",
+            lambda: hf.MuseGlimmerTextConfig(**TINY, num_key_value_heads=2, head_dim=16, sliding_window=512),
+        ),
+        (
+            "MuseSparkTextModel",
+            lambda: hf.MuseSparkTextConfig(
+                **EXPERTS | NARROW, sliding_window=512, mlp_layer_types=["sparse", "dense", "sparse"]
             ),
         ),
         ("Qwen3_5MoeTextModel", lambda: hf.Qwen3_5MoeTextConfig(**EXPERTS | LINEAR | SHARED)),
@@ -297,6 +308,14 @@ def test_encoder_is_what_torch_counts(model_class, config):
     patches = (config.image_size // config.patch_size) ** 2
     has_cls = config.model_type == "clip_vision_model"
     assert cost.encoder_flops(config, [patches] * 2, has_cls=has_cls, gated_mlp=False) == counted[""]
+
+
+def test_keys_of_an_encoder_may_be_narrower():
+    """Grouped-query attention, whose keys and values are half as wide."""
+    config = hf.Qwen2_5_VLConfig(vision_config=dict(depth=3, hidden_size=32, num_heads=4)).vision_config
+    whole = cost.encoder_flops(config, [16], has_cls=False, gated_mlp=True)
+    config.num_key_value_heads = 2
+    assert whole - cost.encoder_flops(config, [16], has_cls=False, gated_mlp=True) == 3 * 2 * 16 * 32 * 32
 
 
 def test_an_mlp_may_run_on_fewer_tokens_than_its_attention():

@@ -30,7 +30,7 @@ class Places:
     ids: Tensor
     """(batch, n) long: position ids of the text; with M-RoPE those of one axis."""
     rope: Any
-    """What the language model makes of all axes for its layers: usually cos and sin, (batch | 1, n, rotary dim)."""
+    """What the language model makes of all axes for the layer: usually cos and sin, (batch | 1, n, rotary dim)."""
 
     def take(self, index: Tensor) -> Places:
         """Those of the columns `index` (batch, m)."""
@@ -41,6 +41,8 @@ class Places:
 
 
 def _map_rope(function: Callable[[Tensor], Tensor], rope: Any) -> Any:
+    if rope is None:
+        return None
     return function(rope) if torch.is_tensor(rope) else tuple(function(part) for part in rope)
 
 

@@ -7,15 +7,15 @@ tokens it may see, whose keys and values are made anew.
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.testing.around_layers import enter, layer_kind, rotary, to_logits
 from vtprune.testing.attention import eager
-from vtprune.testing.recompute import enter, layer_kind, look, prompt_blocks, prompt_positions, to_logits
+from vtprune.testing.recompute import look, prompt_blocks, prompt_positions
 
 
 class Lazy(NamedTuple):
@@ -63,7 +63,7 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
             new = list(range(length)) if step == 0 else [length + step - 1]
             flow = {column: embedded[column] for column in new}
             seen, weights = sorted(visual), {}
-            for index, layer in enumerate(decoder.layers):
+            for index in range(len(decoder.layers)):
                 if index in cuts:
                     seen = sorted(seen, key=lambda column: -weights[column])[: cuts[index]]
                     pool = parked[index] | {column: state for column, state in flow.items() if column in visual}
@@ -75,7 +75,7 @@ def lazy_recompute(model, inputs: dict[str, Tensor], generated: Tensor, cuts: di
                 context = sorted(column for column in entered[index] if column not in visual or column in seen)
                 places = torch.tensor(context)
                 states = torch.stack([entered[index][column] for column in context])
-                states, rows = _run(decoder, layer, states, positions[..., places], blocks[places])
+                states, rows = _run(decoder, index, states, positions[..., places], blocks[places])
                 weights = dict(zip(context, rows[:, context.index(new[-1])].mean(0).tolist(), strict=True))
                 flow = {column: states[context.index(column)] for column in flow}
                 if index + 1 in deepstack:
@@ -93,23 +93,18 @@ def separators(model, inputs: dict[str, Tensor]) -> set[int]:
     return set(one.columns[(first == second).all(-1)].tolist())
 
 
-def _run(decoder, layer, states: Tensor, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _run(decoder, index: int, states: Tensor, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Output (n, dim) of a layer for states (n, dim), and its attention weights (heads, n, n)."""
-    ranks = torch.arange(len(states))
+    layer, ranks = decoder.layers[index], torch.arange(len(states))
     allowed = (ranks[:, None] >= ranks) | ((blocks[:, None] == blocks) & (blocks >= 0))
     mask = torch.zeros(allowed.shape, dtype=states.dtype).masked_fill(~allowed, torch.finfo(states.dtype).min)
-    per_type = (
-        {"layer_type": "full_attention"}
-        if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-        else {}
-    )
     weights = []
     hook = layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
     try:
         output = layer(
             states[None],
             attention_mask=mask[None, None],
-            position_embeddings=decoder.rotary_emb(states[None], positions, **per_type),
+            **rotary(decoder, index, states[None], positions),
             position_ids=ranks[None] if positions.ndim == 3 else positions,
         )
     finally:

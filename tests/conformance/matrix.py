@@ -23,6 +23,13 @@ MEANS_OF_PATCHES: dict[str, tuple[str, ...]] = {
 merge, but not go; `tests/encoders` has the refusals."""
 
 
+NO_LOOK_AHEAD = ("exaone4_5",)
+"""Families whose decoder layers have no norm before their attention, so that it cannot be computed ahead."""
+COUNT_PADDING = ("exaone4_5", "hyperclovax_vision_v2")
+"""Families that count positions from the padding on the left on. Attention does not change by that, but the lengths of
+rotated keys do, which `dart` goes by."""
+
+
 def turn(name: str, method: str) -> int:
     """A number that is one larger for the next family, and for the next method."""
     return families.NAMES.index(name) + list(METHODS).index(method)

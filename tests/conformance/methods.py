@@ -149,6 +149,12 @@ def attends_in_llm(name: str) -> bool:
     return any(signal.ahead or signal.attends(1) for signal in signals)
 
 
+def looks_ahead(name: str) -> bool:
+    """Whether it reads the attention of the decoder layer that runs next."""
+    signals = [signal for part in parts(_ALL[name]) for signal in part.signals(_SHAPE)]
+    return any(isinstance(signal, LayerSignal) and signal.ahead for signal in signals)
+
+
 def numbered(methods: Spec) -> str:
     """`positions` of a recompute of what these methods leave."""
     return numbering(parts(methods))

@@ -243,6 +243,7 @@ class Case:
 
 ALIKE = {
     "smolvlm": "idefics3",
+    "cohere_compass": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
     "qwen3_5": "qwen3_vl",
     "qwen3_5_moe": "qwen3_vl",

@@ -87,7 +87,7 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
     special = {*tokenizer.all_special_ids}
     tokens = tokenizer.convert_ids_to_tokens(ids)
     layout = [token_id in special for token_id in ids]
-    if case.family.startswith(("gemma", "idefics")):
+    if case.family.startswith(("gemma", "idefics", "granite_docling")):
         layout = [own or set(token) == {"\n"} for own, token in zip(layout, tokens, strict=True)]
     if case.family in ("qwen3_vl", "cosmos3_edge"):
         text = " ".join(tokens)

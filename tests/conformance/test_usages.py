@@ -35,7 +35,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import vtprune
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.testing import families, media
-from vtprune.testing.recompute import recompute, to_logits, visual_columns
+from vtprune.testing.around_layers import to_logits
+from vtprune.testing.recompute import recompute, visual_columns
 from vtprune.transformers_private import CACHE
 
 ATOL = 1e-4

@@ -128,7 +128,10 @@ def encoder_flops(
     patch = vision_config.patch_size
     area = patch[0] * patch[1] if isinstance(patch, (list, tuple)) else patch**2
     channels = getattr(vision_config, "num_channels", None) or getattr(vision_config, "in_channels", 3)
-    pixels = area * channels * getattr(vision_config, "temporal_patch_size", 1)
+    frames = getattr(vision_config, "temporal_patch_size", None) or getattr(vision_config, "patch_temporal", 1)
+    heads = getattr(vision_config, "num_attention_heads", None) or getattr(vision_config, "num_heads", 1)
+    keys = d * (getattr(vision_config, "num_key_value_heads", None) or heads) // heads
+    pixels = area * channels * frames
     total = 0
     for patches in sequences:
         by_layer = [patches] * layers if isinstance(patches, int) else patches
@@ -136,7 +139,7 @@ def encoder_flops(
         whole = pairs[0][0]
         total += 2 * whole * pixels * d
         for entering, leaving in pairs:
-            total += layer_flops(4 * d**2, d, matrices * d * m, entering + has_cls, leaving + has_cls)
+            total += layer_flops(2 * d * (d + keys), d, matrices * d * m, entering + has_cls, leaving + has_cls)
         if getattr(vision_config, "vision_use_head", False):
             n = whole + has_cls
             # A single learned query attends to all tokens, then passes an MLP.

@@ -16,6 +16,8 @@ from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
 from vtprune.transformers_private import key_sources, layer_config, layer_type
 
+_GATED = frozenset({"muse_glimmer_text", "muse_spark_text"})
+"""Model types whose attention has a gate, beside those with the delta rule."""
 _UNGATED = frozenset({"persimmon", "cosmos3_edge_text"})
 """Model types whose MLPs have no gate."""
 
@@ -35,10 +37,12 @@ class LayerShape:
     """of the MLP: gate, up and down, or two of these"""
     others: int = 0
     """elements of all other matrices that each token is multiplied with"""
+    narrow: int = 0
+    """width that a hidden state is projected to for the experts; 0 if they take it as it is"""
 
     def flops(self, n: float) -> float:
         """FLOPs of the layer for n tokens."""
-        mlp = self.matrices * (2 * n * self.d * self.m) + 2 * n * self.d * self.gates
+        mlp = self.matrices * (2 * n * (self.narrow or self.d) * self.m) + 2 * n * self.d * self.gates
         return self.mixer.flops(self.d, n) + mlp + 2 * n * self.others
 
 
@@ -64,14 +68,18 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
         if is_latent:
             return LatentAttention.of(own)
         values_are_keys = kind == "full_attention" and getattr(config, "attention_k_eq_v", False)
-        return Attention.of(own, gated=has_delta, projected=0 if shares else 2 - values_are_keys)
+        return Attention.of(
+            own, gated=has_delta or config.model_type in _GATED, projected=0 if shares else 2 - values_are_keys
+        )
 
     def shape(layer: int, kind: str, experts: bool, shares: bool, dense: int, others: int) -> LayerShape:
         m, gates = mixed if mixed is not None and experts else (0, 0)
         if not gates or getattr(config, "enable_moe_block", False):  # Gemma 4 has experts beside a plain MLP
             m += dense
         mixer = mixers.get(kind) or attention(layer, kind, shares)
-        return LayerShape(d=config.hidden_size, mixer=mixer, m=m, gates=gates, matrices=matrices, others=others)
+        d, narrow = config.hidden_size, getattr(config, "moe_hidden_size", 0) if gates else 0
+        more = others + 2 * d * narrow  # to the experts' width, and back
+        return LayerShape(d, mixer, m=m, gates=gates, matrices=matrices, others=more, narrow=narrow)
 
     kinds = [layer_type(config, layer) for layer in range(layers)]
     experts = [False] * layers if mixed is None else _has_experts(config, layers)

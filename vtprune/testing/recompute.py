@@ -7,7 +7,6 @@ everything that was generated, and takes visual tokens out of the sequence where
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.adapters import adapter_for
+from vtprune.testing.around_layers import enter, layer_kind, rotary, to_logits
 from vtprune.transformers_private import attention_back_end
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
@@ -94,6 +94,9 @@ def recompute(
         audio = {key: inputs[key] for key in ("input_features", "feature_attention_mask")}
         heard = model.get_audio_features(**audio, return_dict=True).last_hidden_state
         hidden[(inputs["input_ids"][0] == model.config.audio_token_id).nonzero()[:, 0]] = heard
+    if "input_values" in inputs:
+        heard = model.base_model.get_audio_features(inputs["input_values"], inputs["input_values_mask"]).pooler_output
+        hidden[(inputs["input_ids"][0] == model.config.audio_token_id).nonzero()[:, 0]] = heard
     vision = look(model, inputs)
     if sources is not None:
         vision = vision.averaged(kept[0], sources)
@@ -141,7 +144,7 @@ def recompute(
         output = layer(
             hidden[None],
             attention_mask=mask,
-            **_rotary(decoder, index, hidden[None], place),
+            **rotary(decoder, index, hidden[None], place),
             # FlashAttention takes gaps for the borders of packed sequences.
             position_ids=ranks[None] if mask is None or place.ndim == 3 else place,
             **handed,
@@ -159,34 +162,6 @@ def recompute(
     logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
     return logits
-
-
-def enter(decoder, embeddings: Tensor, vision: Vision) -> Tensor:
-    """What enters the first decoder layer. embeddings: (tokens, dim) of the prompt's ids."""
-    hidden = embeddings.index_copy(0, *vision.indicators).index_copy(0, vision.columns, vision.features)
-    hidden = hidden * getattr(decoder, "embedding_multiplier", 1)
-    return hidden.index_add(0, vision.columns, vision.deepstack[0]) if 0 in vision.deepstack else hidden
-
-
-def to_logits(model, states: Tensor) -> Tensor:
-    """Logits (..., vocabulary) of normalised states (..., dim)."""
-    head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
-    logits, config = head(states), model.get_decoder().config
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None and _reads(type(model), "final_logit_softcapping"):  # PaliGemma does from transformers 5.23 on
-        logits = cap * torch.tanh(logits / cap)
-    return logits / config.logits_scaling if _reads(type(model), "logits_scaling") else logits
-
-
-def _rotary(decoder, index: int, hidden: Tensor, places: Tensor) -> dict[str, Any]:
-    """The rotation that a layer is handed, as an argument; none if nothing is rotated."""
-    kind = layer_kind(decoder.config, index)
-    if kind == "conv" or not hasattr(decoder, "rotary_emb"):
-        return {}
-    scaled = index in getattr(decoder.config, "rope_scaling_layers", (index,))
-    rotary = decoder.rotary_emb if scaled else decoder.rotary_emb_unscaled
-    per_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    return {"position_embeddings": rotary(hidden, places, **{"layer_type": kind} if per_type else {})}
 
 
 def _final_norm(decoder):
@@ -314,18 +289,6 @@ def prompt_blocks(model, inputs: dict[str, Tensor], generated: int) -> Tensor:
     blocks = adapter_for(model).blocks(inputs)
     prompt = torch.full_like(ids[0], -1) if blocks is None else blocks[0].to(ids)
     return pad(prompt, (0, generated), value=-1)
-
-
-@functools.cache
-def _reads(cls: type, name: str) -> bool:
-    """Whether a model's forward works with a value of a config."""
-    return name in inspect.getsource(cls.forward)
-
-
-def layer_kind(config, index: int) -> str:
-    if getattr(config, "layer_types", None) is not None:
-        return config.layer_types[index]
-    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
 
 
 def _mask(model, kind: str, blocks: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -74,10 +74,11 @@ from vtprune.transformers_private.models import (
     commit_of,
     gemma3_blocks,
     llava_next_crops,
+    muse_window_order,
     qwen2_5_vl_window_order,
     uninitialised,
 )
-from vtprune.transformers_private.positions import rotary_embedding, uses_mrope
+from vtprune.transformers_private.positions import rotary_embedding, rotation_kind, uses_mrope
 from vtprune.transformers_private.release import VERSION, check_release, is_own, is_tested_release, releases
 
 __all__ = [
@@ -128,6 +129,7 @@ __all__ = [
     "layer_type",
     "llava_next_crops",
     "longest_prunable",
+    "muse_window_order",
     "multimodal_classes",
     "output_width",
     "project_keys",
@@ -138,6 +140,7 @@ __all__ = [
     "reads_positions",
     "releases",
     "rotary_embedding",
+    "rotation_kind",
     "scored",
     "state_kinds",
     "uninitialised",

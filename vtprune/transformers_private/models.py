@@ -42,6 +42,15 @@ def qwen2_5_vl_window_order(grids: Tensor, vision_config: Any) -> Tensor:
     return order
 
 
+def muse_window_order(grids: Tensor, vision_config: Any) -> Tensor:
+    """(patches,) long: the order in which the encoder of Muse sorts the patches of (media, 3) grids."""
+    from transformers.vision_utils import get_vision_window_index
+
+    window = vision_config.pos_emb_height * vision_config.patch_size
+    order, _ = get_vision_window_index(grids, 1, window, vision_config.patch_size)
+    return order
+
+
 def uninitialised() -> AbstractContextManager:
     """While it lasts, models are made without filling their weights."""
     from transformers.initialization import no_init_weights

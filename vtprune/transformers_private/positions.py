@@ -16,18 +16,32 @@ def rotary_embedding(decoder: nn.Module, layer: int, hidden: Tensor, positions: 
     """What a decoder hands one of its layers as `position_embeddings` at positions ([axes,] batch, n).
 
     hidden: gives the device and dtype. Usually cos and sin, (batch, n, rotary dim) each. Some models rotate each kind
-    of layer in its own way.
+    of layer in its own way; None for a layer that rotates nothing (NoPE).
     """
     embedding = getattr(decoder, "rotary_emb", None)
     if embedding is None:
         raise UnsupportedModelError(
             f"a {type(decoder).__name__} has no rotary position embedding, so it cannot be pruned"
         )
-    if "layer_type" in parameters(type(embedding)):
-        return embedding(hidden, positions, layer_type(decoder.config, layer))
-    return embedding(hidden, positions)
+    kind, rotates = rotation_kind(decoder.config, layer)
+    if not rotates:
+        return None
+    return (
+        embedding(hidden, positions, kind)
+        if "layer_type" in parameters(type(embedding))
+        else embedding(hidden, positions)
+    )
+
+
+def rotation_kind(config: Any, layer: int) -> tuple[str, bool]:
+    """What a decoder layer's rotation depends on beside positions: its kind, and whether there is any rotation."""
+    kind = layer_type(config, layer)
+    by_kind = getattr(config, "rope_parameters", None) or {}
+    thetas = getattr(config, "layer_rope_theta", None)
+    return kind, by_kind.get(kind, by_kind) is not None and (thetas is None or bool(thetas[layer]))
 
 
 def uses_mrope(config: Any) -> bool:
     """Whether positions of a language model have several axes (M-RoPE)."""
-    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+    given = getattr(config, "rope_parameters", None) or {}
+    return any("mrope_section" in part for part in (given, *given.values()) if isinstance(part, dict))

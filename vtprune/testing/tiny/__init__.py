@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vtprune.testing.tiny import (
+    cohere_compass,
     cohere_vision,
     cosmos3,
     fuyu,
@@ -22,12 +23,14 @@ from vtprune.testing.tiny import (
     minicpm,
     mistral3,
     molmo2,
+    muse,
     nemotron_h_omni,
     ovis2,
     paddleocr_vl,
     perception_lm,
     qwen4,
     qwen_omni,
+    qwen_towers,
     qwen_vl,
     sam,
     step3p7,
@@ -66,6 +69,9 @@ _FILES = (
     step3p7,
     perception_lm,
     gemma4,
+    cohere_compass,
+    muse,
+    qwen_towers,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
