@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, stack_sizes
 from vtprune.adapters.qwen_vl import Qwen3VL
+from vtprune.errors import UnsupportedStageError
 from vtprune.tokens import Grid, Medium
 
 
@@ -57,6 +58,12 @@ class Lfm2VL(Adapter):
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         # The squares of all tiles stand side by side, padded to the same number a tile.
         factor, grids = self.config.downsample_factor, self._grids(inputs)
+        slots = inputs["pixel_values"].shape[1] // factor**2
+        if features.shape[:3] != (1, factor, factor * slots * len(grids)):
+            raise UnsupportedStageError(
+                "this release of transformers projects the tiles of LFM2-VL one by one, so what the projector reads "
+                "cannot be told by token; take a newer one, or a method that reads nothing of it: divprune, cdpruner"
+            )
         squares = features[0].unflatten(1, (-1, factor)).mean((0, 2)).unflatten(0, (len(grids), -1))
         return torch.cat([tile[: len(grid)] for tile, grid in zip(squares, grids, strict=True)])
 

@@ -69,6 +69,12 @@ def test_tiles_of_different_sizes_are_padded_in_the_encoder_and_before_the_proje
     assert adapter.encoder_sequences("image", inputs) == [24] * 3
 
 
+def test_tiles_that_are_projected_one_by_one_are_refused():
+    adapter, inputs = vtprune.adapter_for(families.shared("lfm2_vl")), arguments(SIZES)
+    with pytest.raises(vtprune.UnsupportedStageError, match="one by one"):
+        adapter.projector_inputs("image", inputs, torch.zeros(1, 6, 2, 32))
+
+
 def language(ids: list[int]) -> list[int]:
     """What of a prompt is neither visual nor a marker."""
     adapter = vtprune.adapter_for(families.shared("lfm2_vl"))

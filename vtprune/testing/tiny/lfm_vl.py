@@ -64,8 +64,8 @@ FAMILIES = {
     "lfm2_vl": Family(
         "Lfm2VlForConditionalGeneration",
         lambda **text: hf.Lfm2VlConfig(
-            vision_config=VISION | dict(patch_size=PATCH, num_patches=64, vision_use_head=False),
-            text_config=TEXT | _CONV | dict(block_multiple_of=8) | text,
+            vision_config=hf.Siglip2VisionConfig(**VISION, patch_size=PATCH, num_patches=64, vision_use_head=False),
+            text_config=hf.Lfm2Config(**TEXT | _CONV | dict(block_multiple_of=8) | text),
             image_token_id=IMAGE,
             projector_hidden_size=WIDTH,
             tie_word_embeddings=False,

@@ -80,7 +80,7 @@ _LAYOUTS = {
 def _minicpm(config: str, **fields) -> Callable:
     return lambda **text: getattr(hf, config)(
         vision_config=VISION | dict(image_size=8 * PATCH, patch_size=PATCH),
-        text_config=TEXT | LINEAR | text,
+        text_config=hf.Qwen3_5TextConfig(**TEXT | LINEAR | text),
         insert_layer_id=1,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
