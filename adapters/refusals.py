@@ -110,8 +110,8 @@ OTHER_PURPOSE = Reason(
 
 _NEEDS = {
     "dots3_note": "latent attention (MLA) that looks keys up in an index, with a KV cache of its own",
-    "ernie4_5_vl_moe": "token types that are cut along with the tokens, and a resampler that merges frames",
-    "gemma3n": "embeddings by layer cut along, layers that share keys and values, and several streams of states",
+    "ernie4_5_vl_moe": "token types that choose experts, cut along with the tokens, and a resampler that merges frames",
+    "gemma3n": "an encoder of timm without attention, and several streams of states, which stand before the batch",
     "glm5_next": "linear attention beside latent attention (MLA) that looks keys up in an index",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
     "phi4_multimodal": "features that are written into the prompt inside an embedding module",

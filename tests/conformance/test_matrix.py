@@ -270,7 +270,10 @@ def windowed(name: str, attention: str) -> Unpatched:
 @both_attentions
 @pytest.mark.parametrize("keep_ratio", [0.3, 0.9])
 @pytest.mark.parametrize("method", ["uniform", "fastv", "transprune"])
-@pytest.mark.parametrize("name", ["gemma3", "paligemma2", "pixtral", "mistral3", "step3p7", "aya_vision"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", "paligemma2", "pixtral", "mistral3", "step3p7", "aya_vision", "gemma4", "gemma4_31b", "gemma4_unified"],
+)
 def test_sliding_windows_count_the_tokens_that_are_there(name, method, keep_ratio, attention):
     """Prompts, and at 0.9 also images, longer than the window after pruning, too."""
     run, positions = windowed(name, attention), POSITIONS[attention]
