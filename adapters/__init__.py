@@ -47,6 +47,7 @@ from vtprune.adapters.ovis2 import Ovis2
 from vtprune.adapters.paddleocr_vl import PaddleOcrVL
 from vtprune.adapters.paligemma import PaliGemma
 from vtprune.adapters.perception_lm import PerceptionLM
+from vtprune.adapters.phi4_multimodal import Phi4Multimodal
 from vtprune.adapters.pixtral import Pixtral
 from vtprune.adapters.qwen_omni import Qwen2_5Omni, Qwen3Omni
 from vtprune.adapters.qwen_towers import Exaone4_5, HyperClovaX
@@ -137,6 +138,7 @@ for _adapter in (
     Muse,
     Exaone4_5,
     HyperClovaX,
+    Phi4Multimodal,
 ):
     register_adapter(_adapter)
 

@@ -278,7 +278,11 @@ class Adapter(ABC):
         (images, tokens, dim)."""
         return output.pooler_output
 
-    def encode_call(self, kind: str) -> tuple[nn.Module, str]:
+    def embedded(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the language model with `inputs_embeds`, where it would embed the prompt itself."""
+        return kwargs
+
+    def encode_call(self, kind: str) -> tuple[Any, str]:
         """The module, and the name of its method, that encodes all media of a kind of a batch in one call."""
         return self.base, f"get_{kind}_features"
 

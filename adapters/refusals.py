@@ -114,7 +114,6 @@ _NEEDS = {
     "gemma3n": "an encoder of timm without attention, and several streams of states, which stand before the batch",
     "glm5_next": "linear attention beside latent attention (MLA) that looks keys up in an index",
     "hy_v4_vl": "latent attention (MLA) that looks keys up in an index, and several streams of states",
-    "phi4_multimodal": "features that are written into the prompt inside an embedding module",
     "unlimited_ocr": "a KV cache of its own, which keeps the prompt and a window of what is generated, and counts from "
     "how long the prompt is",
 }

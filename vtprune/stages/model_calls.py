@@ -182,8 +182,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         self._underway.end()
 
     def _before_decoder(self, module, args, kwargs):
-        now = self.now
-        incoming = now.incoming
+        now, incoming = self.now, self.now.incoming
         self._end_call()
         self._underway.begin()
         if not self.owner.active:  # another thread removes the session at this moment
@@ -192,6 +191,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
                 raise VTPruneError("this vtprune session was removed while the images of this call were encoded")
             return None
         self.reached = True
+        kwargs = self.adapter.embedded(kwargs)
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
             return None

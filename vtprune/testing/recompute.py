@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 
 from vtprune.adapters import adapter_for
 from vtprune.testing.around_layers import enter, layer_kind, rotary, to_logits
+from vtprune.testing.written import written
 from vtprune.transformers_private import attention_back_end
 
-PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_pixel_values"), "video": ("pixel_values_videos",)}
 """Kind of medium -> names of the argument that carries its pixels."""
 
 
@@ -211,7 +212,9 @@ def encoded(model, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dic
     """Kind, columns of its visual tokens, arguments and output of each encode call that a single prompt needs."""
     ids = inputs["input_ids"][0]
     for kind, placeholder in _placeholders(model).items():
-        if any(name in inputs for name in PIXELS[kind]):
+        if "image_pixel_values" in inputs:
+            yield kind, (ids == placeholder).nonzero().flatten(), *written(model, inputs, placeholder)
+        elif any(name in inputs for name in PIXELS[kind]):
             encode = getattr(model.base_model, f"get_{kind}_features", None)
             if encode is None:  # videos are encoded as images
                 encode, arguments = model.base_model.get_image_features, {"pixel_values": inputs[PIXELS[kind][0]]}

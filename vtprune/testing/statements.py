@@ -224,7 +224,7 @@ def features(look: Look) -> Result:
     seen: list[Tensor] = []
 
     def note(module, args, kwargs):
-        seen.append(with_first_features(kwargs["inputs_embeds"], kwargs).clone())
+        seen.append(with_first_features(look.adapter.embedded(kwargs)["inputs_embeds"], kwargs).clone())
 
     handle = look.adapter.language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -28,6 +28,7 @@ from vtprune.testing.tiny import (
     ovis2,
     paddleocr_vl,
     perception_lm,
+    phi4_multimodal,
     qwen4,
     qwen_omni,
     qwen_towers,
@@ -72,6 +73,7 @@ _FILES = (
     cohere_compass,
     muse,
     qwen_towers,
+    phi4_multimodal,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
