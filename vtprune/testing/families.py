@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from vtprune.testing.configs import INIT_STD
 from vtprune.testing.media import BOS, FIRST_WORD, IMAGE, PAD, VIDEO, Item
 from vtprune.testing.tiny import FAMILIES
+from vtprune.transformers_private.release import version
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,8 @@ def model_class(name: str) -> str:
 
 def is_available(name: str) -> bool:
     """Whether the installed transformers has a family's class, and what that needs is installed."""
-    return hasattr(hf, model_class(name)) and find_spec(FAMILIES[name].package) is not None
+    family = FAMILIES[name]
+    return hasattr(hf, family.class_name) and version() >= family.since and find_spec(family.package) is not None
 
 
 def build(name: str, attention: str = "sdpa", **overrides):

@@ -39,6 +39,8 @@ class Family:
     mend: Callable[[Any], None] | None = None
     """What is done to a new model: what makes it run on releases of transformers that cannot run it, or weights that
     are not as usual."""
+    since: tuple[int, int] = (0, 0)
+    """The first release of transformers in which the class does what its processor asks of it."""
     kindred: bool = False
     """Whether little is new in it: the tests then run one medium and one back end a method, and few of these cells by
     default."""

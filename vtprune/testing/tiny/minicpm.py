@@ -93,8 +93,12 @@ _CANVAS = dict(
 )
 
 FAMILIES = {
-    "minicpmv4_6": Family(
-        "MiniCPMV4_6ForConditionalGeneration", _minicpm("MiniCPMV4_6Config"), _LAYOUTS, carries_state=True
+    "minicpmv4_6": Family(  # at first its encoder could not take slices of different sizes
+        "MiniCPMV4_6ForConditionalGeneration",
+        _minicpm("MiniCPMV4_6Config"),
+        _LAYOUTS,
+        carries_state=True,
+        since=(5, 24),
     ),
     "minicpmv4_7": Family(
         "MiniCPMV4_7ForConditionalGeneration",
