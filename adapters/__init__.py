@@ -16,6 +16,7 @@ from vtprune.adapters.cohere_vision import AyaVision, Cohere2Vision
 from vtprune.adapters.cosmos3 import Cosmos3Edge, Cosmos3Omni
 from vtprune.adapters.deepseek_ocr2 import DeepseekOcr2
 from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
+from vtprune.adapters.dots3_note import Dots3Note
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
@@ -27,6 +28,7 @@ from vtprune.adapters.glm_v import GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.hunyuan_vl import HunYuanVL
+from vtprune.adapters.hy_v4_vl import HyV4VL
 from vtprune.adapters.idefics2 import Aria, Idefics2
 from vtprune.adapters.idefics3 import Idefics3
 from vtprune.adapters.internvl import InternVL, QianfanOcr
@@ -139,6 +141,8 @@ for _adapter in (
     Exaone4_5,
     HyperClovaX,
     Phi4Multimodal,
+    Dots3Note,
+    HyV4VL,
 ):
     register_adapter(_adapter)
 

@@ -146,6 +146,8 @@ GEMMA4 = TINY | dict(
 )
 PER_LAYER = dict(hidden_size_per_layer_input=12, vocab_size_per_layer_input=TINY["vocab_size"], num_kv_shared_layers=2)
 NARROW = dict(moe_hidden_size=20, moe_intermediate_size=24, num_local_experts=5)
+INDEXED = LATENT | dict(pad_token_id=0, index_topk=8, index_n_heads=3, index_head_dim=8)
+del INDEXED["first_k_dense_replace"]
 SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediate_size=36)
 
 
@@ -191,6 +193,35 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ),
         ("Qwen3_5TextModel", lambda: hf.Qwen3_5TextConfig(**TINY | LINEAR, num_key_value_heads=2, head_dim=16)),
         ("DeepseekV3Model", lambda: hf.DeepseekV3Config(**LATENT, q_lora_rank=None)),
+        (
+            "MistralLarge4TextModel",
+            lambda: hf.MistralLarge4TextConfig(
+                **INDEXED,
+                indexer_types=["full", "shared", "full"],
+                no_rope_layers=[1, 0, 1],
+                kv_source_layers=[0, 1, 0],
+            ),
+        ),
+        (
+            "Dots3NoteTextModel",
+            lambda: hf.Dots3NoteTextConfig(
+                **INDEXED,
+                head_dim=16,
+                q_lora_rank=28,
+                shared_experts_intermediate_size=20,
+                layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+            ),
+        ),
+        (
+            "HYV4VLTextModel",
+            lambda: hf.HYV4VLTextConfig(
+                **INDEXED,
+                q_lora_rank=28,
+                hc_mult=3,
+                indexer_types=["full", "shared", "full"],
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]),
+            ),
+        ),
         ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),
         ("AriaTextModel", lambda: hf.AriaTextConfig(**TINY, num_key_value_heads=2, moe_num_experts=5)),
         ("Gemma4TextModel", lambda: hf.Gemma4TextConfig(**GEMMA4 | PER_LAYER, use_double_wide_mlp=True)),

@@ -16,6 +16,7 @@ import torch
 from vtprune.cost.layers import LayerShape, layer_shapes
 from vtprune.cost.mixers.attention import Attention
 from vtprune.errors import ConfigError
+from vtprune.transformers_private import layer_config
 
 Counts = Sequence[float] | torch.Tensor
 
@@ -132,19 +133,28 @@ def encoder_flops(
     heads = getattr(vision_config, "num_attention_heads", None) or getattr(vision_config, "num_heads", 1)
     keys = d * (getattr(vision_config, "num_key_value_heads", None) or heads) // heads
     pixels = area * channels * frames
+    mlps = [_expert_weights(vision_config, layer, d, matrices) or matrices * d * m for layer in range(layers)]
     total = 0
     for patches in sequences:
         by_layer = [patches] * layers if isinstance(patches, int) else patches
         pairs = [(count, count) if isinstance(count, int) else count for count in by_layer]
         whole = pairs[0][0]
         total += 2 * whole * pixels * d
-        for entering, leaving in pairs:
-            total += layer_flops(2 * d * (d + keys), d, matrices * d * m, entering + has_cls, leaving + has_cls)
+        for (entering, leaving), weights in zip(pairs, mlps, strict=True):
+            total += layer_flops(2 * d * (d + keys), d, weights, entering + has_cls, leaving + has_cls)
         if getattr(vision_config, "vision_use_head", False):
             n = whole + has_cls
             # A single learned query attends to all tokens, then passes an MLP.
             total += 4 * d**2 + 4 * n * d**2 + 4 * n * d + 4 * d * m
     return total
+
+
+def _expert_weights(config: Any, layer: int, d: int, matrices: int) -> int:
+    """Elements of the weights that run for a token in an encoder layer with a mixture of experts; 0 without one."""
+    if (getattr(config, "mlp_layer_types", None) or {layer: "dense"})[layer] != "sparse":
+        return 0
+    own = layer_config(config, layer)
+    return matrices * d * own.moe_intermediate_size * own.num_experts_per_tok + d * own.num_local_experts
 
 
 def layer_flops(attention_weights: int, width: int, mlp_weights: int, entering: int, leaving: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from vtprune.cost.mixers.attention import Attention
 from vtprune.cost.mixers.block_index import BlockIndex
 from vtprune.cost.mixers.delta_rule import DeltaRule
-from vtprune.cost.mixers.latent_attention import LatentAttention
+from vtprune.cost.mixers.latent_attention import Facts, LatentAttention, facts_by_layer
 from vtprune.cost.mixers.mamba2 import Mamba2
 from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
@@ -52,7 +52,7 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
         return _lone_parts(config, layers)
     # Models that alternate attention with the delta rule gate both.
     has_delta = hasattr(config, "linear_key_head_dim")
-    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    is_latent = getattr(layer_config(config, 0), "kv_lora_rank", None) is not None
     mixers: dict[str, BlockIndex | DeltaRule | ShortConv] = {}
     if has_delta:
         mixers["linear_attention"] = DeltaRule.of(config)
@@ -63,20 +63,22 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     mixed = _expert_widths(config)
     matrices = 2 if config.model_type in _UNGATED else 3
 
-    def attention(layer: int, kind: str, shares: bool) -> LatentAttention | Attention:
+    def attention(layer: int, kind: str, shares: bool, facts: Facts | None) -> LatentAttention | Attention:
         own = layer_config(config, layer)
-        if is_latent:
-            return LatentAttention.of(own)
+        if facts is not None:
+            return LatentAttention.of(own, facts, shares=shares)
         values_are_keys = kind == "full_attention" and getattr(config, "attention_k_eq_v", False)
         return Attention.of(
             own, gated=has_delta or config.model_type in _GATED, projected=0 if shares else 2 - values_are_keys
         )
 
-    def shape(layer: int, kind: str, experts: bool, shares: bool, dense: int, others: int) -> LayerShape:
+    def shape(
+        layer: int, kind: str, experts: bool, shares: bool, dense: int, others: int, facts: Facts | None
+    ) -> LayerShape:
         m, gates = mixed if mixed is not None and experts else (0, 0)
         if not gates or getattr(config, "enable_moe_block", False):  # Gemma 4 has experts beside a plain MLP
             m += dense
-        mixer = mixers.get(kind) or attention(layer, kind, shares)
+        mixer = mixers.get(kind) or attention(layer, kind, shares, facts)
         d, narrow = config.hidden_size, getattr(config, "moe_hidden_size", 0) if gates else 0
         more = others + 2 * d * narrow  # to the experts' width, and back
         return LayerShape(d, mixer, m=m, gates=gates, matrices=matrices, others=more, narrow=narrow)
@@ -84,8 +86,9 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     kinds = [layer_type(config, layer) for layer in range(layers)]
     experts = [False] * layers if mixed is None else _has_experts(config, layers)
     shares = [source != layer for layer, source in enumerate(key_sources(config, layers))]
+    facts = facts_by_layer(config, kinds) if is_latent else [None] * layers
     others = [_other_weights(config, layer) for layer in range(layers)]
-    keys = list(zip(kinds, experts, shares, _dense_widths(config, shares), others, strict=True))
+    keys = list(zip(kinds, experts, shares, _dense_widths(config, shares), others, facts, strict=True))
     made: dict[tuple, LayerShape] = {}
     for layer, key in enumerate(keys):
         if key not in made:
@@ -111,7 +114,7 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
 
 def _other_weights(config: Any, layer: int) -> int:
     """`others` of a layer: embeddings that Gemma 3n and Gemma 4 add, what else Gemma 3n has, and streams and embeddings
-    of runs of tokens of Qwen4."""
+    of runs of tokens of Qwen4, streams of Hunyuan 4."""
     d = config.hidden_size
     total = 2 * d * (getattr(config, "hidden_size_per_layer_input", 0) or 0)  # in and out
     if (streams := getattr(config, "altup_num_inputs", 0)) > 0:
@@ -123,7 +126,7 @@ def _other_weights(config: Any, layer: int) -> int:
         total += 2 * (2 * streams * config.hc_lowrank + streams * config.hc_count)  # before attention, before the MLP
         if layer + 1 in config.ple_layer_ids:
             total += config.ple_embed_dim * (streams + d) + streams * config.ple_conv_kernel_size
-    return total
+    return total + 2 * 2 * d * (getattr(config, "hc_mult", None) or 0) ** 2
 
 
 def _dense_widths(config: Any, shares: list[bool]) -> list[int]:
@@ -156,7 +159,8 @@ def _expert_widths(config: Any) -> tuple[int, int] | None:
     llama4 = 1 if config.model_type == "llama4_text" else 0
     shared_experts = llama4 or _first(config, "n_shared_experts", "moe_num_shared_experts") or 0
     weighed = getattr(config, "shared_expert_intermediate_size", 0)
-    shared = weighed + width * shared_experts + (getattr(config, "share_expert_dim", None) or 0)
+    always = _first(config, "shared_experts_intermediate_size") or width
+    shared = weighed + always * shared_experts + (getattr(config, "share_expert_dim", None) or 0)
     return _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts") * width + shared, experts + bool(weighed)
 
 

@@ -56,7 +56,8 @@ def build(name: str, attention: str = "sdpa", **overrides):
     """
     class_name, config = FAMILIES[name].class_name, FAMILIES[name].config
     if name in ALWAYS_EAGER and attention == "sdpa":
-        attention = {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
+        whole = "sdpa" if getattr(hf, class_name)._supports_sdpa else "eager"
+        attention = {"": whole, "vision_config": "sdpa", "text_config": "eager"}
     elif attention == "sdpa" and not getattr(hf, class_name)._supports_sdpa:  # because of its encoder
         attention = {"": "eager", "text_config": "sdpa"}
     with torch.random.fork_rng():

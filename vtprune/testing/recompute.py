@@ -124,10 +124,10 @@ def recompute(
                 there = torch.isin(where.to(device), columns)
                 hidden[torch.searchsorted(columns, where.to(device)[there])] = values.to(hidden)[there]
         if index == 0:
-            hidden = hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # streams of Qwen4
-
-        if index == 0:
             embedded = _by_layer(decoder, ids, vision.columns, columns, hidden)
+            hidden = hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # streams of Qwen4
+            if hasattr(decoder, "hc_head"):  # streams of Hunyuan 4
+                hidden = hidden[:, None].expand(-1, decoder.config.hc_mult, -1)
         kind = layer_kind(decoder.config, index)
         ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
@@ -159,16 +159,18 @@ def recompute(
             added[vision.columns] = features if merges is None else vision.mean(features, alive, merges.sources[index])
             hidden = hidden + added[columns]
 
-    last = to_logits(model, _final_norm(decoder)(hidden))
+    last = to_logits(model, _final_norm(decoder, hidden))
     logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
     return logits
 
 
-def _final_norm(decoder):
-    """What the output of the last layer goes through."""
+def _final_norm(decoder, hidden: Tensor) -> Tensor:
+    """What the output of the last layer, (tokens, dim) or (tokens, streams, dim), becomes before the head."""
+    if hasattr(decoder, "hc_head"):
+        hidden = decoder.hc_head(hidden[None])[0]
     names = ("norm", "embedding_norm", "norm_f", "final_layernorm", "hyper_connection_mixer")
-    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))(hidden)
 
 
 def _handed_on(decoder) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def layer_type(config: Any, layer: int) -> str:
 
 
 def layer_config(config: Any, layer: int) -> Any:
-    """The config of one decoder layer: those of some models have different numbers of heads."""
+    """What a decoder layer is made by: the config of all, unless fields differ by layer."""
     return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
@@ -72,8 +72,10 @@ def carried(kinds: list[str]) -> str:
 
 
 def key_sources(config: Any, layers: int) -> list[int]:
-    """Of each decoder layer, the one whose keys and values it reads: itself, but for the last ones of Gemma 3n and
-    Gemma 4, which read those of the last layer of their kind before them."""
+    """Of each decoder layer, the one whose keys and values it reads: itself, but for some of Mistral Large 4, and for
+    the last ones of Gemma 3n and Gemma 4, which read those of the last layer of their kind before them."""
+    if (sources := getattr(config, "kv_source_layers", None)) is not None:
+        return list(sources)
     own = layers - (getattr(config, "num_kv_shared_layers", None) or 0)
     kinds = [layer_type(config, layer) for layer in range(layers)]
     last = {kind: layer for layer, kind in enumerate(kinds[:own])}

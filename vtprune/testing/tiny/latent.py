@@ -27,6 +27,7 @@ from vtprune.testing.media import (
     noise,
 )
 from vtprune.testing.tiny.family import Family
+from vtprune.testing.tiny.qwen_vl import mm_token_types
 
 LATENT: dict[str, Any] = TEXT | dict(
     num_key_value_heads=4,
@@ -72,6 +73,18 @@ def _lay_kimi(placeholder: int) -> Callable:
         pixels = noise(generator, grid[0] * grid[1] * grid[2], 3, PATCH, PATCH)
         ids = [START, 30, NEWLINE, *[placeholder] * (rows * columns), END]
         return Item(ids if placeholder == IMAGE else [*range(31, 38), *ids], pixels, grid)
+
+    return make
+
+
+def _lay_packed(placeholder: int, newlines: int = 0) -> Callable:
+    """Packed patches. shape: frames, rows and columns of merged tokens. newlines: tokens behind each row."""
+
+    def make(model, shape, siblings, generator):
+        frames, rows, columns = shape
+        grid = (frames, rows * MERGE, columns * MERGE)
+        pixels = noise(generator, grid[0] * grid[1] * grid[2], 3 * PATCH**2)
+        return Item([START, *[placeholder] * (frames * rows * (columns + newlines)), END], pixels, grid)
 
     return make
 
@@ -130,6 +143,37 @@ def _dots3(**text):
     )
 
 
+def _hy_v4(**text):
+    fields = dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]},
+        qk_rope_head_dim=6,
+        indexer_types=["full", "full", "shared", "shared"] * 2,
+        mlp_layer_types=["dense"] + ["sparse"] * 7,
+        hc_mult=2,
+    )
+    layers = LATENT | INDEX | fields
+    layers.pop("first_k_dense_replace")
+    return hf.HYV4VLConfig(
+        vision_config=VISION | dict(out_hidden_size=WIDTH, patch_size=PATCH, max_image_size=6 * PATCH),
+        text_config=layers | text,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+def _packed(newlines: int) -> dict[str, Layout]:
+    images, videos = (_lay_packed(placeholder, newlines) for placeholder in (IMAGE, VIDEO))
+    sizes = tuple((1, *grid) for grid in GRIDS)
+    return {
+        "image": Layout(sizes, images, collate_patches("pixel_values", "image_grid_thw")),
+        "video": Layout(
+            ((3, 3, 3), (2, 2, 5), (4, 3, 2), (5, 3, 3)),
+            videos,
+            collate_patches("pixel_values_videos", "video_grid_thw"),
+        ),
+    }
+
+
 _ROWS = {"image": Layout(GRIDS, lay_rows, collate_rows)}
 
 FAMILIES = {
@@ -152,5 +196,15 @@ FAMILIES = {
     "mistral_small4": Family("Mistral3ForConditionalGeneration", _mistral_small, _ROWS, kindred=True),
     "mistral_large4": Family(
         "MistralLarge4ForConditionalGeneration", _mistral_large, _ROWS, carries_state=True, kindred=True
+    ),
+    "dots3_note": Family("Dots3NoteForConditionalGeneration", _dots3, _packed(0), carries_state=True, kindred=True),
+    "hy_v4_vl": Family(
+        "HYV4VLForConditionalGeneration",
+        _hy_v4,
+        _packed(1),
+        mm_token_types,
+        carries_state=True,
+        always_eager=True,
+        kindred=True,
     ),
 }
