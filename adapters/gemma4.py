@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.errors import UnsupportedStageError
 from vtprune.tokens import Grid, Medium
 
 POSITIONS = {"image": "image_position_ids", "video": "video_position_ids"}
@@ -74,6 +75,10 @@ class Gemma4(Adapter):
         return self.vision_config.pooling_kernel_size
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
+        if kind == "video" and "num_frames_per_video" not in inputs:
+            raise UnsupportedStageError(
+                "videos of Gemma 4 come as stacks in this release of transformers: take a newer one"
+            )
         sizes = (inputs[POSITIONS[kind]].amax(1) + 1) // self._side
         grids = [Grid(rows, columns) for columns, rows in sizes.tolist()]
         return [Medium.of_grids(*part) for part in _by_medium(kind, inputs, grids)]
