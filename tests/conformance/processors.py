@@ -106,7 +106,7 @@ def _granite4_vision():
 
 
 def _granite_docling():
-    tiles = hf.GraniteDoclingImageProcessor(**_square(TILE), max_patches=4)
+    tiles = hf.GraniteDoclingImageProcessor(**_square(TILE), max_patches=2)  # rows and columns that have tokens
     return hf.GraniteDoclingProcessor(tiles, tokenizer(IDEFICS_TOKENS), image_seq_len=(TILE // PATCH // MERGE) ** 2)
 
 
