@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vtprune.adapters.qwen_vl import Qwen3VL
 
 
@@ -13,5 +15,5 @@ class CohereCompass(Qwen3VL):
     axes (M-RoPE), or not at all.
     """
 
-    model_types = ("cohere_compass",)
+    model_types: ClassVar[tuple[str, ...]] = ("cohere_compass",)
     family = "Cohere Compass"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class AyaVision(Adapter):
     and projects them to one token. No CLS token. "Start of image" and "end of image" are around an image.
     """
 
-    model_types = ("aya_vision",)
+    model_types: ClassVar[tuple[str, ...]] = ("aya_vision",)
     family = "Aya Vision"
     layout = "one grid a tile, text between tiles"
     marker_columns = (2, 1)  # <|START_OF_IMG|> and the tile's number, or that alone; <|END_OF_IMG|>
@@ -54,6 +54,6 @@ class Cohere2Vision(AyaVision):
     Like Aya Vision, but a line break follows each tile, and tiles have no numbers.
     """
 
-    model_types = ("cohere2_vision",)
+    model_types: ClassVar[tuple[str, ...]] = ("cohere2_vision",)
     family = "Command A Vision"
     marker_columns = (1, 2)  # "start of image"; line break, "end of image"

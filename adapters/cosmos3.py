@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vtprune.adapters.qwen_vl import Qwen3VL
 class Cosmos3Omni(Qwen3VL):
     """`Cosmos3OmniForConditionalGeneration` (Cosmos 3; no paper): a Qwen3-VL. What generates is not loaded."""
 
-    model_types = ("cosmos3_omni",)
+    model_types: ClassVar[tuple[str, ...]] = ("cosmos3_omni",)
     family = "Cosmos3-Omni"
 
 
@@ -25,7 +25,7 @@ class Cosmos3Edge(Qwen3VL):
     Tokens and time stamps as in Qwen3-VL, but every frame of a video has a grid of its own, and there is no DeepStack.
     """
 
-    model_types = ("cosmos3_edge",)
+    model_types: ClassVar[tuple[str, ...]] = ("cosmos3_edge",)
     family = "Cosmos3-Edge"
     layout = "one grid an image or frame"
 

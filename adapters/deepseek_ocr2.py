@@ -23,7 +23,7 @@ class DeepseekOcr2(Adapter):
     size and are encoded one after the other.
     """
 
-    model_types = ("deepseek_ocr2",)
+    model_types: ClassVar[tuple[str, ...]] = ("deepseek_ocr2",)
     family = "DeepSeek-OCR 2"
     layout = "tiles, whole view, a separator token; learned queries without a grid"
     merges_in_encoder = False

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ class DeepseekVL(Adapter):
     Tokens of an image: the patches in raster order, projected one by one. No CLS token.
     """
 
-    model_types: tuple[str, ...] = ("deepseek_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("deepseek_vl",)
     family = "DeepSeek-VL"
     layout = "one grid an image"
 
@@ -46,7 +46,7 @@ class DeepseekVLHybrid(DeepseekVL):
     encoder, which sees it in a higher resolution. What methods read of the encoder is SigLIP's.
     """
 
-    model_types = ("deepseek_vl_hybrid",)
+    model_types: ClassVar[tuple[str, ...]] = ("deepseek_vl_hybrid",)
     family = "DeepSeek-VL, hybrid"
     merges_in_encoder = False
     unmerged = "each visual token is also made of a place in a second encoder"
@@ -60,6 +60,6 @@ class Janus(DeepseekVL):
     generates images, its prompts have no visual tokens.
     """
 
-    model_types = ("janus",)
+    model_types: ClassVar[tuple[str, ...]] = ("janus",)
     family = "Janus"
     marker_columns = (1, 1)  # <begin_of_image>, <end_of_image>

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,7 +19,7 @@ class Dots3Note(Qwen2VL):
     to, so tokens can be dropped before the language model only. Audio is left as it is.
     """
 
-    model_types = ("dots3_note",)
+    model_types: ClassVar[tuple[str, ...]] = ("dots3_note",)
     family = "dots 3 note"
     layout = "one grid an image or frame"
     gated_encoder_mlp = True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ class FastVLM(Adapter):
     CLS token. Tokens of an image: the places of its last feature map in raster order, projected one by one.
     """
 
-    model_types = ("fast_vlm",)
+    model_types: ClassVar[tuple[str, ...]] = ("fast_vlm",)
     family = "FastVLM"
     layout = "one grid an image"
     merges_in_encoder = False

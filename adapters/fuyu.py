@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ class Fuyu(Adapter):
     together.
     """
 
-    model_types = ("fuyu",)
+    model_types: ClassVar[tuple[str, ...]] = ("fuyu",)
     family = "Fuyu"
     layout = "no grid: patches of pixels"
     merges_in_encoder = False

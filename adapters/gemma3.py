@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Gemma3(Adapter):
     directions; in sliding layers only within the window. Sliding and full layers have different rotary embeddings.
     """
 
-    model_types = ("gemma3", "shieldgemma2")
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3", "shieldgemma2")
     family = "Gemma 3"
     layout = "one grid an image"
     window_cuts_blocks = True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,14 @@ class Gemma4(Adapter):
     within the window.
     """
 
-    model_types = ("gemma4",)
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
     family = "Gemma 4"
     kinds = ("image", "video")
     layout = "one grid an image or a frame"
     merges_in_encoder = False
     gated_encoder_mlp = True
     window_cuts_blocks = True
-    block_kinds = ("sliding_attention",)
+    block_kinds: ClassVar[tuple[str, ...] | None] = ("sliding_attention",)
 
     @classmethod
     def refuses(cls, config: Any) -> str | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,10 +18,10 @@ class Gemma4Unified(Gemma4):
     attend to one another in both directions in all layers, and beyond the window.
     """
 
-    model_types = ("gemma4_unified",)
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4_unified",)
     family = "Gemma 4 Unified"
     window_cuts_blocks = False
-    block_kinds = None
+    block_kinds: ClassVar[tuple[str, ...] | None] = None
     layers_unread = "it has no vision encoder"
     encoder_uncounted = "it has none, only a projection of pixels"
 

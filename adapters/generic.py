@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Generic(Adapter):
     has these states them in an adapter of its own, which may derive from this class.
     """
 
-    model_types = ()
+    model_types: ClassVar[tuple[str, ...]] = ()
     family = "generic"
     layout = "one group an image; a grid if the call has `image_grid_thw`"
     merges_in_encoder = False

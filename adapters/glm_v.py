@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ class GlmV(Qwen2VL):
     takes images or videos in a call, not both.
     """
 
-    model_types = ("glm4v", "glm4v_moe", "glm46v", "glmga")
+    model_types: ClassVar[tuple[str, ...]] = ("glm4v", "glm4v_moe", "glm46v", "glmga")
     family = "GLM-4.1V to 4.6V"
     gated_encoder_mlp = True
 
@@ -70,7 +70,7 @@ class GlmV(Qwen2VL):
 class GlmOcr(GlmV):
     """`GlmOcrForConditionalGeneration` (GLM-OCR; no paper). Like GLM-4.1V."""
 
-    model_types = ("glm_ocr",)
+    model_types: ClassVar[tuple[str, ...]] = ("glm_ocr",)
     family = "GLM-OCR"
 
     @property

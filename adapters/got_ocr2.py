@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -23,7 +23,7 @@ class GotOcr2(Adapter):
     followed by a thumbnail; these, and the pages of a text of several pages, have no text between them.
     """
 
-    model_types = ("got_ocr2", "pp_chart2table")
+    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "pp_chart2table")
     family = "GOT-OCR 2.0, PP-Chart2Table"
     layout = "one grid an image or tile, tiles side by side"
     tiles_adjoin = True

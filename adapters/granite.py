@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
@@ -24,7 +24,7 @@ class Granite4Vision(LlavaNext):
     features are added to the visual tokens on that layer's input. What is chosen by is what enters the first layer.
     """
 
-    model_types = ("granite4_vision",)
+    model_types: ClassVar[tuple[str, ...]] = ("granite4_vision",)
     family = "Granite 4 Vision"
     merges_in_encoder = False
     unmerged = "its projectors read several layers"
@@ -88,7 +88,7 @@ class GraniteDocling(Idefics3):
     Features of earlier encoder layers are added to the visual tokens behind the first decoder layers (DeepStack).
     """
 
-    model_types = ("granite_docling",)
+    model_types: ClassVar[tuple[str, ...]] = ("granite_docling",)
     family = "Granite Docling"
     unmerged = "its connector reads several layers"
 

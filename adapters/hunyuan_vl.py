@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class HunYuanVL(Adapter):
     other logits in a batch than alone.
     """
 
-    model_types = ("hunyuan_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("hunyuan_vl",)
     family = "HunYuan-VL"
     layout = "one grid an image, a newline token a row, begin and end tokens"
     marker_columns = (1, 1)  # "start of image", "end of image"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class HyV4VL(Qwen2VL):
     columns a token attends to, which later layers share, so tokens can be dropped before it only.
     """
 
-    model_types = ("hy_v4_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("hy_v4_vl",)
     family = "Hunyuan 4"
     layout = "one grid an image or frame, rows with newlines"
     carries_state = True

@@ -30,7 +30,7 @@ class Idefics2(Resampled):
     token.
     """
 
-    model_types = ("idefics2",)
+    model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
     family = "Idefics2"
     layout = "64 resampled tokens a tile, text between tiles"
     marker_columns = (1, 1)  # "around image"
@@ -42,7 +42,7 @@ class Idefics2(Resampled):
     def projector(self) -> nn.Module:
         return self.base.connector
 
-    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
@@ -62,7 +62,7 @@ class Aria(Resampled):
     is masked. No CLS token. The language model is a mixture of experts.
     """
 
-    model_types = ("aria",)
+    model_types: ClassVar[tuple[str, ...]] = ("aria",)
     family = "Aria"
     layout = "128 or 256 resampled tokens a tile, tiles side by side"
     tiles_adjoin = True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class Idefics3(Adapter):
     videos come as tiles.
     """
 
-    model_types = ("idefics3", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
     family = "Idefics3, SmolVLM"
     layout = "one grid a tile, text between tiles"
     marker_columns = (2, 1)  # "around image", the position of the tile; "around image" or the end of a row of tiles
@@ -35,7 +35,7 @@ class Idefics3(Adapter):
     def projector(self) -> Any:
         return self.base.connector
 
-    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class InternVL(Adapter):
     part of the prompt's text.
     """
 
-    model_types = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     family = "InternVL"
     layout = "one grid a tile, tiles side by side"
     cls_token = "yes"
@@ -66,7 +66,7 @@ class InternVL(Adapter):
 class QianfanOcr(InternVL):
     """`QianfanOCRForConditionalGeneration` (arXiv 2603.13398): InternVL's layout, over Qwen 3."""
 
-    model_types = ("qianfan_ocr",)
+    model_types: ClassVar[tuple[str, ...]] = ("qianfan_ocr",)
     family = "Qianfan-OCR"
 
     def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class KimiK25(Adapter):
     each patch over the frames, and the projector makes one token of `merge_kernel_size` neighbours. No CLS token.
     """
 
-    model_types = ("kimi_k25",)
+    model_types: ClassVar[tuple[str, ...]] = ("kimi_k25",)
     family = "Kimi K2.5"
     kinds = ("image", "video")
     merges_in_encoder = False

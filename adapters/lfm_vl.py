@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Lfm2VL(Adapter):
     the tokens.
     """
 
-    model_types = ("lfm2_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("lfm2_vl",)
     family = "LFM2-VL"
     layout = "one grid a tile, text between tiles"
     merges_in_encoder = False  # the padding of tiles of different sizes is masked
@@ -88,7 +88,7 @@ class Lfm3VL(Qwen3VL):
     over the tokens.
     """
 
-    model_types = ("lfm3_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("lfm3_vl",)
     family = "LFM3-VL"
     carries_state = True
     layers_unread = "most of its layers are convolutions, without attention"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import reduce
@@ -26,7 +26,7 @@ class Llama4(Adapter):
     and the others scale queries by how many chunks came before, so tokens can be dropped up to the length of a chunk.
     """
 
-    model_types = ("llama4",)
+    model_types: ClassVar[tuple[str, ...]] = ("llama4",)
     family = "Llama 4"
     layout = "one grid a tile, text between tiles"
     cls_token = "yes"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Llava(Adapter):
     "default" cuts off a patch, so the grid is unknown.
     """
 
-    model_types = ("llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
     family = "LLaVA-1.5"
     layout = "one grid an image"
     cls_token = "with CLIP"

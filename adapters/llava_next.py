@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class LlavaNext(Llava):
     has tokens left. CLIP's CLS token is cut off.
     """
 
-    model_types = ("llava_next",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     family = "LLaVA-NeXT"
     layout = "overview, mosaic of tiles, a newline token a row"
     image_grid = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -21,7 +21,7 @@ class LlavaNextVideo(LlavaNext):
     tokens. The resampler pools the patches of each frame before the projector, usually 2x2 patches to their mean.
     """
 
-    model_types = ("llava_next_video",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
     family = "LLaVA-NeXT-Video"
     kinds = ("image", "video")
     layout = "images: as LLaVA-NeXT; videos: one pooled grid a frame"

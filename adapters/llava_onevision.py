@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class LlavaOnevision(LlavaNext):
     width after the projector, frame after frame, and one newline token at the end of the video.
     """
 
-    model_types = ("llava_onevision",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     family = "LLaVA-OneVision"
     kinds = ("image", "video")
     layout = "images: as LLaVA-NeXT, large ones resized; videos: one pooled grid a frame, one newline token"

@@ -66,7 +66,7 @@ class MiniCPMV(Adapter):
         pixels, sizes = inputs[PIXELS[kind]], stack_sizes(inputs[_SIZES[kind]])
         return pixels[0].split([height * width * pixels.shape[2] for height, width in sizes], -1)
 
-    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int | tuple[int, ...]]:
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         patches = [height * width for height, width in stack_sizes(inputs[_SIZES[kind]])]
         if not self._merges_between(inputs):
             return patches
@@ -104,7 +104,7 @@ class MiniCPMV4_7(MiniCPMV):
     Like MiniCPM-V 4.6, but positions have three axes (M-RoPE), with the slices of an image on one canvas.
     """
 
-    model_types = ("minicpmv4_7",)
+    model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_7",)
     family = "MiniCPM-V 4.7"
 
 

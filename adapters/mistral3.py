@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Mistral3(Pixtral):
     token. Rows and columns that do not fill a merge are cut off.
     """
 
-    model_types = ("mistral3",)
+    model_types: ClassVar[tuple[str, ...]] = ("mistral3",)
     family = "Mistral 3"
 
     @classmethod
@@ -50,7 +50,7 @@ class LightOnOcr(Mistral3):
     Like Mistral 3, but without text tokens between the rows.
     """
 
-    model_types = ("lighton_ocr",)
+    model_types: ClassVar[tuple[str, ...]] = ("lighton_ocr",)
     family = "LightOnOCR"
     layout = "one grid an image"
     marker_columns = (0, 0)
@@ -70,6 +70,6 @@ class MistralLarge4(Mistral3):
     is found, and may share keys and values, so tokens can be dropped before the language model only.
     """
 
-    model_types = ("mistral_large4",)
+    model_types: ClassVar[tuple[str, ...]] = ("mistral_large4",)
     family = "Mistral Large 4"
     carries_state = True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Molmo2(Adapter):
     directions. No CLS token. Rotary embeddings of some layers may be unscaled. A call takes images or videos, not both.
     """
 
-    model_types = ("molmo2",)
+    model_types: ClassVar[tuple[str, ...]] = ("molmo2",)
     family = "Molmo 2"
     kinds = ("image", "video")
     layout = "whole view and mosaic of an image, or one grid a frame"

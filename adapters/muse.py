@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Muse(Qwen2VL):
     some decoder layers do not use them. Muse Spark also takes audio, whose tokens are neither visual nor text.
     """
 
-    model_types = ("muse_glimmer", "muse_spark")
+    model_types: ClassVar[tuple[str, ...]] = ("muse_glimmer", "muse_spark")
     family = "Muse"
     marker_columns = (1, 1)  # "image start", and "image end" or the end of a video
 

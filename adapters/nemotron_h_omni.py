@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import reduce
@@ -24,7 +24,7 @@ class NemotronHOmni(Adapter):
     model (Nemotron-H) are Mamba2, attention without positions, experts or an MLP alone.
     """
 
-    model_types = ("nemotron_h_omni",)
+    model_types: ClassVar[tuple[str, ...]] = ("nemotron_h_omni",)
     family = "Nemotron Omni"
     kinds = ("image", "video")
     layout = "one grid an image or two frames"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import reduce
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Ovis2(Adapter):
     vocabulary's embeddings under it. No CLS token.
     """
 
-    model_types = ("ovis2",)
+    model_types: ClassVar[tuple[str, ...]] = ("ovis2",)
     family = "Ovis 2"
     layout = "one grid a tile, text between tiles"
     gated_encoder_mlp = True

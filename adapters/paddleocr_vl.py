@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -20,7 +20,7 @@ class PaddleOcrVL(Qwen2VL):
     neighbours together. No videos.
     """
 
-    model_types = ("paddleocr_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("paddleocr_vl",)
     family = "PaddleOCR-VL"
     kinds = ("image",)
     layout = "one grid an image"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class PaliGemma(Adapter):
     are causal. Positions count from 1.
     """
 
-    model_types = ("paligemma",)
+    model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
     family = "PaliGemma"
     layout = "one grid an image"
     marker_columns = (0, 1)  # "bos", which begins the text

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -24,7 +24,7 @@ class PerceptionLM(Adapter):
     in each direction. Rotary embeddings are in all layers of the encoder.
     """
 
-    model_types = ("perception_lm",)
+    model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
     family = "Perception LM"
     kinds = ("image", "video")
     layout = "one grid a tile or frame, side by side"
@@ -59,7 +59,7 @@ class PerceptionLM(Adapter):
         arguments = {"pixel_values": inputs[PIXELS[kind]]}
         return arguments, self.base.get_image_features(**arguments, return_dict=True)
 
-    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         return super().encoder_sequences("image", inputs)
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:

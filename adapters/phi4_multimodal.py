@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Phi4Multimodal(Adapter):
     prompt, too.
     """
 
-    model_types = ("phi4_multimodal",)
+    model_types: ClassVar[tuple[str, ...]] = ("phi4_multimodal",)
     family = "Phi-4-multimodal"
     layout = "mosaic of crops, whole view, a newline token a row"
     merges_in_encoder = False
@@ -64,9 +64,9 @@ class Phi4Multimodal(Adapter):
     def pixel_argument(self, kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
         ids, pixels = inputs.get("input_ids"), inputs.get("image_pixel_values")
         # generate() gives pixels, but no sizes, to every step.
-        prefill = kind == "image" and ids is not None and inputs.get("image_sizes") is not None
-        written = prefill and bool((ids == self.visual_token_ids["image"]).any())
-        return pixels if written else None
+        if kind != "image" or ids is None or inputs.get("image_sizes") is None:
+            return None
+        return pixels if self.visual_token_ids["image"] in ids else None
 
     def encode_call(self, kind: str) -> tuple[Any, str]:
         return self, "encode_images"

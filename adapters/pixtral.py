@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class Pixtral(Adapter):
     of all images of a call in one sequence, in which images do not attend to one another. No CLS token.
     """
 
-    model_types = ("llava/pixtral",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava/pixtral",)
     family = "Pixtral-12B"
     gated_encoder_mlp = True
     layout = "one grid an image, text after each row"

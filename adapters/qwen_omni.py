@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL
 
 
@@ -14,7 +16,7 @@ class Qwen2_5Omni(Qwen2_5_VL):
     question do not read them. The audio of a video stands between the tokens of its frames (`use_audio_in_video`).
     """
 
-    model_types = ("qwen2_5_omni_thinker", "qwen2_5_omni")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni_thinker", "qwen2_5_omni")
     family = "Qwen2.5-Omni"
 
 
@@ -25,5 +27,5 @@ class Qwen3Omni(Qwen2VL):
     Like Qwen3-VL with experts and DeepStack, but without time stamps in a video. Audio as in Qwen2.5-Omni.
     """
 
-    model_types = ("qwen3_omni_moe_thinker", "qwen3_omni_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_omni_moe_thinker", "qwen3_omni_moe")
     family = "Qwen3-Omni"

@@ -8,6 +8,7 @@ rotated keys, so `dart`, which goes by these, may choose other tokens in a batch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -21,7 +22,7 @@ class Exaone4_5(Qwen2_5_VL):
     norm before their attention, so methods that compute it ahead are refused.
     """
 
-    model_types = ("exaone4_5",)
+    model_types: ClassVar[tuple[str, ...]] = ("exaone4_5",)
     family = "EXAONE 4.5"
     marker_columns = (1, 1)  # what chat templates put around images and videos
 
@@ -32,7 +33,7 @@ class HyperClovaX(Qwen2_5_VL):
     Like Qwen2.5-VL, with a second projector behind the merger, and without M-RoPE.
     """
 
-    model_types = ("hyperclovax_vision_v2",)
+    model_types: ClassVar[tuple[str, ...]] = ("hyperclovax_vision_v2",)
     family = "HyperCLOVA X SEED"
     marker_columns = (1, 1)  # what chat templates put around images and videos
 

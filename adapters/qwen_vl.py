@@ -25,7 +25,7 @@ class Qwen2VL(Adapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     family = "Qwen2-VL"
-    kinds = ("image", "video")
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     merges_in_encoder = False
     layout = "one grid an image or two frames"
 
@@ -86,7 +86,7 @@ class Qwen3VL(Qwen2VL):
     earlier encoder layers are added to the visual tokens after the first decoder layers (DeepStack).
     """
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe")
     family = "Qwen3-VL"
 
     def markers(self, ids: Tensor | None, images: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Qwen3_5(Qwen3VL):
     changes, so tokens can be dropped before the language model only.
     """
 
-    model_types = ("qwen3_5", "qwen3_5_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
     family = "Qwen3.5"
     carries_state = True
 
@@ -144,7 +144,7 @@ class Qwen4Exp(Qwen3_5):
     those of the tokens that are there.
     """
 
-    model_types = ("qwen4_exp",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen4_exp",)
     family = "Qwen4-Exp"
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Step3p7(Adapter):
     the language model differ in number, and so do their rotary embeddings.
     """
 
-    model_types = ("step3p7",)
+    model_types: ClassVar[tuple[str, ...]] = ("step3p7",)
     family = "Step 3.7"
     layout = "one grid a tile, then one of the whole image, text between them"
     merges_in_encoder = False
@@ -48,7 +48,8 @@ class Step3p7(Adapter):
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         whole, tiles = inputs["pixel_values"], inputs.get("pixel_values_local")
-        return [Medium.of_grids(*[self._grid(tiles)] * count, self._grid(whole)) for count in self._tiles(inputs)]
+        of_tile = [] if tiles is None else [self._grid(tiles)]
+        return [Medium.of_grids(*of_tile * count, self._grid(whole)) for count in self._tiles(inputs)]
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         whole, tiles, counts = inputs["pixel_values"], inputs.get("pixel_values_local"), self._tiles(inputs)
@@ -63,9 +64,7 @@ class Step3p7(Adapter):
         counts = inputs.get("num_local_patches")
         return [0] * len(inputs["pixel_values"]) if counts is None else torch.as_tensor(counts).tolist()
 
-    def _grid(self, crops: Any) -> Grid | None:
+    def _grid(self, crops: Any) -> Grid:
         """The grid of each of some crops (crops, 3, height, width)."""
-        if crops is None:
-            return None
         # Each convolution halves rows and columns, and rounds up.
         return Grid(*(-(-(length // self._patch) // 4) for length in crops.shape[-2:]))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class VideoLlama3(Qwen2VL):
     token, and positions have one axis.
     """
 
-    model_types = ("video_llama_3",)
+    model_types: ClassVar[tuple[str, ...]] = ("video_llama_3",)
     family = "VideoLLaMA 3"
     layout = "one grid an image or frame, without what does not move"
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ class VideoLlava(Llava):
     newline tokens.
     """
 
-    model_types = ("video_llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
     family = "Video-LLaVA"
     kinds = ("image", "video")
     layout = "images: one grid; videos: CLS token and one grid a frame"
@@ -49,5 +49,5 @@ class VideoLlava(Llava):
         assert pixels is not None, "asked for the pixels of a call that encoded none"
         return pixels
 
-    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
+    def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         return super().encoder_sequences(kind, {PIXELS[kind]: self.pixels(kind, inputs)})

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vtprune.adapters.llava import Llava
 
 
@@ -12,7 +14,7 @@ class VipLlava(Llava):
     Like LLaVA-1.5, but the projector reads several encoder layers side by side, and always without the CLS token.
     """
 
-    model_types = ("vipllava",)
+    model_types: ClassVar[tuple[str, ...]] = ("vipllava",)
     family = "VipLLaVA"
     cls_token = "yes"
     towers = {"clip_vision_model": 1}

@@ -214,7 +214,7 @@ class Report:
         """
         if self.encoder_uncounted:
             return None
-        mlp = {"gated_mlp": self.encoder_gated_mlp, "mlp_width": self.encoder_mlp_width}
+        mlp: dict[str, Any] = {"gated_mlp": self.encoder_gated_mlp, "mlp_width": self.encoder_mlp_width}
         sequences, has_cls = self.encoder_sequences, self.encoder_has_cls
         return float(cost.encoder_flops(self.vision_config, sequences, has_cls=has_cls, **mlp))
 
