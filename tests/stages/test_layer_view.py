@@ -57,19 +57,19 @@ class Marking(LayerSignal):
 def test_what_was_recorded_is_cut_with_the_sequence():
     states, signal = numbered(1, 4), Marking()
     recorded = Recorded(
-        projected={(0, "q_proj"): states, (1, "k_proj"): -states},
+        projected={(0, "queries"): states, (1, "keys"): -states},
         places={0: Places(torch.tensor([[5, 6, 7, 8]]), states)},
         measured={(signal, 0): torch.tensor([[1.0, 2, 3, 4]])},
         marked={signal: torch.tensor([[True] * 4])},
     )
     recorded.cut(torch.tensor([[1, 3]]))
-    assert recorded.projected[0, "q_proj"].flatten().tolist() == [2, 4]
-    assert recorded.projected[1, "k_proj"].flatten().tolist() == [-2, -4]
+    assert recorded.projected[0, "queries"].flatten().tolist() == [2, 4]
+    assert recorded.projected[1, "keys"].flatten().tolist() == [-2, -4]
     assert recorded.places[0].ids.tolist() == [[6, 8]] and recorded.places[0].rope.flatten().tolist() == [2, 4]
     assert recorded.measured[signal, 0].tolist() == [[2, 4]]
     assert recorded.marked[signal].shape == (1, 4), "marks are by columns of the call"
     recorded.forget(0)
-    assert list(recorded.projected) == [(1, "k_proj")] and not recorded.places and recorded.measured
+    assert list(recorded.projected) == [(1, "keys")] and not recorded.places and recorded.measured
 
 
 def test_marks_are_found_again_after_a_cut():
@@ -170,6 +170,7 @@ def of_decoder(decoder):
     return adapter(
         decoder_layers=decoder.layers,
         language_model=decoder,
+        final_norm=decoder.norm,
         rope=lambda layer, hidden, positions: decoder.rotary_emb(hidden, positions),
     )
 
@@ -204,7 +205,7 @@ def test_attention_of_an_earlier_layer_is_that_of_what_was_recorded(decoder):
     inner = decoder.layers[1].input_layernorm(hidden)
     attention = decoder.layers[1].self_attn
     recorded = Recorded(
-        projected={(1, "q_proj"): attention.q_proj(inner), (1, "k_proj"): attention.k_proj(inner)},
+        projected={(1, "queries"): attention.q_proj(inner), (1, "keys"): attention.k_proj(inner)},
         places={1: prompts.places_at(1, hidden)},
     )
     found = view(prompts, recorded, hidden=hidden).attention(1).rows(torch.tensor([[5], [5]]))
@@ -213,7 +214,7 @@ def test_attention_of_an_earlier_layer_is_that_of_what_was_recorded(decoder):
 
 
 def test_attention_that_was_not_kept_is_an_error():
-    recorded = Recorded(projected={(0, "q_proj"): torch.zeros(2, 6, 8)})
+    recorded = Recorded(projected={(0, "queries"): torch.zeros(2, 6, 8)})
     for layer in (0, 1):
         with pytest.raises(UnsupportedStageError, match=f"attention of decoder layer {layer} was not kept .* layer 2"):
             view(call(), recorded).attention(layer)

@@ -41,8 +41,8 @@ def check_method(
         method: a class, which is given `keep_ratio=0.5` if it needs a budget; or an object, a registered name, a
             mapping with `name`. A budget under which tokens go is needed: keeping everything proves nothing.
         families: names of `vtprune.testing.families.NAMES`, of which those that the installed transformers lacks are
-            left out; or a `vtprune.testing.Case` for a model that is not among them. Default: all names, and the models
-            of other packages (`models_of_others`).
+            left out; or a `vtprune.testing.Case` for a model that is not among them. Default: all names but those in
+            `families.KINDRED`, in which little is new, and the models of other packages (`models_of_others`).
         media: what prompts hold, of "image", "video" and "mixed" (both); each family is shown what it takes of these.
     Returns:
         What every check found. A family that refuses the method by name (UnsupportedStageError when the session opens)
@@ -87,7 +87,8 @@ def _cases(families: Iterable[str | Case] | None, media: Sequence[str]) -> Itera
     kinds = dict.fromkeys(kind for own in tiny.MEDIA.values() for kind in own)
     if isinstance(media, str) or not set(media) <= kinds.keys():
         raise ConfigError(f"media={media!r}: expected some of {', '.join(kinds)}, in a list")
-    for family in (*tiny.NAMES, *models_of_others()) if families is None else families:
+    different = (name for name in tiny.NAMES if name not in tiny.KINDRED)
+    for family in (*different, *models_of_others()) if families is None else families:
         if isinstance(family, Case):
             yield type(family.model).__name__, family
             continue
