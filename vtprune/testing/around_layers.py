@@ -21,6 +21,12 @@ def enter(decoder, embeddings: Tensor, vision: Vision) -> Tensor:
     return hidden.index_add(0, vision.columns, vision.deepstack[0]) if 0 in vision.deepstack else hidden
 
 
+def entering_scale(decoder, vision: Vision) -> float:
+    """What visual features are multiplied by on their way into the first decoder layer."""
+    # What is added there instead of features is not.
+    return 1 if 0 in vision.deepstack else getattr(decoder, "embedding_multiplier", 1)
+
+
 def rotary(decoder, layer: int, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
     """The rotation that the decoder hands a layer, as an argument; None of it for a layer without rotation, and no
     argument where the layer takes none."""

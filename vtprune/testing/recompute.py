@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.adapters import adapter_for
-from vtprune.testing.around_layers import enter, layer_kind, rotary, to_logits
+from vtprune.testing.around_layers import enter, entering_scale, layer_kind, rotary, to_logits
 from vtprune.testing.written import written
 from vtprune.transformers_private import attention_back_end
 
@@ -122,7 +122,8 @@ def recompute(
         for layer_index, where, values in merges.values if merges is not None else ():
             if layer_index == index:
                 there = torch.isin(where.to(device), columns)
-                hidden[torch.searchsorted(columns, where.to(device)[there])] = values.to(hidden)[there]
+                scaled = values.to(hidden)[there] * (entering_scale(decoder, vision) if index == 0 else 1)
+                hidden[torch.searchsorted(columns, where.to(device)[there])] = scaled
         if index == 0:
             embedded = _by_layer(decoder, ids, vision.columns, columns, hidden)
             hidden = hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # streams of Qwen4
