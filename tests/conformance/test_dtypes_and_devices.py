@@ -51,6 +51,10 @@ JUMPY = (("internvl_gpt_oss", "mustdrop"), ("llama4", "holitom + transprune"))
 """Cells whose logits jump in bfloat16, where they agree in float32: a near tie between experts. Counts are compared."""
 
 
+RESTLESS = ("muse_spark",)
+"""Families whose unpruned tiny model already gives a padded batch other logits in bfloat16 than its samples alone."""
+
+
 @functools.cache
 def half(name):
     return copy.deepcopy(families.shared(name)).bfloat16()
@@ -84,7 +88,7 @@ def test_bfloat16_on_every_family(name, media, method):
         for ours, layer in zip(kept, layers, strict=True):
             theirs = reference.report.kept(sample, layer) - first
             assert len(set(ours.tolist()) - lines) == len(set(theirs.tolist()) - lines)
-        if (name, method) in JUMPY:
+        if (name, method) in JUMPY or name in RESTLESS:
             continue
         sources = report.sources(sample, 0)
         nothing = torch.empty(0, dtype=torch.long)
