@@ -101,12 +101,14 @@ def test_keys_and_outputs(name, media):
             continue
         keys, output = (x if x.ndim == 3 else x[None] for x in (caught["keys"], caught["output"]))
         keys, output = cls_first(adapter, keys, 1), cls_first(adapter, output, 1)
-        keys = keys.chunk(3, -1)[1] if fused else keys
+        heads = getattr(adapter.vision_config, "num_heads", None) or adapter.vision_config.num_attention_heads
+        groups = getattr(adapter.vision_config, "num_key_value_heads", None) or heads
+        if fused:
+            keys = keys.unflatten(-1, (heads + 2 * groups, -1))[..., heads : heads + groups, :].flatten(-2)
         if (norm := getattr(attention, "k_norm", None)) is not None and hasattr(norm, "weight"):
             keys = norm(keys.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)  # over each head, or over all
-        heads = getattr(adapter.vision_config, "num_heads", None) or adapter.vision_config.num_attention_heads
         expected[asked[0]].append(look.rows(encoded, keys))
-        expected[asked[1]].append(look.rows(encoded, keys.unflatten(-1, (heads, -1)).mean(2)))
+        expected[asked[1]].append(look.rows(encoded, keys.unflatten(-1, (groups, -1)).mean(2)))
         expected[asked[2]].append(look.rows(encoded, output))
     contents = look.contents()
     for signal, values in look.shown(asked).items():
