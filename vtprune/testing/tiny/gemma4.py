@@ -146,7 +146,7 @@ def _unified(**text):
     )
 
 
-_MORE = dict(token_types=types, mend=scale_queries)
+_MORE: dict[str, Any] = dict(token_types=types, mend=scale_queries, since=(5, 24))
 
 FAMILIES = {
     "gemma4": Family("Gemma4ForConditionalGeneration", _config(**SMALL), _LAYOUTS, **_MORE),

@@ -50,6 +50,7 @@ FAMILIES = {
             spatial_target_layers=[2, 4, 5, 6],
         ),
         {"image": Layout(((32, 44), (40, 32), (60, 40), (64, 64)), _lay_anyres, collate_anyres)},
+        since=(5, 24),
     ),
     "granite_docling": Family(
         "GraniteDoclingForConditionalGeneration",

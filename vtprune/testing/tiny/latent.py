@@ -136,7 +136,15 @@ def _dots3(**text):
     return hf.Dots3NoteConfig(
         vision_config=VISION | vision | dict(adapter_in_dim=WIDTH, adapter_out_dim=WIDTH),
         text_config=layers | text,
-        audio_config=dict(adapter_out_dim=WIDTH),
+        audio_config=VISION
+        | dict(
+            num_hidden_layers=1,
+            num_key_value_heads=4,
+            head_dim=8,
+            downsample_hidden_size=8,
+            adapter_input_size=WIDTH,
+            adapter_out_dim=WIDTH,
+        ),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=AUDIO,
@@ -192,6 +200,7 @@ FAMILIES = {
                 collate_patches("pixel_values_videos", "video_grid_thw"),
             ),
         },
+        since=(5, 24),  # earlier ones fail on videos of different sizes
     ),
     "mistral_small4": Family("Mistral3ForConditionalGeneration", _mistral_small, _ROWS, kindred=True),
     "mistral_large4": Family(
