@@ -158,7 +158,9 @@ def test_generation_goes_on_from_merged_tokens():
 
 
 # Ministral 3 scales queries by positions, which a plain call counts from the padding on.
-@pytest.mark.parametrize("name", [name for name in families.PRUNED_INSIDE if name != "ministral3"])
+@pytest.mark.parametrize(
+    "name", [name for name in families.PRUNED_INSIDE if name not in ("ministral3", "mistral_small4")]
+)
 @torch.no_grad()
 def test_a_batch_merges_what_each_sample_merges_alone(name):
     model = families.shared(name)
