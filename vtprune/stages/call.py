@@ -237,9 +237,7 @@ class Call:
         row, column = self.whole.visual.to(features.device).nonzero(as_tuple=True)
         into = sequence.merged_into.to(features.device)[row, column]
         alive = into >= 0
-        here = torch.arange(sequence.columns.shape[1], device=sequence.columns.device).expand_as(sequence.columns)
-        place = torch.zeros_like(sequence.merged_into).scatter(1, sequence.columns, here).to(features.device)
-        index = (row[alive], place[row[alive], into[alive]])
+        index = (row[alive], sequence.places().to(features.device)[row[alive], into[alive]])
         values = features[alive]
         zeros = features.new_zeros(*sequence.columns.shape, features.shape[-1])
         total = zeros.index_put(index, values, accumulate=True)

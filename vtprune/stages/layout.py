@@ -176,14 +176,18 @@ class SequenceLayout:
         masked = self.present & ~(self.real & keep)
         return replace(self, real=self.real & keep, visual=self.visual & keep, merged_into=merged_into, masked=masked)
 
+    def places(self) -> Tensor:
+        """(batch, length) long: where in the sequence each column of the call stands; 0 if it is not there."""
+        here = torch.arange(self.columns.shape[1], device=self.columns.device).expand_as(self.columns)
+        return torch.zeros_like(self.merged_into).scatter(1, self.columns, here)
+
     def takes_from(self, earlier: SequenceLayout) -> Callable[[Tensor], Tensor]:
         """What takes values (batch, n, ...) of the columns of an earlier layout of the call to those that are left."""
         if earlier is self:
             return lambda values: values
-        here = torch.arange(earlier.columns.shape[1], device=earlier.columns.device).expand_as(earlier.columns)
-        index = torch.zeros_like(self.merged_into).scatter(1, earlier.columns, here).gather(1, self.columns)
 
         def take(values: Tensor) -> Tensor:
+            index = earlier.places().gather(1, self.columns)
             taken = take_columns(values.flatten(2) if values.ndim > 3 else values, index)
             return taken.unflatten(2, values.shape[2:]) if values.ndim > 3 else taken
 
