@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.tokens import Grid, Medium, ModelShape
-from vtprune.transformers_private import chosen_feature_layers, rotary_embedding, rotation_kind, uses_mrope
+from vtprune.transformers_private import chosen_feature_layers, key_sources, rotary_embedding, rotation_kind, uses_mrope
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
@@ -116,6 +117,11 @@ class Adapter(ABC):
     @property
     def decoder_layers(self) -> Sequence[nn.Module]:
         return self.language_model.layers
+
+    @functools.cached_property
+    def key_sources(self) -> list[int]:
+        """Of each decoder layer, the one whose keys and values it reads. Configs are slow to read, and calls many."""
+        return key_sources(self.language_model.config, len(self.decoder_layers))
 
     @property
     def final_norm(self) -> Any:

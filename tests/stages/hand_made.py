@@ -44,6 +44,7 @@ def adapter(**facts: Any) -> SimpleNamespace:
         rope=lambda layer, hidden, positions: positions[..., None].float(),
         rope_kind=lambda layer: "one",
         has_blocks=lambda layer: True,
+        key_sources=list(range(DEPTH)),
     )
     return SimpleNamespace(**stated | facts)
 

@@ -19,7 +19,7 @@ from vtprune.attention import Places
 from vtprune.stages.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.stages.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
-from vtprune.transformers_private import Cache, key_sources, layer_mask, layer_type
+from vtprune.transformers_private import Cache, layer_mask, layer_type
 
 
 @dataclass
@@ -69,8 +69,6 @@ class Call:
     """(batch, n, dim): what DeepStack adds on the input of layer 0, as pruned before the LLM; 0 for text."""
     memo: dict = field(default_factory=dict)
     """Masks and rotary embeddings already built, by `key`."""
-    key_sources: list[int] = field(init=False)
-    """Of each decoder layer, the one whose keys it reads."""
     last_rows: int = 0
     """How many last tokens alone may pass the layers that read keys of earlier ones; 0 for all."""
     left_in_cache: dict[int, Tensor] = field(default_factory=dict)
@@ -87,7 +85,6 @@ class Call:
         self.sequence_layouts, self.starts = [self.whole], [0]
         self.wrapped = bool(pruned_layers(self.cache))
         depth = len(self.adapter.decoder_layers)
-        self.key_sources = key_sources(self.text_config, depth)
         if self.wrapped:
             layers = [self.cached(i) for i in range(depth)]
             self.before = [(layer.layout, layer.physical) for layer in layers]
@@ -121,7 +118,7 @@ class Call:
 
         A layer that carries a state instead has what all others have: where such layers are, nothing is cut between.
         """
-        there = self.cache.layers[self.key_sources[layer]]
+        there = self.cache.layers[self.adapter.key_sources[layer]]
         return there if isinstance(there, PrunedLayer) else pruned_layers(self.cache)[0]
 
     def sequence_at(self, layer: int) -> SequenceLayout:
@@ -185,7 +182,7 @@ class Call:
         if self.cache is None:
             return
         if not self.wrapped:
-            wrap_cache(self.cache, self.owner, max(self.key_sources) + 1)
+            wrap_cache(self.cache, self.owner, max(self.adapter.key_sources) + 1)
             self.wrapped, first_layer = True, 0
         memo = {}
         for i in range(first_layer, len(self.cache.layers)):

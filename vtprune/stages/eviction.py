@@ -68,14 +68,14 @@ class EvictionStage:
         if call.left_in_cache:
             contents.columns = [
                 (s.columns + call.past).masked_fill(~call.left_in_cache.get(i, s.computed), -1).cpu()
-                for i, s in ((i, call.sequence_at(i)) for i in call.key_sources)
+                for i, s in ((i, call.sequence_at(i)) for i in call.adapter.key_sources)
             ]
 
     def _evict(self, call: Call, method: AfterPrefill) -> None:
         made: dict[tuple[int, int, int], tuple[Tensor, PrunedLayer]] = {}
         for i in method.layers(self.shape):
             layer = call.cached(i)
-            if layer.is_sliding or call.key_sources[i] != i:
+            if layer.is_sliding or call.adapter.key_sources[i] != i:
                 continue  # a window forgets by itself, and counts on its columns being consecutive
             sequence = call.sequence_at(i)
             past = call.before[i][1]

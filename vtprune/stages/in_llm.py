@@ -36,7 +36,6 @@ from vtprune.transformers_private import (
     check_arguments,
     check_replay,
     cut_along,
-    key_sources,
     projections,
     reads_positions,
 )
@@ -100,8 +99,7 @@ class InLLMStage(ThreadAware[_Following]):
     def _check_sharing(self) -> None:
         """Raise if a cut comes behind a layer whose keys a later layer reads: they would still be those of all."""
         depth = self.shape.decoder_layers
-        sources = key_sources(self.adapter.text_config, depth)
-        shared = [source for layer, source in enumerate(sources) if source != layer]
+        shared = [source for layer, source in enumerate(self.adapter.key_sources) if source != layer]
         late = {
             method.name: cut for cut, cuts in self.cuts.items() if shared and cut > min(shared) for method, _ in cuts
         }
