@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.adapters.qwen_vl import patch_grids
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 from vtprune.tokens import Grid, Medium, ModelShape
 
@@ -86,17 +87,15 @@ class Generic(Adapter):
         return pixels
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
-        grids = inputs.get(f"{kind}_grid_thw")
-        if grids is None:
+        if inputs.get(f"{kind}_grid_thw") is None:
             return [Medium.without_grid(len(image.flatten(0, -2))) for image in self._by_image(kind, inputs, features)]
         side = getattr(self.vision_config, "spatial_merge_size", 1)
         media = [
             Medium.of_grids(*[Grid(rows // side, columns // side)] * frames)
-            for frames, rows, columns in torch.as_tensor(grids).tolist()
+            for frames, rows, columns in patch_grids(kind, inputs).tolist()
         ]
-        tokens, given = sum(map(len, media)), sum(image[..., 0].numel() for image in features)
-        if torch.is_tensor(features) and features.ndim == 2:
-            given = len(features)
+        parts = [features] if torch.is_tensor(features) else features
+        tokens, given = sum(map(len, media)), sum(part[..., 0].numel() for part in parts)
         if tokens != given:
             raise UnsupportedStageError(f"{kind}_grid_thw says {tokens} visual tokens, and {given} were encoded")
         return media
@@ -113,6 +112,7 @@ class Generic(Adapter):
         return features
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
-        grids = inputs.get(f"{kind}_grid_thw")
         pixels = inputs[PIXELS[kind]]
-        return pixels if grids is None else pixels.split(torch.as_tensor(grids).prod(1).tolist())
+        if inputs.get(f"{kind}_grid_thw") is None:
+            return pixels
+        return pixels.split(patch_grids(kind, inputs).prod(1).tolist())

@@ -92,7 +92,7 @@ def _made_up(adapter: Generic) -> ExamplePrompts:
     arguments = _pixels(adapter, (0, 1))
     with torch.no_grad():
         output = adapter.base.get_image_features(**arguments, return_dict=True)
-    lengths = [len(medium) for medium in adapter.media("image", arguments, output.pooler_output)]
+    lengths = [len(medium) for medium in adapter.media("image", arguments, adapter.features_of(output))]
     if len(lengths) != 2:
         raise UnsupportedModelError(f"two images were encoded as {len(lengths)}")
     ids = [_ids(adapter, *words, tokens) for words, tokens in zip(TEXT, lengths, strict=True)]

@@ -49,9 +49,9 @@ class EncoderCall:
 
     def project(self, features: Tensor) -> None:
         """Take down the input of one call of the projector."""
-        earlier = self.projector_input
-        both = None if earlier is None else torch.cat([earlier.flatten(0, -2), features.flatten(0, -2)])
-        self.projector_input = features if both is None else both
+        if self.projector_input is not None:
+            features = torch.cat([self.projector_input.flatten(0, -2), features.flatten(0, -2)])
+        self.projector_input = features
 
     @property
     def features(self) -> Tensor:
