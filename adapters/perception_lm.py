@@ -48,6 +48,9 @@ class PerceptionLM(Adapter):
     def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:
         return self.base.vision_tower.timm_model.blocks
 
+    def encoder_attention(self, layer: Any) -> nn.Module:
+        return layer.attn
+
     @property
     def has_cls(self) -> bool:
         return self.config.vision_use_cls_token
