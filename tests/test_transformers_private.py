@@ -118,5 +118,7 @@ def test_no_call_of_ours_is_deprecated(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for method in ("divprune", "fastv", "transprune") if name in families.PRUNED_INSIDE else ("divprune",):
+            if (name, method) == ("exaone4_5", "transprune"):  # refused: it has no norm before its attention
+                continue
             with vtprune.prune(model, method, keep_ratio=0.7):
                 model.generate(**inputs, max_new_tokens=2)

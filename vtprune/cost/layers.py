@@ -113,14 +113,10 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
 
 
 def _other_weights(config: Any, layer: int) -> int:
-    """`others` of a layer: embeddings that Gemma 3n and Gemma 4 add, what else Gemma 3n has, and streams and embeddings
-    of runs of tokens of Qwen4, streams of Hunyuan 4."""
+    """`others` of a layer: embeddings that Gemma 4 adds, streams and embeddings of runs of tokens of Qwen4, streams of
+    Hunyuan 4."""
     d = config.hidden_size
     total = 2 * d * (getattr(config, "hidden_size_per_layer_input", 0) or 0)  # in and out
-    if (streams := getattr(config, "altup_num_inputs", 0)) > 0:
-        total += 2 * d * config.laurel_rank
-        # Chosen before and after the layer: weights of the streams, and what they make of them.
-        total += 2 * d * streams + streams**3 + streams**2 + d * streams**2
     if hasattr(config, "hc_lowrank"):
         streams = config.hc_count * d
         total += 2 * (2 * streams * config.hc_lowrank + streams * config.hc_count)  # before attention, before the MLP
