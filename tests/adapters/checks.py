@@ -79,7 +79,7 @@ def blinkered(name: str):
     adapter = vtprune.adapter_for(model)
     for layer in (layer for kind in adapter.kinds for layer in adapter.encoder_layers(kind)):
         parts = dict(adapter.encoder_attention(layer).named_children())
-        (output,) = [parts[key] for key in ("out_proj", "o_proj", "projection_layer") if key in parts]
+        (output,) = [parts[key] for key in ("proj", "out_proj", "o_proj", "projection_layer") if key in parts]
         getattr(output, "linear", output).weight.data.zero_()
     return model
 

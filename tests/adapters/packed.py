@@ -17,18 +17,6 @@ from vtprune.testing import families
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-def blinkered(name: str):
-    """A new model whose vision encoder has no attention between patches: a token depends only on its own patches."""
-    model = families.build(name)
-    adapter = vtprune.adapter_for(model)
-    for layer in adapter.encoder_layers():
-        parts = adapter.encoder_attention(layer)._modules
-        output = next(parts[key] for key in ("proj", "out_proj", "o_proj") if key in parts)
-        for parameter in output.parameters():
-            parameter.data.zero_()
-    return model
-
-
 @torch.no_grad()
 def encode(adapter, kind: str, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     """Features, one tensor a medium, and the projector's input."""

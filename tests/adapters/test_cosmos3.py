@@ -8,6 +8,7 @@ from vtprune.testing import families
 from vtprune.testing.media import IMAGE, MERGE, PATCH, VIDEO
 
 from . import packed
+from .checks import blinkered
 
 NAME = "cosmos3_edge"
 CELL = MERGE * PATCH
@@ -25,7 +26,7 @@ def process(kind, media):
 @every_kind
 def test_tokens_stand_for_the_pixels_that_they_show(kind):
     sizes = {"image": [(1, 3, 5), (1, 4, 3)], "video": [(3, 3, 5), (2, 4, 3)]}[kind]
-    packed.check_places(packed.blinkered(NAME), kind, lambda media: process(kind, media), sizes, CELL)
+    packed.check_places(blinkered(NAME), kind, lambda media: process(kind, media), sizes, CELL)
 
 
 @every_kind
@@ -33,7 +34,7 @@ def test_encoder_values_stand_beside_what_is_made_of_them(kind):
     shots = (1, 1) if kind == "image" else (3, 2)
     media = [torch.randint(0, 200, (count, 3, 3 * CELL, 2 * CELL), dtype=torch.uint8) for count in shots]
     inputs = process(kind, [m[0] for m in media] if kind == "image" else media)
-    packed.check_rows_of_patches(packed.blinkered(NAME), kind, inputs)
+    packed.check_rows_of_patches(blinkered(NAME), kind, inputs)
 
 
 @every_kind

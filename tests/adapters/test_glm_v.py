@@ -12,6 +12,7 @@ from vtprune.testing.media import IMAGE, MERGE, PATCH, VIDEO_END
 from vtprune.tokens import Selection
 
 from . import packed
+from .checks import blinkered
 
 NAMES = ("glm46v", "glm4v_moe", "glm_ocr")
 
@@ -32,7 +33,7 @@ SIZES = {"image": [(1, 3, 5), (1, 4, 3)], "video": [(6, 3, 5), (4, 4, 3)]}
 @every_kind
 @every_family
 def test_tokens_stand_for_the_pixels_that_they_show(name, kind):
-    model, frames = packed.blinkered(name), 1 if kind == "image" else 2
+    model, frames = blinkered(name), 1 if kind == "image" else 2
     packed.check_places(model, kind, lambda media: process(kind, media), SIZES[kind], MERGE * PATCH, frames)
 
 
@@ -42,7 +43,7 @@ def test_encoder_values_stand_beside_what_is_made_of_them(name, kind):
     sizes = [(frames, 3 * MERGE * PATCH, 2 * MERGE * PATCH) for frames in ((1, 1) if kind == "image" else (4, 2))]
     media = [torch.randint(0, 200, (f, 3, height, width), dtype=torch.uint8) for f, height, width in sizes]
     inputs = process(kind, [m[0] for m in media] if kind == "image" else media)
-    packed.check_rows_of_patches(packed.blinkered(name), kind, inputs)
+    packed.check_rows_of_patches(blinkered(name), kind, inputs)
 
 
 @every_kind

@@ -7,6 +7,7 @@ from vtprune.testing import families
 from vtprune.testing.media import IMAGE, MERGE, PATCH
 
 from . import packed
+from .checks import blinkered
 
 NAME = "paddleocr_vl"
 
@@ -17,13 +18,13 @@ def process(images):
 
 
 def test_tokens_stand_for_the_pixels_that_they_show():
-    packed.check_places(packed.blinkered(NAME), "image", process, [(1, 3, 5), (1, 4, 3)], MERGE * PATCH)
+    packed.check_places(blinkered(NAME), "image", process, [(1, 3, 5), (1, 4, 3)], MERGE * PATCH)
 
 
 def test_encoder_values_stand_beside_what_is_made_of_them():
     cell = MERGE * PATCH
     images = [torch.randint(0, 200, (3, r * cell, c * cell), dtype=torch.uint8) for r, c in ((3, 2), (2, 4))]
-    packed.check_rows_of_patches(packed.blinkered(NAME), "image", process(images))
+    packed.check_rows_of_patches(blinkered(NAME), "image", process(images))
 
 
 def test_encoder_flops():

@@ -9,7 +9,7 @@ from vtprune.testing.tiny.step3p7 import TILE, WHOLE
 from vtprune.tokens import Grid
 
 from . import packed
-from .checks import check_pruned
+from .checks import blinkered, check_pruned
 
 NAME, PATCH = "step3p7", 4
 
@@ -24,7 +24,7 @@ def call(model):
 @torch.no_grad()
 def test_tiles_come_before_the_whole_image():
     """And each token shows the pixels that its place in the layout says."""
-    model = packed.blinkered(NAME)
+    model = blinkered(NAME)
     adapter, inputs = vtprune.adapter_for(model), call(model)
     assert inputs["num_local_patches"].tolist() == [2, 0, 2, 4] and len(inputs["pixel_values_local"]) == 8
 

@@ -15,7 +15,7 @@ from vtprune.testing.recompute import recompute
 from vtprune.tokens import Grid, Medium
 
 from . import packed
-from .checks import ATOL, NEW, generate
+from .checks import ATOL, NEW, blinkered, generate
 
 NAME = "video_llama3"
 SIDES = {"image": 1, "video": MERGE}
@@ -37,7 +37,7 @@ def process(kind, media):
 def test_tokens_stand_for_the_pixels_that_they_show(kind):
     sizes = {"image": [(1, 3, 5), (1, 4, 3)], "video": [(3, 3, 5), (2, 4, 3)]}[kind]
     cell = PATCH * SIDES[kind]
-    packed.check_places(packed.blinkered(NAME), kind, lambda media: process(kind, media), sizes, cell)
+    packed.check_places(blinkered(NAME), kind, lambda media: process(kind, media), sizes, cell)
 
 
 @every_kind
@@ -45,7 +45,7 @@ def test_encoder_values_stand_beside_what_is_made_of_them(kind):
     cell, shots = PATCH * SIDES[kind], (1, 1) if kind == "image" else (3, 2)
     media = [torch.randint(0, 200, (count, 3, 3 * cell, 2 * cell), dtype=torch.uint8) for count in shots]
     inputs = process(kind, [m[0] for m in media] if kind == "image" else media)
-    packed.check_rows_of_patches(packed.blinkered(NAME), kind, inputs)
+    packed.check_rows_of_patches(blinkered(NAME), kind, inputs)
 
 
 @every_kind
