@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.signals import TextEmbeddings
 from vtprune.testing import families
 from vtprune.testing.recompute import recompute
+from vtprune.tokens import Selection
 
 ATOL = 1e-4
 NEW = 5
@@ -111,3 +114,32 @@ def projector_input(model, encode: Callable[[], object]) -> Tensor:
     handle.remove()
     (features,) = seen
     return features
+
+
+@torch.no_grad()
+def check_frames_are_asked(name: str, end: int):
+    """Every frame of a video is asked the text behind the last token `end` of its prompt, and nothing else."""
+    model = families.shared(name)
+    batch = families.batch(name, model, media="video")
+    questions = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listens(vtprune.BeforeLLM):
+        name = "listens"
+        signal = "text"
+
+        def signals(self, shape):
+            return (TextEmbeddings(),)
+
+        def select(self, tokens):
+            questions.extend(tokens[TextEmbeddings()])
+            return Selection.of_indices(tokens, [torch.arange(k) for _, _, k in tokens.each()])
+
+    with vtprune.prune(model, Listens(keep_ratio=0.3)):
+        model(**batch.inputs)
+    # Frames of the first sample's video, of the second one's last, of the third's.
+    for inputs, frames in zip(batch.singles, (questions[:3], questions[5:9], questions[9:]), strict=True):
+        ids = inputs["input_ids"][0]
+        asked = ids[(ids == end).nonzero().max() + 1 :]
+        assert len(asked) >= 4 and len(frames) >= 3
+        assert all(torch.equal(question, model.get_input_embeddings()(asked)) for question in frames)

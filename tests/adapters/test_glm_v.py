@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers as hf
 
 import vtprune
-from vtprune.signals import TextEmbeddings
 from vtprune.testing import families
 from vtprune.testing.media import IMAGE, MERGE, PATCH, VIDEO_END
-from vtprune.tokens import Selection
 
 from . import packed
-from .checks import blinkered
+from .checks import blinkered, check_frames_are_asked
 
 NAMES = ("glm46v", "glm4v_moe", "glm_ocr")
 
@@ -57,30 +54,7 @@ def test_encoder_flops(name, kind):
 @torch.no_grad()
 def test_every_frame_is_asked_what_follows_the_whole_video(name):
     """No time stamp is part of the question, the last one included, which is behind all frames."""
-    model = families.shared(name)
-    batch = families.batch(name, model, media="video")
-    questions = []
-
-    @dataclass(frozen=True, kw_only=True)
-    class Listens(vtprune.BeforeLLM):
-        name = "listens"
-        signal = "text"
-
-        def signals(self, shape):
-            return (TextEmbeddings(),)
-
-        def select(self, tokens):
-            questions.extend(tokens[TextEmbeddings()])
-            return Selection.of_indices(tokens, [torch.arange(k) for _, _, k in tokens.each()])
-
-    with vtprune.prune(model, Listens(keep_ratio=0.3)):
-        model(**batch.inputs)
-    # Frames of the first sample's video, of the second one's last, of the third's.
-    for inputs, frames in zip(batch.singles, (questions[:3], questions[5:9], questions[9:]), strict=True):
-        ids = inputs["input_ids"][0]
-        asked = ids[(ids == VIDEO_END).nonzero().max() + 1 :]
-        assert len(asked) >= 4 and len(frames) >= 3
-        assert all(torch.equal(question, model.get_input_embeddings()(asked)) for question in frames)
+    check_frames_are_asked(name, VIDEO_END)
 
 
 def test_an_end_of_video_that_is_missing_leaves_the_question():

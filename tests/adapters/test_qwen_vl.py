@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,15 +6,14 @@ from torch import Tensor
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import vtprune
-from vtprune.signals import TextEmbeddings
 from vtprune.testing import families
 from vtprune.testing.media import END, FIRST_WORD, IMAGE, MERGE, PATCH, VIDEO
 from vtprune.testing.recompute import recompute
 from vtprune.testing.tiny import FAMILIES
-from vtprune.tokens import Grid, Selection
+from vtprune.tokens import Grid
 from vtprune.transformers_private import CACHE
 
-from .checks import ATOL, NEW, check_pruned, check_untouched, every_cell
+from .checks import ATOL, NEW, check_frames_are_asked, check_pruned, check_untouched, every_cell
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CELL = MERGE * PATCH
@@ -148,30 +146,7 @@ def test_what_methods_are_told_of_the_model(name):
 @every_family
 def test_every_frame_is_asked_what_follows_the_whole_video(name):
     # Qwen3-VL has time stamps between the frames. Neither they nor the marks around them are part of the question.
-    model = families.shared(name)
-    batch = families.batch(name, model, media="video")
-    questions = []
-
-    @dataclass(frozen=True, kw_only=True)
-    class Listens(vtprune.BeforeLLM):
-        name = "listens"
-        signal = "text"
-
-        def signals(self, shape):
-            return (TextEmbeddings(),)
-
-        def select(self, tokens):
-            questions.extend(tokens[TextEmbeddings()])
-            return Selection.of_indices(tokens, [torch.arange(k) for _, _, k in tokens.each()])
-
-    with vtprune.prune(model, Listens(keep_ratio=0.3)):
-        model(**batch.inputs)
-    # Frames of the first sample's video, of the second one's last, of the third's.
-    for inputs, frames in zip(batch.singles, (questions[:3], questions[5:9], questions[9:]), strict=True):
-        ids = inputs["input_ids"][0]
-        asked = ids[(ids == END).nonzero().max() + 1 :]
-        assert len(asked) >= 4 and len(frames) >= 3
-        assert all(torch.equal(question, model.get_input_embeddings()(asked)) for question in frames)
+    check_frames_are_asked(name, END)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
