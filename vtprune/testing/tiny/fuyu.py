@@ -32,5 +32,13 @@ def _config(**text):
 _LAYOUTS = {"image": Layout(((4, 6), (6, 4), (3, 8), (8, 3)), _lay_rows, _collate)}
 
 FAMILIES = {
-    "fuyu": Family("FuyuForCausalLM", _config, _LAYOUTS, attention_unread=True, images_first=True, kindred=True)
+    "fuyu": Family(
+        "FuyuForCausalLM",
+        _config,
+        _LAYOUTS,
+        attention_unread=True,
+        images_first=True,
+        since=(5, 24),  # before, its pixels come under another name
+        kindred=True,
+    )
 }
