@@ -42,7 +42,7 @@ def row(method: type[Method]) -> list[str]:
 
 def table() -> str:
     """The table of all methods of the library, as Markdown."""
-    rows = [row(method) for method in vars(catalogue).values() if isinstance(method, type)]
+    rows = [row(catalogue.load(name)) for name in catalogue.CLASSES]
     header = ["name", "acts", "what it does", "goes by", "source"]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 

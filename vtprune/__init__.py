@@ -6,6 +6,8 @@ with vtprune.prune(model, "mmtok", keep_tokens=64) as session:
 print(session.report)
 """
 
+from typing import TYPE_CHECKING
+
 from vtprune.adapters import Adapter, Generic, adapter_for, register_adapter
 from vtprune.encoder_report import EncoderReport
 from vtprune.encoder_session import EncoderSession
@@ -20,12 +22,22 @@ from vtprune.errors import (
 from vtprune.methods import build_method, list_methods, register_method
 from vtprune.methods import catalogue as _catalogue
 from vtprune.methods.base import AfterPrefill, BeforeLLM, Composite, InEncoder, InLLM, Method, Scorer
-from vtprune.methods.catalogue import *  # noqa: F403 (the methods; `__all__` below has them, too)
 from vtprune.methods.in_layers import InLayers, LayerTokens
 from vtprune.methods.schedules import CutOnce, Progressive, Reviving, Staged
 from vtprune.report import Report, Totals
 from vtprune.session import Session, patch, prune
 from vtprune.tokens import Grid, Medium, Merging, ModelShape, Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from vtprune.methods.catalogue import *  # noqa: F403 (the methods; `__all__` below has them, too)
+else:
+
+    def __getattr__(name: str) -> type[Method]:
+        return _catalogue.exported(name, __name__)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 
@@ -69,5 +81,5 @@ __all__ = [
     "prune",
     "register_adapter",
     "register_method",
-    *(name for name, value in vars(_catalogue).items() if isinstance(value, type)),
+    *_catalogue.CLASSES.values(),
 ]

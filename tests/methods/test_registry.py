@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import dataclasses
+import inspect
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
 
 import vtprune
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods import build_methods
+from vtprune.methods import build_methods, catalogue
 from vtprune.tokens import ModelShape
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
@@ -110,8 +114,39 @@ def test_a_class_that_lacks_what_every_method_has_is_refused_by_name():
 
 def test_what_is_listed_is_exported():
     own = {cls.__name__: cls for cls in vtprune.list_methods().values() if cls.__module__.startswith("vtprune.methods")}
-    assert own.items() <= vars(vtprune).items() and set(own) <= set(vtprune.__all__)
+    assert all(getattr(vtprune, name) is getattr(vtprune.methods, name) is cls for name, cls in own.items())
+    assert set(own) <= set(vtprune.__all__) and set(vtprune.__all__) <= set(dir(vtprune))
     assert all(hasattr(vtprune, name) for name in vtprune.__all__) and len(set(vtprune.__all__)) == len(vtprune.__all__)
+
+
+def test_type_checkers_see_every_method_of_the_catalogue():
+    tree = ast.parse(inspect.getsource(catalogue))
+    seen = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "importlib"]
+    imports = {node.module: node.names[0].name for node in seen if any(name.asname for name in node.names)}
+    assert imports == {f"vtprune.methods.{name}": cls for name, cls in catalogue.CLASSES.items()}
+    assert all(catalogue.load(name).name == name for name in catalogue.CLASSES)
+    with pytest.raises(AttributeError, match="module 'vtprune' has no attribute 'DivPrun'"):
+        vtprune.DivPrun  # noqa: B018
+
+
+def test_a_method_is_imported_when_it_is_asked_for():
+    """`import vtprune` loads no method, so its time does not grow with their number."""
+    code = (
+        "import sys, vtprune\n"
+        "def loaded(): return {name for name in sys.modules if name.startswith('vtprune.methods.')}\n"
+        "first = loaded()\n"
+        "print(*sorted(first))\n"
+        "print(*{'pydantic', 'rich', 'typer', 'vtprune.config', 'vtprune.eval'} & set(sys.modules))\n"
+        "vtprune.build_method('divprune')\n"
+        "vtprune.FastV\n"
+        "print(*sorted(loaded() - first))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, heavy, asked = result.stdout.split("\n")[:3]
+    shared = ("base", "catalogue", "in_layers", "schedules")
+    assert first.split() == [f"vtprune.methods.{name}" for name in shared]
+    assert asked.split() == ["vtprune.methods.divprune", "vtprune.methods.fastv"]
+    assert heavy == ""
 
 
 def test_a_missing_budget_is_an_error_where_nothing_is_published():

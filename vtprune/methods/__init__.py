@@ -8,15 +8,23 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtprune.errors import BudgetError, ConfigError
 from vtprune.methods import catalogue
 from vtprune.methods.base import BeforeLLM, Method
-from vtprune.methods.catalogue import *  # noqa: F403 (the methods are also exported from here)
 from vtprune.plugins import load_plugins
 
+if TYPE_CHECKING:
+    from vtprune.methods.catalogue import *  # noqa: F403 (the methods are also exported from here)
+else:
+
+    def __getattr__(name: str) -> type[Method]:
+        return catalogue.exported(name, __name__)
+
+
 _METHODS: dict[str, type[Method]] = {}
+"""Those that were registered, and those of the library that were asked for."""
 
 AUTO = "auto"
 """The name that leaves the method to the library (`vtprune.auto`)."""
@@ -41,15 +49,17 @@ def register_method(method: type[Method]) -> type[Method]:
         )
     if method.name == AUTO:
         raise ConfigError(f"{method.__qualname__}: no method may be named {AUTO!r}, which leaves the choice to vtprune")
-    if _METHODS.get(method.name, method) is not method:
+    if _find_method(method.name) not in (None, method):
         raise ConfigError(f"a method named {method.name!r} is registered already")
     _METHODS[method.name] = method
     return method
 
 
-for _method in vars(catalogue).values():
-    if isinstance(_method, type):
-        register_method(_method)
+def _find_method(name: str) -> type[Method] | None:
+    """The class of a method of the library or of a registered one; None if no method has this name."""
+    if name not in _METHODS and name in catalogue.CLASSES:
+        _METHODS[name] = catalogue.load(name)
+    return _METHODS.get(name)
 
 
 @functools.cache
@@ -60,7 +70,7 @@ def _load_entry_points() -> None:
 def list_methods() -> dict[str, type[Method]]:
     """Name -> class of every method, including those of other packages."""
     _load_entry_points()
-    return dict(_METHODS)
+    return {name: catalogue.load(name) for name in catalogue.CLASSES} | _METHODS
 
 
 def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> Method:
@@ -77,15 +87,16 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> M
     else:
         given = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = given.pop("name", None)
-        known = list_methods()
+        _load_entry_points()
         if name == AUTO:
             raise ConfigError(
                 f"{AUTO!r} depends on the model, so it stands only in vtprune.prune(model, {AUTO!r}, ...); here name a "
                 "method: `vtprune methods --model MODEL` says which one it would be"
             )
-        if name not in known:
-            raise ConfigError(f"unknown method {name!r}: {nearest(str(name), known)}")
-        cls, fields = known[name], {f.name for f in dataclasses.fields(known[name])}
+        found = _find_method(name)
+        if found is None:
+            raise ConfigError(f"unknown method {name!r}: {nearest(str(name), list_methods())}")
+        cls, fields = found, {f.name for f in dataclasses.fields(found)}
     for key in (*given, *parameters):
         if key not in fields:
             raise ConfigError(f"{name}: unknown parameter {key!r}: {nearest(key, fields)}")
