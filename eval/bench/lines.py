@@ -54,6 +54,7 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
     }
     answers = {n: paired([p.answer(n) for p in passes], [p.answer(n) for p in full]) for n in lengths}
     ideal = (unpruned + head) / (decoder + head)
+    ideal_first_token = first_token and (whole_encoder + unpruned + head) / first_token
     return {
         "visual_tokens": mean(visual),
         "final_tokens": mean(visual if report is None else report.final_tokens),
@@ -74,12 +75,13 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
         "kv_bytes": holding.kv_bytes,
         "auxiliary_bytes": holding.auxiliary_bytes,
         "ideal_prefill_speedup": ideal,
-        "ideal_first_token_speedup": first_token and (whole_encoder + unpruned + head) / first_token,
+        "ideal_first_token_speedup": ideal_first_token,
         "speedup": {
             **{name: spread.to_dict() for name, spread in speedups.items()},
             "answer": {str(n): spread.to_dict() for n, spread in answers.items()},
         },
         "realised": speedups["prefill"].median / ideal,
+        "realised_first_token": ideal_first_token and speedups["first_token"].median / ideal_first_token,
     }
 
 
@@ -97,24 +99,29 @@ def _encoder_flops(adapter: Adapter, inputs: Inputs) -> int | None:
     )
 
 
-def beside_plain(plain: Mapping[int, list[float]], widths: Sequence[int], passes: Sequence[Pass]) -> Record:
-    """The speed-up that the model without a session reaches at the lengths of a row.
+def beside_plain(
+    plain: Mapping[int, list[float]], widths: Sequence[int], passes: Sequence[Pass], full: Sequence[Pass]
+) -> Record:
+    """The speed-ups that the model without a session reaches at the lengths of a row.
 
-    Each layer takes its share of the seconds of a prefill as wide as its input.
+    Each layer takes its share of the seconds of a prefill as wide as its input. The encoder is that of the full model.
 
     Args:
         plain: width of a prompt -> seconds of its prefill, round by round. Widths between these are interpolated.
         widths: columns of each decoder layer's input, or one number for all layers.
         passes: of the row.
+        full: passes of the full model.
     """
     seconds = []
     for number in range(len(passes)):
         points = sorted((width, samples[number]) for width, samples in plain.items())
         seconds.append(mean(interpolated(points, width) for width in widths))
-    speedup = paired(seconds, plain[max(plain)])
+    first_token = [p.encoder + spent for p, spent in zip(full, seconds, strict=True)]
     return {
-        "plain_prefill_speedup": speedup.to_dict(),
+        "plain_prefill_speedup": paired(seconds, [p.prefill for p in full]).to_dict(),
+        "plain_first_token_speedup": paired(first_token, [p.first_token for p in full]).to_dict(),
         "of_plain": paired([p.prefill for p in passes], seconds).median,
+        "of_plain_first_token": paired([p.first_token for p in passes], first_token).median,
     }
 
 

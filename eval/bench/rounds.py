@@ -75,7 +75,7 @@ def measure_rows(
         line = lines.of_row(row)
         if index in holdings:
             line |= lines.numbers(holdings[index], passes[index], passes[0], inputs, model)
-            line |= lines.beside_plain(plain, widths[index], passes[index])
+            line |= lines.beside_plain(plain, widths[index], passes[index], passes[0])
         found.append(line | shared)
     return found
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements for people: two tables a batch size, in the terminal and as `bench.md`."""
+"""The measurements for people: four tables a batch size, in the terminal and as `bench.md`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from vtprune.eval.bench.stopwatch import Spread
 from vtprune.eval.results.formatting import MISSING
 from vtprune.eval.results.records import Record
 from vtprune.eval.results.status import OK, status_text
@@ -18,16 +21,23 @@ Column = tuple[str, Callable[[Record], str]]
 
 NOTES = """\
 Medians over the rounds; ± half of the distance between the quartiles. Every round measures every row once, in an order
-of its own; speed-ups are taken round by round against the full model, which runs without a session. *prefill*: from the
-encoded image to the first token, with the selection and all else that a session does. *first token*: encoder and
-prefill. *per token*: decoding steps when the answer has so many tokens (their keys and values are filled in, not
-generated). *ideal*: prefill FLOPs of the full model over those of the pruned one, convention `exact` of `vtprune.cost`
-(two FLOPs per multiply-add, attention over the full square), LM head for one position. *realised*: measured over ideal
-speed-up of the prefill. *ideal first token*: the same with the encoder, and with what the method computes to choose
-(the matrix products, which are counted in a pass that is not timed). *plain*: speed-up of the model without a session
-on text as long as what each layer is left with; short of *ideal* by what the machine loses on short inputs, and *of
-plain* is what the library reaches of it. *peak*: tensors during encoding, prefill and a decoding step, beyond weights
-and inputs. *KV*: keys and values after the prefill, all samples together."""
+of its own; gains are taken round by round against the full model, which runs without a session.
+
+*first token* is the time until the first token of the answer: *encoder*, *selection* (choices of the method, those
+between decoder layers included) and *LLM* (the rest). *32 tokens* is the time until the last of 32 tokens, computed
+as the time to the first token and 31 decoding steps; steps are timed when the answer has the lengths of the *tokens/s*
+columns (keys and values of the tokens in front are filled in, not generated), and interpolated between these.
+*tokens/s* counts the tokens of all prompts of a batch.
+
+*ideal* is the gain that FLOPs promise: those of the full model over those of the pruned one, convention `exact` of
+`vtprune.cost` (two FLOPs per multiply-add, attention over the full square), LM head for one position; for the first
+token with the encoder, and with the matrix products of the choices, which are counted in a pass that is not timed.
+*plain* is the gain of the model without a session on text as long as what each layer is left with (and the full
+model's encoder); short of *ideal* by what the machine loses on short inputs. *of ideal* and *of plain* are the measured
+gain over these. *prefill* goes from the encoded image to the first token, selection included.
+
+*peak*: tensors during encoding, prefill and a decoding step, beyond weights and inputs. *KV*: keys and values after the
+prefill, all samples together."""
 
 
 def budget(line: Record) -> str:
@@ -38,54 +48,83 @@ def budget(line: Record) -> str:
 
 
 def seconds(spread: Record) -> str:
-    """Median and spread in the unit that suits the median, to three digits."""
+    """Median in the unit that suits it, to three digits."""
     if spread["median"] == 0:
         return MISSING
-    factor, unit = (1, "s") if spread["median"] >= 1 else (1e3, "ms")
-    middle, half = (value * factor for value in (spread["median"], (spread["high"] - spread["low"]) / 2))
-    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
-    return f"{middle:.{digits}f} ±{half:.{digits}f} {unit}"
+    unit, factor, digits = _unit(spread["median"])
+    return f"{spread['median'] * factor:.{digits}f} {unit}"
 
 
-def times(spread: Record) -> str:
-    """A speed-up."""
-    return f"{spread['median']:.2f}x"
+def seconds_and_spread(spread: Record) -> str:
+    """Median and half of the distance between the quartiles."""
+    unit, factor, digits = _unit(spread["median"])
+    half = (spread["high"] - spread["low"]) / 2
+    return f"{spread['median'] * factor:.{digits}f} ±{half * factor:.{digits}f} {unit}"
 
 
-def _ideal(speedup: float | None) -> str:
-    """None: FLOPs of this encoder are not counted."""
-    return MISSING if speedup is None else f"{speedup:.2f}x"
+def _unit(median: float) -> tuple[str, float, int]:
+    """Unit, factor and digits behind the point that suit a number of seconds."""
+    unit, factor = ("s", 1.0) if median >= 1 else ("ms", 1e3)
+    return unit, factor, 0 if median * factor >= 100 else 1 if median * factor >= 10 else 2
+
+
+def times(gain: float) -> str:
+    return f"{gain:.2f}x"
+
+
+def share(value: float | None) -> str:
+    """Of a gain; None if FLOPs of this encoder are not counted."""
+    return MISSING if value is None else f"{100 * value:.0f} %"
 
 
 def megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.3g} MB"
 
 
-def _time_columns(lengths: Sequence[str]) -> list[Column]:
-    return [
-        ("encoder", lambda line: seconds(line["seconds"]["encoder"])),
-        ("selector", lambda line: seconds(line["seconds"]["selector"])),
-        ("prefill", lambda line: seconds(line["seconds"]["prefill"])),
-        ("first token", lambda line: seconds(line["seconds"]["first_token"])),
-        *((f"per token at {n}", lambda line, n=n: seconds(line["seconds"]["per_token"][n])) for n in lengths),
-    ]
+def _rest(line: Record) -> Record:
+    """Seconds of the prefill without the selection."""
+    spent = line["seconds"]
+    parts = zip(spent["prefill"]["samples"], spent["selector"]["samples"], strict=True)
+    return Spread(tuple(whole - chosen for whole, chosen in parts)).to_dict()
 
 
-def _saving_columns(lengths: Sequence[str]) -> list[Column]:
-    return [
-        ("last layer", lambda line: f"{line['final_tokens']:g}"),
-        ("average", lambda line: f"{100 * line['measured_keep_ratio']:.1f} %"),
-        ("ideal", lambda line: f"{line['ideal_prefill_speedup']:.2f}x"),
-        ("prefill", lambda line: times(line["speedup"]["prefill"])),
-        ("realised", lambda line: f"{100 * line['realised']:.0f} %"),
-        ("plain", lambda line: times(line["plain_prefill_speedup"])),
-        ("of plain", lambda line: f"{100 * line['of_plain']:.0f} %"),
-        ("ideal first token", lambda line: _ideal(line["ideal_first_token_speedup"])),
-        ("first token", lambda line: times(line["speedup"]["first_token"])),
-        *((f"{n} tokens", lambda line, n=n: times(line["speedup"]["answer"][n])) for n in lengths if n != "1"),
-        ("peak", lambda line: megabytes(line["peak_bytes"])),
-        ("KV", lambda line: megabytes(line["kv_bytes"])),
-    ]
+def _per_second(line: Record, length: str) -> str:
+    """Tokens of all prompts in a second of decoding."""
+    rate = line["batch_size"] / line["seconds"]["per_token"][length]["median"]
+    return f"{rate:.{0 if rate >= 100 else 1 if rate >= 10 else 2}f}"
+
+
+FIRST_TOKEN: tuple[Column, ...] = (
+    ("encoder", lambda line: seconds(line["seconds"]["encoder"])),
+    ("selection", lambda line: seconds(line["seconds"]["selector"])),
+    ("LLM", lambda line: seconds(_rest(line))),
+    ("first token", lambda line: seconds_and_spread(line["seconds"]["first_token"])),
+    ("gain", lambda line: times(line["speedup"]["first_token"]["median"])),
+    ("of ideal", lambda line: share(line["realised_first_token"])),
+    ("of plain", lambda line: share(line["of_plain_first_token"])),
+)
+PREFILL: tuple[Column, ...] = (
+    ("prefill", lambda line: seconds_and_spread(line["seconds"]["prefill"])),
+    ("gain", lambda line: times(line["speedup"]["prefill"]["median"])),
+    ("ideal", lambda line: times(line["ideal_prefill_speedup"])),
+    ("of ideal", lambda line: share(line["realised"])),
+    ("plain", lambda line: times(line["plain_prefill_speedup"]["median"])),
+    ("of plain", lambda line: share(line["of_plain"])),
+)
+HELD: tuple[Column, ...] = (
+    ("last layer", lambda line: f"{line['final_tokens']:g}"),
+    ("average", lambda line: f"{100 * line['measured_keep_ratio']:.1f} %"),
+    ("peak", lambda line: megabytes(line["peak_bytes"])),
+    ("KV", lambda line: megabytes(line["kv_bytes"])),
+)
+
+
+def _answers(lengths: Sequence[str]) -> Iterator[Column]:
+    for n in lengths:
+        if n != "1":
+            yield f"{n} tokens", lambda line, n=n: seconds(line["seconds"]["answer"][n])
+            yield "gain", lambda line, n=n: times(line["speedup"]["answer"][n]["median"])
+        yield f"tokens/s at {n}", lambda line, n=n: _per_second(line, n)
 
 
 @dataclass(frozen=True)
@@ -98,20 +137,53 @@ class Sheet:
 
 
 def sheets(lines: Sequence[Record]) -> Iterator[Sheet]:
-    """Time, and what is saved, for each batch size."""
-    for size in dict.fromkeys(line["batch_size"] for line in lines):
+    """For each batch size: first token, answers, prefill, tokens and memory. Then the batch sizes side by side."""
+    sizes = list(dict.fromkeys(line["batch_size"] for line in lines))
+    lengths = list(lines[0]["seconds"]["per_token"])
+    config = lines[0]["config"]
+    name = f"{config['shape'] or config['model']}, {lines[0]['decoder_layers']} decoder layers, {config['dtype']}"
+    for size in sizes:
         of_size = [line for line in lines if line["batch_size"] == size]
         first = of_size[0]
-        lengths = list(first["seconds"]["per_token"])
-        config = first["config"]
-        name = config["shape"] or config["model"]
         about = (
-            f"{name}, {first['decoder_layers']} decoder layers, {config['dtype']}, batch {size}: "
-            f"{first['prompt_tokens']} tokens a prompt, {first['visual_tokens']:g} of them visual"
+            f"{name}, batch {size}: {first['prompt_tokens']} tokens a prompt, {first['visual_tokens']:g} of them visual"
         )
-        for what, columns in (("time", _time_columns(lengths)), ("saving", _saving_columns(lengths))):
-            head = ["method", "budget", *(heading for heading, _ in columns)]
-            yield Sheet(f"{what.capitalize()}. {about}", head, [_row(line, columns) for line in of_size])
+        for what, columns in (
+            ("Time to the first token", FIRST_TOKEN),
+            ("Whole answers, computed from the first token and decoding steps", tuple(_answers(lengths))),
+            ("Prefill of the language model", PREFILL),
+            ("Visual tokens and memory", HELD),
+        ):
+            yield _sheet(f"{what}. {about}", columns, of_size)
+    if len(sizes) > 1:
+        yield _beside(f"Gains by batch size. {name}", lines, sizes, lengths)
+
+
+def _sheet(title: str, columns: Sequence[Column], lines: Sequence[Record]) -> Sheet:
+    head = ["method", "budget", *(heading for heading, _ in columns)]
+    return Sheet(title, head, [_row(line, columns) for line in lines])
+
+
+def _beside(title: str, lines: Sequence[Record], sizes: Sequence[int], lengths: Sequence[str]) -> Sheet:
+    """The gains of a row at every batch size, each over the full model at this size."""
+
+    def column(heading: str, size: int, gain: Callable[[Record], Record]) -> Column:
+        def show(line: Record) -> str:
+            for other in lines:
+                same = all(other[key] == line[key] for key in ("label", "keep_ratio"))
+                if same and other["batch_size"] == size and other["status"] == OK:
+                    return times(gain(other)["median"])
+            return MISSING
+
+        return f"{heading} batch {size}", show
+
+    measures: list[tuple[str, Callable[[Record], Record]]] = [
+        ("prefill", lambda line: line["speedup"]["prefill"]),
+        ("first token", lambda line: line["speedup"]["first_token"]),
+        *((f"{n} tokens", lambda line, n=n: line["speedup"]["answer"][n]) for n in lengths if n != "1"),
+    ]
+    columns = [column(heading, size, gain) for heading, gain in measures for size in sizes]
+    return _sheet(title, columns, [line for line in lines if line["batch_size"] == sizes[0]])
 
 
 def _row(line: Record, columns: Sequence[Column]) -> list[str]:
@@ -122,13 +194,16 @@ def _row(line: Record, columns: Sequence[Column]) -> list[str]:
 
 
 def terminal_tables(lines: Sequence[Record]) -> Iterator[Table]:
-    """Time, and what is saved, for each batch size."""
+    """The sheets, narrow enough for 80 columns with the default lengths of answers."""
     for sheet in sheets(lines):
-        table = Table(title=sheet.title, title_justify="left")
+        table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         for heading in sheet.head:
-            table.add_column(heading, justify="left" if heading in ("method", "budget") else "right")
+            left = heading in ("method", "budget")
+            table.add_column(heading.replace(" ", "\n"), justify="left" if left else "right", no_wrap=True)
         for row in sheet.body:
-            table.add_row(*map(escape, row))
+            # Words in the place of a number would make its column wide.
+            words = (fill(text, 12, break_long_words=False) if text[0].isalpha() else text for text in row)
+            table.add_row(*map(escape, words))
         yield table
 
 

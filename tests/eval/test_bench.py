@@ -19,7 +19,7 @@ from vtprune import cost
 from vtprune.cli import app
 from vtprune.errors import ConfigError
 from vtprune.eval.bench import lines as bench_lines
-from vtprune.eval.bench import passes, path, rounds, run
+from vtprune.eval.bench import passes, path, rounds, run, table
 from vtprune.eval.bench.config import BenchConfig, load_config
 from vtprune.eval.bench.linear import use_onednn
 from vtprune.eval.bench.passes import Pass, one_pass
@@ -330,6 +330,23 @@ def test_a_pass_times_steps_at_the_lengths_asked_for_and_leaves_no_trace(model, 
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_choices_are_timed_in_a_pass_of_their_own_where_the_clock_waits(model, monkeypatch, waits):
+    profiles = []
+    opened = Row.session
+
+    def session(row, model, *, profile=True):
+        profiles.append(profile)
+        return opened(row, model, profile=profile)
+
+    monkeypatch.setattr(Row, "session", session)
+    monkeypatch.setattr(passes, "_clock_waits", lambda device: waits)
+    inputs = random_inputs(TINY["tiny"], model, 1, 10)
+    measured = one_pass(model, inputs, Row("mmtok", {"name": "mmtok"}, 0.25), config(output_tokens=[1]))
+    assert profiles == ([True, False] if waits else [True]) and measured.selector > 0
+    assert one_pass(model, inputs, Row("full"), config(output_tokens=[1])).selector == 0
+
+
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +429,9 @@ def test_every_measurement_is_kept(measured):
         assert seconds["first_token"]["samples"] == [
             a + b for a, b in zip(seconds["encoder"]["samples"], seconds["prefill"]["samples"], strict=True)
         ]
-        assert line["realised"] == line["speedup"]["prefill"]["median"] / line["ideal_prefill_speedup"]
+        for gain in ("prefill", "first_token"):
+            share = line["realised" if gain == "prefill" else "realised_first_token"]
+            assert share == line["speedup"][gain]["median"] / line[f"ideal_{gain}_speedup"]
     assert line_of(lines, "full", 1.0)["seconds"]["selector"]["median"] == 0
 
 
@@ -422,10 +441,88 @@ def test_files_hold_what_was_returned_and_what_it_was_measured_with(measured):
     assert {"torch", "transformers", "vtprune"} <= set(lines[0]["versions"])
     assert lines[0]["config"]["repeats"] == 2 and "output" not in lines[0]["config"]
     page = (folder / "bench.md").read_text()
-    assert page.count("| full | all |") == 4  # two tables a batch size
+    assert page.count("| full | all |") == 2 * 4 + 1  # four tables a batch size, and both sizes side by side
     assert "| fastv | 11 % | under its floor (12.5%) |" in page and "| transprune | published |" in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| ")}
-    assert len(widths) == 2  # all rows of a kind of table are as long as its head
+    assert len(widths) == 3  # all rows of a kind of table are as long as its head
+
+
+def spread(*samples):
+    return Spread(samples).to_dict()
+
+
+def test_the_tables_show_parts_gains_and_shares():
+    """Numbers by hand: the parts add up to the first token, and the gains of both batch sizes stand side by side."""
+
+    def line(label, size, factor):
+        seconds = {"encoder": 1.0, "selector": 0.5 * (label != "full"), "prefill": 4.0 * factor}
+        seconds["first_token"] = seconds["encoder"] + seconds["prefill"]
+        return {
+            "label": label,
+            "method": None if label == "full" else {"name": label},
+            "keep_ratio": 0.5,
+            "status": "ok",
+            "floor": None,
+            "batch_size": size,
+            "prompt_tokens": 46,
+            "visual_tokens": 36.0,
+            "decoder_layers": 8,
+            "config": {"shape": "tiny", "model": None, "dtype": "float32"},
+            "final_tokens": 18.0,
+            "measured_keep_ratio": 0.5,
+            "ideal_prefill_speedup": 2.0,
+            "realised": 0.9,
+            "realised_first_token": None,
+            "plain_prefill_speedup": spread(1.9),
+            "of_plain": 0.95,
+            "of_plain_first_token": 0.97,
+            "seconds": {name: spread(value) for name, value in seconds.items()}
+            | {"per_token": {"1": spread(0.02), "4": spread(0.04)}, "answer": {"1": spread(3.0), "4": spread(5.0)}},
+            "speedup": {
+                "prefill": spread(1 / factor),
+                "first_token": spread(size / factor),
+                "answer": {"1": spread(1.0), "4": spread(1.25 * size)},
+            },
+            "peak_bytes": 2e7,
+            "kv_bytes": 3e6,
+        }
+
+    first, answers, prefills, held, *_, gains = table.sheets([line("uniform", size, 0.5) for size in (1, 8)])
+    shown = [dict(zip(sheet.head, sheet.body[0], strict=True)) for sheet in (first, prefills, held, gains)]
+    assert shown[0] == {
+        "method": "uniform",
+        "budget": "50 %",
+        "encoder": "1.00 s",
+        "selection": "500 ms",
+        "LLM": "1.50 s",
+        "first token": "3.00 ±0.00 s",
+        "gain": "2.00x",
+        "of ideal": "–",
+        "of plain": "97 %",
+    }
+    assert answers.body[0][2:] == ["50.0", "5.00 s", "1.25x", "25.0"]
+    assert [shown[1][key] for key in ("gain", "ideal", "of ideal", "plain", "of plain")] == [
+        "2.00x",
+        "2.00x",
+        "90 %",
+        "1.90x",
+        "95 %",
+    ]
+    assert shown[2] | {"method": "", "budget": ""} == {
+        "method": "",
+        "budget": "",
+        "last layer": "18",
+        "average": "50.0 %",
+        "peak": "20 MB",
+        "KV": "3 MB",
+    }
+    assert [shown[3][f"{what} batch {size}"] for what in ("first token", "4 tokens") for size in (1, 8)] == [
+        "2.00x",
+        "16.00x",
+        "1.25x",
+        "10.00x",
+    ]
+    assert len(gains.body) == 1
 
 
 def test_rows_take_turns_in_an_order_that_changes(monkeypatch):
@@ -462,11 +559,15 @@ def test_realised_is_measured_over_ideal(monkeypatch):
 
 def test_plain_is_the_models_own_time_at_the_lengths_of_each_layer(model):
     plain = {10: [1.0, 2.0], 30: [3.0, 4.0], 50: [5.0, 10.0]}
-    timed_passes = [Pass(0.0, 0.0, 4.0, {1: (1.0,)}), Pass(0.0, 0.0, 5.0, {1: (1.0,)})]
-    beside = bench_lines.beside_plain(plain, [50, 20, 10, 10], timed_passes)
+    timed_passes = [Pass(2.0, 0.0, 4.0, {1: (1.0,)}), Pass(3.0, 0.0, 5.0, {1: (1.0,)})]
+    full = [Pass(1.0, 0.0, 5.0, {1: (1.0,)}), Pass(1.5, 0.0, 10.0, {1: (1.0,)})]
+    beside = bench_lines.beside_plain(plain, [50, 20, 10, 10], timed_passes, full)
     # (5 + 2 + 1 + 1) / 4 and (10 + 3 + 2 + 2) / 4 seconds, the text of 20 tokens interpolated
     assert beside["plain_prefill_speedup"]["samples"] == pytest.approx([5 / 2.25, 10 / 4.25])
     assert beside["of_plain"] == pytest.approx((2.25 / 4 + 4.25 / 5) / 2)
+    # with the encoder of the full model
+    assert beside["plain_first_token_speedup"]["samples"] == pytest.approx([6 / 3.25, 11.5 / 5.75])
+    assert beside["of_plain_first_token"] == pytest.approx((3.25 / 6 + 5.75 / 8) / 2)
 
 
 def test_text_as_long_as_what_is_left_is_measured_in_every_round(monkeypatch):
@@ -555,14 +656,20 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path):
         load_config(file)
 
 
-def test_the_command_prints_both_tables(tmp_path):
+def test_the_command_prints_tables_of_80_columns(tmp_path):
     arguments = ["bench", "--shape", "tiny", "--methods", "uniform,fastv", "--keep-ratio", "0.11", "--repeats", "1"]
     arguments += ["--output-tokens", "1,3", "--batch-sizes", "2", "--output", str(tmp_path)]
     result = CliRunner(env={"COLUMNS": "80"}).invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for text in ("Time. tiny, 8 decoder layers, float32, batch 2", "Saving. tiny", "per token at 3", "realised"):
-        assert text in result.stdout
-    assert "under its floor (12.5%)" in result.stdout and "published" in result.stdout
+    titles = (
+        "Time to the first token. tiny, 8 decoder layers",
+        "Whole answers, computed",
+        "Prefill of the",
+        "Visual t",
+    )
+    assert all(text in result.stdout for text in titles)
+    assert "under its" in result.stdout and "(12.5%)" in result.stdout and "published" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == 4
 
 
