@@ -24,7 +24,7 @@ from vtprune.adapters.gemma3 import Gemma3
 from vtprune.adapters.gemma4 import Gemma4
 from vtprune.adapters.gemma4_unified import Gemma4Unified
 from vtprune.adapters.generic import Generic
-from vtprune.adapters.glm_v import GlmOcr, GlmV
+from vtprune.adapters.glm_v import Glm5Next, GlmOcr, GlmV
 from vtprune.adapters.got_ocr2 import GotOcr2
 from vtprune.adapters.granite import Granite4Vision, GraniteDocling
 from vtprune.adapters.hunyuan_vl import HunYuanVL
@@ -143,6 +143,7 @@ for _adapter in (
     Phi4Multimodal,
     Dots3Note,
     HyV4VL,
+    Glm5Next,
 ):
     register_adapter(_adapter)
 

@@ -76,3 +76,20 @@ class GlmOcr(GlmV):
     @property
     def encoder_mlp_width(self) -> int | None:
         return None
+
+
+class Glm5Next(GlmOcr):
+    """`Glm5NextForConditionalGeneration` (GLM-5 Next; no paper).
+
+    Like GLM-4.1V, without positions. Most layers of the language model are linear attention, whose state every token
+    changes. The others attend to a few pools of columns, which they look up in an index, so tokens can be dropped
+    before the language model only. Of a prompt with tokens missing, pools are those of the tokens that are there.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("glm5_next",)
+    family = "GLM-5 Next"
+    carries_state = True
+
+    @property
+    def position_axes(self) -> int:
+        return 1

@@ -111,8 +111,6 @@ OTHER_PURPOSE = Reason(
 _NEEDS = {
     "ernie4_5_vl_moe": "token types that choose experts, cut along with the tokens, and a resampler that merges frames",
     "gemma3n": "an encoder of timm without attention, and several streams of states, which stand before the batch",
-    "glm5_next": "linear attention beside an index of pools of keys, which counts back from the length that a layer of "
-    "the KV cache states, and a pruned layer holds fewer columns than that",
     "unlimited_ocr": "a KV cache of its own, which keeps the prompt and a window of what is generated, and counts from "
     "how long the prompt is",
 }

@@ -222,6 +222,20 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]),
             ),
         ),
+        (
+            "Glm5NextTextModel",
+            lambda: hf.Glm5NextTextConfig(
+                **INDEXED | dict(qk_rope_head_dim=0),
+                q_lora_rank=28,
+                hc_mult=3,
+                index_kpool=4,
+                linear_num_heads=3,
+                linear_head_dim=10,
+                layer_types=["linear_attention", "indexed_attention", "indexed_attention"],
+                indexer_types=["full", "full", "shared"],
+                mlp_layer_types=["dense", "sparse", "sparse"],
+            ),
+        ),
         ("Mistral4Model", lambda: hf.Mistral4Config(**LATENT, q_lora_rank=28)),
         ("AriaTextModel", lambda: hf.AriaTextConfig(**TINY, num_key_value_heads=2, moe_num_experts=5)),
         ("Gemma4TextModel", lambda: hf.Gemma4TextConfig(**GEMMA4 | PER_LAYER, use_double_wide_mlp=True)),
@@ -275,6 +289,9 @@ def test_experts_and_other_attention_are_what_torch_counts(model, config, visual
             chunks = math.ceil(tokens / config.chunk_size)
             state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
             expected -= 2 * state * ((chunks + 1) ** 2 - chunks)
+        if hasattr(layer, "self_attn") and hasattr(layer.self_attn, "forget_gate"):  # where kernels have a product
+            chunks, heads = math.ceil(tokens / 64), layer.self_attn.num_heads
+            expected += 2 * 2 * chunks * 64**2 * heads * layer.self_attn.head_dim  # keys and keys, queries and keys
     assert cost.llm_prefill_flops(config, [visual] * config.num_hidden_layers, text) == expected
 
 

@@ -7,21 +7,24 @@ import transformers as hf
 import vtprune
 from vtprune.testing import families
 from vtprune.testing.media import IMAGE, MERGE, PATCH, VIDEO_END
+from vtprune.transformers_private import CACHE, column_counters
 
 from . import packed
 from .checks import blinkered, check_frames_are_asked
 
-NAMES = ("glm46v", "glm4v_moe", "glm_ocr")
+NAMES = ("glm46v", "glm4v_moe", "glm_ocr", "glm5_next")
 
-every_family = pytest.mark.parametrize("name", NAMES)
+every_family = pytest.mark.parametrize("name", [name for name in NAMES if families.is_available(name)])
+with_pools = pytest.mark.skipif(not families.is_available("glm5_next"), reason="not in this release of transformers")
 every_kind = pytest.mark.parametrize("kind", ["image", "video"])
 
 
-def process(kind, media):
+def process(name, kind, media):
+    prefix = "Glm5Next" if name == "glm5_next" else "Glm46V"
     sizes = dict(patch_size=PATCH, temporal_patch_size=2, merge_size=MERGE, do_resize=False, return_tensors="pt")
     if kind == "image":
-        return dict(hf.Glm46VImageProcessor()(media, **sizes))
-    return dict(hf.Glm46VVideoProcessor()(media, do_sample_frames=False, **sizes))
+        return dict(getattr(hf, f"{prefix}ImageProcessor")()(media, **sizes))
+    return dict(getattr(hf, f"{prefix}VideoProcessor")()(media, do_sample_frames=False, **sizes))
 
 
 SIZES = {"image": [(1, 3, 5), (1, 4, 3)], "video": [(6, 3, 5), (4, 4, 3)]}
@@ -31,7 +34,7 @@ SIZES = {"image": [(1, 3, 5), (1, 4, 3)], "video": [(6, 3, 5), (4, 4, 3)]}
 @every_family
 def test_tokens_stand_for_the_pixels_that_they_show(name, kind):
     model, frames = blinkered(name), 1 if kind == "image" else 2
-    packed.check_places(model, kind, lambda media: process(kind, media), SIZES[kind], MERGE * PATCH, frames)
+    packed.check_places(model, kind, lambda media: process(name, kind, media), SIZES[kind], MERGE * PATCH, frames)
 
 
 @every_kind
@@ -39,7 +42,7 @@ def test_tokens_stand_for_the_pixels_that_they_show(name, kind):
 def test_encoder_values_stand_beside_what_is_made_of_them(name, kind):
     sizes = [(frames, 3 * MERGE * PATCH, 2 * MERGE * PATCH) for frames in ((1, 1) if kind == "image" else (4, 2))]
     media = [torch.randint(0, 200, (f, 3, height, width), dtype=torch.uint8) for f, height, width in sizes]
-    inputs = process(kind, [m[0] for m in media] if kind == "image" else media)
+    inputs = process(name, kind, [m[0] for m in media] if kind == "image" else media)
     packed.check_rows_of_patches(blinkered(name), kind, inputs)
 
 
@@ -104,3 +107,33 @@ def test_other_types_of_the_same_family(kind):
             with vtprune.prune(one, "fastv", keep_ratio=0.5) as session:
                 logits.append(one(**inputs).logits)
         assert torch.equal(*logits) and session.report.keep_ratio < 0.6
+
+
+@torch.no_grad()
+@with_pools
+def test_the_index_of_the_tiny_model_leaves_columns_out():
+    """Otherwise the other tests would say nothing about pools of columns."""
+    model = families.build("glm5_next")
+    inputs = families.batch("glm5_next", model).singles[0]
+    chosen = model(**inputs).logits[0, -1]
+    for index in column_counters(model.get_decoder()):
+        index.index_topk = 60
+    assert (model(**inputs).logits[0, -1] - chosen).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@with_pools
+def test_the_index_holds_and_counts_the_columns_that_are_left():
+    model = families.build("glm5_next")
+    batch, seen = families.batch("glm5_next", model), []
+    (index, *_) = column_counters(model.get_decoder())
+    index.register_forward_hook(lambda module, args, kwargs, chosen: seen.append((kwargs, chosen)), with_kwargs=True)
+    with vtprune.prune(model, "divprune", keep_ratio=0.4):
+        output = model.generate(**batch.inputs, max_new_tokens=3, return_dict_in_generate=True)
+    layer = output[CACHE].layers[index.layer_idx]
+    length, stored = batch.inputs["input_ids"].shape[1], layer.keys.shape[2]
+    assert layer.get_seq_length() == length + 2 > layer.indexer_keys.shape[1] == stored
+    for step, (kwargs, chosen) in enumerate(seen):
+        assert kwargs["cache"].layers[index.layer_idx].get_seq_length() == stored
+        columns = torch.arange(stored - 2) if step == 0 else torch.tensor([stored - 3 + step])
+        assert bool((chosen <= columns[:, None]).all()) and bool((chosen[:, -1] >= 0).any(1).all())

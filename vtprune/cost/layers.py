@@ -54,7 +54,7 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     has_delta = hasattr(config, "linear_key_head_dim")
     is_latent = getattr(layer_config(config, 0), "kv_lora_rank", None) is not None
     mixers: dict[str, BlockIndex | DeltaRule | ShortConv] = {}
-    if has_delta:
+    if has_delta or hasattr(config, "linear_head_dim"):
         mixers["linear_attention"] = DeltaRule.of(config)
     if hasattr(config, "conv_L_cache"):
         mixers["conv"] = ShortConv.of(config)
@@ -114,7 +114,7 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
 
 def _other_weights(config: Any, layer: int) -> int:
     """`others` of a layer: embeddings that Gemma 4 adds, streams and embeddings of runs of tokens of Qwen4, streams of
-    Hunyuan 4."""
+    Hunyuan 4 and GLM-5 Next."""
     d = config.hidden_size
     total = 2 * d * (getattr(config, "hidden_size_per_layer_input", 0) or 0)  # in and out
     if hasattr(config, "hc_lowrank"):
@@ -122,7 +122,9 @@ def _other_weights(config: Any, layer: int) -> int:
         total += 2 * (2 * streams * config.hc_lowrank + streams * config.hc_count)  # before attention, before the MLP
         if layer + 1 in config.ple_layer_ids:
             total += config.ple_embed_dim * (streams + d) + streams * config.ple_conv_kernel_size
-    return total + 2 * 2 * d * (getattr(config, "hc_mult", None) or 0) ** 2
+    streams = getattr(config, "hc_mult", None) or 0
+    # Before attention and before the MLP: the streams' weights, and their mixture.
+    return total + 2 * (streams + 3 if config.model_type == "glm5_next_text" else 2) * d * streams**2
 
 
 def _dense_widths(config: Any, shares: list[bool]) -> list[int]:

@@ -10,6 +10,7 @@ transformers' own sliding-window layers use, so every mask factory and `generate
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -217,6 +218,13 @@ def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     if cache is None or is_paged(cache):
         return []
     return [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
+
+
+def as_stored(cache: Cache) -> Cache:
+    """The same cache, whose layers state how many columns they hold. What is written to them is written to `cache`."""
+    stored = copy(cache)
+    stored.layers = [layer.inner if isinstance(layer, PrunedLayer) else layer for layer in cache.layers]
+    return stored
 
 
 def check_cache(cache: Cache, owner: Owner) -> None:

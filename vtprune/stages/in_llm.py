@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import InLLM
 from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
+from vtprune.stages.cache import as_stored, pruned_layers
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderRecorder
@@ -33,11 +35,14 @@ from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import (
     attention_back_end,
     by_name,
+    cache_of,
     check_arguments,
     check_replay,
+    column_counters,
     cut_along,
     projections,
     reads_positions,
+    with_cache,
 )
 
 
@@ -128,6 +133,8 @@ class InLLMStage(ThreadAware[_Following]):
 
     def install(self) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
+        for module in column_counters(self.adapter.language_model):
+            yield module.register_forward_pre_hook(_count_what_is_stored, with_kwargs=True)
         for i, layer in enumerate(self.adapter.decoder_layers):
             yield layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
             if i in self._measuring:
@@ -298,3 +305,9 @@ class InLLMStage(ThreadAware[_Following]):
     def _view(self, i: int, hidden: Tensor) -> CutView:
         now = self.now
         return CutView(self.adapter, self.recorder, now.call, now.recorded, i, hidden)
+
+
+def _count_what_is_stored(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """Hands a module the KV cache with the lengths that its layers hold."""
+    cache = cache_of(kwargs)
+    return (args, with_cache(module, kwargs, as_stored(cache))) if pruned_layers(cache) else None

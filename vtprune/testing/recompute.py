@@ -127,8 +127,8 @@ def recompute(
         if index == 0:
             embedded = _by_layer(decoder, ids, vision.columns, columns, hidden)
             hidden = hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # streams of Qwen4
-            if hasattr(decoder, "hc_head"):  # streams of Hunyuan 4
-                hidden = hidden[:, None].expand(-1, decoder.config.hc_mult, -1)
+            if hasattr(decoder, "hc_head"):  # streams of Hunyuan 4 and GLM-5 Next
+                hidden = hidden[:, None].repeat(1, decoder.config.hc_mult, 1)
         kind = layer_kind(decoder.config, index)
         ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
@@ -139,6 +139,8 @@ def recompute(
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
+        if decoder.config.model_type == "glm5_next_text":  # its index is told which columns are padding
+            mask = ranks[None] >= 0
         if embedded is not None:
             handed["per_layer_input"] = embedded[columns, index][None]
         if "ple_input_ids" in handed:

@@ -82,6 +82,15 @@ def key_sources(config: Any, layers: int) -> list[int]:
     return [layer if layer < own else last[kind] for layer, kind in enumerate(kinds)]
 
 
+def column_counters(decoder: nn.Module) -> list[nn.Module]:
+    """Modules of a language model that are handed the KV cache, and take the length that a layer of it states for the
+    number of columns that it holds: the indexes of GLM5-Next."""
+    if decoder.config.model_type != "glm5_next_text":
+        return []
+    indexes = [getattr(layer.self_attn, "indexer", None) for layer in decoder.layers]
+    return [index for index in indexes if index is not None]
+
+
 def longest_prunable(config: Any, layers: int) -> int | None:
     """Length of the longest sequence in which tokens can go missing; None for any.
 

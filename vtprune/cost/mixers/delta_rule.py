@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class DeltaRule:
-    """The widths of a layer of linear attention by the gated delta rule (Qwen3-Next, Qwen3.5)."""
+    """The widths of a layer of linear attention by the gated delta rule (Qwen3-Next, Qwen3.5, GLM-5 Next)."""
 
     chunk: ClassVar[int] = 64
     """Tokens that are computed together; the last ones are filled up to so many."""
@@ -25,9 +25,16 @@ class DeltaRule:
     """width of all key (or query) heads together"""
     kernel: int
     """tokens that the convolution over queries, keys and values sees"""
+    rank: int = 0
+    """width of the vectors that both gates, each as wide as all values, are expanded from; 0 if one gate is as wide as
+    all values, and the other has one number a head"""
 
     @classmethod
     def of(cls, config: Any) -> DeltaRule:
+        if hasattr(config, "linear_head_dim"):
+            heads, width = config.linear_num_heads, config.linear_head_dim
+            kernel = config.linear_conv_kernel_dim
+            return cls(heads=heads, d_k=width, d_v=width, keys=heads * width, kernel=kernel, rank=width)
         return cls(
             heads=config.linear_num_value_heads,
             d_k=config.linear_key_head_dim,
@@ -44,8 +51,9 @@ class DeltaRule:
     def flops(self, d: int, n: float) -> float:
         """FLOPs for n tokens whose hidden states are d wide."""
         values = self.heads * self.d_v
-        # Queries, keys, values and their gate, two numbers a head, and the output.
-        projections = 2 * n * d * (2 * self.keys + 3 * values + 2 * self.heads)
+        # Queries, keys, values, the output, one number a head, and two gates.
+        gates = 2 * self.rank * (d + values) if self.rank else d * (values + self.heads)
+        projections = 2 * n * (d * (2 * self.keys + 2 * values + self.heads) + gates)
         convolution = 2 * n * (2 * self.keys + values) * self.kernel
         within = self.chunk * (3 * self.d_k + 2 * self.d_v)  # a token and those of its chunk
         state = 3 * self.d_k * self.d_v  # reading it for values and outputs, and writing it

@@ -16,15 +16,23 @@ class Index:
     """of one head; all heads share one key"""
     d_in: int
     """width of what its queries are made from"""
+    pool: int = 0
+    """columns that have one key together, a weighed mean; 0 if each has its own"""
 
     @classmethod
     def of(cls, config: Any) -> Index:
         d_in = getattr(config, "q_lora_rank", None) or config.hidden_size
-        return cls(config.index_n_heads, config.index_head_dim, d_in)
+        return cls(config.index_n_heads, config.index_head_dim, d_in, getattr(config, "index_kpool", 0))
+
+    @property
+    def cached(self) -> int:
+        """Numbers that the KV cache holds of a token: its key; for pools also its weight, and whether it is one."""
+        return 2 * self.width + 1 if self.pool else self.width
 
     def flops(self, d: int, n: float) -> float:
-        weights = self.d_in * self.heads * self.width + d * (self.width + self.heads)
-        return 2 * n * weights + 2 * n * n * self.heads * (self.width + 1)  # scores by head, and their weighted sum
+        weights = self.d_in * self.heads * self.width + d * (self.width * (2 if self.pool else 1) + self.heads)
+        keys = n // self.pool if self.pool else n  # of whole pools
+        return 2 * n * weights + 2 * n * keys * self.heads * (self.width + 1)  # scores by head, and their weighted sum
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class LatentAttention:
     def cached(self) -> int:
         """Numbers that the KV cache holds of a token: the short vector, the rotated key, and that of the index."""
         own = 0 if self.shares else self.rank + self.rotated
-        return own + (0 if self.index is None else self.index.width)
+        return own + (0 if self.index is None else self.index.cached)
 
     def flops(self, d: int, n: float) -> float:
         """FLOPs for n tokens whose hidden states are d wide."""

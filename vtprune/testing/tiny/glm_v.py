@@ -25,6 +25,7 @@ from vtprune.testing.media import (
     noise,
 )
 from vtprune.testing.tiny.family import Family
+from vtprune.testing.tiny.latent import INDEX, LATENT
 from vtprune.testing.tiny.qwen_vl import CLIPS, IMAGES
 
 _VISION: dict[str, Any] = dict(
@@ -76,6 +77,18 @@ def _family(class_name: str, config: str, *, kindred: bool, **text_fields) -> Fa
     return Family(class_name, make, _LAYOUTS, _mm_token_types, mixes_kinds=False, kindred=kindred)
 
 
+def _glm5_next(**text) -> Callable:
+    kinds = ["linear_attention", "linear_attention", "indexed_attention", "indexed_attention"] * 2
+    index = dict(indexer_types=["full", "full", "full", "shared"] * 2, index_kpool=3, index_topk=12)
+    linear = dict(linear_num_heads=4, linear_head_dim=8, hc_mult=2, layer_types=kinds)
+    # Experts weigh no more than the shared one, or rounding errors would grow from layer to layer.
+    experts = dict(mlp_layer_types=["dense"] + ["sparse"] * 7, routed_scaling_factor=1.0)
+    layers = LATENT | INDEX | index | linear | experts | dict(qk_rope_head_dim=0)
+    layers.pop("first_k_dense_replace")
+    vision = _VISION | dict(projection_intermediate_size=40)
+    return hf.Glm5NextConfig(vision_config=vision, text_config=layers | text, **_IDS)
+
+
 FAMILIES = {
     "glm46v": _family(
         "Glm46VForConditionalGeneration",
@@ -97,4 +110,13 @@ FAMILIES = {
         first_k_dense_replace=1,
     ),
     "glm_ocr": _family("GlmOcrForConditionalGeneration", "GlmOcrConfig", kindred=True, head_dim=16),
+    "glm5_next": Family(  # four pools of three columns, and the columns behind the last pool
+        "Glm5NextForConditionalGeneration",
+        _glm5_next,
+        _LAYOUTS,
+        _mm_token_types,
+        carries_state=True,
+        mixes_kinds=False,
+        kindred=True,
+    ),
 }
