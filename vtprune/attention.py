@@ -104,9 +104,12 @@ class RowContext:
         """(batch, kv heads, n, head dim) -> (batch, kv heads, past + n, head dim)."""
         return keys if self.past_keys is None else torch.cat([self.past_keys.to(keys.device), keys], 2)
 
-    def visible(self, rows: Tensor) -> Tensor:
-        """(batch, r) columns -> (batch, r, past + n) bool: which keys they attend to."""
-        real = self.real.to(rows.device)
+    def visible(self, rows: Tensor, reach: int | None = None) -> Tensor:
+        """(batch, r) columns -> (batch, r, past + n) bool: which keys they attend to.
+
+        reach: of the first so many columns alone, (batch, r, past + reach).
+        """
+        real = self.real.to(rows.device)[:, :reach]
         batch, n = real.shape
         columns = torch.arange(n, device=rows.device)
         seen = columns <= rows[..., None]
@@ -197,9 +200,15 @@ class LayerAttention:
 
     def mask(self, first: int, last: int) -> Tensor:
         """(batch, 1, last - first, past + n) bool: which keys the columns from `first` to before `last` attend to."""
-        device = self._keys.device
-        columns = torch.arange(first, last, device=device).expand(len(self._keys), -1)
-        return self.context.visible(columns)[:, None]
+        return self._seen(first, last, None)
+
+    def reached(self, first: int, last: int) -> Tensor:
+        """The same without the last keys, where none of these columns attends to them."""
+        return self._seen(first, last, last if self.context.blocks is None else None)
+
+    def _seen(self, first: int, last: int, reach: int | None) -> Tensor:
+        columns = torch.arange(first, last, device=self._keys.device).expand(len(self._keys), -1)
+        return self.context.visible(columns, reach)[:, None]
 
     def counted(self, columns: Tensor) -> Tensor:
         """Of some columns (batch, n) bool those whose rows count where all are asked for: those of the prompt."""

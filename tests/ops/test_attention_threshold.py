@@ -79,3 +79,30 @@ def test_without_the_matrix_the_scores_are_the_same():
     )
     torch.testing.assert_close(received, whole)
     torch.testing.assert_close(received.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("most", [1, 1 << 20])
+def test_keys_that_no_row_sees_and_rows_that_see_no_key_add_nothing(most, monkeypatch):
+    """`attention_received` with masks as wide as their rows see, in blocks of one head and of all: grouped heads, keys
+    before the rows, padding, sinks."""
+    monkeypatch.setattr("vtprune.ops.attention._AT_ONCE_ON_CPU", most)
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = (torch.randn(2, heads, n, 6, generator=generator) for heads, n in ((4, 9), (2, 12)))
+    alive = torch.arange(9) >= torch.tensor([0, 3])[:, None]
+    seen = torch.cat([torch.ones(2, 3, dtype=torch.bool), alive], 1)[:, None, None]
+    mask = torch.ones(9, 12, dtype=torch.bool).tril(3) & seen
+    mask[1, :, :3] = False  # these rows are padding, and see not even what came before
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    keys[1, :, 3:6] = torch.nan  # so are these keys
+    whole = attention_rows(queries, keys, scale=0.4, mask=mask, sinks=sinks)
+    received = attention_received(
+        queries,
+        keys,
+        scale=0.4,
+        mask=lambda first, last: mask[:, :, first:last, : last + 3],
+        valid=alive,
+        sinks=sinks,
+        rows_at_once=4,
+    )
+    expected = (whole.mean(1) * alive[..., None]).sum(1) / alive.sum(1, keepdim=True)
+    torch.testing.assert_close(received, expected)

@@ -33,7 +33,7 @@ class AttentionShare(LayerSignal):
         attention = view.attention(view.layer - 1)
         queries, keys, scores = attention.everything()
         real = attention.counted(view.real)
-        received = attention_received(queries, keys, mask=attention.mask, valid=real, **scores)
+        received = attention_received(queries, keys, mask=attention.reached, valid=real, **scores)
         share = received[:, -real.shape[1] :] * real.sum(1, keepdim=True)
         if self.of_padded:
             share = share / view.padded_length.to(share.device)
