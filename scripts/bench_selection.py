@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the cost of choosing tokens.
 
-The greedy selections and the steps of merging are compared with straightforward versions of the same formulas, and the
-selectors inside the LLM with the prefill of a 7B-shaped model.
+Every method before the LLM is compared with the prefill of a 7B-shaped model at three lengths, and its choice with the
+recorded one (`selection_methods.py`). The greedy selections and the steps of merging are compared with straightforward
+versions of the same formulas, and the selectors inside the LLM with the prefill of a 7B-shaped model.
 
-    python scripts/bench_selection.py [--repeats 3] [--large] [--part selection|merging|prefill]
+    python scripts/bench_selection.py [--repeats 3] [--large] [--part methods|selection|merging|prefill]
 
-Everything runs on the CPU in float32. Torch's number of threads is not changed (OMP_NUM_THREADS sets it).
+`--part methods` measures CPU time, the others the time that passes. Everything runs on the CPU in float32. Torch's
+number of threads is not changed (OMP_NUM_THREADS sets it).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 
+import selection_methods as made_up
 import torch
 import typer
 from rich.console import Console
@@ -36,9 +39,48 @@ console = Console()
 
 
 class Part(StrEnum):
+    METHODS = "methods"
     SELECTION = "selection"
     MERGING = "merging"
     PREFILL = "prefill"
+
+
+# -- every method before the LLM --------------------------------------------------------------------------------------
+
+
+def methods(repeats: int, renew: bool, names: list[str] | None = None) -> None:
+    """One table a case. The ragged batch is only compared with the record."""
+    for label, case in made_up.CASES.items():
+        n, columns = sum(case.lengths), sum(case.lengths) + made_up.TEXT
+        ragged = len(case.lengths) > 1
+        title = f"{label} groups" if ragged else f"{n:,} tokens in one group"
+        table = Table(title=f"{title}, keep {case.keep_ratio:.0%}, CPU time, medians of {repeats}")
+        for heading in ("method", "choice", "of 7B prefill", "same indices", "peak memory"):
+            table.add_column(heading, justify="left" if heading == "method" else "right")
+        prefill = None if ragged else made_up.DEPTH * made_up.layer_seconds(columns)
+        data = made_up.MadeUp(case)
+        for name, method in made_up.methods_before_llm(case):
+            if names and name not in names:
+                continue
+            tokens = data.tokens(method)
+            seconds_taken, chosen = zip(*(made_up.choice(method, tokens) for _ in range(repeats)), strict=True)
+            if renew:
+                made_up.record(label, name, chosen[0])
+            taken = statistics.median(seconds_taken)
+            table.add_row(
+                name,
+                f"{taken * 1e3:,.1f} ms",
+                "-" if prefill is None else f"{taken / prefill:.2%}",
+                made_up.same_as_recorded(label, name, chosen[0]),
+                f"{peak_bytes(lambda method=method, tokens=tokens: method.choose(tokens)) / 2**20:,.0f} MiB",
+            )
+        console.print(table)
+        if prefill is not None:
+            console.print(
+                f"7B prefill of {n:,} + {made_up.TEXT} columns = {made_up.DEPTH} layers x "
+                f"{prefill / made_up.DEPTH:.2f} s = {prefill:.1f} s: one layer of width {made_up.WIDTH} (MLP "
+                f"{made_up.INNER}) measured in this run, CPU time, float32\n"
+            )
 
 
 # -- greedy selections ------------------------------------------------------------------------------------------------
@@ -59,6 +101,12 @@ def dense_coverage(features: Tensor, encoder_features: Tensor, text: Tensor, k: 
         available[best] = False
         covered = torch.maximum(covered, covers[:, best])
     return torch.tensor(sorted(chosen))
+
+
+def greedy_diversity(features: Tensor, k: int) -> Tensor:
+    """The library's choice among one group."""
+    everything = torch.ones(1, len(features), dtype=torch.bool)
+    return max_min_diversity(features[None], everything, torch.tensor([k]))[0].nonzero()[:, 0]
 
 
 def dense_diversity(features: Tensor, k: int) -> Tensor:
@@ -136,7 +184,7 @@ def selection(repeats: int, large: bool) -> None:
             table,
             "max_min_diversity",
             f"{n}, {k}",
-            lambda features=inputs[0], k=k: max_min_diversity(features, k),
+            lambda features=inputs[0], k=k: greedy_diversity(features, k),
             lambda features=inputs[0], k=k: dense_diversity(features, k),
             repeats,
         )
@@ -418,8 +466,20 @@ def selectors(repeats: int) -> None:
         console.print(f"  {line}", highlight=False)
 
 
-def main(repeats: int = 3, large: bool = False, part: Part | None = None) -> None:
-    """Time the selections (`--large` adds 2,880 tokens, minutes), the merges and the selectors inside the LLM."""
+def main(
+    repeats: int = 3,
+    large: bool = False,
+    part: Part | None = None,
+    method: list[str] | None = None,
+    renew: bool = False,
+) -> None:
+    """Time every method before the LLM, the selections (`--large` adds 2,880 tokens, minutes), the merges and the
+    selectors inside the LLM.
+
+    `--method NAME` times only the methods named. `--renew` records what the methods choose now.
+    """
+    if part in (None, Part.METHODS):
+        methods(repeats, renew, method)
     if part in (None, Part.SELECTION):
         selection(repeats, large)
     if part in (None, Part.MERGING):

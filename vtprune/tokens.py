@@ -74,6 +74,18 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class HostCopy:
+    """What a method may branch on, on the CPU: to read it from an accelerator would be to wait for it."""
+
+    lengths: Tensor
+    """(groups,) long: number of real tokens of each group."""
+    budget: Tensor
+    """(groups,) long: see `VisualTokens`."""
+    crops: Tensor | None = None
+    """(groups, tokens) long: see `VisualTokens`."""
+
+
+@dataclass(frozen=True)
 class VisualTokens:
     """A padded batch of groups of visual tokens, as one method sees them at one stage.
 
@@ -104,6 +116,8 @@ class VisualTokens:
     shape: ModelShape | None = None
     layer: int | None = None
     """Decoder layer that will run next, or, inside the vision encoder, the layer that has run; None between them."""
+    copy: HostCopy | None = None
+    """Where the stage knows it; `host` is never None."""
 
     def __getitem__(self, request: Hashable) -> Any:
         """The signal asked for, e.g. `tokens[EncoderFeatures()]`; only what the method lists in `signals()`."""
@@ -115,13 +129,21 @@ class VisualTokens:
         return self.valid.sum(1)
 
     @property
+    def host(self) -> HostCopy:
+        """Lengths, budget and crops on the CPU."""
+        if self.copy is not None:
+            return self.copy
+        return HostCopy(self.lengths.cpu(), self.budget.cpu(), None if self.crops is None else self.crops.cpu())
+
+    @property
     def grids(self) -> tuple[Grid | None, ...]:
         """One layout a group; None where it has several crops, or its tokens are no full grid."""
         return tuple(layout[0] if len(layout) == 1 else None for layout in self.layouts)
 
     def each(self) -> Iterator[tuple[int, int, int]]:
         """Yield `(group, length, k)` as ints, for methods that select one group at a time."""
-        yield from zip(range(len(self.valid)), self.lengths.tolist(), self.budget.tolist(), strict=True)
+        host = self.host
+        yield from zip(range(len(self.valid)), host.lengths.tolist(), host.budget.tolist(), strict=True)
 
 
 class Merging:

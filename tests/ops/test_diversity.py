@@ -5,7 +5,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.diversity import diversity_order, max_min_diversity
+from vtprune.ops import token_pairs
+from vtprune.ops.diversity import diversity_order as orders
+from vtprune.ops.diversity import max_min_diversity as masks
+
+
+def diversity_order(features, k):
+    """One group: (tokens, dim) -> (min(k, tokens),)."""
+    everything = torch.ones(1, len(features), dtype=torch.bool)
+    return orders(features[None], everything, min(k, len(features)))[0]
+
+
+def max_min_diversity(features, k):
+    everything = torch.ones(1, len(features), dtype=torch.bool)
+    return masks(features[None], everything, torch.tensor([k]))[0].nonzero()[:, 0]
 
 
 def draw(n, d=12, seed=0):
@@ -53,3 +66,27 @@ def test_zero_vectors_are_fine_and_nan_is_refused():
     features[4, 0] = torch.nan
     with pytest.raises(VTPruneError, match="NaN or infinite"):
         max_min_diversity(features, 3)
+
+
+def ragged():
+    lengths = torch.tensor([9, 0, 30, 1, 22])
+    valid = torch.arange(30) < lengths[:, None]
+    features = draw(5 * 30, seed=3).view(5, 30, 12)
+    features[2, 4] = features[2, 7]
+    return features * valid[..., None], valid, torch.tensor([4, 0, 11, 5, 40])
+
+
+def test_groups_are_chosen_as_if_each_were_alone():
+    features, valid, budget = ragged()
+    keep = masks(features, valid, budget)
+    for group, length, k, kept in zip(features, valid.sum(1).tolist(), budget.tolist(), keep, strict=True):
+        assert kept.nonzero()[:, 0].tolist() == max_min_diversity(group[:length], k).tolist()
+
+
+@pytest.mark.parametrize("elements", [0, 1 << 26])
+@pytest.mark.parametrize("block", [4, 512])
+def test_the_same_without_a_table_and_in_blocks(monkeypatch, elements, block):
+    expected = masks(*ragged())
+    monkeypatch.setattr(token_pairs, "_TABLE_ELEMENTS", elements)
+    monkeypatch.setattr(token_pairs, "_BLOCK", block)
+    assert torch.equal(masks(*ragged()), expected)

@@ -13,6 +13,7 @@ def selection(v: Vector) -> None:
     features, method = v["features"], DivPrune(keep_ratio=v["ratio"])
     k = int(method.budgets(torch.tensor([len(features)]), torch.tensor([0])))
     assert k == len(v["keep_idx"])
-    same(diversity_order(features, k), v["select_order"])
+    everything = torch.ones(1, len(features), dtype=torch.bool)
+    same(diversity_order(features[None], everything, k)[0], v["select_order"])
     shape = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
     same(kept(method, one_group(features, k, {}, shape)), v["keep_idx"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.table import Table
 
+import vtprune
 from vtprune.ops.bipartite_merging import bipartite_merging
 from vtprune.ops.coverage import max_coverage
-from vtprune.ops.diversity import max_min_diversity
 from vtprune.ops.segmentation import segment_frames
 
 SCRIPT = "bench_selection"
@@ -19,7 +19,7 @@ SCRIPT = "bench_selection"
 def test_greedy_selections_are_the_same(script, k):
     inputs = script.image_like(40, text_tokens=5, dim=16)
     assert torch.equal(script.dense_coverage(*inputs, k), max_coverage(*inputs, k))
-    assert torch.equal(script.dense_diversity(inputs[0], k), max_min_diversity(inputs[0], k))
+    assert torch.equal(script.dense_diversity(inputs[0], k), script.greedy_diversity(inputs[0], k))
 
 
 @pytest.mark.parametrize("frames", [2, 9, 60])
@@ -88,3 +88,24 @@ def test_the_merging_part_runs(script, capsys, monkeypatch):
     ]
     assert all(row.count(" ms ") == 2 and row.count(" MiB ") == 2 and " x " in row for row in rows)
     assert not any("NO" in line for line in lines)
+
+
+def test_methods_choose_what_was_recorded(script):
+    """A group of 576 tokens, and ragged groups; the longer ones are for the benchmark."""
+    made_up = script.made_up
+    for label in ("576", "ragged"):
+        data = made_up.MadeUp(made_up.CASES[label])
+        for name, method in made_up.methods_before_llm(data.case):
+            selection = method.choose(data.tokens(method))
+            assert made_up.same_as_recorded(label, name, selection) == "yes", (label, name)
+
+
+def test_a_choice_that_differs_is_told_from_the_recorded_one(script):
+    made_up = script.made_up
+    data = made_up.MadeUp(made_up.CASES["576"])
+    (method,) = (method for name, method in made_up.methods_before_llm(data.case) if name == "divprune")
+    keep = method.choose(data.tokens(method)).keep
+    assert torch.equal(made_up.unpacked(made_up.packed(keep), keep.shape), keep)
+    first, last = keep[0].nonzero()[[0, -1], 0].tolist()
+    keep[0, first], keep[0, first + 1 if not keep[0, first + 1] else last + 1] = False, True
+    assert made_up.same_as_recorded("576", "divprune", vtprune.Selection(keep)) == "NO: 1 of 63 others"

@@ -16,6 +16,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
+from vtprune.checks import asked_together, require
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
@@ -124,15 +125,16 @@ class _OneStage(Method):
         if not torch.is_tensor(scores) or scores.shape != tokens.valid.shape:
             shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
             raise VTPruneError(f"{self.name} returned scores of {shape}, expected {tuple(tokens.valid.shape)}")
-        if bool((scores.isnan() & tokens.valid.to(scores.device)).any()):
-            raise VTPruneError(f"{self.name} returned scores that are NaN")
+        real = tokens.valid.to(scores.device)
+        require(~(scores.isnan() & real).any(), f"{self.name} returned scores that are NaN")
         return Selection(top_k_mask(scores, tokens.valid, tokens.budget))
 
     @torch.no_grad()
     def choose(self, tokens: VisualTokens) -> Selection:
         """What `select` gives. Raises VTPruneError if it does not fit."""
-        selection = self.select(tokens)
-        _check_selection(self.name, tokens, selection, self._may_keep_more)
+        with asked_together():
+            selection = self.select(tokens)
+            _check_selection(self.name, tokens, selection, self._may_keep_more)
         return selection
 
 
@@ -155,14 +157,16 @@ def _check_selection(name: str, tokens: VisualTokens, selection: Selection, may_
         )
     kept, budget = (selection.keep.to(device) & tokens.valid).sum(1), tokens.budget.to(device)
     least = torch.minimum(budget, tokens.lengths).clamp(max=1)
-    # One question, for an accelerator has to be waited for.
     wrong = (budget >= 0) & ((kept < least) if may_keep_more else (kept > budget) | (kept < least))
-    if bool(wrong.any()):
+
+    def message() -> str:
         group = int(wrong.nonzero()[0, 0])
-        raise VTPruneError(
+        return (
             f"{name} kept {int(kept[group])} of {int(tokens.lengths[group])} tokens where {int(budget[group])} were to "
             "be kept"
         )
+
+    require(~wrong.any(), message)
 
 
 class InEncoder(_OneStage):

@@ -25,6 +25,4 @@ class DivPrune(BeforeLLM):
     paper: ClassVar[str] = "arXiv 2503.02175"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return Selection.of_indices(
-            tokens, [max_min_diversity(tokens.features[g, :length], k) for g, length, k in tokens.each()]
-        )
+        return Selection(max_min_diversity(tokens.features, tokens.valid, tokens.host.budget))

@@ -3,50 +3,52 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
+from vtprune.ops.selection import first_chosen
+from vtprune.ops.token_pairs import Pairs, directions_of
 
 
-def diversity_order(features: Tensor, k: int) -> Tensor:
+def diversity_order(features: Tensor, valid: Tensor, k: int) -> Tensor:
     """The greedy solution of :func:`max_min_diversity` in the order in which it was found.
 
     Returns:
-        ``(min(k, tokens),)`` long.
+        ``(groups, k)`` long; entries after all valid tokens of a group are chosen have no meaning.
     """
-    order = torch.empty(min(k, len(features)), dtype=torch.long, device=features.device)
-    if not len(order):
+    directions = directions_of(features, valid)
+    require(directions.isfinite().all(), "features hold NaN or infinite values: distances are not defined on them")
+    order = torch.zeros(len(valid), k, dtype=torch.long, device=valid.device)
+    if not order.numel():
         return order
-    directions = normalize(features.float(), dim=-1, eps=1e-8)
-    distances = 1 - directions @ directions.T
-    if not distances.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: distances are not defined on them")
-    distances.fill_diagonal_(torch.inf)
+    pairs = Pairs(directions)
     # Distance to the nearest chosen token. Before the first choice: distance to the nearest other token.
-    nearest = distances.amin(dim=0)
-    for step in range(len(order)):
-        chosen = nearest.argmax()
-        order[step] = chosen
+    nearest = (1 - pairs.largest(valid)).masked_fill(~valid, -torch.inf)
+    for step in range(k):
+        chosen = nearest.argmax(1)
+        order[:, step] = chosen
+        distances = 1 - pairs.row(chosen)
         # A chosen token has -inf, which ``minimum`` keeps. So it is never chosen again, even among duplicates.
-        nearest = distances[chosen].clone() if step == 0 else torch.minimum(nearest, distances[chosen])
-        nearest[chosen] = -torch.inf
+        nearest = torch.minimum(nearest, distances) if step else distances.masked_fill_(~valid, -torch.inf)
+        nearest.scatter_(1, chosen.unsqueeze(1), -torch.inf)
     return order
 
 
-def max_min_diversity(features: Tensor, k: int) -> Tensor:
-    """Choose ``k`` tokens by greedy max-min diversity (DivPrune, arXiv 2503.02175).
+def max_min_diversity(features: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
+    """Choose tokens of each group by greedy max-min diversity (DivPrune, arXiv 2503.02175).
 
     Distance is one minus the cosine. The first token is the one whose nearest other token is farthest away. Each
     further token is the one that is farthest from its nearest chosen token; of equal distances the lowest index.
 
     Args:
-        features: ``(tokens, dim)``.
-        k: number of tokens to choose, at least 0.
+        features: ``(groups, tokens, dim)``.
+        valid: ``(groups, tokens)`` bool; a token that is not valid is never kept.
+        budget: ``(groups,)`` long, on the CPU; at least 0; a budget above the number of valid tokens keeps them all.
 
     Returns:
-        ``(min(k, tokens),)`` long, ascending indices without repetition, even if tokens coincide.
+        ``(groups, tokens)`` bool: as many different tokens as the budget says, even if tokens coincide.
 
     Raises:
-        VTPruneError: a feature is NaN or infinite.
+        VTPruneError: a feature of a valid token is NaN or infinite.
     """
-    return diversity_order(features, k).sort().values
+    steps = min(int(budget.max()), valid.shape[1]) if len(budget) else 0
+    return first_chosen(diversity_order(features, valid, steps), valid, budget)

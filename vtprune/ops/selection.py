@@ -22,6 +22,23 @@ def top_k_mask(scores: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
     return torch.zeros_like(valid).scatter(1, order, kept_by_rank)
 
 
+def first_chosen(order: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
+    """Mark the first ``budget[g]`` tokens of each group ``g`` in the order of a greedy choice.
+
+    Args:
+        order: ``(groups, steps)`` long; all valid tokens of a group, if there are as many steps, come first, and once.
+        valid: ``(groups, tokens)`` bool.
+        budget: ``(groups,)`` long, at least 0; a budget above the number of valid tokens keeps them all.
+
+    Returns:
+        ``(groups, tokens)`` bool.
+    """
+    count = torch.minimum(budget.to(valid.device), valid.sum(1))
+    chosen = torch.arange(order.shape[1], device=valid.device) < count.unsqueeze(1)
+    # A group that has met its budget still gets choices, also of tokens that it has. Adding keeps those marked.
+    return torch.zeros_like(valid, dtype=torch.long).scatter_add(1, order, chosen.long()) > 0
+
+
 def best_per_part(scores: Tensor, parts: Tensor, counts: Tensor) -> Tensor:
     """Mark the best tokens of every part of one group; a part is for example a frame of a video.
 

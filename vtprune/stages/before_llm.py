@@ -14,7 +14,7 @@ from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.layout import Groups
 from vtprune.stages.question import Text
 from vtprune.stages.reading import Chooser, visual_tokens
-from vtprune.tokens import Grid, Selection
+from vtprune.tokens import Grid, HostCopy, Selection
 
 
 def prune_before_llm(
@@ -44,6 +44,7 @@ def prune_before_llm(
             crops=crops,
             layouts=layouts,
             kinds=tuple(call.media.kinds[image] for image in groups.images.tolist()),
+            copy=HostCopy(lengths, budget, crops.cpu()),
         )
         selection = choose(method, tokens)
         cut = cut_sequence(call, hidden, groups, selection, layer=0, compact=method.positions == "compact")
