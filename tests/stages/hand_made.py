@@ -112,7 +112,6 @@ def call_of(*prompts: str, encodings: Sequence[EncoderCall] = (), **fields: Any)
         masks_by_type=False,
         deepstack={},
         past_real=None,
-        unpadded=bool(real.all()),
     )
     return Call(**stated | fields)
 

@@ -101,7 +101,7 @@ def incoming(*args, **kwargs) -> Incoming:
 def test_what_the_model_is_called_with_is_noted():
     pixels, mask, cache = torch.zeros(1), torch.ones(1, 2), DynamicCache()
     noted = incoming(ids_of(["ti"]), pixel_values=pixels, attention_mask=mask, **{CACHE: cache})
-    assert noted.ids.tolist() == [[10, 90]] and noted.mask is mask and noted.cache is cache
+    assert noted.ids.tolist() == [[10, 90]] and noted.mask.tolist() == [[True, True]] and noted.cache is cache
     assert noted.pixels == noted.kinds == ("image",) and noted.blocks == "blocks"
     ready = incoming(mm_encoder_outputs={"video": "features", "image": None}, pixel_values=pixels)
     assert ready.encoded == {"video": "features"} and ready.kinds == ("image", "video")
@@ -164,23 +164,23 @@ def filled(length: int) -> DynamicCache:
 def test_columns_behind_a_cache():
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     columns = Columns.of(HIDDEN, {CACHE: filled(2)}, mask, has_images=True)
-    assert columns.past == 2 and columns.positions.tolist() == [[2, 3, 4]] and not columns.unpadded
+    assert columns.past == 2 and columns.positions.tolist() == [[2, 3, 4]]
     assert columns.real.tolist() == [[True] * 3, [True, True, False]]
     assert columns.past_real.tolist() == [[False, True], [True, True]]
 
 
 def test_without_padding_nothing_of_it_is_noted():
     columns = Columns.of(HIDDEN, {CACHE: filled(2)}, torch.ones(2, 5), has_images=True)
-    assert columns.unpadded and columns.past_real is None and columns.real.all()
+    assert columns.past_real is None and columns.real.all()
     given = torch.tensor([[7, 8, 9]])
     alone = Columns.of(HIDDEN, {"position_ids": given}, None, has_images=True)
-    assert alone.past == 0 and alone.positions is given and alone.real.shape == (2, 3) and alone.unpadded
+    assert alone.past == 0 and alone.positions is given and alone.real.shape == (2, 3) and alone.real.all()
 
 
 def test_one_token_without_images_is_not_looked_at():
     mask = torch.zeros(2, 3)
-    assert Columns.of(HIDDEN[:, :1], {CACHE: filled(2)}, mask, has_images=False).unpadded
-    assert not Columns.of(HIDDEN[:, :1], {CACHE: filled(2)}, mask, has_images=True).unpadded
+    assert Columns.of(HIDDEN[:, :1], {CACHE: filled(2)}, mask, has_images=False).real.all()
+    assert not Columns.of(HIDDEN[:, :1], {CACHE: filled(2)}, mask, has_images=True).real.any()
 
 
 def test_masks_that_are_not_of_columns_are_refused():
@@ -219,7 +219,7 @@ def opened(kwargs, prompts=("..tiit", "titiii"), given=None, embeddings=None, **
 def test_a_call_knows_its_prompt_its_media_and_its_cache():
     kwargs = {"use_cache": True}
     call = opened(kwargs)
-    assert (call.batch, call.length, call.past) == (2, 6, 0) and not call.unpadded
+    assert (call.batch, call.length, call.past) == (2, 6, 0)
     assert call.prompt.sum(1).tolist() == [4, 4] and call.real.sum(1).tolist() == [4, 6]
     assert call.media.images.tolist() == [[-1, -1, -1, 0, 0, -1], [-1, 1, -1, 2, 2, 2]]
     assert isinstance(call.cache, DynamicCache) and cache_of(kwargs) is call.cache

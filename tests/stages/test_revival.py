@@ -360,7 +360,7 @@ def test_new_tokens_may_come_with_any_row_of_positions(decoder, axes, rows, expe
     positions = torch.zeros(axes, 1, 6, dtype=torch.long)
     generation = Generation(decoder, method, ["tiiiit"], [4], ([[1, 2, 3]], [[2]]), positions=positions)
     given = torch.tensor(rows)[:, None, None] if len(rows) > 1 else torch.tensor([rows])
-    generation.stage.begin(generation.cache, NEW, Columns(6, torch.tensor([[True]]), given, None, True))
+    generation.stage.begin(generation.cache, NEW, Columns(6, torch.tensor([[True]]), given, None))
     step = generation.stage.now.step
     assert step.new_positions.shape == (axes, 1, 1) and step.new_positions.flatten().tolist() == expected
     assert step.new.tolist() == [[6]]

@@ -29,8 +29,8 @@ def prune_before_llm(
     for method in methods:
         by_crop = call.crop_groups()
         groups = by_crop if method.scope == "crop" else call.image_groups()
-        lengths = groups.valid.sum(1).cpu()
-        budget = method.budgets(lengths, groups.images.cpu())
+        lengths = groups.valid.sum(1)
+        budget = method.budgets(lengths, groups.images)
         if bool((budget >= lengths).all()):
             continue
         crops, layouts = _crops(call, groups, by_crop)
@@ -59,15 +59,13 @@ def _drop_merged(call: Call, hidden: Tensor, recorder: EncoderRecorder) -> Tenso
     if all(encoding.merge is None for encoding in call.media.encodings):
         return hidden
     groups = call.crop_groups()
-    into, original = (
-        per_group(values, call, groups).to(hidden.device) for values in recorder.copied_into(call.media.encodings)
-    )
-    valid = groups.valid.to(hidden.device)
+    into, original = (per_group(values, call, groups) for values in recorder.copied_into(call.media.encodings))
+    valid = groups.valid
     count, width = valid.shape
-    slots = torch.arange(width, device=hidden.device).expand_as(valid)
+    slots = torch.arange(width).expand_as(valid)
     # Tokens of one group with one number go together; what is no copy has a number of its own.
     numbers = torch.where(into == -1, int(into.max()) + 1 + slots, into)
-    groups_of = torch.arange(count, device=hidden.device)[:, None]
+    groups_of = torch.arange(count)[:, None]
     together = torch.stack([groups_of.expand_as(numbers)[valid], numbers[valid]])
     clusters = together.unique(dim=1, return_inverse=True)[1]
     rank = slots[valid] + width * ~original[valid]
@@ -92,7 +90,7 @@ def _crops(call: Call, groups: Groups, by_crop: Groups) -> tuple[Tensor, tuple[t
     if len(groups.rows) == len(grids):
         first, layouts = torch.arange(len(grids)), tuple((grid,) for grid in grids)
     else:
-        counts = torch.bincount(media.crop_images, minlength=len(groups.rows)).cpu()
+        counts = torch.bincount(media.crop_images, minlength=len(groups.rows))
         first, parts = counts.cumsum(0) - counts, torch.arange(len(grids)).split(counts.tolist())
         layouts = tuple(tuple(grids[crop] for crop in part.tolist()) for part in parts)
-    return torch.where(labels >= 0, labels - first.to(labels.device)[:, None], -1), layouts
+    return torch.where(labels >= 0, labels - first[:, None], -1), layouts

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places
+from vtprune.devices import send
 from vtprune.stages.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.stages.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
@@ -34,7 +35,7 @@ class Call:
     """Logical length of the cache when the call began."""
     cache: Cache | None
     real: Tensor
-    """(batch, length) bool, before any cut."""
+    """(batch, length) bool, before any cut. On the CPU, as everything that says where tokens are."""
     prompt: Tensor
     """(batch, length) bool: what of it is the prompt, and not an answer or guesses behind it. Choices are made by this
     alone, so that they are those of a prompt without anything behind it."""
@@ -43,7 +44,7 @@ class Call:
     media: Media | None
     """None if the call carries no visual tokens."""
     ids: Tensor | None
-    """(batch, length) input ids; None if the caller gave embeddings."""
+    """(batch, length) input ids, on the CPU; None if the caller gave embeddings."""
     embeddings: Tensor
     """(batch, length, dim): what came in, visual features in place."""
     blocks: Tensor | None
@@ -54,8 +55,6 @@ class Call:
     """Decoder layer -> (visual tokens of the batch, dim), which is to be added on its input (DeepStack)."""
     past_real: Tensor | None
     """(batch, past) bool: padding already in a cache that was never pruned; None if there is none."""
-    unpadded: bool
-    """Whether `real` is known to be all True; asking a tensor would make an accelerator wait at every step."""
     whole: SequenceLayout = field(init=False)
     """The layout before any cut."""
     sequence_layouts: list[SequenceLayout] = field(init=False)
@@ -80,7 +79,7 @@ class Call:
         if self.blocks is not None:
             missing = max(self.past + self.length - self.blocks.shape[1], 0)
             here = slice(self.past, self.past + self.length)
-            self.blocks = pad(self.blocks, (0, missing), value=-1)[:, here].to(self.real.device)
+            self.blocks = pad(self.blocks, (0, missing), value=-1)[:, here].to(self.embeddings.device)
         self.whole = SequenceLayout.whole(self.real, visual, self.positions)
         self.sequence_layouts, self.starts = [self.whole], [0]
         self.wrapped = bool(pruned_layers(self.cache))
@@ -90,7 +89,8 @@ class Call:
             self.before = [(layer.layout, layer.physical) for layer in layers]
             self.update_cache_layouts(0)
         else:
-            self.before = [(CacheLayout(real=self.past_real), self.past)] * depth
+            past_real = None if self.past_real is None else send(self.past_real, self.embeddings.device)
+            self.before = [(CacheLayout(real=past_real), self.past)] * depth
 
     @property
     def sequence(self) -> SequenceLayout:
@@ -101,7 +101,7 @@ class Call:
     def text(self) -> Tensor:
         """(batch, length) bool: the prompt without visual tokens and what a processor puts around them."""
         images = self.media.images
-        return self.prompt & ~self.media.visual & ~self.adapter.markers(self.ids, images).to(self.prompt.device)
+        return self.prompt & ~self.media.visual & ~self.adapter.markers(self.ids, images)
 
     @property
     def pruned(self) -> bool:
@@ -148,12 +148,12 @@ class Call:
         """One group an image or video, over the visual tokens alive; separators are in none."""
         content = self.crop_labels() >= 0
         rows = self.media.image_rows
-        images = torch.arange(len(rows), device=rows.device)
+        images = torch.arange(len(rows))
         return Groups.of_labels(self.alive(self.media.images).masked_fill(~content, -1), rows, images)
 
     def sample_groups(self, sequence: SequenceLayout | None = None) -> Groups:
         """One group a sample, over the visual tokens alive, by default now; separators are in none."""
-        rows = torch.arange(self.batch, device=self.real.device)
+        rows = torch.arange(self.batch)
         content = self.crop_labels(sequence) >= 0
         return Groups.of_labels(torch.where(content, rows[:, None], -1), rows, torch.full_like(rows, -1))
 
@@ -172,7 +172,7 @@ class Call:
         """A number that depends on the text of one sample's prompt alone."""
         if self.ids is None:
             return 0
-        text = self.ids[row][(self.prompt[row] & ~self.media.visual[row]).to(self.ids.device)]
+        text = self.ids[row][self.prompt[row] & ~self.media.visual[row]]
         return zlib.crc32(str(text.tolist()).encode())
 
     # -- the cache ---------------------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ class Call:
             if key not in memo:
                 layout, physical = self.before[i]
                 sequence = self.sequence_at(i)
-                plain = self.unpadded and sequence is self.whole
-                padding, shift = (None, None) if plain else (sequence.padding(), self._shift(sequence))
+                padding, shift = sequence.padding(), self._shift(sequence)
+                padding = None if padding is None else send(padding, self.embeddings.device)
                 memo[key] = layout.extend(sequence.columns.shape[1], padding, sequence.dropped, shift, physical)
             self.cache.layers[i].layout = memo[key]
 
@@ -202,10 +202,11 @@ class Call:
 
         Callers count on from the last column, which after right padding is not the last token's.
         """
+        # Position ids lie on the device, so whether they were moved is told by what may move them.
+        if sequence.end is self.whole.end and bool(self.real[:, -1].all()):
+            return None
         positions = self.whole.positions
-        last = torch.full((self.batch, 1), self.length - 1, device=positions.device)
-        shift = counted_from(positions, last) - sequence.end
-        return shift if bool(shift.any()) else None
+        return counted_from(positions, torch.full((self.batch, 1), self.length - 1)) - sequence.end
 
     def take_deepstack(self, deepstack: Mapping[int, Tensor], entering: Tensor) -> Tensor:
         """Add DeepStack features from now on instead of the model.
@@ -216,7 +217,7 @@ class Call:
         self.deepstack = deepstack
         if 0 not in deepstack:
             return entering
-        visual = self.sequence.visual.to(entering.device)[..., None]
+        visual = send(self.sequence.visual, entering.device)[..., None]
         self.entering = entering.masked_fill(~visual, 0)
         return entering.masked_fill(visual, 0)
 
@@ -231,14 +232,16 @@ class Call:
     def deepstack_at(self, layer: int, sequence: SequenceLayout) -> Tensor:
         """(batch, n, dim): DeepStack features of a decoder layer, cut and merged like the tokens; 0 for text."""
         features = self.deepstack[layer]
-        row, column = self.whole.visual.to(features.device).nonzero(as_tuple=True)
-        into = sequence.merged_into.to(features.device)[row, column]
-        alive = into >= 0
-        index = (row[alive], sequence.places().to(features.device)[row[alive], into[alive]])
+        row, column = self.whole.visual.nonzero(as_tuple=True)
+        into = sequence.merged_into[row, column]
+        alive = (into >= 0).nonzero()[:, 0]
+        row, into = row[alive], into[alive]
+        parts = (alive, row, sequence.places()[row, into])
+        alive, *index = (send(part, features.device) for part in parts)
         values = features[alive]
         zeros = features.new_zeros(*sequence.columns.shape, features.shape[-1])
-        total = zeros.index_put(index, values, accumulate=True)
-        count = zeros[..., 0].index_put(index, values.new_ones(len(values)), accumulate=True)
+        total = zeros.index_put(tuple(index), values, accumulate=True)
+        count = zeros[..., 0].index_put(tuple(index), values.new_ones(len(values)), accumulate=True)
         return total / count.clamp(min=1)[..., None]
 
     def restore(self, output: Any) -> Any:
@@ -276,7 +279,7 @@ class Call:
     def positions_of_columns(self, sequence: SequenceLayout) -> Tensor:
         """(..., batch, length): position ids of the call's columns, those of a sequence where it has them."""
         positions = self.whole.positions.clone()
-        columns = sequence.columns.to(positions.device).expand_as(sequence.positions)
+        columns = send(sequence.columns, positions.device).expand_as(sequence.positions)
         return positions.scatter(-1, columns, sequence.positions)
 
     def places_at(self, layer: int, hidden: Tensor) -> Places:
@@ -290,7 +293,7 @@ class Call:
     def padding_mask(self, layer: int) -> Tensor | None:
         """2D mask of a layer, logical length; None if all its columns are real and a cache knows the lengths."""
         if self.cache is None:
-            return self.sequence_at(layer).real
+            return send(self.sequence_at(layer).real, self.embeddings.device)
         return self.cached(layer).layout.mask()
 
     def blocks_at(self, layer: int, sequence: SequenceLayout | None = None) -> Tensor | None:
@@ -299,7 +302,7 @@ class Call:
         if self.blocks is None or not self.adapter.has_blocks(layer_type(self.text_config, layer)):
             return None
         sequence = sequence or self.sequence_at(layer)
-        return take_columns(self.blocks, sequence.columns).masked_fill(~sequence.present, -1)
+        return take_columns(self.blocks, sequence.columns).masked_fill(~send(sequence.present, self.blocks.device), -1)
 
     def mask_at(self, layer: int, hidden: Tensor):
         """Attention mask of a layer in the form its attention back end wants."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtprune.devices import read, send
 from vtprune.stages.call import Call
 from vtprune.stages.layout import Groups, SequenceLayout, take_columns
 from vtprune.tokens import Selection
@@ -29,24 +30,27 @@ def cut_sequence(
     Returns the shorter input and the indices (batch, m) of its columns; None if everything survives.
     """
     sequence = call.sequence
-    dropped = groups.valid & ~selection.keep.to(groups.valid.device)
-    if not bool(dropped.any()):
+    selected = on_host(selection)
+    kept = selected.keep & groups.valid
+    if torch.equal(kept, groups.valid):
         return None
     if selection.features is not None:
-        kept = selection.keep[..., None].to(hidden.device)
-        hidden = groups.scatter(torch.where(kept, selection.features.to(hidden), groups.gather(hidden)), hidden)
-    keep = groups.scatter(selection.keep.to(groups.valid.device) & groups.valid, sequence.real)
+        changed = selection.keep[..., None].to(hidden.device)
+        hidden = groups.scatter(torch.where(changed, selection.features.to(hidden), groups.gather(hidden)), hidden)
+    keep = groups.scatter(kept, sequence.real)
     if not keep_separators:
         keep &= ~idle_separators(call, keep)
-    merged_into = sequence.merged_after(groups, selection, keep)
+    merged_into = sequence.merged_after(groups, selected, keep)
     if masking:
         index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
         after = sequence.hide(keep, merged_into)
     else:
         after, index = sequence.cut(keep, merged_into, compact=compact)
+        index = send(index, hidden.device)
         hidden = take_columns(hidden, index)
     # A masked key still multiplies its value by zero, and 0 * NaN is NaN.
-    hidden = hidden.masked_fill(~after.present.to(hidden.device)[..., None], 0)
+    if not bool(after.present.all()):
+        hidden = hidden.masked_fill(~send(after.present, hidden.device)[..., None], 0)
     if call.starts[-1] == layer:
         call.sequence_layouts[-1] = after
     else:
@@ -55,6 +59,14 @@ def cut_sequence(
     call.memo.clear()
     call.update_cache_layouts(layer)
     return hidden, index
+
+
+def on_host(selection: Selection) -> Selection:
+    """What a selection keeps and merges, on the CPU; without features."""
+    if selection.sources is None:
+        return Selection(*read(selection.keep))
+    keep, sources = read(selection.keep, selection.sources)
+    return Selection(keep, None, sources)
 
 
 def idle_separators(call: Call, keep: Tensor, sequence: SequenceLayout | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.call import Call
@@ -69,6 +70,6 @@ def check_encoded(call: Call) -> None:
 
 def per_group(values: Tensor, call: Call, groups: Groups) -> Tensor:
     """Values (encoded tokens, ...) of the encoder for the tokens alive: (groups, tokens, ...)."""
-    taken = values[groups.gather(call.encoded_tokens()).to(values.device)]
-    valid = groups.valid.to(values.device)
+    taken = values[send(groups.gather(call.encoded_tokens()), values.device)]
+    valid = groups.on(values.device).valid
     return taken.masked_fill(~valid.view(*valid.shape, *[1] * (taken.ndim - 2)), 0)

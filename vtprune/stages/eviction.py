@@ -11,12 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import AfterPrefill, Method
 from vtprune.signals import CacheSignal
 from vtprune.stages.cache import PrunedLayer, check_changeable
 from vtprune.stages.call import Call
-from vtprune.stages.cutting import idle_separators
+from vtprune.stages.cutting import idle_separators, on_host
 from vtprune.stages.layout import Groups, SequenceLayout, compact_columns, spread_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import CacheContents
@@ -67,7 +68,7 @@ class EvictionStage:
             self._evict(call, method)
         if call.left_in_cache:
             contents.columns = [
-                (s.columns + call.past).masked_fill(~call.left_in_cache.get(i, s.computed), -1).cpu()
+                (s.columns + call.past).masked_fill(~call.left_in_cache.get(i, s.computed), -1)
                 for i, s in ((i, call.sequence_at(i)) for i in call.adapter.key_sources)
             ]
 
@@ -89,19 +90,18 @@ class EvictionStage:
                 budget=torch.full((call.batch,), -1),
                 layer=i,
             )
-            keep = self.choose(method, tokens).keep.to(groups.valid.device)
+            keep = on_host(self.choose(method, tokens)).keep
             left = groups.scatter(keep & groups.valid, sequence.visual)
             left &= ~idle_separators(call, left, sequence)
             lost = sequence.visual & ~left
             if not bool(lost.any()):
                 continue
             stays = layer.layout.real
-            if stays is None:
-                stays = sequence.real.new_ones(call.batch, layer.physical)
-            stays = stays.clone()
-            stays[:, past:] &= ~lost.to(stays.device)
+            stays = torch.ones(call.batch, layer.physical, dtype=torch.bool) if stays is None else stays.cpu().clone()
+            stays[:, past:] &= ~lost
             index, real = compact_columns(stays)
-            layer.evict(index.to(layer.inner.keys.device), None if bool(real.all()) else real)
+            device = layer.inner.keys.device
+            layer.evict(send(index, device), None if bool(real.all()) else send(real, device))
             # Layers that hold the same, also of earlier turns, share one layout, and so their masks.
             same = made.get(call.key(i))
             if same is not None and torch.equal(same[0], left):

@@ -18,13 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware
 from vtprune.certificate import check_attention
+from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import InLLM
 from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
 from vtprune.stages.cache import as_stored, pruned_layers
 from vtprune.stages.call import Call
-from vtprune.stages.cutting import cut_sequence
+from vtprune.stages.cutting import cut_sequence, on_host
 from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import QUERIES_KEYS, CutView, Recorded
@@ -156,7 +157,7 @@ class InLLMStage(ThreadAware[_Following]):
         if now.selecting or call.deepstack:
             check_replay(self.adapter.decoder_layers[0])
         if now.selecting:
-            now.entering = call.sample_groups().valid.sum(1).cpu()
+            now.entering = call.sample_groups().valid.sum(1)
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class InLLMStage(ThreadAware[_Following]):
             # Experts may put out one row a token, of all samples together.
             outputs = (output[0] if isinstance(output, tuple) else output).reshape(inputs.shape)
             sequence = now.call.sequence_at(i)
-            counts = (sequence.real & now.call.prompt_at(sequence)).to(inputs.device)
+            counts = send(sequence.real & now.call.prompt_at(sequence), inputs.device)
             sums = now.recorded.measured
             for signal in self.signals:
                 if i in signal.measures():
@@ -247,7 +248,7 @@ class InLLMStage(ThreadAware[_Following]):
             view = self._view(i, hidden)
             groups = view.groups
             budget = self._budgets(method)[number]
-            alive = groups.valid.sum(1).cpu()
+            alive = groups.valid.sum(1)
             if bool((budget >= alive).all()):
                 continue
             tokens = visual_tokens(
@@ -288,18 +289,19 @@ class InLLMStage(ThreadAware[_Following]):
         now = self.now
         if id(method) not in now.counts:
             media = now.call.media
-            original = (media.labels >= 0).sum(1).cpu()
-            crops = media.crops_per_sample.cpu()
+            original = (media.labels >= 0).sum(1)
+            crops = media.crops_per_sample
             now.counts[id(method)] = method.prompt_budgets(self.shape, now.entering, crops, original)
         return now.counts[id(method)]
 
     def _store(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
         now = self.now
         sequence = now.call.sequence
-        dropped = groups.scatter(~selection.keep.to(groups.valid.device), torch.zeros_like(sequence.real))
+        dropped = groups.scatter(~on_host(selection).keep, torch.zeros_like(sequence.real))
         if bool(dropped.any()):
             index, real = compact_columns(dropped)
             columns = (take_columns(sequence.columns, index) + now.call.past).masked_fill(~real, -1)
+            columns = send(columns, hidden.device)
             now.stored[i] = Stored(hidden=take_columns(hidden.detach(), index), columns=columns)
 
     def _view(self, i: int, hidden: Tensor) -> CutView:

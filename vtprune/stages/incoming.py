@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import PIXELS, Adapter
+from vtprune.devices import CPU, read, send
 from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.stages.cache import Owner
 from vtprune.stages.call import Call
@@ -59,9 +60,9 @@ class Behind:
 
         Raises ConfigError for a `prompt_length` that does not fit.
         """
-        columns = torch.arange(real.shape[1], device=real.device)
+        columns = torch.arange(real.shape[1])
         if self.prompt_length is not None:
-            lengths = torch.as_tensor(self.prompt_length, device=real.device).reshape(-1, 1)
+            lengths = torch.as_tensor(self.prompt_length, device=CPU).reshape(-1, 1)
             if len(lengths) not in (1, len(real)) or bool((lengths < 1).any()):
                 raise ConfigError(
                     f"prompt_length={self.prompt_length!r}: give a positive number of tokens, or one for each of the "
@@ -69,7 +70,7 @@ class Behind:
                 )
             return real & (real.cumsum(1) <= lengths)
         if self.labels is not None:
-            learnt = (self.labels.to(real.device) != -100) & real
+            learnt = (self.labels != -100).cpu() & real
             first = torch.where(learnt, columns, real.shape[1]).amin(1, keepdim=True)
             # Labels from the very first token on say nothing of where the prompt ends.
             begin = torch.where(real, columns, real.shape[1]).amin(1, keepdim=True)
@@ -87,9 +88,11 @@ class Incoming:
     """What the outer model was called with, noted before it calls the language model."""
 
     ids: Tensor | None
+    """On the CPU if media came with them."""
     embeddings: Tensor | None
     mask: Any
-    """The attention mask; some models build their layers' masks from it before they call the language model."""
+    """The attention mask; some models build their layers' masks from it before they call the language model. On the CPU
+    if media came with it, and it is one of columns."""
     blocks: Tensor | None
     """See `Adapter.blocks`."""
     pixels: tuple[str, ...]
@@ -110,10 +113,13 @@ class Incoming:
         given = kwargs.get("mm_encoder_outputs") or {}
         encoded = {kind: given[kind] for kind in PIXELS if given.get(kind) is not None}
         pixels = tuple(kind for kind in PIXELS if adapter.pixel_argument(kind, kwargs) is not None)
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if encoded or pixels:
+            ids, mask = _read_columns(ids, mask)
         return cls(
-            ids=kwargs.get("input_ids", args[0] if args else None),
+            ids=ids,
             embeddings=kwargs.get("inputs_embeds"),
-            mask=kwargs.get("attention_mask"),
+            mask=mask,
             blocks=adapter.blocks(kwargs) if encoded or pixels else None,
             pixels=pixels,
             encoded=encoded,
@@ -152,6 +158,18 @@ class Incoming:
             raise VTPruneError(f"a KV cache is in use, but the language model was called without it: {releases()}")
 
 
+def _read_columns(ids: Tensor | None, mask: Any) -> tuple[Tensor | None, Any]:
+    """Both on the CPU, with one wait for the device, which is short before the vision encoder runs.
+
+    A mask that is not of columns stays where it is.
+    """
+    of_columns = torch.is_tensor(mask) and mask.ndim == 2
+    if ids is None or not of_columns:
+        return None if ids is None else ids.cpu(), mask.cpu() if of_columns else mask
+    ids, flags = read(ids, mask != 0)
+    return ids, flags
+
+
 def _is_packed(kwargs: dict[str, Any]) -> bool:
     """Whether a model would take each row of a call for several samples, by its arguments."""
     if any(name.startswith("cu_seq_lens") and value is not None for name, value in kwargs.items()):
@@ -172,13 +190,11 @@ class Columns:
     past: int
     """Logical length of the cache."""
     real: Tensor
-    """(batch, length) bool."""
+    """(batch, length) bool, on the CPU."""
     positions: Tensor
     """(..., batch | 1, length): position ids."""
     past_real: Tensor | None
-    """(batch, past) bool; None if there is no padding in the cache, or it is not looked for."""
-    unpadded: bool
-    """Whether `real` is known to be all True."""
+    """(batch, past) bool, on the CPU; None if there is no padding in the cache, or it is not looked for."""
 
     @classmethod
     def of(cls, hidden: Tensor, kwargs: dict[str, Any], mask: Any, *, has_images: bool) -> Columns:
@@ -192,18 +208,17 @@ class Columns:
                 "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
                 "chunked prefill); pass a 2D padding mask"
             )
-        real = hidden.new_ones(batch, length, dtype=torch.bool)
-        past_real, unpadded = None, True
+        real = torch.ones(batch, length, dtype=torch.bool)
+        past_real = None
         if mask is not None and (has_images or length > 1):  # a single decoded token is never padding
-            mask = mask.to(device=hidden.device, dtype=torch.bool)
+            mask = (mask != 0).cpu()
             real = mask[:, -length:]
-            unpadded = bool(real.all())
             if past and not bool(mask[:, :past].all()):
                 past_real = mask[:, :past]
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=hidden.device)[None]
-        return cls(past, real, positions, past_real, unpadded)
+        return cls(past, real, positions, past_real)
 
 
 def open_call(
@@ -253,7 +268,6 @@ def open_call(
         ids=None if incoming is None else incoming.ids,
         embeddings=hidden,
         past_real=columns.past_real,
-        unpadded=columns.unpadded,
         last_rows=last_rows,
     )
 
@@ -264,7 +278,7 @@ def _media_in_prompt(
     """Where the media of a call stand in it. Raises UnsupportedStageError if that cannot be told."""
     # In the order in which transformers knows kinds: what is encoded is numbered in this order, too.
     kinds = [kind for kind in adapter.visual_token_ids if kind in incoming.kinds]
-    visual = [_columns_of(adapter, incoming, kind, hidden) & real for kind in kinds]
+    visual = [_columns_of(adapter, incoming, kind) & real for kind in kinds]
     encodings = [recorder.encoding(kind, incoming.encoded.get(kind), incoming.placed.get(kind)) for kind in kinds]
     media = Media.find(visual, encodings, adapter.tiles_adjoin)
     if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
@@ -272,11 +286,12 @@ def _media_in_prompt(
     return media
 
 
-def _columns_of(adapter: Adapter, incoming: Incoming, kind: str, hidden: Tensor) -> Tensor:
+def _columns_of(adapter: Adapter, incoming: Incoming, kind: str) -> Tensor:
     """(batch, length) bool: columns that hold features of a kind."""
     placeholder = adapter.visual_token_ids[kind]
     if incoming.ids is not None:
-        return incoming.ids.to(hidden.device) == placeholder
+        return incoming.ids == placeholder
     # The caller gave embeddings: transformers, too, then finds the places by the placeholder's embedding.
-    embedding = adapter.base.get_input_embeddings()(torch.tensor(placeholder, device=hidden.device))
-    return (incoming.embeddings.to(hidden.device) == embedding).all(-1)
+    embeddings = incoming.embeddings
+    embedding = adapter.base.get_input_embeddings()(send(torch.tensor(placeholder), embeddings.device))
+    return (embeddings == embedding.to(embeddings.device)).all(-1).cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.attention import LayerAttention, Places, RowContext
+from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.signals import EncoderSignal, LayerSignal
 from vtprune.stages.cache import PrunedLayer
@@ -67,22 +68,26 @@ class CutView:
     def groups(self) -> Groups:
         return self.call.sample_groups()
 
-    @property
+    def _there(self, values: Tensor) -> Tensor:
+        """What is known on the CPU, on the device of the hidden states."""
+        return send(values, self.hidden.device)
+
+    @functools.cached_property
     def real(self) -> Tensor:
-        return self._sequence.real
+        return self._there(self._sequence.real)
 
-    @property
+    @functools.cached_property
     def present(self) -> Tensor:
-        return self._sequence.present
+        return self._there(self._sequence.present)
 
-    @property
+    @functools.cached_property
     def visual(self) -> Tensor:
-        return self._sequence.visual
+        return self._there(self._sequence.visual)
 
-    @property
+    @functools.cached_property
     def padded_length(self) -> Tensor:
         behind = (self.call.real & ~self.call.prompt).sum(1, keepdim=True)
-        return self.call.length - behind
+        return self._there(self.call.length - behind)
 
     def normed(self) -> Tensor:
         return self.adapter.final_norm(self.hidden).to(self.hidden.device)
@@ -91,26 +96,29 @@ class CutView:
 
     @functools.cached_property
     def _prompt(self) -> Tensor:
-        """(batch, n) bool: the real columns of the prompt."""
+        """(batch, n) bool, on the CPU: the real columns of the prompt."""
         return self._sequence.real & self.call.prompt_at(self._sequence)
 
     @functools.cached_property
     def _last(self) -> Tensor:
-        """(batch, 1) long: the prompt's last column."""
-        columns = torch.arange(self._prompt.shape[1], device=self._prompt.device)
+        """(batch, 1) long, on the CPU: the prompt's last column."""
+        columns = torch.arange(self._prompt.shape[1])
         return torch.where(self._prompt, columns, -1).amax(1, keepdim=True)
 
     def text_rows(self, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+        sequence = self._sequence
         if last_only:
-            return self._last, torch.ones_like(self._last, dtype=torch.bool)
-        columns = torch.arange(self._prompt.shape[1], device=self._prompt.device)
-        last_visual = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
-        text = self.real & take_columns(self.call.text, self._sequence.columns)
-        return self.rows_of(text & (columns > last_visual))
+            rows = self._there(self._last)
+            return rows, torch.ones_like(rows, dtype=torch.bool)
+        columns = torch.arange(self._prompt.shape[1])
+        last_visual = torch.where(sequence.visual, columns, -1).amax(1, keepdim=True)
+        text = sequence.real & take_columns(self.call.text, sequence.columns)
+        rows, valid = self.rows_of(text & (columns > last_visual))
+        return self._there(rows), self._there(valid)
 
     def rows_of(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         columns = torch.arange(marked.shape[1], device=marked.device)
-        marked = torch.where(marked.any(1, keepdim=True), marked, columns == self._last)
+        marked = torch.where(marked.any(1, keepdim=True), marked, columns == send(self._last, marked.device))
         width = int(marked.sum(1).max())
         rows = torch.argsort(marked.to(torch.uint8), dim=1, stable=True)[:, -width:]
         return rows, marked.gather(1, rows)
@@ -170,7 +178,7 @@ class CutView:
             window=window,
             window_cuts_blocks=self.adapter.window_cuts_blocks,
             present=self.present,
-            counting=call.prompt_at(self._sequence),
+            counting=self._there(call.prompt_at(self._sequence)),
         )
 
     # -- what was recorded --------------------------------------------------------------------------------------
@@ -190,8 +198,8 @@ class CutView:
         """Remember what a signal marks, by columns of the call."""
         marked = signal.mark(self)
         if marked is not None:
-            nothing = torch.zeros_like(self.call.real)
-            self.recorded.marked[signal] = nothing.scatter(1, self._sequence.columns, marked.to(nothing.device))
+            nothing = torch.zeros_like(self.call.real, device=marked.device)
+            self.recorded.marked[signal] = nothing.scatter(1, send(self._sequence.columns, marked.device), marked)
 
     def encoded(self, signal: EncoderSignal) -> tuple[Groups, Any]:
         groups = self.call.crop_groups()

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the columns of a forward call are after each cut: compaction, groups of visual tokens, positions."""
+"""Where the columns of a forward call are after each cut: compaction, groups of visual tokens, positions.
+
+All of it is on the CPU, position ids excepted: where a call runs on an accelerator, nothing here waits for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.tokens import Selection
 
 
@@ -24,7 +28,7 @@ def compact_columns(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def take_columns(x: Tensor, index: Tensor) -> Tensor:
     """Gather columns: x (batch, n) or (batch, n, dim), index (batch, m)."""
-    index = index.to(x.device)
+    index = send(index, x.device)
     return x.gather(1, index if x.ndim == 2 else index[..., None].expand(-1, -1, x.shape[2]))
 
 
@@ -37,7 +41,7 @@ def spread_columns(columns: Tensor, values: Tensor, length: int) -> Tensor:
         counts = torch.zeros(len(columns), length, dtype=torch.long, device=columns.device)
         return counts.scatter_add(1, columns, values.to(columns.device).long()) > 0
     out = values.new_zeros(len(columns), length, values.shape[-1])
-    return out.scatter(1, columns.to(values.device)[..., None].expand_as(values), values)
+    return out.scatter(1, send(columns, values.device)[..., None].expand_as(values), values)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Groups:
     """(groups, tokens) bool."""
     images: Tensor
     """(groups,) long: the image or video each group is of; -1 for groups of several."""
+    _sent: dict[torch.device, Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The same on other devices."""
 
     @classmethod
     def of_labels(cls, labels: Tensor, rows: Tensor, images: Tensor) -> Groups:
@@ -68,19 +74,28 @@ class Groups:
         valid[group, slot] = True
         return cls(rows, columns, valid, images)
 
+    def on(self, device: torch.device) -> Groups:
+        """The same groups, on a device."""
+        if device == self.rows.device:
+            return self
+        if device not in self._sent:
+            parts = (self.rows, self.columns, self.valid, self.images)
+            self._sent[device] = Groups(*(send(part, device) for part in parts))
+        return self._sent[device]
+
     def gather(self, x: Tensor) -> Tensor:
         """x (batch, n) or (batch, n, dim) -> (groups, tokens) or (groups, tokens, dim); padding becomes zero."""
-        rows, columns, valid = (t.to(x.device) for t in (self.rows, self.columns, self.valid))
-        taken = x[rows[:, None], columns]
-        return taken.masked_fill(~(valid if x.ndim == 2 else valid[..., None]), 0)
+        there = self.on(x.device)
+        taken = x[there.rows[:, None], there.columns]
+        return taken.masked_fill(~(there.valid if x.ndim == 2 else there.valid[..., None]), 0)
 
     def scatter(self, flags: Tensor, into: Tensor) -> Tensor:
         """Copy of `into` (batch, n[, dim]) with `flags` (groups, tokens[, dim]) written at the groups' tokens."""
-        device = into.device
-        group, slot = self.valid.to(device).nonzero(as_tuple=True)
-        rows, columns = self.rows.to(device)[group], self.columns.to(device)[group, slot]
+        group, slot = self.valid.nonzero(as_tuple=True)
+        places = (self.rows[group], self.columns[group, slot], group, slot)
+        rows, columns, group, slot = (send(place, into.device) for place in places)
         out = into.clone()
-        out[rows, columns] = flags.to(device, into.dtype)[group, slot]
+        out[rows, columns] = send(flags, into.device).to(into.dtype)[group, slot]
         return out
 
 
@@ -132,9 +147,8 @@ class SequenceLayout:
         """`merged_into` once a selection is applied; keep (batch, n) bool over the current columns."""
         target = self.columns.masked_fill(~keep, -1)
         if selection.sources is not None:
-            sources = selection.sources.to(groups.columns.device)
-            into = groups.columns.gather(1, sources.clamp(min=0))
-            columns = self.columns[groups.rows[:, None], into].masked_fill(sources < 0, -1)
+            into = groups.columns.gather(1, selection.sources.clamp(min=0))
+            columns = self.columns[groups.rows[:, None], into].masked_fill(selection.sources < 0, -1)
             target = groups.scatter(columns, target)
         # What had gone into a column goes where that column goes now.
         after = torch.full_like(self.merged_into, -1).scatter(1, self.columns, target)
@@ -148,13 +162,17 @@ class SequenceLayout:
         Returns the new layout and the indices (batch, m) into the current columns.
         """
         index, real = compact_columns(keep & self.real)
-        place = index.to(self.positions.device)
+        place = send(index, self.positions.device)
         positions = self.positions.gather(-1, place.expand(*self.positions.shape[:-2], *place.shape))
         end = self.end
         if compact:
-            first = self.real.to(torch.uint8).argmax(1, keepdim=True).to(positions.device)
-            start, rank = last_axis(self.positions).gather(1, first), real.to(positions.device).cumsum(1) - 1
-            shorter = (self.real & ~keep).any(1, keepdim=True).to(positions.device)
+            parts = (
+                self.real.to(torch.uint8).argmax(1, keepdim=True),
+                real.cumsum(1) - 1,
+                (self.real & ~keep).any(1, keepdim=True),
+            )
+            first, rank, shorter = (send(part, positions.device) for part in parts)
+            start = last_axis(self.positions).gather(1, first)
             positions = torch.where(shorter, (start + rank).clamp(min=0), positions)
             end = torch.where(shorter, start + rank[:, -1:], end)
         columns = take_columns(self.columns, index)
@@ -196,13 +214,12 @@ class SequenceLayout:
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """(batch, n, dim) back to (batch, length, dim): a dropped column carries the state of the nearest surviving
         token before it (whose successor in the pruned sequence is the next surviving token), zeros if there is none."""
-        device = hidden.device
         n = hidden.shape[1]
-        slots = torch.arange(1, n + 1, device=device).expand(len(hidden), n)
-        slots = slots.masked_fill(~self.present.to(device), 0)
+        slots = torch.arange(1, n + 1).expand(len(hidden), n).masked_fill(~self.present, 0)
         # Two slots never share a real column; padding slots write 0, which no maximum can prefer.
-        latest = torch.zeros(len(hidden), length, dtype=torch.long, device=device)
-        latest = latest.scatter_reduce(1, self.columns.to(device), slots, "amax").cummax(1).values
+        latest = torch.zeros(len(hidden), length, dtype=torch.long)
+        latest = latest.scatter_reduce(1, self.columns, slots, "amax").cummax(1).values
+        latest = send(latest, hidden.device)
         restored = take_columns(hidden, (latest - 1).clamp(min=0))
         return restored.masked_fill((latest == 0)[..., None], 0)
 
@@ -216,7 +233,7 @@ def counted_from(positions: Tensor, last: Tensor) -> Tensor:
     """
     if positions.ndim == 3 and len(positions) == 3:
         return positions.amax(0).amax(1, keepdim=True)
-    return last_axis(positions).gather(1, last.to(positions.device))
+    return last_axis(positions).gather(1, send(last, positions.device))
 
 
 def last_axis(positions: Tensor) -> Tensor:

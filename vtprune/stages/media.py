@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.stages.encoder_call import EncoderCall
 from vtprune.tokens import Grid
@@ -17,7 +18,7 @@ from vtprune.tokens import Grid
 
 @dataclass(frozen=True)
 class Media:
-    """Where the visual tokens of a call stand. An *image* here is an image or a video, with all its crops.
+    """Where the visual tokens of a call stand, on the CPU. An *image* here is an image or a video, with all its crops.
 
     Encoded tokens, and encoded media, are numbered through: all images of the call in the order of the prompts, then
     all videos. Where several samples share their images (beams), every copy has crops and images of its own.
@@ -75,12 +76,12 @@ class Media:
         tokens = torch.zeros_like(visual[0], dtype=torch.long)
         tables = _Tables()
         for columns, encoding in zip(visual, encodings, strict=True):
-            counts = columns.sum(1)[::copies].cpu()
-            starts = (counts.cumsum(0) - counts + tables.size).repeat_interleave(copies).to(tokens.device)
+            counts = columns.sum(1)[::copies]
+            starts = (counts.cumsum(0) - counts + tables.size).repeat_interleave(copies)
             tokens = torch.where(columns, starts[:, None] + columns.cumsum(1) - 1, tokens)
             tables.add(encoding, counts)
         anywhere = functools.reduce(torch.logical_or, visual)
-        crops, media, lines, crop_media, crop_ranks, media_rows = (t.to(tokens.device) for t in tables.joined())
+        crops, media, lines, crop_media, crop_ranks, media_rows = tables.joined()
 
         first = torch.ones_like(media_rows, dtype=torch.bool)
         if tiles_adjoin:
@@ -88,13 +89,13 @@ class Media:
         media_images = first.cumsum(0) - 1
         image_rows = media_rows[first]
 
-        copy = torch.arange(len(anywhere), device=tokens.device)[:, None] % copies
+        copy = torch.arange(len(anywhere))[:, None] % copies
 
         def numbered(table: Tensor, size: int) -> Tensor:
             values = table[tokens] if len(table) else torch.full_like(tokens, -1)
             return torch.where(anywhere & (values >= 0), values + copy * size, -1)
 
-        turns = torch.arange(copies, device=tokens.device)
+        turns = torch.arange(copies)
         crop_images = media_images[crop_media]
         return cls(
             labels=numbered(crops, len(crop_media)),
@@ -116,8 +117,10 @@ class Media:
     def holds(self, embeddings: Tensor) -> bool:
         """Whether embeddings (batch, length, dim) have the encoded features at the visual columns."""
         features = torch.cat([encoding.features.to(embeddings) for encoding in self.encodings])
-        visual = self.visual.to(embeddings.device)
-        return torch.equal(features[self.tokens.to(embeddings.device)[visual]], embeddings[visual])
+        rows, columns = self.visual.nonzero(as_tuple=True)
+        places = (self.tokens[rows, columns], rows, columns)
+        tokens, rows, columns = (send(place, embeddings.device) for place in places)
+        return torch.equal(features[tokens], embeddings[rows, columns])
 
 
 class _Tables:

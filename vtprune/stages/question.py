@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
+from vtprune.devices import send
 from vtprune.errors import ConfigError
 from vtprune.ops.keywords import keywords
 from vtprune.stages.call import Call
@@ -29,10 +30,10 @@ def text_embeddings(text: Text | None, call: Call, groups: Groups, keywords: boo
     Raises ConfigError if the number of questions is not that of the samples, or a string cannot be tokenized.
     """
     if text is None:
-        chosen = _in_prompt(call, groups).to(call.embeddings.device)
+        chosen = [send(columns.nonzero()[:, 0], call.embeddings.device) for columns in _in_prompt(call, groups)]
         return [call.embeddings[row][columns] for row, columns in zip(groups.rows.tolist(), chosen, strict=True)]
     embed, device = call.adapter.base.get_input_embeddings(), call.embeddings.device
-    rows = [embed(_token_ids(call.adapter, item, keywords).to(device)) for item in _items(text, call)]
+    rows = [embed(send(_token_ids(call.adapter, item, keywords), device)) for item in _items(text, call)]
     return _per_group(rows, call, groups)
 
 
@@ -57,7 +58,7 @@ def _joint_space(text: Text | None, call: Call, groups: Groups, source: str) -> 
     if text is None:
         if call.ids is None:
             raise ConfigError("a text tower reads strings, and the prompt came as embeddings: pass text=")
-        chosen = _in_prompt(call, groups).to(call.ids.device)
+        chosen = _in_prompt(call, groups)
         ids = [call.ids[row][columns] for row, columns in zip(groups.rows.tolist(), chosen, strict=True)]
         return tower.encode([_string(call.adapter, question) for question in ids]), tower.projection
     rows = tower.encode([_string(call.adapter, item) for item in _items(text, call)])
@@ -83,8 +84,8 @@ def _in_prompt(call: Call, groups: Groups) -> Tensor:
     text = call.text
     special = _special_ids(call.adapter)
     if call.ids is not None and special:
-        text = text & ~torch.isin(call.ids, torch.tensor(special, device=call.ids.device)).to(text.device)
-    columns = torch.arange(call.length, device=text.device)
+        text = text & ~torch.isin(call.ids, torch.tensor(special))
+    columns = torch.arange(call.length)
     questions = []
     for row, image in zip(groups.rows.tolist(), groups.images.tolist(), strict=True):
         end = columns[call.media.images[row] == image].max()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune.adapters.base import Adapter
+from vtprune.devices import send
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import AfterPrefill, BeforeLLM, InLLM, Method
 from vtprune.methods.schedules import Reviving
@@ -89,7 +90,7 @@ def visual_tokens(
     device = features.device
     return VisualTokens(
         features=features,
-        valid=groups.valid.to(device),
+        valid=groups.on(device).valid,
         signals=signal_reader(method, shape, read, device),
         shape=shape,
         **{name: _on(device, fact) if torch.is_tensor(fact) else fact for name, fact in facts.items()},
@@ -112,5 +113,5 @@ def signal_reader(
 
 def _on(device: torch.device, value: Any) -> Any:
     if torch.is_tensor(value):
-        return value.to(device)
+        return send(value, device)
     return type(value)(_on(device, part) for part in value) if isinstance(value, tuple | list) else value

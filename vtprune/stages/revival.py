@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places, cached_attention_row
 from vtprune.callers import ThreadAware
+from vtprune.devices import send
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import AfterPrefill, InLLM, Method
 from vtprune.methods.schedules import Reviving
@@ -150,11 +151,11 @@ class RevivalStage(ThreadAware[_Following]):
         if self.reviving is None or call.cache is None or not call.pruned:
             return
         check_changeable(call.cache)
-        entering = call.sequence_at(0)
-        before = [call.sequence_at(cut) for cut in self.cuts]
+        entering, device = call.sequence_at(0), call.embeddings.device
+        content = [call.crop_labels(call.sequence_at(cut)) >= 0 for cut in self.cuts]
         table = PromptTable(
             first=call.past,
-            prunable=spread_columns(entering.columns, call.crop_labels(entering) >= 0, call.length),
+            prunable=send(spread_columns(entering.columns, call.crop_labels(entering) >= 0, call.length), device),
             positions=call.positions_of_columns(entering).movedim(-2, 0),
             blocks=call.blocks,
             deepstack={
@@ -162,7 +163,7 @@ class RevivalStage(ThreadAware[_Following]):
                 for layer in call.deepstack
                 if layer > self.cuts[0]
             },
-            counts=torch.stack([(call.crop_labels(sequence) >= 0).sum(1) for sequence in before], 1),
+            counts=send(torch.stack([flags.sum(1) for flags in content], 1), device),
             contents=contents,
         )
         made: dict[int, Slots] = {}
@@ -170,10 +171,9 @@ class RevivalStage(ThreadAware[_Following]):
             sequence = call.sequence_at(i)
             if id(sequence) not in made:
                 columns = (sequence.columns + call.past).masked_fill(~sequence.real, -1)
-                if call.past:
-                    old = torch.arange(call.past, device=columns.device).expand(call.batch, -1)
-                    old = old if call.past_real is None else old.masked_fill(~call.past_real.to(old.device), -1)
-                    columns = torch.cat([old, columns], 1)
+                old = torch.arange(call.past).expand(call.batch, -1)
+                old = old if call.past_real is None else old.masked_fill(~call.past_real, -1)
+                columns = send(torch.cat([old, columns], 1), device)
                 made[id(sequence)] = Slots(columns=columns, table=table)
             layer.slots, layer.stored = made[id(sequence)], stored.get(i)
             layer.layout = replace(layer.layout, real=None, _derived={})
@@ -197,7 +197,7 @@ class RevivalStage(ThreadAware[_Following]):
         self.now.step = _Step(
             layers=layers,
             table=table,
-            new=columns.masked_fill(~given.real.to(columns.device), -1),
+            new=columns.masked_fill(~send(given.real, columns.device), -1),
             new_positions=positions if shift is None else (positions - shift.to(columns.device)).clamp(min=0),
             chosen=table.prunable,
             revived=columns[:, :0],
