@@ -133,13 +133,6 @@ def test_nothing_pruned(gqa):
     assert session.report.keep_ratio == 1.0
 
 
-def test_static_cache_is_refused(gqa):
-    with vtprune.prune(gqa, spec("fastv")):
-        with pytest.raises(vtprune.UnsupportedStageError, match="(?i)static"):
-            generate(gqa, batch_of_three(gqa).inputs(), cache_implementation="static")
-        generate(gqa, batch_of_three(gqa).inputs())
-
-
 def test_compiled_model_is_refused():
     with pytest.raises(vtprune.VTPruneError, match="(?i)compile"):
         vtprune.patch(torch.compile(models.build("gqa"), backend="eager"), "uniform", keep_ratio=0.5)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from vtprune.errors import UnsupportedStageError, VTPruneError
 from vtprune.stages.cache import CacheLayout, Owner, check_cache, pruned_layers, wrap_cache
@@ -67,8 +68,11 @@ def test_a_cache_outlives_its_session_only_to_refuse():
     assert torch.equal(cache.layers[0].keys, before)
 
 
-def test_foreign_and_static_caches_are_refused():
+def test_foreign_and_unknown_caches_are_refused():
     with pytest.raises(VTPruneError, match="another vtprune session"):
         check_cache(pruned(), Owner())
-    with pytest.raises(UnsupportedStageError, match="Static"):
-        check_cache(StaticCache(config=CONFIG, max_cache_len=8), Owner())
+    static = DynamicCache(config=CONFIG)
+    static.layers[1] = StaticLayer(max_cache_len=8)
+    with pytest.raises(UnsupportedStageError, match="StaticLayer"):
+        check_cache(static, Owner())
+    check_cache(StaticCache(config=CONFIG, max_cache_len=8), Owner())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vtprune import session_life
-from vtprune.transformers_private import DynamicCache, cache_of, with_cache
+from vtprune.transformers_private import StaticCache, cache_of, with_cache
 
 
 def takes_cache_under_another_name(model: nn.Module) -> None:
@@ -77,16 +77,15 @@ def adds_a_little(model: nn.Module) -> None:
     model.lm_head.register_forward_hook(lambda m, args, out: out * (1 + 1e-6) if session_life.ACTIVE else None)
 
 
-def swaps_static_caches(model: nn.Module) -> None:
-    """Whatever cache comes, the model uses another one."""
+def spoils_static_caches(model: nn.Module) -> None:
+    """What is generated finds the keys in a static cache a little larger, in a session only."""
 
     def hook(module, args, kwargs):
         cache = cache_of(kwargs)
-        if cache is not None and not cache.get_seq_length():
-            return args, with_cache(module, kwargs, DynamicCache(config=module.config.get_text_config()))
-        return None
+        if session_life.ACTIVE and isinstance(cache, StaticCache) and cache.get_seq_length():
+            cache.layers[0].keys.mul_(1.01)
 
-    model.register_forward_pre_hook(hook, with_kwargs=True)
+    model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def scales_what_leaves_the_decoder(model: nn.Module) -> None:

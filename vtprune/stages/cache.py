@@ -25,6 +25,7 @@ from vtprune.transformers_private import (
     Cache,
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
+    StaticCache,
     create_missing_layers,
     has_keys,
     is_paged,
@@ -235,12 +236,12 @@ def check_cache(cache: Cache, owner: Owner) -> None:
             "the default dynamic cache"
         )
     for layer in cache.layers:
-        if isinstance(layer, PrunedLayer) and layer.owner is not owner:
+        if getattr(layer, "owner", owner) is not owner:
             raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")
-        if not is_prunable(layer):
+        if not is_prunable(layer) and not isinstance(cache, StaticCache):
             raise UnsupportedStageError(
-                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer (static caches have a fixed "
-                "length); use the default dynamic cache"
+                f"visual tokens cannot be pruned with a {type(layer).__name__} cache layer; use the default dynamic "
+                "cache"
             )
 
 

@@ -7,7 +7,7 @@ whose columns differ from layer 0's is given its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from vtprune.stages.layer_view import QUERIES_KEYS, CutView, Recorded
 from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import Stored
+from vtprune.stages.static_cache import View, enter_layer
 from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import (
     attention_back_end,
@@ -62,6 +63,8 @@ class _Following:
     """id of a method -> its budgets."""
     stored: dict[int, Stored] = field(default_factory=dict)
     """Decoder layer -> what a cut on its input dropped that may come back."""
+    views: Mapping[int, View] = field(default_factory=dict)
+    """Decoder layer -> what it is handed in a step on a static cache, if not the same as layer 0."""
 
 
 class InLLMStage(ThreadAware[_Following]):
@@ -166,7 +169,7 @@ class InLLMStage(ThreadAware[_Following]):
             now = self.now
             call = now.call
             if call is None:
-                return None
+                return enter_layer(now.views, i, module, args, kwargs) if now.views else None
             hidden = call.add_deepstack(i, hidden_of(args, kwargs))
             if now.selecting and i == 0:
                 view = self._view(0, hidden)

@@ -16,7 +16,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware, Underway
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.guidance import Guidance
-from vtprune.methods.base import AfterPrefill, BeforeLLM, InEncoder, InLLM, Method
+from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
 from vtprune.methods.in_layers import InLayers
 from vtprune.report import Report, Timings
 from vtprune.stages.before_llm import prune_before_llm
@@ -28,22 +28,22 @@ from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.hooks import Uncopied
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
+from vtprune.stages.model_checks import check_length, check_states
 from vtprune.stages.prefill_report import prefill_report, substitutes, text_report
 from vtprune.stages.reading import check_family, check_signals
 from vtprune.stages.replays import Replays
 from vtprune.stages.revival import RevivalStage
 from vtprune.stages.slots import CacheContents
+from vtprune.stages.static_cache import first_fixed
+from vtprune.stages.static_calls import StaticStage
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
-    carried,
-    check_decoder,
     cut_along,
     deepstack_of,
     drop_deepstack,
     is_paged,
     longest_prunable,
-    state_kinds,
     unmasked_steps,
     with_first_features,
 )
@@ -106,7 +106,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         active = [part for part in parts if part.keep_ratio != 1.0]
         self.prunes = bool(active)
         """Whether any method asks for less than everything."""
-        self._check_states(active)
+        check_states(adapter, active)
         self._longest = longest_prunable(adapter.language_model.config, shape.decoder_layers)
         self._before = [part for part in active if isinstance(part, BeforeLLM)]
         in_encoder = [part for part in active if isinstance(part, InEncoder)]
@@ -116,22 +116,13 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         self._in_llm = InLLMStage(adapter, inside, shape, self.choose, self._recorder)
         self._eviction = EvictionStage(active, shape, self._select)
         self._revival = RevivalStage(adapter, active, shape, self._select)
-
-    def _check_states(self, active: list[Method]) -> None:
-        """Raise if tokens are to be dropped where the language model cannot do without them."""
-        decoder, depth = self.adapter.language_model, len(self.adapter.decoder_layers)
-        check_decoder(decoder)
-        states = state_kinds(decoder.config, depth)
-        if states and (inside := [part.name for part in active if isinstance(part, InLLM | AfterPrefill)]):
-            raise UnsupportedStageError(
-                f"{', '.join(inside)}: tokens cannot be dropped inside this language model, which has layers that "
-                f"{carried(states)} ({', '.join(states)}); methods before the LLM work: mmtok, divprune"
-            )
+        self._static = StaticStage(adapter, self._revival.reviving and self._revival.reviving.name)
 
     def install(self) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
         self.owner.active, self.reached = True, False
-        return chain(self._recorder.install(), self._install_here(), self._in_llm.install(), self._revival.install())
+        stages = (self._recorder, self._static, self._in_llm, self._revival)
+        return chain(self._install_here(), *(stage.install() for stage in stages))
 
     def _install_here(self) -> Iterator[RemovableHandle]:
         decoder = self.adapter.language_model
@@ -153,6 +144,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         self._recorder.forget()
         self._in_llm.forget()
         self._revival.forget()
+        self._static.forget()
         super().forget()
 
     def _end_call(self) -> None:
@@ -198,15 +190,22 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         cache = cache_of(kwargs)
         if incoming is not None and self.prunes:
             incoming.check_cache(cache)
-        pruned = pruned_layers(cache)
-        mask = kwargs.get("attention_mask") if incoming is None else incoming.mask
+        mask = self._static.padding(kwargs.get("attention_mask") if incoming is None else incoming.mask)
         has_images = incoming is not None and bool(incoming.kinds)
-        if pruned or (has_images and self.prunes):
+        first = first_fixed(cache)
+        if first is not None and hidden.shape[1] == 1 and not has_images:
+            kwargs = self._static.enter_step(cache, first, kwargs, self.owner)
+            self._in_llm.now.views = first.views
+            return args, kwargs
+        pruned = pruned_layers(cache)
+        if pruned or first is not None or (has_images and self.prunes):
             if cache is not None:
                 check_cache(cache, self.owner)
             if incoming is not None:
                 incoming.check_packed()
-            self._check_length(hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
+            check_length(self._longest, hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
+            self._static.begin(cache, hidden.shape[1])
+            pruned = pruned_layers(cache)
         if not has_images:
             if not pruned:
                 if incoming is not None and self.prunes and hidden.shape[1] > 1:
@@ -216,7 +215,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             if pruned[0].slots is not None:
                 self._revival.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
                 return args, {**kwargs, "attention_mask": None}
-            if self._needs_no_mask(hidden.shape[1], mask, pruned):
+            if not self._static.prunes and self._needs_no_mask(hidden.shape[1], mask, pruned):
                 return args, {**kwargs, "attention_mask": None}
         kwargs = dict(kwargs)
         try:
@@ -232,19 +231,14 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             entering = prune_before_llm(call, whole, self._before, self._recorder, self.guidance.text, self.choose)
             hidden = self._take_deepstack(call, kwargs, hidden, entering)
         self._in_llm.begin(call)
+        if self._static.prunes and not call.wrapped:
+            call.update_cache_layouts(0)
         if not call.pruned and not call.wrapped:
             return (args, kwargs) if call.cache is not cache or call.deepstack or self._in_llm.cuts else None
         cut_along(kwargs, call.sequence.takes_from(call.whole))
         kwargs |= {"inputs_embeds": hidden, "position_ids": call.positions_at(0)}
         kwargs["attention_mask"] = call.model_mask(hidden)
         return args, kwargs
-
-    def _check_length(self, length: int) -> None:
-        if self._longest is not None and length > self._longest:
-            raise UnsupportedStageError(
-                f"{length} tokens are too many to prune: this language model attends in chunks, or scales its queries "
-                f"by the tokens before them, and stays right up to {self._longest} tokens only"
-            )
 
     def _take_deepstack(self, call: Call, kwargs: dict, given: Tensor, entering: Tensor) -> Tensor:
         """The embeddings that the model is called with: those that came in (`given`), or those to go on with
@@ -288,12 +282,15 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         now = self.now
         call = now.call
         if call is None:
+            if self._in_llm.now.views:
+                self._end_call()
             return None
         if call.media is not None and not now.replays.replaying:
             contents = CacheContents()
             self._eviction.after_prefill(call, contents)
             self._revival.after_prefill(call, self._in_llm.now.stored, contents)
             self._finish_prefill(call, contents)
+        self._static.settle(call)
         self._end_call()
         return call.restore(output) if call.pruned else None
 

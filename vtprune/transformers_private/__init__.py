@@ -18,7 +18,13 @@ Names that take seconds to import, because they pull in the compiler, are import
 model has done it already.
 """
 
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+    StaticCache,
+)
 
 from vtprune.transformers_private.arguments import (
     CACHE,
@@ -53,11 +59,13 @@ from vtprune.transformers_private.encoder_attention import (
     query_key_projections,
 )
 from vtprune.transformers_private.layers import (
+    attention_window,
     carried,
     check_decoder,
     check_replay,
     column_counters,
     create_missing_layers,
+    fixed_address,
     has_keys,
     is_checkpointed,
     is_paged,
@@ -68,6 +76,7 @@ from vtprune.transformers_private.layers import (
     layer_type,
     longest_prunable,
     state_kinds,
+    static_columns,
 )
 from vtprune.transformers_private.masks import attention_back_end, encoder_mask, layer_mask, unmasked_steps
 from vtprune.transformers_private.models import (
@@ -90,10 +99,12 @@ __all__ = [
     "EncoderScores",
     "LinearAttentionCacheLayerMixin",
     "Scored",
+    "StaticCache",
     "VERSION",
     "ask_for_all_rows",
     "attention_back_end",
     "attention_input",
+    "attention_window",
     "by_name",
     "cache_of",
     "cached_keys",
@@ -113,6 +124,7 @@ __all__ = [
     "eager_weights",
     "encoder_mask",
     "encoder_scores",
+    "fixed_address",
     "gemma3_blocks",
     "has_keys",
     "is_checkpointed",
@@ -145,6 +157,7 @@ __all__ = [
     "rotation_kind",
     "scored",
     "state_kinds",
+    "static_columns",
     "uninitialised",
     "unmasked_steps",
     "uses_mrope",

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 from vtprune.transformers_private.arguments import cache_parameter
@@ -167,3 +174,19 @@ def create_missing_layers(cache: Cache, count: int) -> None:
 def is_plain_layer(layer: Any) -> bool:
     """Whether a cache layer keeps its keys and values as two tensors, all of them, unquantised."""
     return type(layer) is DynamicLayer
+
+
+def static_columns(layer: Any) -> int | None:
+    """How many columns a static cache layer has that holds nothing but keys and values; None for all other layers."""
+    return layer.max_cache_len if type(layer) in (StaticLayer, StaticSlidingWindowLayer) else None
+
+
+def attention_window(config: Any) -> int | None:
+    """How many columns layers with a sliding window, or in chunks, see; None if there are none."""
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+
+
+def fixed_address(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, which graphs made from now on may take to stay where it is: CUDA graphs do not copy it."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
