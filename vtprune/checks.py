@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
 
-_PENDING: ContextVar[list[tuple[Tensor, Callable[[], str]]] | None] = ContextVar("pending conditions", default=None)
+Result = TypeVar("Result")
+
+_PENDING: ContextVar[list[tuple[Tensor, Callable[[], str] | None]] | None] = ContextVar("pending", default=None)
+_CAREFUL: ContextVar[bool] = ContextVar("careful", default=False)
 
 
 def require(holds: Tensor, error: str | Callable[[], str]) -> None:
@@ -28,16 +31,31 @@ def require(holds: Tensor, error: str | Callable[[], str]) -> None:
         raise VTPruneError(message())
 
 
-@contextmanager
-def asked_together() -> Iterator[None]:
-    """What is required in this context is read at its end, with one wait for the device.
+def with_short_cut(quick: Callable[[], tuple[Result, Tensor]], careful: Callable[[], Result]) -> Result:
+    """The result of `quick`, which also says whether it is right, a bool tensor of one element; otherwise of `careful`.
+
+    Within `asked_together` that is asked at its end, and if it is not right, all is done again.
+    """
+    if _CAREFUL.get():
+        return careful()
+    result, right = quick()
+    pending = _PENDING.get()
+    if pending is None:
+        return result if bool(right) else careful()
+    pending.append((right.reshape(()), None))
+    return result
+
+
+def asked_together(work: Callable[[], Result]) -> Result:
+    """The result of `work`. What is required in it is read at its end, with one wait for the device.
 
     The first condition that does not hold is raised. It goes before an exception of another kind that follows from it.
+    If a short cut did not give the right result, `work` is done again without short cuts.
     """
-    pending: list[tuple[Tensor, Callable[[], str]]] = []
+    pending: list[tuple[Tensor, Callable[[], str] | None]] = []
     token = _PENDING.set(pending)
     try:
-        yield
+        result = work()
     except VTPruneError:
         raise
     except Exception:
@@ -45,15 +63,27 @@ def asked_together() -> Iterator[None]:
         raise
     finally:
         _PENDING.reset(token)
-    _ask(pending)
+    if _ask(pending):
+        return result
+    careful = _CAREFUL.set(True)
+    try:
+        return asked_together(work)
+    finally:
+        _CAREFUL.reset(careful)
 
 
-def _ask(pending: list[tuple[Tensor, Callable[[], str]]]) -> None:
-    """Read all conditions at once, and raise the first that does not hold."""
+def _ask(pending: list[tuple[Tensor, Callable[[], str] | None]]) -> bool:
+    """Read all conditions at once, and raise the first required one that does not hold; whether short cuts were right.
+
+    What is required is not raised if it may follow from a short cut.
+    """
     if not pending:
-        return
+        return True
     device = pending[-1][0].device
-    held = torch.stack([holds.to(device) for holds, _ in pending]).tolist()
-    for holds, (_, message) in zip(held, pending, strict=True):
-        if not holds:
+    answers = torch.stack([holds.to(device) for holds, _ in pending]).tolist()
+    for holds, (_, message) in zip(answers, pending, strict=True):
+        if not holds and message is None:
+            return False
+        if not holds and message is not None:
             raise VTPruneError(message())
+    return True

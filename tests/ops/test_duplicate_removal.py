@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
+from vtprune.ops import duplicate_removal
 from vtprune.ops.duplicate_removal import important_and_distinct
 
 
@@ -42,7 +43,7 @@ def test_each_group_is_thinned_as_alone(seed, sizes, ratio, step):
     width = int(lengths.max())
     scores, features = draw(len(sizes), width, 8, seed)
     valid = torch.arange(width) < lengths[:, None]
-    keep = important_and_distinct(scores, features, valid, budget, important_ratio=ratio, step=step)
+    keep = important_and_distinct(scores, features, valid, valid.sum(1), budget, important_ratio=ratio, step=step)
     assert torch.equal(keep.sum(1), torch.minimum(budget, lengths))
     for group, (length, k) in enumerate(sizes):
         expected = by_lists(scores[group, :length], features[group, :length], k, ratio, step)
@@ -54,7 +55,9 @@ def test_one_of_each_pair_of_duplicates_goes():
     scores = torch.arange(8.0).flip(0)[None]
     features[0, 1::2] = features[0, 0::2]
     everything = torch.ones(1, 8, dtype=torch.bool)
-    keep = important_and_distinct(scores, features, everything, torch.tensor([4]), important_ratio=0.0)
+    keep = important_and_distinct(
+        scores, features, everything, torch.tensor([8]), torch.tensor([4]), important_ratio=0.0
+    )
     assert keep[0].nonzero()[:, 0].tolist() == [1, 3, 5, 7]
 
 
@@ -63,6 +66,7 @@ def test_of_equal_tokens_the_first_ones_are_important():
         torch.ones(1, 6),
         torch.ones(1, 6, 2),
         torch.ones(1, 6, dtype=torch.bool),
+        torch.tensor([6]),
         torch.tensor([3]),
         important_ratio=1.0,
     )
@@ -73,9 +77,22 @@ def test_what_is_in_padding_does_not_matter_and_nan_elsewhere_is_refused():
     scores, features = draw(2, 12, 4, 1)
     valid = torch.arange(12) < torch.tensor([[12], [9]])
     budget = torch.tensor([5, 4])
-    expected = important_and_distinct(scores, features, valid, budget)
+    expected = important_and_distinct(scores, features, valid, valid.sum(1), budget)
     scores[1, 9:], features[1, 9:] = torch.inf, torch.nan
-    assert torch.equal(important_and_distinct(scores, features, valid, budget), expected)
+    assert torch.equal(important_and_distinct(scores, features, valid, valid.sum(1), budget), expected)
     features[0, 3, 1] = torch.nan
     with pytest.raises(VTPruneError, match="NaN or infinite"):
-        important_and_distinct(scores, features, valid, budget)
+        important_and_distinct(scores, features, valid, valid.sum(1), budget)
+
+
+def test_few_neighbours_are_enough_or_all_are_looked_at(monkeypatch):
+    """Of clusters of tokens that are alike, each knows too few others: this is noticed."""
+    scores, features = draw(2, 60, 8, 3)
+    features[:, 20:] = features[:, :1]
+    valid = torch.arange(60) < torch.tensor([[60], [52]])
+    given = scores, features, valid, valid.sum(1), torch.tensor([11, 9])
+    monkeypatch.setattr(duplicate_removal, "_NEIGHBOURS", 60)
+    expected = important_and_distinct(*given)
+    for count in (1, 3, 8):
+        monkeypatch.setattr(duplicate_removal, "_NEIGHBOURS", count)
+        assert torch.equal(important_and_distinct(*given), expected)

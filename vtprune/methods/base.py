@@ -132,10 +132,13 @@ class _OneStage(Method):
     @torch.no_grad()
     def choose(self, tokens: VisualTokens) -> Selection:
         """What `select` gives. Raises VTPruneError if it does not fit."""
-        with asked_together():
+
+        def checked() -> Selection:
             selection = self.select(tokens)
             _check_selection(self.name, tokens, selection, self._may_keep_more)
-        return selection
+            return selection
+
+        return asked_together(checked)
 
 
 def _check_selection(name: str, tokens: VisualTokens, selection: Selection, may_keep_more: bool) -> None:

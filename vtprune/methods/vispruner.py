@@ -43,7 +43,7 @@ class VisPruner(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         attention, features = tokens[self.attention(tokens.shape)], tokens[EncoderFeatures()]
-        ratio = self.important_ratio
+        host, ratio = tokens.host, self.important_ratio
         return Selection(
-            important_and_distinct(attention, features, tokens.valid, tokens.budget, important_ratio=ratio)
+            important_and_distinct(attention, features, tokens.valid, host.lengths, host.budget, important_ratio=ratio)
         )

@@ -15,7 +15,7 @@ Choices
     selection: the best tokens of each group. All methods that give scores.
     coverage: greedy maximum coverage. MMTok.
     diversity: greedy max-min diversity. DivPrune.
-    token_pairs: cosines of all pairs of tokens. DivPrune, CDPruner.
+    token_pairs: cosines of all pairs of tokens. DivPrune, CDPruner, VisPruner.
     determinantal: greedy choice under a determinantal point process. CDPruner.
     duplicate_removal: the important tokens, and the least duplicated ones of the rest. VisPruner.
     pivot_tokens: the tokens least similar to pivot tokens. DART.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cosines of all pairs of tokens of a group, in blocks or as rows that are looked up (DivPrune, CDPruner)."""
+"""Cosines of all pairs of tokens of a group, in blocks or as rows (DivPrune, CDPruner, VisPruner)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.nn.functional import normalize
 _TABLE_ELEMENTS = 1 << 26
 # Tokens of a block of the table. Above the diagonal a block is computed, below it is copied.
 _BLOCK = 512
+# Cosines in memory at a time where there is no table.
+_BLOCK_ELEMENTS = 1 << 22
 
 
 def directions_of(features: Tensor, valid: Tensor) -> Tensor:
@@ -73,3 +75,26 @@ class Pairs:
             return
         for first in range(0, self._table.shape[1], _BLOCK):
             yield first, self._table[:, first : first + _BLOCK, first:].clone()
+
+
+def nearest_neighbours(directions: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The other valid tokens with the largest cosines; memory is linear in the tokens.
+
+    Args:
+        directions: ``(groups, tokens, dim)``.
+        valid: ``(groups, tokens)`` bool.
+        count: number of neighbours, at most the number of tokens.
+
+    Returns:
+        ``(groups, tokens, count)`` long, and their cosines; -inf where there are fewer others.
+    """
+    groups, tokens, _ = directions.shape
+    rows = max(_BLOCK_ELEMENTS // max(groups * tokens, 1), 1)
+    indices, values = [], []
+    for first in range(0, tokens, rows):
+        cosines = directions[:, first : first + rows] @ directions.mT
+        cosines.masked_fill_(~valid[:, None], -torch.inf).diagonal(first, 1, 2).fill_(-torch.inf)
+        best = cosines.topk(count, dim=2)
+        indices.append(best.indices)
+        values.append(best.values)
+    return torch.cat(indices, dim=1), torch.cat(values, dim=1)
