@@ -21,6 +21,7 @@ from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
 from vtprune.adapters.gemma3 import Gemma3
+from vtprune.adapters.gemma3n import Gemma3n
 from vtprune.adapters.gemma4 import Gemma4
 from vtprune.adapters.gemma4_unified import Gemma4Unified
 from vtprune.adapters.generic import Generic
@@ -144,6 +145,7 @@ for _adapter in (
     Dots3Note,
     HyV4VL,
     Glm5Next,
+    Gemma3n,
 ):
     register_adapter(_adapter)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtprune.adapters.states import LayerStates
 from vtprune.tokens import Grid, Medium, ModelShape
 from vtprune.transformers_private import chosen_feature_layers, key_sources, rotary_embedding, rotation_kind, uses_mrope
 
@@ -19,7 +20,7 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
 
 
-class Adapter(ABC):
+class Adapter(LayerStates, ABC):
     """Facts about one loaded model. One subclass a model family; it holds the model and changes nothing in it.
 
     A *kind* is "image" or "video". transformers encodes all media of a kind of a batch in one call (`encode_call`), of
@@ -122,11 +123,6 @@ class Adapter(ABC):
     def key_sources(self) -> list[int]:
         """Of each decoder layer, the one whose keys and values it reads. Configs are slow to read, and calls many."""
         return key_sources(self.language_model.config, len(self.decoder_layers))
-
-    @property
-    def final_norm(self) -> Any:
-        """What the language model normalises the output of its last layer with."""
-        return self.language_model.norm
 
     @property
     def text_config(self) -> Any:

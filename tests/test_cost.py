@@ -240,6 +240,15 @@ SHARED = dict(moe_intermediate_size=24, num_experts=5, shared_expert_intermediat
         ("AriaTextModel", lambda: hf.AriaTextConfig(**TINY, num_key_value_heads=2, moe_num_experts=5)),
         ("Gemma4TextModel", lambda: hf.Gemma4TextConfig(**GEMMA4 | PER_LAYER, use_double_wide_mlp=True)),
         (
+            "Gemma3nTextModel",
+            lambda: hf.Gemma3nTextConfig(
+                **GEMMA4 | PER_LAYER | dict(intermediate_size=[80, 80, 80, 80, 96, 96]),
+                activation_sparsity_pattern=[0.9] * 2 + [0.0] * 4,
+                altup_num_inputs=3,
+                laurel_rank=7,
+            ),
+        ),
+        (
             "Gemma4TextModel",
             lambda: hf.Gemma4TextConfig(
                 **GEMMA4,

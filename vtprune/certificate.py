@@ -45,6 +45,7 @@ TESTED_TEXT_MODELS = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma3n_text",
         "gemma4_text",
         "gemma4_unified_text",
         "glm",
@@ -168,15 +169,15 @@ def _device(decoder: nn.Module) -> torch.device:
 def _row_error(adapter: Adapter, layer: int, of_input: bool) -> tuple[float, float]:
     module, decoder = adapter.decoder_layers[layer], adapter.language_model
     attention, generator = module.self_attn, torch.Generator().manual_seed(0)
-    states = torch.randn(1, TOKENS, decoder.config.hidden_size, generator=generator)
+    states = torch.randn(1, TOKENS, adapter.states_width, generator=generator)
     states = states.to(_device(decoder), adapter.model.dtype)
     # Positions that start late and leave gaps, as they do in a pruned prompt.
     positions = torch.tensor([[3, 4, 6, 7, 11, 12]], device=states.device)
     positions = positions.expand(adapter.position_axes, 1, -1) if adapter.position_axes > 1 else positions
     places = Places(last_axis(positions), adapter.rope(layer, states, positions))
-    entering = module.input_layernorm(states) if of_input else states
+    entering = adapter.attention_input(module, states) if of_input else states[..., : decoder.config.hidden_size]
     if of_input:
-        given = attention_input(module, states, places.rope, places.ids)
+        given = attention_input(module, adapter.layer_input(states), places.rope, places.ids)
         if not torch.allclose(given.float(), entering.float(), atol=1e-2, rtol=1e-2):
             return float("inf"), 0.0
     rows = torch.arange(TOKENS, device=states.device)[None]

@@ -307,7 +307,8 @@ def test_hidden_states_stand_at_the_columns_of_the_prompt(name, method):
     inputs = families.batch(name, model).singles[0]
     length = inputs["input_ids"].shape[1]
     seen: list[Tensor] = []
-    layers = vtprune.adapter_for(model).decoder_layers
+    adapter = vtprune.adapter_for(model)
+    layers = adapter.decoder_layers
     hooks = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
     with vtprune.prune(model, method, keep_ratio=0.5) as session:
         output = model(**inputs, output_hidden_states=True)
@@ -317,10 +318,11 @@ def test_hidden_states_stand_at_the_columns_of_the_prompt(name, method):
     text = [column for column in range(length) if column not in visual]
     for number, state in enumerate(output.hidden_states):
         alive = sorted([*text, *session.report.kept(0, max(number - 1, 0)).tolist()])
+        state = adapter.token_states(state)
         assert state.shape[1] == length
         before = torch.searchsorted(torch.tensor(alive), torch.arange(length), right=True) - 1
         if 0 < number < len(layers):
-            own = seen[number - 1][0] if isinstance(seen[number - 1], tuple) else seen[number - 1]
+            own = adapter.token_states(seen[number - 1][0] if isinstance(seen[number - 1], tuple) else seen[number - 1])
             assert own.shape[1] == len(alive)
             reached = before >= 0
             assert torch.equal(state[0, reached], own[0, before[reached]])

@@ -171,7 +171,7 @@ def test_a_signal_inside_the_llm(name):
         seen["growth"] = seen.get("growth", 0) + after.norm(dim=-1) - before.norm(dim=-1)
 
     def enter(module, args, kwargs):
-        seen["first"] = args[0] if args else kwargs["hidden_states"]
+        seen["first"] = adapter.token_states(args[0] if args else kwargs["hidden_states"])
 
     adapter = vtprune.adapter_for(model)
     layers = adapter.decoder_layers

@@ -170,7 +170,8 @@ def of_decoder(decoder):
     return adapter(
         decoder_layers=decoder.layers,
         language_model=decoder,
-        final_norm=decoder.norm,
+        normed=decoder.norm,
+        attention_input=lambda layer, states: layer.input_layernorm(states),
         rope=lambda layer, hidden, positions: decoder.rotary_emb(hidden, positions),
     )
 

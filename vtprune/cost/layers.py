@@ -113,10 +113,14 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
 
 
 def _other_weights(config: Any, layer: int) -> int:
-    """`others` of a layer: embeddings that Gemma 4 adds, streams and embeddings of runs of tokens of Qwen4, streams of
-    Hunyuan 4 and GLM-5 Next."""
+    """`others` of a layer: embeddings that Gemma 3n and Gemma 4 add, streams and the residual of low rank of Gemma 3n,
+    streams and embeddings of runs of tokens of Qwen4, streams of Hunyuan 4 and GLM-5 Next."""
     d = config.hidden_size
     total = 2 * d * (getattr(config, "hidden_size_per_layer_input", 0) or 0)  # in and out
+    if streams := getattr(config, "altup_num_inputs", 0):
+        total += 2 * d * config.laurel_rank
+        # Chosen before and after the layer: weights of the streams, and what they make of them.
+        total += 2 * d * streams + streams**3 + streams**2 + d * streams**2
     if hasattr(config, "hc_lowrank"):
         streams = config.hc_count * d
         total += 2 * (2 * streams * config.hc_lowrank + streams * config.hc_count)  # before attention, before the MLP

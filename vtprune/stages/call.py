@@ -252,7 +252,7 @@ class Call:
         if output.get("hidden_states") is not None:
             # The first is what enters layer 0, each further one what a layer gives; None for one not asked for.
             output.hidden_states = tuple(
-                None if state is None else self.sequence_at(max(index - 1, 0)).restore(state, self.length)
+                None if state is None else self._restored_states(self.sequence_at(max(index - 1, 0)), state)
                 for index, state in enumerate(output.hidden_states)
             )
         return output
@@ -260,6 +260,10 @@ class Call:
     def _restored(self, hidden: Tensor) -> Tensor:
         """What leaves the last layer, at the call's length; if the last tokens alone left it, they are the call's."""
         return hidden if self.is_tail(hidden) else self.sequence.restore(hidden, self.length)
+
+    def _restored_states(self, sequence: SequenceLayout, hidden: Tensor) -> Tensor:
+        """What enters or leaves a layer, at the call's length."""
+        return self.adapter.layer_input(sequence.restore(self.adapter.token_states(hidden), self.length))
 
     def is_tail(self, hidden: Tensor) -> bool:
         """Whether hidden states (batch, n, dim) are those of the sequence's last tokens alone."""

@@ -118,6 +118,11 @@ class InLLMStage(ThreadAware[_Following]):
                 f"{reviving} brings tokens back into the KV cache, and layers of this model read keys of earlier ones; "
                 "methods that bring nothing back work: fastv, transprune"
             )
+        if reviving and getattr(self.adapter.text_config, "hidden_size_per_layer_input", 0):
+            raise UnsupportedStageError(
+                f"{reviving} brings tokens back into the KV cache, and this model adds embeddings of each token in its "
+                "layers, which those that come back would lack; methods that bring nothing back work: fastv, transprune"
+            )
         if late:
             name, cut = next(iter(late.items()))
             raise UnsupportedStageError(
@@ -170,7 +175,7 @@ class InLLMStage(ThreadAware[_Following]):
             call = now.call
             if call is None:
                 return enter_layer(now.views, i, module, args, kwargs) if now.views else None
-            hidden = call.add_deepstack(i, hidden_of(args, kwargs))
+            hidden = call.add_deepstack(i, self.adapter.token_states(hidden_of(args, kwargs)))
             if now.selecting and i == 0:
                 view = self._view(0, hidden)
                 for signal in self.signals:
@@ -202,7 +207,7 @@ class InLLMStage(ThreadAware[_Following]):
                     self._check_packing(places)
                 if differs:
                     kwargs["position_ids"] = places
-            return with_hidden(args, kwargs, hidden)
+            return with_hidden(args, kwargs, self.adapter.layer_input(hidden))
 
         return hook
 

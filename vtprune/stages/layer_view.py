@@ -90,7 +90,7 @@ class CutView:
         return self._there(self.call.length - behind)
 
     def normed(self) -> Tensor:
-        return self.adapter.final_norm(self.hidden).to(self.hidden.device)
+        return self.adapter.normed(self.hidden).to(self.hidden.device)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class CutView:
     def _ahead(self) -> LayerAttention:
         """The attention of the layer that runs next."""
         layer = self.adapter.decoder_layers[self.layer]
-        inner = layer.input_layernorm(self.hidden)
+        inner = self.adapter.attention_input(layer, self.hidden)
         return LayerAttention(
             self._context(self.layer, self.call.places_at(self.layer, self.hidden)),
             lambda rows: project_queries(layer.self_attn, inner if rows is None else take_columns(inner, rows)),

@@ -27,6 +27,55 @@ def entering_scale(decoder, vision: Vision) -> float:
     return 1 if 0 in vision.deepstack else getattr(decoder, "embedding_multiplier", 1)
 
 
+def embed(model, ids: Tensor) -> Tensor:
+    """(tokens, dim): embeddings of ids (tokens,)."""
+    embedded = model.get_input_embeddings()(ids)
+    for name in ("embed_vision", "embed_audio"):
+        table = getattr(model.base_model, name, None)
+        if hasattr(table, "vocab_offset"):  # Gemma 3n has tables of its own for these ids
+            own = (ids >= table.vocab_offset) & (ids < table.vocab_offset + table.vocab_size)
+            embedded[own] = table(input_ids=ids[own])
+    return embedded
+
+
+def open_streams(decoder, hidden: Tensor) -> Tensor:
+    """What each token has in the layers of a decoder, from what enters the first one as (tokens, dim): the same, or
+    (tokens, streams * dim) in Qwen4, or (tokens, streams, dim) in Hunyuan 4, GLM-5 Next and Gemma 3n."""
+    if hasattr(decoder, "hc_head"):
+        return hidden[:, None].repeat(1, decoder.config.hc_mult, 1)
+    if hasattr(decoder, "altup_projections"):  # Gemma 3n
+        return _as_large(hidden, [hidden, *(projection(hidden) for projection in decoder.altup_projections)])
+    return hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # Qwen4
+
+
+def _as_large(first: Tensor, streams: list[Tensor]) -> Tensor:
+    """(tokens, streams, dim): streams (tokens, dim) with the root mean square of another one."""
+    return torch.stack([stream * (_size(first) / _size(stream)) for stream in streams], 1)
+
+
+def _size(hidden: Tensor) -> Tensor:
+    return hidden.norm(dim=-1, keepdim=True)
+
+
+def run_layer(decoder, index: int, hidden: Tensor, **arguments) -> Any:
+    """What a decoder layer makes of `open_streams` of one sample."""
+    if not hasattr(decoder, "altup_projections"):
+        return decoder.layers[index](hidden[None], **arguments)
+    return decoder.layers[index](hidden.movedim(1, 0)[:, None], **arguments).movedim(0, 2)
+
+
+def close_streams(decoder, hidden: Tensor) -> Tensor:
+    """(tokens, dim): what the output of the last layer becomes before the head."""
+    if hasattr(decoder, "hc_head"):
+        hidden = decoder.hc_head(hidden[None])[0]
+    if hasattr(decoder, "altup_unembed_projections"):
+        first, *others = hidden.unbind(1)
+        pairs = zip(decoder.altup_unembed_projections, others, strict=True)
+        hidden = _as_large(first, [first, *(projection(other) for projection, other in pairs)]).mean(1)
+    names = ("norm", "embedding_norm", "norm_f", "final_layernorm", "hyper_connection_mixer")
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))(hidden)
+
+
 def rotary(decoder, layer: int, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
     """The rotation that the decoder hands a layer, as an argument; None of it for a layer without rotation, and no
     argument where the layer takes none."""

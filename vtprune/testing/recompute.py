@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtprune.adapters import adapter_for
-from vtprune.testing.around_layers import enter, entering_scale, layer_kind, rotary, to_logits
+from vtprune.testing.around_layers import (
+    close_streams,
+    embed,
+    enter,
+    entering_scale,
+    layer_kind,
+    open_streams,
+    rotary,
+    run_layer,
+    to_logits,
+)
 from vtprune.testing.written import written
 from vtprune.transformers_private import attention_back_end
 
@@ -90,7 +100,7 @@ def recompute(
     device = inputs["input_ids"].device
     generated, kept = generated.to(device), [columns.to(device) for columns in kept]
     ids = torch.cat([inputs["input_ids"][0], generated])
-    hidden = model.get_input_embeddings()(ids)
+    hidden = embed(model, ids)
     if "input_features" in inputs:
         audio = {key: inputs[key] for key in ("input_features", "feature_attention_mask")}
         heard = model.get_audio_features(**audio, return_dict=True).last_hidden_state
@@ -113,7 +123,8 @@ def recompute(
         if not entering.all():
             original = (entering.cumsum(0) - 1).expand(*original.shape)
     handed = _handed_on(decoder)
-    for index, (layer, alive) in enumerate(zip(decoder.layers, kept, strict=True)):
+    assert len(kept) == len(decoder.layers), "this is not one number a layer"
+    for index, alive in enumerate(kept):
         assert torch.isin(alive, vision.columns).all(), "these are not visual columns"
         wanted = torch.cat([text, alive])
         rows = torch.isin(columns, wanted)
@@ -123,12 +134,10 @@ def recompute(
             if layer_index == index:
                 there = torch.isin(where.to(device), columns)
                 scaled = values.to(hidden)[there] * (entering_scale(decoder, vision) if index == 0 else 1)
-                hidden[torch.searchsorted(columns, where.to(device)[there])] = scaled
+                hidden[torch.searchsorted(columns, where.to(device)[there])] = scaled.view(-1, *hidden.shape[1:])
         if index == 0:
             embedded = _by_layer(decoder, ids, vision.columns, columns, hidden)
-            hidden = hidden.repeat(1, getattr(decoder.config, "hc_count", 1))  # streams of Qwen4
-            if hasattr(decoder, "hc_head"):  # streams of Hunyuan 4 and GLM-5 Next
-                hidden = hidden[:, None].repeat(1, decoder.config.hc_mult, 1)
+            hidden = open_streams(decoder, hidden)
         kind = layer_kind(decoder.config, index)
         ranks = torch.arange(len(columns), device=device)
         renumbered = positions == "compact" and len(columns) < len(ids)
@@ -145,8 +154,10 @@ def recompute(
             handed["per_layer_input"] = embedded[columns, index][None]
         if "ple_input_ids" in handed:
             handed["ple_input_ids"] = ids[columns][None]
-        output = layer(
-            hidden[None],
+        output = run_layer(
+            decoder,
+            index,
+            hidden,
             attention_mask=mask,
             **rotary(decoder, index, hidden[None], place),
             # FlashAttention takes gaps for the borders of packed sequences.
@@ -162,18 +173,10 @@ def recompute(
             added[vision.columns] = features if merges is None else vision.mean(features, alive, merges.sources[index])
             hidden = hidden + added[columns]
 
-    last = to_logits(model, _final_norm(decoder, hidden))
+    last = to_logits(model, close_streams(decoder, hidden))
     logits = last.new_full((len(ids), last.shape[-1]), float("nan"))
     logits[columns] = last
     return logits
-
-
-def _final_norm(decoder, hidden: Tensor) -> Tensor:
-    """What the output of the last layer, (tokens, dim) or (tokens, streams, dim), becomes before the head."""
-    if hasattr(decoder, "hc_head"):
-        hidden = decoder.hc_head(hidden[None])[0]
-    names = ("norm", "embedding_norm", "norm_f", "final_layernorm", "hyper_connection_mixer")
-    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))(hidden)
 
 
 def _handed_on(decoder) -> dict[str, Any]:

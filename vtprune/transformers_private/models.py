@@ -25,6 +25,23 @@ def gemma3_blocks(token_types: Tensor) -> Tensor:
     return get_block_sequence_ids_for_mask(token_types)
 
 
+def gemma3n_attention_input(layer: Any, hidden: Tensor) -> Tensor:
+    """(batch, n, dim): what a decoder layer of Gemma 3n hands its attention module for streams (streams, batch, n, dim)
+    of hidden states: the active one, as the layer predicts it."""
+    return layer.input_layernorm(layer.altup.predict(hidden)[layer.config.altup_active_idx])
+
+
+def gemma3n_output(decoder: Any, hidden: Tensor) -> Tensor:
+    """(batch, n, dim): what Gemma 3n makes of its streams (streams, batch, n, dim) before its last normalisation: their
+    mean, all but the first one projected, and made as large as the first one."""
+    first, *others = hidden.unbind(0)
+    size, total = first.square().mean(-1, keepdim=True).sqrt(), first
+    for projection, stream in zip(decoder.altup_unembed_projections, others, strict=True):
+        projected = projection(stream)
+        total = total + projected * size / projected.square().mean(-1, keepdim=True).clamp(min=1e-5).sqrt()
+    return total / len(hidden)
+
+
 def llava_next_crops(size: Sequence[int], pinpoints: Any, tile: int) -> int:
     """How many crops LLaVA-NeXT makes of an image of a (height, width), the overview included."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches

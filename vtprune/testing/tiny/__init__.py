@@ -9,6 +9,7 @@ from vtprune.testing.tiny import (
     cosmos3,
     fuyu,
     gemma,
+    gemma3n,
     gemma4,
     glm_v,
     granite,
@@ -74,6 +75,7 @@ _FILES = (
     muse,
     qwen_towers,
     phi4_multimodal,
+    gemma3n,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
