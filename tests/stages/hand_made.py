@@ -45,6 +45,8 @@ def adapter(**facts: Any) -> SimpleNamespace:
         rope_kind=lambda layer: "one",
         has_blocks=lambda layer: True,
         key_sources=list(range(DEPTH)),
+        token_states=lambda hidden: hidden,
+        layer_input=lambda states: states,
     )
     return SimpleNamespace(**stated | facts)
 
