@@ -58,6 +58,7 @@ from vtprune.adapters.qwen_vl import Qwen2_5_VL, Qwen2VL, Qwen3_5, Qwen3VL, Qwen
 from vtprune.adapters.refusals import refusal, remote_code
 from vtprune.adapters.step3p7 import Step3p7
 from vtprune.adapters.timm import TimmViT
+from vtprune.adapters.unlimited_ocr import UnlimitedOcr
 from vtprune.adapters.video_llama3 import VideoLlama3
 from vtprune.adapters.video_llava import VideoLlava
 from vtprune.adapters.vipllava import VipLlava
@@ -146,6 +147,7 @@ for _adapter in (
     HyV4VL,
     Glm5Next,
     Gemma3n,
+    UnlimitedOcr,
 ):
     register_adapter(_adapter)
 

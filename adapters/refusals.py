@@ -110,8 +110,6 @@ OTHER_PURPOSE = Reason(
 
 _NEEDS = {
     "ernie4_5_vl_moe": "token types that choose experts, cut along with the tokens, and a resampler that merges frames",
-    "unlimited_ocr": "a KV cache of its own, which keeps the prompt and a window of what is generated, and counts from "
-    "how long the prompt is",
 }
 """Model type -> what an adapter must handle. Delete the line of a type with the commit that adds its adapter."""
 

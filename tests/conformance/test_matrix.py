@@ -18,7 +18,7 @@ from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
 from vtprune.testing.traces import back_ends, fingerprint
-from vtprune.transformers_private import CACHE, has_keys, key_sources
+from vtprune.transformers_private import CACHE, has_keys, keeps_prompt, key_sources
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
@@ -102,6 +102,9 @@ def check_cache(output, report, batch: families.Batch, samples: range) -> None:
         if not has_keys(layer):
             continue
         longest = max(len(report.cached(i, index)) + n for i, n in enumerate(text))
+        if keeps_prompt(layer):
+            assert layer.prefill_keys.shape[-2] == longest and layer.keys.shape[-2] == NEW - 1
+            continue
         assert layer.keys.shape[-2] == layer.values.shape[-2] == longest + NEW - 1
 
 

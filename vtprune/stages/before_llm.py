@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtprune.methods.base import BeforeLLM
+from vtprune.stages.cache import check_first_turn
 from vtprune.stages.call import Call
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoded import EncodedMedia, check_encoded, per_group
@@ -24,6 +25,7 @@ def prune_before_llm(
 
     text: the question that the session was given.
     """
+    check_first_turn(call.cache, call.past)
     if recorder.merges:
         hidden = _drop_merged(call, hidden, recorder)
     for method in methods:

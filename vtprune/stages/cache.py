@@ -31,6 +31,7 @@ from vtprune.transformers_private import (
     is_paged,
     is_plain_layer,
     is_prunable,
+    keeps_prompt,
 )
 
 
@@ -123,6 +124,7 @@ class PrunedLayer(CacheLayerMixin):
     is_compileable = property(lambda self: self.inner.is_compileable)
     is_croppable = property(lambda self: self.inner.is_croppable)
     is_sliding = property(lambda self: getattr(self.inner, "is_sliding", False))
+    _layer_type = property(lambda self: self.inner._layer_type)
     supports_early_init = property(lambda self: self.inner.supports_early_init)
 
     @property
@@ -136,6 +138,10 @@ class PrunedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         length, offset = self.inner.get_mask_sizes(query_length)
         return length, offset + self.layout.dropped
+
+    def padding_mask(self) -> Tensor | None:
+        """See `CacheLayout.mask`."""
+        return self.layout.mask()
 
     def get_max_length(self) -> int:
         return self.inner.get_max_length()
@@ -211,6 +217,24 @@ class PrunedHybridLayer(PrunedLayer, LinearAttentionCacheLayerMixin):
         self.inner.activate_past_recording()
 
 
+class PrunedPromptLayer(PrunedLayer):
+    """The same for a layer that keeps the whole prompt, and a window of what follows it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if self.inner.prefill_length is not None and not self.inner.prefill_cumulative_length:
+            # `generate()` told it how long the prompt would be.
+            self.inner.prefill_length -= self.layout.dropped
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def padding_mask(self) -> Tensor | None:
+        # The mask factories take the columns behind the prompt for those in front of it once the window has left some.
+        left = self.inner.get_mask_sizes(1)[1]
+        if self.layout.real is None or not left:
+            return super().padding_mask()
+        prompt, answer = self.layout.real.tensor_split([self.inner.prefill_length], 1)
+        return pad(torch.cat([prompt, answer[:, left:]], 1), (self.layout.dropped + left, 0), value=True)
+
+
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     """The wrapped layers of a cache; empty if it was never pruned.
 
@@ -245,6 +269,15 @@ def check_cache(cache: Cache, owner: Owner) -> None:
             )
 
 
+def check_first_turn(cache: Cache | None, past: int) -> None:
+    """Raise UnsupportedStageError unless tokens can go missing behind the `past` columns that a cache holds."""
+    if past and any(keeps_prompt(layer) for layer in cache.layers):
+        raise UnsupportedStageError(
+            "visual tokens cannot be pruned in a later turn on a KV cache that keeps its first prompt, and a window of "
+            "what follows; send the whole conversation with a new cache"
+        )
+
+
 def check_changeable(cache: Cache) -> None:
     """Raise UnsupportedStageError unless columns can leave a pruned cache, and join it, after the prefill."""
     for layer in pruned_layers(cache):
@@ -262,4 +295,5 @@ def wrap_cache(cache: Cache, owner: Owner, num_layers: int) -> None:
     for i, layer in enumerate(cache.layers):
         if has_keys(layer) and not isinstance(layer, PrunedLayer):
             has_state = isinstance(layer, LinearAttentionCacheLayerMixin)
-            cache.layers[i] = (PrunedHybridLayer if has_state else PrunedLayer)(layer, owner)
+            wrapper = PrunedPromptLayer if keeps_prompt(layer) else PrunedHybridLayer if has_state else PrunedLayer
+            cache.layers[i] = wrapper(layer, owner)

@@ -298,7 +298,7 @@ class Call:
         """2D mask of a layer, logical length; None if all its columns are real and a cache knows the lengths."""
         if self.cache is None:
             return send(self.sequence_at(layer).real, self.embeddings.device)
-        return self.cached(layer).layout.mask()
+        return self.cached(layer).padding_mask()
 
     def blocks_at(self, layer: int, sequence: SequenceLayout | None = None) -> Tensor | None:
         """(batch, n) long: the block of each column whose tokens all see one another in a layer, -1 for none; of the

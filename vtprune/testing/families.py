@@ -122,7 +122,8 @@ class Batch:
         """The same on another device, pixels in another dtype."""
 
         def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {key: x.to(device, dtype if x.is_floating_point() else None) for key, x in inputs.items()}
+            tensors = {key: x for key, x in inputs.items() if isinstance(x, Tensor)}  # some processors give lists
+            return inputs | {k: x.to(device, dtype if x.is_floating_point() else None) for k, x in tensors.items()}
 
         return replace(self, inputs=moved(self.inputs), singles=[moved(single) for single in self.singles])
 

@@ -148,6 +148,9 @@ def recompute(
             evicted = torch.isin(columns, alive) & ~torch.isin(columns, cached[index].to(device))
             later = columns >= len(ids) - len(generated)
             mask = mask.masked_fill(later[:, None] & evicted, torch.finfo(hidden.dtype).min)
+        if kind == "reference_sliding_attention":  # a window of the answer alone
+            far = columns[:, None] - columns >= decoder.config.sliding_window
+            mask = mask.masked_fill(far & (columns >= len(ids) - len(generated)), torch.finfo(hidden.dtype).min)
         if decoder.config.model_type == "glm5_next_text":  # its index is told which columns are padding
             mask = ranks[None] >= 0
         if embedded is not None:

@@ -39,6 +39,9 @@ _STATE_KINDS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"
 _INDEXED = "indexed_attention"
 """Kind of decoder layers that attend to the keys of some columns only, which they look up in an index."""
 
+_WHOLE_PROMPT = "reference_sliding_attention"
+"""Kind of decoder layers that attend to the whole prompt and to a window of what follows it."""
+
 _ALONE_KINDS = frozenset({"mlp", "moe"})
 """Kinds of decoder layers that look at each token alone."""
 
@@ -58,14 +61,15 @@ def layer_config(config: Any, layer: int) -> Any:
 
 def state_kinds(config: Any, layers: int) -> list[str]:
     """Kinds of decoder layers inside which no token can go, sorted: those that carry a state from token to token
-    (convolutions, linear attention, Mamba), and `_INDEXED` ones, which hand numbers of columns on to later layers.
+    (convolutions, linear attention, Mamba), `_INDEXED` ones, which hand numbers of columns on to later layers, and
+    `_WHOLE_PROMPT` ones, whose cache holds prompt and answer apart.
 
     Raises UnsupportedModelError if a layer is of a kind that is not known.
     """
     kinds = {layer_type(config, layer) for layer in range(layers)} - ATTENTION_KINDS
     if kinds & _STATE_KINDS:  # without these, nobody has tried what is in such models
         kinds -= _ALONE_KINDS
-    if strange := sorted(kinds - _STATE_KINDS - {_INDEXED}):
+    if strange := sorted(kinds - _STATE_KINDS - {_INDEXED, _WHOLE_PROMPT}):
         raise UnsupportedModelError(
             f"the language model {config.model_type!r} has layers of a kind that is not known: {', '.join(strange)}; "
             f"{releases()}"
@@ -75,7 +79,8 @@ def state_kinds(config: Any, layers: int) -> list[str]:
 
 def carried(kinds: list[str]) -> str:
     """What layers of some `state_kinds` do, in words."""
-    return "look their keys up by column number" if kinds == [_INDEXED] else "carry a state from token to token"
+    known = {_INDEXED: "look their keys up by column number", _WHOLE_PROMPT: "keep prompt and answer apart"}
+    return known.get(kinds[0] if len(kinds) == 1 else "", "carry a state from token to token")
 
 
 def key_sources(config: Any, layers: int) -> list[int]:
@@ -169,6 +174,11 @@ def create_missing_layers(cache: Cache, count: int) -> None:
         while len(cache.layers) < count:
             cache.layers.append(cache.layer_class_to_replicate())
         cache.layer_class_to_replicate = None
+
+
+def keeps_prompt(layer: Any) -> bool:
+    """Whether a cache layer holds the whole prompt, whose length it may be told ahead, and a window of what follows."""
+    return hasattr(layer, "set_prefill_length")
 
 
 def is_plain_layer(layer: Any) -> bool:

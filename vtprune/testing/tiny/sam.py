@@ -48,6 +48,19 @@ def _collate_views(samples):
     return arguments | ({"pixel_values_local": tiles} if len(tiles) else {})
 
 
+def _lay_mosaic(model, shape, siblings, generator):
+    """A mosaic of tiles, then the whole view, with a newline behind every row, then a separator. shape: columns and
+    rows of tiles, 0 for an image without."""
+    columns, rows = shape
+    tokens = rows * 2 * (columns * 2 + 1) + 4 * 5 + 1
+    return Item([IMAGE] * tokens, noise(generator, columns * rows + 1, 3, _SIDE, _SIDE), (columns * rows, *shape))
+
+
+def _collate_mosaics(samples):
+    arguments, grids = _collate_views(samples), [list(item.shape[1:]) for item in flat(samples)]
+    return arguments | {"num_local_patches": arguments["num_local_patches"].tolist(), "patches_grid": grids}
+
+
 FAMILIES = {
     "got_ocr2": Family(
         "GotOcr2ForConditionalGeneration",
@@ -71,6 +84,20 @@ FAMILIES = {
             image_token_id=IMAGE,
         ),
         {"image": Layout((0, 1, 0, 2), _lay_views, _collate_views)},
+        kindred=True,
+    ),
+    "unlimited_ocr": Family(
+        "UnlimitedOcrForConditionalGeneration",
+        lambda **text: hf.UnlimitedOcrConfig(
+            vision_config=dict(
+                sam_config=SAM | dict(downsample_channels=[24, WIDTH]),
+                encoder_config=VISION | dict(image_size=_SIDE, patch_size=4 * PATCH),
+            ),
+            text_config=TEXT | _EXPERTS | dict(num_key_value_heads=4) | text,
+            image_token_id=IMAGE,
+        ),
+        {"image": Layout(((0, 0), (2, 1), (0, 0), (1, 2)), _lay_mosaic, _collate_mosaics)},
+        carries_state=True,
         kindred=True,
     ),
 }
