@@ -61,7 +61,8 @@ def half(name):
 
 
 def to_half(inputs):
-    return {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    floats = {key: value for key, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return inputs | {key: value.bfloat16() for key, value in floats.items()}
 
 
 @pytest.mark.slow

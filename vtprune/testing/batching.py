@@ -63,6 +63,9 @@ def joined(singles: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, T
     inputs = {}
     for name in names:
         values = [single[name] for single in singles if name in single]
+        if isinstance(values[0], list):  # one entry a medium
+            inputs[name] = [entry for own in values for entry in own]
+            continue
         if all(_is_text(name, single) for single in singles if name in single):
             fill = padding if name == "input_ids" else 0
             inputs[name] = torch.cat([pad(x, (longest - x.shape[1], 0), value=fill) for x in values])
@@ -81,6 +84,8 @@ def split(encoded: Iterable[Encoded], inputs: Mapping[str, Tensor]) -> list[dict
     encoded: see `encode_all`; it says how many images each prompt holds.
     Raises ConfigError if it cannot be told which rows of an argument belong to which sample.
     """
+    lists = {name for name, value in inputs.items() if isinstance(value, list)}
+    inputs = {name: torch.as_tensor(value) for name, value in inputs.items()}
     count, length = inputs["input_ids"].shape
     starts = (length - inputs["attention_mask"].sum(1)).tolist()
     singles: list[dict[str, Tensor]] = [{} for _ in range(count)]
@@ -93,7 +98,7 @@ def split(encoded: Iterable[Encoded], inputs: Mapping[str, Tensor]) -> list[dict
             parts = list(value.split(rows, 0 if _packed_by(name, inputs) is None else -1))
         for single, part in zip(singles, parts, strict=True):
             if part.numel():
-                single[name] = part
+                single[name] = part.tolist() if name in lists else part
     return singles
 
 
