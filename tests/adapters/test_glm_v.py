@@ -137,3 +137,14 @@ def test_the_index_holds_and_counts_the_columns_that_are_left():
         assert kwargs["cache"].layers[index.layer_idx].get_seq_length() == stored
         columns = torch.arange(stored - 2) if step == 0 else torch.tensor([stored - 3 + step])
         assert bool((chosen <= columns[:, None]).all()) and bool((chosen[:, -1] >= 0).any(1).all())
+
+
+@with_pools
+def test_a_static_index_is_refused():
+    model = families.shared("glm5_next")
+    inputs = families.batch("glm5_next", model).singles[0]
+    with (
+        vtprune.prune(model, "divprune", keep_ratio=0.4),
+        pytest.raises(vtprune.UnsupportedStageError, match="StaticIndexedLayer.*default dynamic cache"),
+    ):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")

@@ -36,7 +36,7 @@ def test_our_adapters_pass(name):
             check_adapter(model, batch.inputs)
         return
     # Nobody can tell from the inputs of a batch which tiles, all in a row, are whose.
-    alone = name in ("deepseek_ocr2", "perception_lm", "step3p7")
+    alone = name in ("deepseek_ocr2", "unlimited_ocr", "perception_lm", "step3p7")
     results = check_adapter(model, batch.singles if alone else batch.inputs)
     adapter = adapter_for(model)
     refuses = adapter.carries_state or adapter.layers_unread or adapter.features_unread
