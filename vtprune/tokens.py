@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.devices import read, send
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -188,11 +190,19 @@ class Selection:
     sources: Tensor | None = None
     """(groups, tokens) long for merging methods: index in the group of the kept token that each token went into, -1 for
     dropped ones. None: kept tokens stand for themselves alone."""
+    copies: list[Tensor] | None = field(default=None, repr=False, compare=False)
+    """`keep`, and `sources` if there are any, on the CPU; None if they were not read yet."""
+
+    def on_host(self) -> Selection:
+        """`keep` and `sources` alone, on the CPU."""
+        values = (self.keep,) if self.sources is None else (self.keep, self.sources)
+        keep, *sources = read(*values) if self.copies is None else self.copies
+        return Selection(keep, None, *sources)
 
     @staticmethod
     def of_indices(tokens: VisualTokens, indices: list[Tensor]) -> Selection:
         """Selection from one LongTensor of kept indices a group."""
         keep = torch.zeros_like(tokens.valid)
         for group, kept in enumerate(indices):
-            keep[group, kept.to(keep.device)] = True
+            keep[group, send(kept, keep.device)] = True
         return Selection(keep)

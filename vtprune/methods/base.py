@@ -16,7 +16,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
-from vtprune.checks import asked_together, require
+from vtprune.checks import Condition, asked_together, read_with_conditions, require, require_all
 from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
@@ -130,13 +130,18 @@ class _OneStage(Method):
         return Selection(top_k_mask(scores, tokens.valid, tokens.budget))
 
     @torch.no_grad()
-    def choose(self, tokens: VisualTokens) -> Selection:
-        """What `select` gives. Raises VTPruneError if it does not fit."""
+    def choose(self, tokens: VisualTokens, conditions: Iterable[Condition] = ()) -> Selection:
+        """What `select` gives, with copies on the CPU. Raises VTPruneError if it does not fit.
+
+        conditions: what else is asked, with the same wait for an accelerator.
+        """
 
         def checked() -> Selection:
+            require_all(conditions)
             selection = self.select(tokens)
             _check_selection(self.name, tokens, selection, self._may_keep_more)
-            return selection
+            values = (selection.keep,) if selection.sources is None else (selection.keep, selection.sources)
+            return dataclasses.replace(selection, copies=read_with_conditions(*values))
 
         return asked_together(checked)
 

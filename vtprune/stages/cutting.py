@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.devices import read, send
+from vtprune.devices import send
 from vtprune.stages.call import Call
 from vtprune.stages.layout import Groups, SequenceLayout, take_columns
 from vtprune.tokens import Selection
@@ -30,7 +30,7 @@ def cut_sequence(
     Returns the shorter input and the indices (batch, m) of its columns; None if everything survives.
     """
     sequence = call.sequence
-    selected = on_host(selection)
+    selected = selection.on_host()
     kept = selected.keep & groups.valid
     if torch.equal(kept, groups.valid):
         return None
@@ -59,14 +59,6 @@ def cut_sequence(
     call.memo.clear()
     call.update_cache_layouts(layer)
     return hidden, index
-
-
-def on_host(selection: Selection) -> Selection:
-    """What a selection keeps and merges, on the CPU; without features."""
-    if selection.sources is None:
-        return Selection(*read(selection.keep))
-    keep, sources = read(selection.keep, selection.sources)
-    return Selection(keep, None, sources)
 
 
 def idle_separators(call: Call, keep: Tensor, sequence: SequenceLayout | None = None) -> Tensor:

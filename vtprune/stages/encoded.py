@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtprune.checks import require
 from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.signals import EncoderRecord, EncoderSignal
@@ -64,8 +65,10 @@ class EncodedMedia:
 def check_encoded(call: Call) -> None:
     """Raise unless the call's features come from the encoder, pixels and all, as this session saw it run."""
     media = call.media
-    if any(encoding.inputs is None for encoding in media.encodings) or not media.holds(call.embeddings):
-        raise UnsupportedStageError(f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}")
+    error = f"this method reads the vision encoder, but {COMPUTED_ELSEWHERE}"
+    if any(encoding.inputs is None for encoding in media.encodings):
+        raise UnsupportedStageError(error)
+    require(media.holds(call.embeddings), error, UnsupportedStageError)
 
 
 def per_group(values: Tensor, call: Call, groups: Groups) -> Tensor:

@@ -17,7 +17,7 @@ from vtprune.methods.base import AfterPrefill, Method
 from vtprune.signals import CacheSignal
 from vtprune.stages.cache import PrunedLayer, check_changeable
 from vtprune.stages.call import Call
-from vtprune.stages.cutting import idle_separators, on_host
+from vtprune.stages.cutting import idle_separators
 from vtprune.stages.layout import Groups, SequenceLayout, compact_columns, spread_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import CacheContents
@@ -90,7 +90,7 @@ class EvictionStage:
                 budget=torch.full((call.batch,), -1),
                 layer=i,
             )
-            keep = on_host(self.choose(method, tokens)).keep
+            keep = self.choose(method, tokens).on_host().keep
             left = groups.scatter(keep & groups.valid, sequence.visual)
             left &= ~idle_separators(call, left, sequence)
             lost = sequence.visual & ~left

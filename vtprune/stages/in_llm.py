@@ -25,7 +25,7 @@ from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
 from vtprune.stages.cache import as_stored, pruned_layers
 from vtprune.stages.call import Call
-from vtprune.stages.cutting import cut_sequence, on_host
+from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import QUERIES_KEYS, CutView, Recorded
@@ -305,7 +305,7 @@ class InLLMStage(ThreadAware[_Following]):
     def _store(self, i: int, hidden: Tensor, groups: Groups, selection: Selection) -> None:
         now = self.now
         sequence = now.call.sequence
-        dropped = groups.scatter(~on_host(selection).keep, torch.zeros_like(sequence.real))
+        dropped = groups.scatter(~selection.on_host().keep, torch.zeros_like(sequence.real))
         if bool(dropped.any()):
             index, real = compact_columns(dropped)
             columns = (take_columns(sequence.columns, index) + now.call.past).masked_fill(~real, -1)

@@ -114,13 +114,13 @@ class Media:
             copies=copies,
         )
 
-    def holds(self, embeddings: Tensor) -> bool:
-        """Whether embeddings (batch, length, dim) have the encoded features at the visual columns."""
+    def holds(self, embeddings: Tensor) -> Tensor:
+        """() bool: whether embeddings (batch, length, dim) have the encoded features at the visual columns."""
         features = torch.cat([encoding.features.to(embeddings) for encoding in self.encodings])
         rows, columns = self.visual.nonzero(as_tuple=True)
         places = (self.tokens[rows, columns], rows, columns)
         tokens, rows, columns = (send(place, embeddings.device) for place in places)
-        return torch.equal(features[tokens], embeddings[rows, columns])
+        return (features[tokens] == embeddings[rows, columns]).all()
 
 
 class _Tables:

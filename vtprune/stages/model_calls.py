@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware, Underway
+from vtprune.checks import Condition, require_all
+from vtprune.devices import send
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.guidance import Guidance
 from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
@@ -29,7 +31,7 @@ from vtprune.stages.hooks import Uncopied
 from vtprune.stages.in_llm import InLLMStage
 from vtprune.stages.incoming import Behind, Columns, Incoming, check_traced, open_call
 from vtprune.stages.model_checks import check_length, check_states
-from vtprune.stages.prefill_report import prefill_report, substitutes, text_report
+from vtprune.stages.prefill_report import asks_for_everything, prefill_report, substitutes, text_report
 from vtprune.stages.reading import check_family, check_signals
 from vtprune.stages.replays import Replays
 from vtprune.stages.revival import RevivalStage
@@ -65,9 +67,17 @@ class _Following:
     """Of choices since the prefill began; those in the vision encoder are not among them."""
     started: float = 0.0
     """Clock at the beginning of the prefill."""
+    conditions: list[Condition] = field(default_factory=list)
+    """What the next choice asks with its own questions."""
 
     def end_call(self) -> None:
         self.call = self.incoming = None
+        self.conditions = []
+
+    def take_conditions(self) -> list[Condition]:
+        """What was to be asked, for the caller to ask it."""
+        conditions, self.conditions = self.conditions, []
+        return conditions
 
 
 class ModelCalls(Uncopied, ThreadAware[_Following]):
@@ -229,6 +239,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         if has_images:
             self.start_prefill(call, incoming)
             entering = prune_before_llm(call, whole, self._before, self._recorder, self.guidance.text, self.choose)
+            require_all(now.take_conditions())
             hidden = self._take_deepstack(call, kwargs, hidden, entering)
         self._in_llm.begin(call)
         if self._static.prunes and not call.wrapped:
@@ -272,9 +283,10 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         now.selector_seconds, now.selection_flops, now.started = 0.0, 0, self._clock()
         self._eviction.check(now.replays.replaying)
         self._revival.check(call, now.replays.replaying)
-        features = call.embeddings[call.sequence.visual.to(call.embeddings.device)]
-        if self.prunes and not bool(features.isfinite().all()):
-            raise VTPruneError("the image features contain NaN or Inf; nothing was pruned")
+        if self.prunes:
+            visual = send(call.media.visual, call.embeddings.device)
+            finite = (call.embeddings.isfinite().all(-1) | ~visual).all()
+            now.conditions.append(Condition(finite, "the image features contain NaN or Inf; nothing was pruned"))
 
     def _after_decoder(self, module, args, kwargs, output):
         if self._revival.now.step is not None:
@@ -305,7 +317,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
     def _select(self, method: Method, tokens: VisualTokens) -> Selection:
         now, started = self.now, self._clock()
         with counting(now, self._profile):
-            selection = method.choose(tokens)
+            selection = method.choose(tokens, now.take_conditions())
         now.selector_seconds += self._clock() - started
         return selection
 
@@ -331,17 +343,5 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         elif self._profile == "flops":
             flops = now.selection_flops + sum(encoding.selection_flops for encoding in encodings)
         report = prefill_report(call, self._recorder, self.methods, self._notes, timings=timings, selection_flops=flops)
-        wants_less = not all(_asks_for_everything(method, call) for method in self.methods)
+        wants_less = not all(asks_for_everything(method, call) for method in self.methods)
         self.finished(report, contents, wants_less)
-
-
-def _asks_for_everything(method: Method, call: Call) -> bool:
-    """Whether a method is asked to drop nothing of a call, also by a count that no image exceeds."""
-    crops = call.media.crops_per_sample.clamp(min=1)
-    content = (call.media.labels >= 0).sum(1)
-    if isinstance(method, InLayers):  # its schedule may be empty, and visual tokens may be made of several patches
-        merges = [encoding.merge for encoding in call.media.encodings]
-        return not any(merge is not None and bool((merge.copies >= 0).any()) for merge in merges)
-    return method.keep_ratio == 1.0 or (
-        method.keep_tokens is not None and bool((method.keep_tokens * crops >= content).all())
-    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtprune.adapters.base import Adapter
 from vtprune.methods.base import Method
+from vtprune.methods.in_layers import InLayers
 from vtprune.report import LayerRange, Report, Timings
 from vtprune.signals import EncoderSignal
 from vtprune.stages.call import Call
@@ -75,6 +76,18 @@ def prefill_report(
         notes=notes,
         timings=timings,
         selection_flops=selection_flops,
+    )
+
+
+def asks_for_everything(method: Method, call: Call) -> bool:
+    """Whether a method is asked to drop nothing of a call, also by a count that no image exceeds."""
+    crops = call.media.crops_per_sample.clamp(min=1)
+    content = (call.media.labels >= 0).sum(1)
+    if isinstance(method, InLayers):  # its schedule may be empty, and visual tokens may be made of several patches
+        merges = [encoding.merge for encoding in call.media.encodings]
+        return not any(merge is not None and bool((merge.copies >= 0).any()) for merge in merges)
+    return method.keep_ratio == 1.0 or (
+        method.keep_tokens is not None and bool((method.keep_tokens * crops >= content).all())
     )
 
 

@@ -53,7 +53,7 @@ class _ObservedCalls(ModelCalls):
             layer, groups = 0, call.crop_groups() if method.scope == "crop" else call.image_groups()
         else:
             layer, groups = tokens.layer, call.sample_groups()
-        keep = selection.keep.to(groups.valid.device) & groups.valid
+        keep = selection.on_host().keep & groups.valid
         if selection.features is not None and not bool(keep.equal(groups.valid)):
             for group, row in enumerate(groups.rows.tolist()):
                 columns = call.sequence.columns[row, groups.columns[group, keep[group]]]
