@@ -165,6 +165,21 @@ SHAPES: dict[str, Shape] = {
         pixels=(5, 3, 448, 448),
         packed=True,
     ),
+    # no published model: for trying out a command
+    "small": Shape(
+        {
+            "model_type": "llava",
+            "vision_config": CLIP_L_336
+            | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+            | {"image_size": 84},
+            "text_config": _VICUNA_7B
+            | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
+            | {"num_attention_heads": 4},
+            **_CUT_CLS,
+        },
+        visual_tokens=36,
+        pixels=(3, 84, 84),
+    ),
 }
 """Name -> shape. Sizes from the models' published configurations; the image is one that fills its grid."""
 
