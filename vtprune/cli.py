@@ -151,8 +151,13 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a model, instead of a shape.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention back end: sdpa, eager, flash_attention_2.")] = None,
     linear: Annotated[
         str | None, typer.Option(help="onednn or torch computes linear layers; default onednn for float32 on a CPU.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="KV cache: dynamic, the default, or static.")] = None,
+    compile_steps: Annotated[
+        bool | None, typer.Option("--compile", help="Compile decoding steps; needs --cache static.")
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
     keep_ratio: Annotated[
@@ -164,12 +169,9 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Folder for bench.jsonl and bench.md.")] = None,
 ) -> None:
     """Measure time and memory of encoder, selection, prefill and decoding, beside what the FLOPs promise."""
-    from rich.markdown import Markdown
-    from rich.measure import Measurement
-
     from vtprune.eval.bench.config import load_config
     from vtprune.eval.bench.run import run
-    from vtprune.eval.bench.table import NOTES, terminal_tables
+    from vtprune.eval.bench.table import show
 
     def split(option: str | None) -> list[str] | None:
         return None if option is None else option.split(",")
@@ -181,7 +183,10 @@ def bench(
         model=model,
         dtype=dtype,
         device=device,
+        attention=attention,
         linear=linear,
+        cache=cache,
+        compile=compile_steps,
         methods=split(methods),
         keep_ratios=keep_ratio or None,
         batch_sizes=split(batch_sizes),
@@ -191,11 +196,7 @@ def bench(
     )
     lines = run(settings, Console(stderr=True))
     console = Console()
-    for table in terminal_tables(lines):
-        # In 80 columns, which pipes and files have, numbers would be cut off.
-        natural = Measurement.get(console, console.options.update(width=1000), table).maximum
-        Console(width=max(console.width, natural)).print(table)
-    console.print(Markdown(NOTES))
+    show(lines, console)
     if settings.output is not None:
         console.print(f"bench.jsonl and bench.md are in {settings.output}", highlight=False)
 

@@ -76,7 +76,12 @@ class BenchConfig(ConfigModel):
     """attention back end, the same for every row"""
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     linear: Literal["onednn", "torch"] | None = None
-    """the library for the linear layers of all rows: oneDNN, or torch's choice; default oneDNN for float32 on a CPU"""
+    """the library for the linear layers of all rows: oneDNN, or torch's choice; default oneDNN for float32 on a CPU,
+    unless steps are compiled"""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """KV cache of all rows; `static` as of `generate(cache_implementation="static")`, for the longest of the answers"""
+    compile: bool = False
+    """whether decoding steps are compiled, in all rows; needs a static cache"""
     text_tokens: int = Field(default=128, ge=2)
     """text tokens of a shape's prompt, half of them before the image"""
     batch_sizes: tuple[Count, ...] | None = Field(default=None, min_length=1)
@@ -113,6 +118,14 @@ class BenchConfig(ConfigModel):
         return shape
 
     @model_validator(mode="after")
+    def _compiled_with_fixed_lengths(self) -> BenchConfig:
+        if self.compile and self.cache != "static":
+            raise ValueError("'compile' needs cache 'static': lengths that grow would be compiled again and again")
+        if self.compile and self.linear == "onednn":
+            raise ValueError("'compile' needs linear 'torch': the compiler does not see into layers of oneDNN")
+        return self
+
+    @model_validator(mode="after")
     def _linear_where_it_is(self) -> BenchConfig:
         if self.linear == "onednn" and not self._takes_onednn:
             raise ValueError("linear 'onednn' is for float32 on a CPU, with a torch that was built with oneDNN")
@@ -134,7 +147,7 @@ class BenchConfig(ConfigModel):
     @property
     def computes_linear(self) -> Literal["onednn", "torch"]:
         """`linear` with the default filled in."""
-        return self.linear or ("onednn" if self._takes_onednn else "torch")
+        return self.linear or ("onednn" if self._takes_onednn and not self.compile else "torch")
 
     @property
     def batches(self) -> tuple[int, ...]:

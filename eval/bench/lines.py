@@ -80,6 +80,7 @@ def numbers(holding: Holding, passes: list[Pass], full: list[Pass], inputs: Inpu
             **{name: spread.to_dict() for name, spread in speedups.items()},
             "answer": {str(n): spread.to_dict() for n, spread in answers.items()},
         },
+        "graphs": max(p.graphs for p in passes),
         "realised": speedups["prefill"].median / ideal,
         "realised_first_token": ideal_first_token and speedups["first_token"].median / ideal_first_token,
     }

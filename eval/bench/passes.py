@@ -13,12 +13,25 @@ import torch
 from torch import Tensor
 
 from vtprune.eval.bench.config import BenchConfig
-from vtprune.eval.bench.path import cache_bytes, decode, encode, grow, prefill, prefill_text
+from vtprune.eval.bench.path import (
+    cache_bytes,
+    compiled_decode,
+    decode,
+    encode,
+    graphs_compiled,
+    grow,
+    prefill,
+    prefill_text,
+    static_cache,
+)
 from vtprune.eval.bench.rows import Row
 from vtprune.eval.bench.stopwatch import peak_bytes, timed
 from vtprune.report import Report
 
 Inputs = Mapping[str, Tensor]
+
+WARM_UP = 3
+"""Compiled steps that are not timed: the first is compiled, on a GPU the second and third are recorded."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class Pass:
     """language model to the first token, selection included"""
     steps: Mapping[int, tuple[float, ...]]
     """number of answered tokens -> seconds of the decoding steps that were timed there"""
+    graphs: int = 0
+    """into which the steps were compiled; 0: they were not"""
 
     @property
     def first_token(self) -> float:
@@ -55,6 +70,14 @@ def interpolated(points: Sequence[tuple[int, float]], at: int) -> float:
     return points[-1][1]
 
 
+def empty_cache(model: Any, inputs: Inputs, config: BenchConfig) -> Any:
+    """A static cache for the longest answer; None for a cache that grows."""
+    if config.cache == "dynamic":
+        return None
+    steps = WARM_UP + config.steps * len(config.output_tokens)
+    return static_cache(model, inputs["input_ids"].shape[1] + max(config.output_tokens) + steps)
+
+
 @torch.inference_mode()
 def one_pass(model: Any, inputs: Inputs, row: Row, config: BenchConfig) -> Pass:
     """Encode, prefill, and a few decoding steps at each length."""
@@ -63,10 +86,16 @@ def one_pass(model: Any, inputs: Inputs, row: Row, config: BenchConfig) -> Pass:
     alone = _clock_waits(device)
     selector = selection_alone(model, inputs, row) if alone else 0.0
     with row.session(model, profile=not alone) as session:
+        cache = empty_cache(model, inputs, config)
         encoder, encoded = timed(lambda: encode(model, inputs), device)
-        seconds, (ids, cache) = timed(lambda: prefill(model, inputs, encoded), device)
+        seconds, (ids, cache) = timed(lambda: prefill(model, inputs, encoded, cache), device)
         if session is not None and not alone:
             selector = session.report.timings.selector
+        step = decode
+        if config.compile:
+            step = compiled_decode(model, device)
+            for _ in range(WARM_UP):
+                ids = step(model, ids, cache)
         steps: dict[int, tuple[float, ...]] = {}
         answered = 1
         for length in config.output_tokens:
@@ -75,11 +104,11 @@ def one_pass(model: Any, inputs: Inputs, row: Row, config: BenchConfig) -> Pass:
                 answered = length
             timings = []
             for _ in range(config.steps):
-                spent, ids = timed(lambda ids=ids: decode(model, ids, cache), device)
+                spent, ids = timed(lambda ids=ids: step(model, ids, cache), device)
                 timings.append(spent)
             answered += config.steps
             steps[length] = tuple(timings)
-    return Pass(encoder, selector, seconds, steps)
+    return Pass(encoder, selector, seconds, steps, graphs_compiled() if config.compile else 0)
 
 
 def _clock_waits(device: torch.device) -> bool:
@@ -124,14 +153,14 @@ class Holding:
 
 
 @torch.inference_mode()
-def hold(model: Any, inputs: Inputs, row: Row) -> Holding:
+def hold(model: Any, inputs: Inputs, row: Row, config: BenchConfig) -> Holding:
     """Counts in a pass that is not timed. The pass also warms the machine up."""
     found: dict[str, Any] = {}
     with row.session(model, profile="flops") as session:
 
         def work() -> None:
             encoded = encode(model, inputs)
-            ids, cache = prefill(model, inputs, encoded)
+            ids, cache = prefill(model, inputs, encoded, empty_cache(model, inputs, config))
             found.update(kv_bytes=cache_bytes(cache))
             decode(model, ids, cache)
 

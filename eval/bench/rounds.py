@@ -44,7 +44,7 @@ def measure_rows(
         if row.status == OK:
             progress(f"batch {batch}, warm-up: {row.label}")
             try:
-                holdings[index] = hold(model, inputs, row)
+                holdings[index] = hold(model, inputs, row, config)
             except UnsupportedStageError as error:
                 row.refused(error)
     prompt_width = inputs["input_ids"].shape[1]

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from textwrap import fill
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from vtprune.eval.bench.stopwatch import Spread
@@ -27,7 +30,8 @@ of its own; gains are taken round by round against the full model, which runs wi
 between decoder layers included) and *LLM* (the rest). *32 tokens* is the time until the last of 32 tokens, computed
 as the time to the first token and 31 decoding steps; steps are timed when the answer has the lengths of the *tokens/s*
 columns (keys and values of the tokens in front are filled in, not generated), and interpolated between these.
-*tokens/s* counts the tokens of all prompts of a batch.
+*tokens/s* counts the tokens of all prompts of a batch. A static cache has the length of the longest answer from the
+start, so that a step takes as long at any length. *graphs*: how many the compiler made of a step.
 
 *ideal* is the gain that FLOPs promise: those of the full model over those of the pruned one, convention `exact` of
 `vtprune.cost` (two FLOPs per multiply-add, attention over the full square), LM head for one position; for the first
@@ -119,12 +123,14 @@ HELD: tuple[Column, ...] = (
 )
 
 
-def _answers(lengths: Sequence[str]) -> Iterator[Column]:
+def _answers(lengths: Sequence[str], compiled: bool) -> Iterator[Column]:
     for n in lengths:
         if n != "1":
             yield f"{n} tokens", lambda line, n=n: seconds(line["seconds"]["answer"][n])
             yield "gain", lambda line, n=n: times(line["speedup"]["answer"][n]["median"])
         yield f"tokens/s at {n}", lambda line, n=n: _per_second(line, n)
+    if compiled:
+        yield "graphs", lambda line: str(line["graphs"])
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,11 @@ def sheets(lines: Sequence[Record]) -> Iterator[Sheet]:
     """For each batch size: first token, answers, prefill, tokens and memory. Then the batch sizes side by side."""
     sizes = list(dict.fromkeys(line["batch_size"] for line in lines))
     lengths = list(lines[0]["seconds"]["per_token"])
+    answers = tuple(_answers(lengths, lines[0]["config"]["compile"]))
     config = lines[0]["config"]
     name = f"{config['shape'] or config['model']}, {lines[0]['decoder_layers']} decoder layers, {config['dtype']}"
+    if config["cache"] == "static":
+        name += ", static cache" + ", compiled steps" * config["compile"]
     for size in sizes:
         of_size = [line for line in lines if line["batch_size"] == size]
         first = of_size[0]
@@ -150,7 +159,10 @@ def sheets(lines: Sequence[Record]) -> Iterator[Sheet]:
         )
         for what, columns in (
             ("Time to the first token", FIRST_TOKEN),
-            ("Whole answers, computed from the first token and decoding steps", tuple(_answers(lengths))),
+            (
+                "Whole answers, computed from the first token and decoding steps",
+                answers,
+            ),
             ("Prefill of the language model", PREFILL),
             ("Visual tokens and memory", HELD),
         ):
@@ -205,6 +217,15 @@ def terminal_tables(lines: Sequence[Record]) -> Iterator[Table]:
             words = (fill(text, 12, break_long_words=False) if text[0].isalpha() else text for text in row)
             table.add_row(*map(escape, words))
         yield table
+
+
+def show(lines: Sequence[Record], console: Console) -> None:
+    """Prints all tables, and how to read them."""
+    for table in terminal_tables(lines):
+        # In 80 columns, which pipes and files have, the numbers of a wider table would be cut off.
+        natural = Measurement.get(console, console.options.update(width=1000), table).maximum
+        Console(width=max(console.width, natural)).print(table)
+    console.print(Markdown(NOTES))
 
 
 def markdown(lines: Sequence[Record]) -> str:

@@ -27,6 +27,8 @@ from vtprune.eval.bench.path import decode, encode, grow, prefill
 from vtprune.eval.bench.rows import Row
 from vtprune.eval.bench.shapes import SHAPES, Shape, build_model, random_inputs
 from vtprune.eval.bench.stopwatch import Spread, paired, peak_bytes, timed
+from vtprune.eval.pages.report import write_report
+from vtprune.eval.results.records import to_line
 from vtprune.transformers_private import CACHE
 
 TEXT = {
@@ -330,6 +332,75 @@ def test_a_pass_times_steps_at_the_lengths_asked_for_and_leaves_no_trace(model, 
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("method", [None, "divprune", "fastv"])
+def test_a_static_cache_answers_as_one_that_grows(model, method):
+    inputs = random_inputs(TINY["tiny"], model, 2, 10)
+    settings = config(cache="static", output_tokens=[1, 8])
+
+    def answer(cache):
+        ids, cache = prefill(model, inputs, encode(model, inputs), cache)
+        taken = [ids]
+        for _ in range(6):
+            taken.append(decode(model, taken[-1], cache))
+        return torch.cat(taken, 1), cache
+
+    row = Row("row", None if method is None else {"name": method}, 0.5)
+    with row.session(model):
+        growing, _ = answer(None)
+    with row.session(model):
+        fixed, cache = answer(passes.empty_cache(model, inputs, settings))
+    assert torch.equal(growing, fixed)
+    # the prompt, the longest answer and what is timed there
+    columns = 46 + 8 + passes.WARM_UP + 2 * settings.steps
+    dropped = [0] * 8 if method is None else [18] * 8 if method == "divprune" else [0, *[21] * 7]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [columns - gone for gone in dropped]
+    before = [layer.keys for layer in cache.layers]
+    grow(model, fixed[:, -1:], cache, 7)
+    assert all(layer.keys is keys for layer, keys in zip(cache.layers, before, strict=True))
+
+
+def test_compiled_steps_are_timed_behind_those_that_are_compiled(model, monkeypatch):
+    """With a compiler that compiles nothing: which steps are timed. That steps can be compiled, the conformance tests
+    say."""
+    log = []
+
+    def counted_timed(work, device):
+        log.append("timed")
+        return timed(work, device)
+
+    def step(model, ids, cache):
+        log.append("step")
+        return path.decode(model, ids, cache)
+
+    monkeypatch.setattr(passes, "timed", counted_timed)
+    monkeypatch.setattr(passes, "compiled_decode", lambda model, device: step)
+    monkeypatch.setattr(passes, "graphs_compiled", lambda: 3)
+    inputs = random_inputs(TINY["tiny"], model, 1, 10)
+    settings = config(cache="static", compile=True, output_tokens=[1, 4])
+    measured = one_pass(model, inputs, Row("uniform", {"name": "uniform"}, 0.5), settings)
+    assert log == ["timed", "timed", *["step"] * passes.WARM_UP, *["timed", "step"] * 2] and measured.graphs == 3
+    assert settings.computes_linear == "torch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, "divprune"])
+@torch.inference_mode()
+def test_compiled_steps_answer_as_others(model, method):
+    inputs = random_inputs(TINY["tiny"], model, 1, 10)
+    settings = config(cache="static", compile=True, output_tokens=[1, 8])
+    with Row("row", None if method is None else {"name": method}, 0.5).session(model):
+        answers = []
+        for step in (path.compiled_decode(model, torch.device("cpu")), decode):
+            ids, cache = prefill(model, inputs, encode(model, inputs), passes.empty_cache(model, inputs, settings))
+            taken = [ids]
+            for _ in range(6):
+                taken.append(step(model, taken[-1], cache))
+            answers.append(torch.cat(taken, 1))
+        assert path.graphs_compiled() >= 1
+    assert torch.equal(*answers)
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_choices_are_timed_in_a_pass_of_their_own_where_the_clock_waits(model, monkeypatch, waits):
     profiles = []
@@ -417,7 +488,7 @@ def test_choices_while_decoding_are_not_those_of_the_first_token(model):
     row = Row("costly", Costly(keep_ratio=0.5), 0.5)
     with row.session(model, profile="flops") as session, torch.inference_mode():
         prefill(model, inputs, encode(model, inputs))
-    assert passes.hold(model, inputs, row).selection_flops == session.report.selection_flops > 0
+    assert passes.hold(model, inputs, row, config()).selection_flops == session.report.selection_flops > 0
 
 
 def test_every_measurement_is_kept(measured):
@@ -467,7 +538,7 @@ def test_the_tables_show_parts_gains_and_shares():
             "prompt_tokens": 46,
             "visual_tokens": 36.0,
             "decoder_layers": 8,
-            "config": {"shape": "tiny", "model": None, "dtype": "float32"},
+            "config": {"shape": "tiny", "model": None, "dtype": "float32", "cache": "dynamic", "compile": False},
             "final_tokens": 18.0,
             "measured_keep_ratio": 0.5,
             "ideal_prefill_speedup": 2.0,
@@ -523,6 +594,17 @@ def test_the_tables_show_parts_gains_and_shares():
         "10.00x",
     ]
     assert len(gains.body) == 1
+
+
+def test_a_file_of_an_earlier_version_is_refused_by_name(measured, tmp_path):
+    lines, _ = measured
+    earlier = [{key: value for key, value in line.items() if "first_token" not in key} for line in lines]
+    (tmp_path / "bench.jsonl").write_bytes(b"".join(map(to_line, earlier)))
+    with pytest.raises(ConfigError, match=r"bench\.jsonl: not of this version of vtprune; run `vtprune bench` again"):
+        write_report([tmp_path], tmp_path / "report.html")
+    (tmp_path / "bench.jsonl").write_bytes(b"".join(map(to_line, lines)))
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "Gains by batch size" in (tmp_path / "report.html").read_text()
 
 
 def test_rows_take_turns_in_an_order_that_changes(monkeypatch):
@@ -641,6 +723,8 @@ def test_a_file_gives_methods_parameters_and_budgets_and_options_replace_its_fie
         ({"shape": "tiny", "dtype": "int8"}, "--dtype: expected 'float32', 'bfloat16' or 'float16', got 'int8'"),
         ({"shape": "tiny", "device": "tpu"}, "--device: "),
         ({"shape": "tiny", "batch_sizes": ["x"]}, "--batch-sizes: "),
+        ({"shape": "tiny", "compile": True}, "'compile' needs cache 'static'"),
+        ({"shape": "tiny", "cache": "static", "compile": True, "linear": "onednn"}, "'compile' needs linear 'torch'"),
     ],
 )
 def test_a_mistake_is_named(options, message):
