@@ -86,6 +86,13 @@ class HostCopy:
     crops: Tensor | None = None
     """(groups, tokens) long: see `VisualTokens`."""
 
+    def places(self, group: int) -> list[Tensor]:
+        """For each crop of a group that has tokens, in order, their places in the group: (tokens of the crop,) long."""
+        assert self.crops is not None
+        crops = self.crops[group, : int(self.lengths[group])]
+        order = crops.argsort(stable=True)
+        return list(order.split(crops.unique(return_counts=True)[1].tolist()))
+
 
 @dataclass(frozen=True)
 class VisualTokens:
@@ -165,7 +172,8 @@ class Merging:
             features: (m, dim); rows where `keep` is True count.
             sources: (m,) long: index in the part of the kept token that each token went into, -1 for dropped ones.
         """
-        places = torch.arange(places, device=self._keep.device) if isinstance(places, int) else places
+        device = self._keep.device
+        places = torch.arange(places, device=device) if isinstance(places, int) else send(places, device)
         self._keep[group, places], self._features[group, places] = keep, features
         self.send(group, places, torch.where(sources >= 0, places[sources], -1))
 
@@ -202,7 +210,7 @@ class Selection:
     @staticmethod
     def of_indices(tokens: VisualTokens, indices: list[Tensor]) -> Selection:
         """Selection from one LongTensor of kept indices a group."""
-        keep = torch.zeros_like(tokens.valid)
+        keep = torch.zeros(tokens.valid.shape, dtype=torch.bool, device=indices[0].device if indices else None)
         for group, kept in enumerate(indices):
-            keep[group, send(kept, keep.device)] = True
-        return Selection(keep)
+            keep[group, kept] = True
+        return Selection(send(keep, tokens.valid.device))

@@ -41,7 +41,7 @@ class AdaptivePool(BeforeLLM):
     overlap: bool = True
 
     def select(self, tokens: VisualTokens) -> Selection:
-        budget = tokens.budget.tolist()
+        budget = tokens.host.budget.tolist()
         return pool_crops(self.name, tokens, lambda group, sizes: apportion(budget[group], sizes, sizes), self._pool)
 
     def _pool(self, features: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ class Block(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         most = max(map(len, tokens.layouts), default=0)
         draws = seeded_uniform(tokens[SampleKeys()], self.seed, 2 * most).view(-1, most, 2).tolist()
-        kept = []
+        kept, host = [], tokens.host
         for group, length, k in tokens.each():
             grids = tokens.layouts[group] if length else ()
             if None in grids:
@@ -53,10 +53,9 @@ class Block(BeforeLLM):
                     f"{self.name} needs whole images laid out as a grid; put it before other methods"
                 )
             counts = share_out(torch.tensor([len(grid) for grid in grids], dtype=torch.long), k).tolist()
-            crops = tokens.crops[group, :length].cpu()
             parts = [
-                (crops == crop).nonzero()[:, 0][_of_grid(grid, count, *draws[group][crop])]
-                for crop, (grid, count) in enumerate(zip(grids, counts, strict=True))
+                places[_of_grid(grid, count, *draw)]
+                for places, grid, count, draw in zip(host.places(group), grids, counts, draws[group], strict=False)
             ]
             kept.append(torch.cat([torch.empty(0, dtype=torch.long), *parts]))
         return Selection.of_indices(tokens, kept)

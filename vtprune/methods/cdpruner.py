@@ -58,7 +58,7 @@ class CDPruner(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         relevance = scaled_relevance(self._scores(tokens), tokens.valid, together=self.reference_quirks)
-        return Selection(conditional_diversity(tokens.features, relevance, tokens.valid, tokens.budget))
+        return Selection(conditional_diversity(tokens.features, relevance, tokens.valid, tokens.host.budget))
 
     def _scores(self, tokens: VisualTokens) -> Tensor:
         """(groups, tokens), larger is more relevant."""

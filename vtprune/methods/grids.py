@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.ops.pooling import pool_grid
 from vtprune.tokens import Grid, Merging, Selection, VisualTokens
@@ -35,17 +36,17 @@ def pool_crops(
     Raises:
         UnsupportedStageError: tokens of a crop are missing, or it has no grid.
     """
-    merging = Merging(tokens)
+    merging, host = Merging(tokens), tokens.host
     for group, length, _ in tokens.each():
         grids = tokens.layouts[group] if length else ()
         if None in grids:
             raise UnsupportedStageError(f"{name} needs whole images laid out as a grid; put it before other methods")
-        crops = [(tokens.crops[group, :length] == crop).nonzero()[:, 0] for crop in range(len(grids))]
+        crops = host.places(group) if length else []
         step = frames if tokens.kinds[group] == "video" else 1
         starts = range(0, len(crops), step)
         budgets = counts(group, torch.tensor([len(crops[start]) for start in starts], dtype=torch.long)).tolist()
         for start, count in zip(starts, budgets, strict=True):
-            places, grid = torch.stack(crops[start : start + step]), grids[start]
+            places, grid = send(torch.stack(crops[start : start + step]), tokens.features.device), grids[start]
             means = tokens.features[group, places].float().mean(0).to(tokens.features.dtype)
             kept, pooled, into = _behind_prefix(means, grid, count, pooling)
             middle = places[(len(places) - 1) // 2]

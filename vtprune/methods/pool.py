@@ -41,7 +41,7 @@ class Pool(BeforeLLM):
             raise ConfigError(f"pool: frames={self.frames} needs scope='image': a single frame has no neighbours")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        budget = tokens.budget.tolist()
+        budget = tokens.host.budget.tolist()
 
         def counts(group: int, sizes: Tensor) -> Tensor:
             return share_out(sizes, min(budget[group], int(sizes.sum())))

@@ -44,7 +44,7 @@ class ProgressivePooling(BeforeLLM):
     scope: Literal["crop", "image"] = "image"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        budget = tokens.budget.tolist()
+        budget = tokens.host.budget.tolist()
 
         def counts(group: int, sizes: Tensor) -> Tensor:
             if tokens.kinds[group] == "video" and len(sizes):

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.methods.base import BeforeLLM, Scorer
 from vtprune.ops.seeded_random import seeded_uniform
 from vtprune.signals import SampleKeys
@@ -35,4 +36,4 @@ class Random(Scorer, BeforeLLM):
         return (SampleKeys(),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        return seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1]).to(tokens.valid.device)
+        return send(seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1]), tokens.valid.device)

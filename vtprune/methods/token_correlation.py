@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM, require_cls
 from vtprune.ops.redundancy import global_and_local, information_density
@@ -78,7 +79,7 @@ class TokenCorrelation(BeforeLLM):
             local,
             information_density(keys, tokens.valid, similarity=self.similarity, count=self.count),
             tokens.valid,
-            None if bool((tokens.budget < 0).any()) else tokens.budget,
+            None if bool((tokens.host.budget < 0).any()) else tokens.budget,
             whiskers=self.whiskers,
             noise=None if self.seed is None else self._noise(tokens),
         )
@@ -86,5 +87,5 @@ class TokenCorrelation(BeforeLLM):
 
     def _noise(self, tokens: VisualTokens) -> Tensor:
         """(groups, tokens) uniform in (0, 1)."""
-        noise = seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1]).to(tokens.valid.device)
+        noise = send(seeded_uniform(tokens[SampleKeys()], self.seed, tokens.valid.shape[1]), tokens.valid.device)
         return noise.clamp_min(torch.finfo(noise.dtype).tiny)

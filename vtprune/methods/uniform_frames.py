@@ -32,21 +32,20 @@ class UniformFrames(BeforeLLM):
     scope: Literal["crop", "image"] = "image"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        chosen = [_choose(tokens.crops[group, :length], k) for group, length, k in tokens.each()]
-        return Selection.of_indices(tokens, chosen)
+        host = tokens.host
+        return Selection.of_indices(tokens, [_choose(host.places(group), k) for group, _, k in tokens.each()])
 
 
-def _choose(crops: Tensor, k: int) -> Tensor:
-    """Indices of k tokens. crops: (tokens,) long, the crop of each token."""
-    numbers, sizes = crops.unique(return_counts=True)
-    for count in range(1, len(numbers) + 1):
-        frames = even_stride(len(numbers), count).tolist()
-        if int(sizes[frames].sum()) >= k:
+def _choose(frames: list[Tensor], k: int) -> Tensor:
+    """Indices of k tokens. frames: the indices of the tokens of each frame."""
+    chosen: list[Tensor] = []
+    for count in range(1, len(frames) + 1):
+        chosen = [frames[frame] for frame in even_stride(len(frames), count).tolist()]
+        if sum(map(len, chosen)) >= k:
             break
-    chosen, remaining = [], k
-    for frame in frames:
-        places = (crops == numbers[frame]).nonzero()[:, 0]
-        taken = min(remaining, len(places))
-        chosen.append(places[even_stride(len(places), taken).to(places.device)])
-        remaining -= taken
-    return torch.cat(chosen)
+    taken = [torch.empty(0, dtype=torch.long)]
+    for places in chosen:
+        count = min(k, len(places))
+        taken.append(places[even_stride(len(places), count)])
+        k -= count
+    return torch.cat(taken)

@@ -47,8 +47,9 @@ class VisionZip(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         saliency, keys = (tokens[signal] for signal in self.signals(tokens.shape))
-        contextual = (tokens.budget * self.contextual_share).round().long()
-        dominant = top_k_mask(saliency, tokens.valid, tokens.budget - contextual)
+        budget = tokens.host.budget
+        contextual = (budget * self.contextual_share).round().long()
+        dominant = top_k_mask(saliency, tokens.valid, budget - contextual)
         merged = merge_contextual(
             tokens.features, keys, dominant, tokens.valid, contextual, reference_quirks=self.reference_quirks
         )

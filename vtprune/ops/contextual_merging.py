@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtprune.devices import send
 from vtprune.ops.density_peaks import merge_clusters
 
 
@@ -29,8 +30,8 @@ def merge_contextual(
         keys: ``(groups, tokens, key_dim)``.
         salient: ``(groups, tokens)`` bool, tokens that stay as they are.
         valid: ``(groups, tokens)`` bool.
-        counts: ``(groups,)`` long, number of centres of each group, at least 0. A group never has more centres than
-            tokens that are not salient. In a group without centres these tokens are dropped.
+        counts: ``(groups,)`` long, on the CPU, number of centres of each group, at least 0. A group never has more
+            centres than tokens that are not salient. In a group without centres these tokens are dropped.
         reference_quirks: a centre becomes itself plus the mean of the tokens that joined it, which is about twice as
             long.
 
@@ -41,13 +42,13 @@ def merge_contextual(
     """
     rest = valid & ~salient
     others = rest.sum(1)
-    counts = torch.minimum(counts.to(others), others)
+    most = min(int(counts.max()), rest.shape[1]) if len(counts) else 0
+    counts = torch.minimum(send(counts, others.device), others)
     step = (others // counts.clamp_min(1)).clamp_min(1)[:, None]
     rank = rest.cumsum(1) - 1
     centre = rest & (rank % step == 0) & (rank // step < counts[:, None])
     keep = (valid & salient) | centre
     sources = torch.arange(keep.shape[1], device=keep.device).expand_as(keep).masked_fill(~keep, -1)
-    most = int(counts.max()) if len(counts) else 0
     if most == 0:
         return keep, features, sources
 
@@ -63,7 +64,6 @@ def merge_contextual(
     if reference_quirks:
         sizes = torch.zeros_like(places).scatter_add_(1, joined.clamp_min(0), (joined >= 0).long())
         merged = torch.where(sizes[..., None] > 1, 2 * merged, merged)
-    group, row = present.nonzero(as_tuple=True)
-    features = features.clone()
-    features[group, places[group, row]] = merged[group, row]
+    at = places[..., None].expand_as(merged)
+    features = features.scatter(1, at, torch.where(present[..., None], merged, features.gather(1, at)))
     return keep, features, torch.where(joined >= 0, places.gather(1, joined.clamp_min(0)), sources)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
+from vtprune.ops.selection import first_chosen
 
 # The chosen tokens explain a part of each other token's weight. A remaining share below this is rounding error.
 _EXPLAINED = 1e-5
@@ -61,8 +62,9 @@ def conditional_diversity_order(features: Tensor, relevance: Tensor, valid: Tens
     directions = normalize(features.float().masked_fill(~valid.unsqueeze(2), 0.0), dim=2, eps=1e-8)
     relevance = relevance.float().masked_fill(~valid, 0.0)
     kernel = (directions @ directions.transpose(1, 2)) * relevance.unsqueeze(2) * relevance.unsqueeze(1)
-    if not kernel.isfinite().all():
-        raise VTPruneError("features or relevance hold NaN or infinite values: the kernel is not defined on them")
+    require(
+        kernel.isfinite().all(), "features or relevance hold NaN or infinite values: the kernel is not defined on them"
+    )
     groups, width = valid.shape
     rows = torch.arange(groups, device=valid.device)
     weight = kernel.diagonal(dim1=1, dim2=2)
@@ -99,7 +101,7 @@ def conditional_diversity(features: Tensor, relevance: Tensor, valid: Tensor, bu
         features: ``(groups, tokens, dim)``.
         relevance: ``(groups, tokens)``, at least 0.
         valid: ``(groups, tokens)`` bool; a token that is not valid is never kept.
-        budget: ``(groups,)`` long, at least 0; a budget above the number of valid tokens keeps them all.
+        budget: ``(groups,)`` long, on the CPU; at least 0; a budget above the number of valid tokens keeps them all.
 
     Returns:
         ``(groups, tokens)`` bool.
@@ -107,9 +109,5 @@ def conditional_diversity(features: Tensor, relevance: Tensor, valid: Tensor, bu
     Raises:
         VTPruneError: a feature or the relevance of a valid token is NaN or infinite.
     """
-    budget = torch.minimum(budget.to(valid.device), valid.sum(1))
-    steps = int(budget.max()) if len(budget) else 0
-    order = conditional_diversity_order(features, relevance, valid, steps)
-    chosen = torch.arange(steps, device=valid.device) < budget.unsqueeze(1)
-    # A group that has met its budget still gets choices, also of tokens that it has. Adding keeps those marked.
-    return torch.zeros_like(valid, dtype=torch.long).scatter_add(1, order, chosen.long()) > 0
+    steps = min(int(budget.max()), valid.shape[1]) if len(budget) else 0
+    return first_chosen(conditional_diversity_order(features, relevance, valid, steps), valid, budget)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtprune.checks import require, with_short_cut
+from vtprune.devices import send
 from vtprune.ops.token_pairs import directions_of, nearest_neighbours
 
 # Each token is compared with so many of its nearest neighbours. It nearly always finds one at an odd place among them.
@@ -63,7 +64,7 @@ def important_and_distinct(
     # Padding has the lowest scores, so it is at the end of the list.
     order = scores.argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(order.shape[1], device=order.device)
-    first = important.to(order.device).unsqueeze(1)
+    first = send(important, order.device).unsqueeze(1)
     kept = torch.zeros_like(valid).scatter(1, order, ranks < first)
 
     wanted = budget - important
@@ -76,7 +77,7 @@ def important_and_distinct(
         return _thin(directions, listed, rounds, neighbours)
 
     left = with_short_cut(lambda: thin(_NEIGHBOURS), lambda: thin(listed.shape[1])[0])
-    stays = ranks[: left.shape[1]] < rounds[-1].to(ranks.device).unsqueeze(1)
+    stays = ranks[: left.shape[1]] < send(rounds[-1], ranks.device).unsqueeze(1)
     return kept.scatter(1, left, kept.gather(1, left) | stays)
 
 
@@ -108,7 +109,7 @@ def _thin(directions: Tensor, listed: Tensor, rounds: Tensor, neighbours: int) -
     """
     device, dim = directions.device, directions.shape[2]
     right = torch.ones((), dtype=torch.bool, device=device)
-    lengths, counts = rounds.amax(1).tolist(), rounds.to(device).unsqueeze(2)
+    lengths, counts = rounds.amax(1).tolist(), send(rounds, device).unsqueeze(2)
     tokens, slots, found = listed, listed, 0
     for number, length in enumerate(lengths[:-1]):
         count, going = counts[number], counts[number] - counts[number + 1]

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtprune.devices import send
+
 
 def local_outlier_factor(values: Tensor, neighbours: int) -> Tensor:
     """Local outlier factor of each number: the density around its neighbours over its own (LOF, Breunig et al. 2000).
@@ -69,7 +71,7 @@ def above_quartiles(values: Tensor, valid: Tensor | None = None, whiskers: float
     counted = values.float()
     if valid is not None:
         counted = counted.masked_fill(~valid, torch.nan)
-    quartiles = torch.nanquantile(counted, torch.tensor([0.25, 0.75], device=values.device), dim=1, keepdim=True)
+    quartiles = torch.nanquantile(counted, send(torch.tensor([0.25, 0.75]), values.device), dim=1, keepdim=True)
     first, third = quartiles
     # Comparisons with NaN are false, so padding is never marked.
     return counted > third + whiskers * (third - first)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vtprune.devices import send
 from vtprune.errors import BudgetError
 from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
@@ -44,10 +45,11 @@ def pool_grid(features: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, 
     if k == 0:
         return keep, features, sources
     cells, centres = _cells(rows, columns, k)
-    cells, centres = cells.to(features.device), centres.to(features.device)
+    sizes = send(cells.bincount(minlength=k), features.device)
+    cells, centres = send(cells, features.device), send(centres, features.device)
     means = torch.zeros(k, features.shape[1], device=features.device).index_add_(0, cells, features.float())
-    means /= cells.bincount(minlength=k).unsqueeze(1)
-    keep[centres] = True
+    means /= sizes.unsqueeze(1)
+    keep.index_fill_(0, centres, True)
     pooled = features.index_copy(0, centres, means.to(features.dtype))
     return keep, pooled, centres[cells]
 

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from vtprune.devices import send
+
 
 def top_k_mask(scores: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
     """Mark the ``budget[g]`` best valid tokens of every group ``g``.
@@ -18,7 +20,7 @@ def top_k_mask(scores: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     valid_by_rank = valid.gather(1, order)
-    kept_by_rank = valid_by_rank & (valid_by_rank.cumsum(1) <= budget.to(scores.device).unsqueeze(1))
+    kept_by_rank = valid_by_rank & (valid_by_rank.cumsum(1) <= send(budget, scores.device).unsqueeze(1))
     return torch.zeros_like(valid).scatter(1, order, kept_by_rank)
 
 
@@ -33,7 +35,7 @@ def first_chosen(order: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
     Returns:
         ``(groups, tokens)`` bool.
     """
-    count = torch.minimum(budget.to(valid.device), valid.sum(1))
+    count = torch.minimum(send(budget, valid.device), valid.sum(1))
     chosen = torch.arange(order.shape[1], device=valid.device) < count.unsqueeze(1)
     # A group that has met its budget still gets choices, also of tokens that it has. Adding keeps those marked.
     return torch.zeros_like(valid, dtype=torch.long).scatter_add(1, order, chosen.long()) > 0
