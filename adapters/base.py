@@ -171,9 +171,10 @@ class Adapter(LayerStates, ABC):
         has_text_row = positions.ndim == 3 and len(positions) == 4
         return rotary_embedding(self.language_model, layer, hidden, positions[1:] if has_text_row else positions)
 
-    def rope_kind(self, layer: int) -> Hashable:
-        """Decoder layers of one kind are handed the same rotations at the same positions."""
-        return rotation_kind(self.language_model.config, layer)
+    @functools.cached_property
+    def rope_kinds(self) -> Sequence[Hashable]:
+        """Of each decoder layer; those of one kind are handed the same rotations at the same positions."""
+        return [rotation_kind(self.language_model.config, layer) for layer in range(len(self.decoder_layers))]
 
     @property
     def position_axes(self) -> int:

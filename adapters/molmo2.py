@@ -40,12 +40,13 @@ class Molmo2(Adapter):
         types = inputs.get("mm_token_type_ids")
         return None if types is None else torch.where(types == 1, 0, -1)
 
-    def rope_kind(self, layer: int) -> Hashable:
-        return self.language_model.rope_types[layer]
+    @property
+    def rope_kinds(self) -> Sequence[Hashable]:
+        return self.language_model.rope_types
 
     def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         decoder = self.language_model
-        scaled = self.rope_kind(layer) == "scaled"
+        scaled = self.rope_kinds[layer] == "scaled"
         return (decoder.rotary_emb if scaled else decoder.rotary_emb_unscaled)(hidden, positions)
 
     def encoder_layers(self, kind: str = "image") -> Sequence[nn.Module]:

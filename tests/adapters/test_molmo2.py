@@ -84,7 +84,7 @@ def test_facts():
     model = families.shared(NAME)
     adapter = vtprune.adapter_for(model)
     assert adapter.shape == ModelShape(4, 8, 2, has_cls=False) and adapter.feature_layers == [2, 1]
-    assert [adapter.rope_kind(layer) for layer in (0, 2, 3)] == ["scaled", "unscaled", "scaled"]
+    assert [adapter.rope_kinds[layer] for layer in (0, 2, 3)] == ["scaled", "unscaled", "scaled"]
 
 
 def test_markers_are_all_but_words():

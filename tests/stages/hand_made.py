@@ -42,7 +42,7 @@ def adapter(**facts: Any) -> SimpleNamespace:
         window_cuts_blocks=False,
         markers=lambda ids, images: torch.zeros_like(images, dtype=torch.bool) if ids is None else ids == IDS["<"],
         rope=lambda layer, hidden, positions: positions[..., None].float(),
-        rope_kind=lambda layer: "one",
+        rope_kinds=["one"] * DEPTH,
         has_blocks=lambda layer: True,
         key_sources=list(range(DEPTH)),
         token_states=lambda hidden: hidden,
@@ -86,17 +86,16 @@ def media_of(prompts: Sequence[str], *encodings: EncoderCall, tiles_adjoin: bool
     return Media.find([columns_of(prompts, kinds[e.kind]) for e in encodings], encodings, tiles_adjoin)
 
 
-def call_of(*prompts: str, encodings: Sequence[EncoderCall] = (), **fields: Any) -> Call:
-    """A call that carries the prompts; without encodings one that carries text alone.
+def call_of(*prompts: str, encodings: Sequence[EncoderCall], **fields: Any) -> Call:
+    """A call that carries the prompts.
 
     Embeddings (batch, length, 2) are 0 for padding, (0.5, 0.5) for text, and the features of visual tokens.
     """
     real = ~columns_of(prompts, ".")
-    media = media_of(prompts, *encodings) if encodings else None
+    media = media_of(prompts, *encodings)
     embeddings = torch.full((*real.shape, 2), 0.5) * real[..., None]
-    if media is not None:
-        features = torch.cat([e.features for e in encodings])
-        embeddings[media.visual] = features[media.tokens[media.visual]]
+    features = torch.cat([e.features for e in encodings])
+    embeddings[media.visual] = features[media.tokens[media.visual]]
     stated = dict(
         adapter=adapter(),
         owner=Owner(),

@@ -82,7 +82,8 @@ def test_positions_are_shifted_by_what_earlier_turns_lost():
     cut(first, [0], layer=0, compact=True)
     fill(cache, torch.zeros(1, 3, 8))
     assert cache.layers[0].layout.shift.tolist() == [[2]] and cache.get_seq_length() == 5
-    second = call_of("tt", past=5, positions=torch.tensor([[5, 6]]), cache=cache)
+    images, positions = [encoding(row_of(1))], torch.tensor([[5, 6]])
+    second = call_of("ti", encodings=images, past=5, positions=positions, cache=cache)
     assert second.wrapped and second.positions_at(0).tolist() == [[3, 4]]
     assert second.places_at(0, torch.zeros(1, 2, 8)).ids.tolist() == [[3, 4]]
 

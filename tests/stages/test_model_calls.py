@@ -16,8 +16,6 @@ import vtprune
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
 from vtprune.guidance import Guidance
 from vtprune.methods.fastv import FastV
-from vtprune.stages import model_calls
-from vtprune.stages.incoming import open_call
 from vtprune.stages.model_calls import ModelCalls
 from vtprune.testing import families
 from vtprune.transformers_private import CACHE
@@ -36,9 +34,9 @@ def _fast(one_thread):
 
 
 @contextlib.contextmanager
-def following(*methods, guidance=None, profile=False):
+def following(*methods, model=None, guidance=None, profile=False):
     """The model's calls are followed; gives what follows them, and what was reported: see `ModelCalls`."""
-    adapter = vtprune.adapter_for(families.shared("llava"))
+    adapter = vtprune.adapter_for(model or families.shared("llava"))
     reported = []
     guidance = guidance or Guidance(None, None)
     calls = ModelCalls(adapter, methods, guidance, lambda *finished: reported.append(finished), profile=profile)
@@ -172,27 +170,6 @@ def test_the_language_model_gets_the_shorter_prompt():
     (kwargs,) = noted
     assert kwargs["inputs_embeds"].shape[1] == 9 and kwargs["attention_mask"] is None
     assert kwargs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 13, 40, 41, 42]]
-
-
-def step(cache, mask):
-    return {"input_ids": torch.tensor([[7]] * len(mask)), "attention_mask": mask, CACHE: cache}
-
-
-def test_a_generated_token_is_followed_further_only_beside_padding_or_at_other_positions(monkeypatch):
-    opened = []
-    monkeypatch.setattr(model_calls, "open_call", lambda *args: opened.append(args) or open_call(*args))
-    for inputs, positions, masked, calls in (
-        (single(), "original", False, 1),
-        (single(), "compact", False, 2),
-        (batch().inputs, "original", True, 2),
-    ):
-        opened.clear()
-        method = ScriptedBefore(keeps=(HALF[: len(inputs["pixel_values"])],), positions=positions)
-        with following(method), watching() as noted:
-            cache = model()(**inputs, use_cache=True)[CACHE]
-            mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-            model()(**step(cache, mask))
-        assert (noted[-1]["attention_mask"] is not None) == masked and len(opened) == calls
 
 
 def test_a_second_turn_with_layers_of_different_lengths_is_masked_in_each():

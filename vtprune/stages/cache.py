@@ -260,6 +260,10 @@ def check_cache(cache: Cache, owner: Owner) -> None:
             "the default dynamic cache"
         )
     for layer in cache.layers:
+        if isinstance(layer, PrunedLayer):
+            if layer.owner is not owner:
+                raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")
+            continue
         if getattr(layer, "owner", owner) is not owner:
             raise VTPruneError("this KV cache was pruned in another vtprune session; start with a new cache")
         if not is_prunable(layer) and not isinstance(cache, StaticCache):

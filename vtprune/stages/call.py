@@ -25,7 +25,7 @@ from vtprune.transformers_private import Cache, layer_mask, layer_type
 
 @dataclass
 class Call:
-    """State of one forward call that carries visual tokens, or continues a pruned cache."""
+    """State of one forward call that carries visual tokens."""
 
     adapter: Adapter
     owner: Owner
@@ -41,8 +41,7 @@ class Call:
     alone, so that they are those of a prompt without anything behind it."""
     positions: Tensor
     """(..., batch | 1, length): position ids that came in."""
-    media: Media | None
-    """None if the call carries no visual tokens."""
+    media: Media
     ids: Tensor | None
     """(batch, length) input ids, on the CPU; None if the caller gave embeddings."""
     embeddings: Tensor
@@ -75,12 +74,11 @@ class Call:
     eviction."""
 
     def __post_init__(self):
-        visual = self.media.visual if self.media else torch.zeros_like(self.real)
         if self.blocks is not None:
             missing = max(self.past + self.length - self.blocks.shape[1], 0)
             here = slice(self.past, self.past + self.length)
             self.blocks = pad(self.blocks, (0, missing), value=-1)[:, here].to(self.embeddings.device)
-        self.whole = SequenceLayout.whole(self.real, visual, self.positions)
+        self.whole = SequenceLayout.whole(self.real, self.media.visual, self.positions)
         self.sequence_layouts, self.starts = [self.whole], [0]
         self.wrapped = bool(pruned_layers(self.cache))
         depth = len(self.adapter.decoder_layers)
@@ -288,7 +286,7 @@ class Call:
 
     def places_at(self, layer: int, hidden: Tensor) -> Places:
         """The positions of a layer's columns."""
-        key = ("places", self.adapter.rope_kind(layer), self.key(layer))
+        key = ("places", self.adapter.rope_kinds[layer], self.key(layer))
         if key not in self.memo:
             positions = self.positions_at(layer).to(hidden.device)
             self.memo[key] = Places(last_axis(positions), self.adapter.rope(layer, hidden, positions))

@@ -25,6 +25,7 @@ from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
 from vtprune.stages.cache import as_stored, pruned_layers
 from vtprune.stages.call import Call
+from vtprune.stages.continuing import Continuation
 from vtprune.stages.cutting import cut_sequence
 from vtprune.stages.encoder import EncoderRecorder
 from vtprune.stages.hooks import hidden_of, with_hidden
@@ -53,6 +54,8 @@ class _Following:
     """The forward call of the language model that one thread makes, and what was measured in it so far."""
 
     call: Call | None = None
+    continuation: Continuation | None = None
+    """What layers are given in a call of text alone on a pruned cache."""
     selecting: bool = False
     """Whether choices are made in it."""
     entering: Tensor | None = None
@@ -161,20 +164,29 @@ class InLLMStage(ThreadAware[_Following]):
         """Follow a forward call of the language model until `end`."""
         now = self.now
         now.call = call
-        now.selecting = call.media is not None and bool(self.cuts)
+        now.selecting = bool(self.cuts)
         if now.selecting or call.deepstack:
             check_replay(self.adapter.decoder_layers[0])
         if now.selecting:
             now.entering = call.sample_groups().valid.sum(1)
 
+    def go_on(self, continuation: Continuation) -> None:
+        """Follow a call of text alone on a pruned cache until `end`."""
+        self.now.continuation = continuation
+
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def _before_layer(self, i: int):
+        reads_positions = i in self._reading
+
         def hook(module, args, kwargs):
             now = self.now
             call = now.call
             if call is None:
-                return enter_layer(now.views, i, module, args, kwargs) if now.views else None
+                if now.views:
+                    return enter_layer(now.views, i, module, args, kwargs)
+                continuation = now.continuation
+                return continuation and continuation.arguments(i, module, args, kwargs, reads_positions)
             hidden = call.add_deepstack(i, self.adapter.token_states(hidden_of(args, kwargs)))
             if now.selecting and i == 0:
                 view = self._view(0, hidden)
@@ -198,7 +210,7 @@ class InLLMStage(ThreadAware[_Following]):
                 if tail:  # which sees all that the last tokens see
                     rope, mask = tuple(part[:, -1:] for part in rope), None if mask is None else mask[..., -1:, :]
                 kwargs |= {"position_embeddings": rope, "attention_mask": mask}
-            if i not in self._reading:
+            if not reads_positions:
                 # Attention back ends read position ids to detect packed sequences, for which gaps would be mistaken.
                 kwargs["position_ids"] = None
             else:

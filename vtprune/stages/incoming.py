@@ -228,9 +228,9 @@ def open_call(
     hidden: Tensor,
     kwargs: dict,
     mask: Any,
-    incoming: Incoming | None,
+    incoming: Incoming,
 ) -> Call:
-    """The state of a call that carries images (`incoming`), or continues a pruned cache (None).
+    """The state of a call that carries images.
 
     hidden (batch, length, dim), kwargs: embeddings and arguments of the language model, which are given a cache if they
     lack one that is to be used, and lose an empty one that no layer will fill.
@@ -241,14 +241,12 @@ def open_call(
             kwargs.update(with_cache(decoder, kwargs, None))
     elif cache is None and (adapter.text_config.use_cache if use_cache is None else use_cache):
         kwargs.update(with_cache(decoder, kwargs, DynamicCache(config=decoder.config)))
-    columns = Columns.of(hidden, kwargs, mask, has_images=incoming is not None)
+    columns = Columns.of(hidden, kwargs, mask, has_images=True)
     check_arguments(type(decoder).__name__, kwargs, *hidden.shape[:2])
-    media = None if incoming is None else _media_in_prompt(adapter, recorder, incoming, hidden, columns.real)
+    media = _media_in_prompt(adapter, recorder, incoming, hidden, columns.real)
     last_rows = last_rows_only(kwargs)
     # They stay the last ones if they are one token of text in each sample.
-    if last_rows and not (
-        last_rows == 1 and columns.real[:, -1].all() and (media is None or not media.visual[:, -1].any())
-    ):
+    if last_rows and not (last_rows == 1 and columns.real[:, -1].all() and not media.visual[:, -1].any()):
         ask_for_all_rows(kwargs)
         last_rows = 0
     return Call(
@@ -257,15 +255,15 @@ def open_call(
         batch=hidden.shape[0],
         length=hidden.shape[1],
         past=columns.past,
-        prompt=columns.real if incoming is None else incoming.behind.prompt(columns.real),
+        prompt=incoming.behind.prompt(columns.real),
         cache=cache_of(kwargs),
         real=columns.real,
         positions=columns.positions,
         media=media,
-        blocks=None if incoming is None else incoming.blocks,
+        blocks=incoming.blocks,
         masks_by_type=isinstance(kwargs.get("attention_mask"), dict),
         deepstack={},
-        ids=None if incoming is None else incoming.ids,
+        ids=incoming.ids,
         embeddings=hidden,
         past_real=columns.past_real,
         last_rows=last_rows,

@@ -22,9 +22,10 @@ from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
 from vtprune.methods.in_layers import InLayers
 from vtprune.report import Report, Timings
 from vtprune.stages.before_llm import prune_before_llm
-from vtprune.stages.cache import Owner, PrunedLayer, check_cache, pruned_layers
+from vtprune.stages.cache import Owner, check_cache, pruned_layers
 from vtprune.stages.call import Call
 from vtprune.stages.choosing import Profile, counting
+from vtprune.stages.continuing import go_on
 from vtprune.stages.encoder import EncoderRecorder, clock
 from vtprune.stages.eviction import EvictionStage
 from vtprune.stages.hooks import Uncopied
@@ -46,7 +47,6 @@ from vtprune.transformers_private import (
     drop_deepstack,
     is_paged,
     longest_prunable,
-    unmasked_steps,
     with_first_features,
 )
 
@@ -60,7 +60,9 @@ class _Following:
     incoming: Incoming | None = None
     """What the base model was called with, until its language model is called."""
     call: Call | None = None
-    """The call of the language model that runs now."""
+    """The call of the language model that runs now, if it carries images."""
+    followed: bool = False
+    """Whether decoder layers may be given something in the call that runs now."""
     replays: Replays = field(default_factory=Replays)
     selector_seconds: float = 0.0
     selection_flops: int = 0
@@ -69,10 +71,6 @@ class _Following:
     """Clock at the beginning of the prefill."""
     conditions: list[Condition] = field(default_factory=list)
     """What the next choice asks with its own questions."""
-
-    def end_call(self) -> None:
-        self.call = self.incoming = None
-        self.conditions = []
 
     def take_conditions(self) -> list[Condition]:
         """What was to be asked, for the caller to ask it."""
@@ -131,8 +129,9 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
     def install(self) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
         self.owner.active, self.reached = True, False
-        stages = (self._recorder, self._static, self._in_llm, self._revival)
-        return chain(self._install_here(), *(stage.install() for stage in stages))
+        # Hooks on layers cost every generated token some time.
+        inside = (self._static, self._in_llm, self._revival) if self.prunes else ()
+        return chain(self._install_here(), *(stage.install() for stage in (self._recorder, *inside)))
 
     def _install_here(self) -> Iterator[RemovableHandle]:
         decoder = self.adapter.language_model
@@ -158,9 +157,12 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         super().forget()
 
     def _end_call(self) -> None:
-        self.now.end_call()
-        self._in_llm.end()
-        self._revival.end()
+        now = self.now
+        now.incoming = None
+        if now.followed:
+            now.call, now.followed, now.conditions = None, False, []
+            self._in_llm.end()
+            self._revival.end()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -205,7 +207,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         first = first_fixed(cache)
         if first is not None and hidden.shape[1] == 1 and not has_images:
             kwargs = self._static.enter_step(cache, first, kwargs, self.owner)
-            self._in_llm.now.views = first.views
+            self._in_llm.now.views, now.followed = first.views, True
             return args, kwargs
         pruned = pruned_layers(cache)
         if pruned or first is not None or (has_images and self.prunes):
@@ -213,7 +215,8 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
                 check_cache(cache, self.owner)
             if incoming is not None:
                 incoming.check_packed()
-            check_length(self._longest, hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
+            if self._longest is not None:
+                check_length(self._longest, hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
             self._static.begin(cache, hidden.shape[1])
             pruned = pruned_layers(cache)
         if not has_images:
@@ -223,24 +226,27 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
                 self._report_text_only(hidden, mask, cache)
                 return None
             if pruned[0].slots is not None:
+                now.followed = True
                 self._revival.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
                 return args, {**kwargs, "attention_mask": None}
-            if not self._static.prunes and self._needs_no_mask(hidden.shape[1], mask, pruned):
-                return args, {**kwargs, "attention_mask": None}
+            kwargs, continuation = go_on(self.adapter, module.config, cache, pruned, hidden, kwargs, mask)
+            if continuation is not None:
+                now.followed = True
+                self._in_llm.go_on(continuation)
+            return args, kwargs
         kwargs = dict(kwargs)
         try:
-            noted = incoming if has_images else None
             whole = with_first_features(hidden, kwargs)
-            call = now.call = open_call(self.adapter, self.owner, self._recorder, whole, kwargs, mask, noted)
+            now.followed = True
+            call = now.call = open_call(self.adapter, self.owner, self._recorder, whole, kwargs, mask, incoming)
         except UnsupportedStageError:
             if self.prunes or pruned:
                 raise
             return None  # nothing will be pruned, so there is nothing to refuse; only the report goes without
-        if has_images:
-            self.start_prefill(call, incoming)
-            entering = prune_before_llm(call, whole, self._before, self._recorder, self.guidance.text, self.choose)
-            require_all(now.take_conditions())
-            hidden = self._take_deepstack(call, kwargs, hidden, entering)
+        self.start_prefill(call, incoming)
+        entering = prune_before_llm(call, whole, self._before, self._recorder, self.guidance.text, self.choose)
+        require_all(now.take_conditions())
+        hidden = self._take_deepstack(call, kwargs, hidden, entering)
         self._in_llm.begin(call)
         if self._static.prunes and not call.wrapped:
             call.update_cache_layouts(0)
@@ -260,20 +266,6 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         drop_deepstack(kwargs)
         return call.take_deepstack(deepstack, entering)
 
-    def _needs_no_mask(self, length: int, mask: Tensor | None, pruned: list[PrunedLayer]) -> bool:
-        """Whether the next `length` tokens on a pruned cache are right with what the model builds without a mask.
-
-        They are if every column is real, positions run on, and one mask (or none at all) fits every layer.
-        """
-        if any(layer.layout.real is not None or layer.layout.shift is not None for layer in pruned):
-            return False
-        # A window that is full is masked, although nothing in it is.
-        windows = any(layer.is_sliding for layer in pruned)
-        unmasked = length == 1 and not windows and unmasked_steps(self.adapter.text_config)
-        if not unmasked and len({layer.layout.dropped for layer in pruned}) > 1:
-            return False
-        return length == 1 or mask is None or bool(torch.as_tensor(mask)[:, -length:].all())
-
     def start_prefill(self, call: Call, incoming: Incoming) -> None:
         """Check what is about to be pruned, and find out whether its choices were made before."""
         now = self.now
@@ -289,20 +281,20 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             now.conditions.append(Condition(finite, "the image features contain NaN or Inf; nothing was pruned"))
 
     def _after_decoder(self, module, args, kwargs, output):
-        if self._revival.now.step is not None:
-            return self._revival.finish(output)
         now = self.now
+        if now.followed and self._revival.now.step is not None:
+            return self._revival.finish(output)
         call = now.call
         if call is None:
-            if self._in_llm.now.views:
-                self._end_call()
-            return None
-        if call.media is not None and not now.replays.replaying:
+            if self.prunes:
+                self._static.settle(cache_of(kwargs))
+            return self._end_call()
+        if not now.replays.replaying:
             contents = CacheContents()
             self._eviction.after_prefill(call, contents)
             self._revival.after_prefill(call, self._in_llm.now.stored, contents)
             self._finish_prefill(call, contents)
-        self._static.settle(call)
+        self._static.settle(call.cache)
         self._end_call()
         return call.restore(output) if call.pruned else None
 

@@ -102,13 +102,12 @@ class RevivalStage(ThreadAware[_Following]):
         others = [m.name for m in methods if isinstance(m, InLLM | AfterPrefill) and m is not self.reviving]
         if others:
             raise ConfigError(f"{name} cannot be combined with {others[0]}: what that drops inside the LLM is gone")
-        layers = range(self.shape.decoder_layers)
-        if len({self.adapter.rope_kind(layer) for layer in layers}) > 1:
+        if len(set(self.adapter.rope_kinds)) > 1:
             raise UnsupportedStageError(
                 f"{name} brings tokens back into the KV cache, in layers whose rotations differ in this model; methods "
                 "that bring nothing back work: fastv, transprune"
             )
-        if any(layer_type(config, layer) != "full_attention" for layer in layers):
+        if any(layer_type(config, layer) != "full_attention" for layer in range(self.shape.decoder_layers)):
             raise UnsupportedStageError(
                 f"{name} brings tokens back into the KV cache, and decoder layers of this model have a sliding window "
                 "or chunks, which forget by themselves; methods that bring nothing back work: fastv, transprune"

@@ -270,7 +270,7 @@ def enter_step(adapter: Adapter, cache: Cache, first: FixedLayer, kwargs: Mappin
         if not isinstance(layer, FixedLayer) or layer.layout.number == 0:
             continue
         kind, layout = layer_type(config, i), layer.layout
-        mask, rope = ("mask", kind, layout.number), ("rope", adapter.rope_kind(i), layout.number)
+        mask, rope = ("mask", kind, layout.number), ("rope", adapter.rope_kinds[i], layout.number)
         if mask not in made:
             made[mask] = layer_mask(config, kind, hidden, layout.padding, cache, source, None, False)
         if rope not in made:

@@ -13,7 +13,6 @@ from torch import Tensor
 from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware
 from vtprune.stages.cache import Owner, check_cache
-from vtprune.stages.call import Call
 from vtprune.stages.hooks import Wrapped
 from vtprune.stages.static_cache import FixedLayer, check_static, enter_step, grow, settle
 from vtprune.transformers_private import Cache, StaticCache
@@ -91,11 +90,11 @@ class StaticStage(ThreadAware[_Following]):
             check_cache(cache, owner)
         return enter_step(self.adapter, cache, first, kwargs)
 
-    def settle(self, call: Call) -> None:
-        """What the call has put into a static cache stands in it from now on."""
+    def settle(self, cache: Cache | None) -> None:
+        """What a call has put into a static cache stands in it from now on."""
         limit, self.now.limit = self.now.limit, None
         if limit is not None:
-            settle(call.cache, limit)
+            settle(cache, limit)
 
 
 def _all(mask: Any) -> dict[str, int | None]:

@@ -79,7 +79,13 @@ from vtprune.transformers_private.layers import (
     state_kinds,
     static_columns,
 )
-from vtprune.transformers_private.masks import attention_back_end, encoder_mask, layer_mask, unmasked_steps
+from vtprune.transformers_private.masks import (
+    attention_back_end,
+    encoder_mask,
+    layer_mask,
+    step_mask,
+    unmasked_steps,
+)
 from vtprune.transformers_private.models import (
     chosen_feature_layers,
     commit_of,
@@ -91,7 +97,12 @@ from vtprune.transformers_private.models import (
     qwen2_5_vl_window_order,
     uninitialised,
 )
-from vtprune.transformers_private.positions import rotary_embedding, rotation_kind, uses_mrope
+from vtprune.transformers_private.positions import (
+    rotary_embedding,
+    rotates_by_position_alone,
+    rotation_kind,
+    uses_mrope,
+)
 from vtprune.transformers_private.release import VERSION, check_release, is_own, is_tested_release, releases
 
 __all__ = [
@@ -160,10 +171,12 @@ __all__ = [
     "reads_positions",
     "releases",
     "rotary_embedding",
+    "rotates_by_position_alone",
     "rotation_kind",
     "scored",
     "state_kinds",
     "static_columns",
+    "step_mask",
     "uninitialised",
     "unmasked_steps",
     "uses_mrope",

@@ -50,6 +50,14 @@ def layer_mask(
     )
 
 
+def step_mask(config: Any, kind: str, real: Tensor) -> Tensor | None:
+    """`layer_mask` of a single token over the columns `real` (batch, columns) bool of a layer that attends to all of
+    them, where that is as simple as it can be; None elsewhere."""
+    if kind != "full_attention" or attention_back_end(config) != "sdpa":
+        return None
+    return real[:, None, None]
+
+
 def encoder_mask(config: Any, hidden: Tensor, padding: Tensor) -> Any:
     """Attention mask of a vision encoder's layer over `padding` (batch, n) bool."""
     from transformers.masking_utils import create_bidirectional_mask

@@ -41,6 +41,13 @@ def rotation_kind(config: Any, layer: int) -> tuple[str, bool]:
     return kind, by_kind.get(kind, by_kind) is not None and (thetas is None or bool(thetas[layer]))
 
 
+def rotates_by_position_alone(config: Any) -> bool:
+    """Whether a token's rotary embedding depends on its own position alone, and not on how long the sequence is."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type", "default") for part in (given, *given.values()) if isinstance(part, dict)]
+    return not any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 def uses_mrope(config: Any) -> bool:
     """Whether positions of a language model have several axes (M-RoPE)."""
     given = getattr(config, "rope_parameters", None) or {}
