@@ -49,7 +49,7 @@ class KeyNorms(LayerSignal):
 def key_norms(attention: LayerAttention) -> Tensor:
     """(batch, n) float32: L1 norm of the key of every column, over all heads."""
     # Positions must be applied, because a rotation changes the L1 norm.
-    return attention.keys().float().abs().sum((1, 3))
+    return torch.linalg.vector_norm(attention.keys(), ord=1, dim=-1, dtype=torch.float32).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from vtprune.ops.selection import top_k_mask
 
@@ -49,7 +48,14 @@ def unlike_pivots(
     rank = real.cumsum(1) - 1
     shares = (rest // count + (rank < rest % count)) * real
     keep = chosen & valid
-    for pivot, share in zip(pivots.unbind(1), shares.unbind(1), strict=True):
-        cosine = cosine_similarity(points.float(), pivot.float()[:, None], dim=-1, eps=1e-8)
+    points, pivots = points.float(), pivots.float()
+    # One product reads the points once, and not once a pivot; so do their norms.
+    cosines = points @ pivots.mT / (_norms(points) * _norms(pivots).mT)
+    for cosine, share in zip(cosines.unbind(2), shares.unbind(1), strict=True):
         keep = keep | top_k_mask(-cosine, valid & ~keep, share)
     return keep
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """``(..., n, dim)`` -> ``(..., n, 1)``, never zero."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-8)

@@ -87,7 +87,7 @@ class Groups:
         """x (batch, n) or (batch, n, dim) -> (groups, tokens) or (groups, tokens, dim); padding becomes zero."""
         there = self.on(x.device)
         taken = x[there.rows[:, None], there.columns]
-        return taken.masked_fill(~(there.valid if x.ndim == 2 else there.valid[..., None]), 0)
+        return taken.masked_fill_(~(there.valid if x.ndim == 2 else there.valid[..., None]), 0)
 
     def scatter(self, flags: Tensor, into: Tensor) -> Tensor:
         """Copy of `into` (batch, n[, dim]) with `flags` (groups, tokens[, dim]) written at the groups' tokens."""
