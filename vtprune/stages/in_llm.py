@@ -286,6 +286,8 @@ class InLLMStage(ThreadAware[_Following]):
             if reviving:
                 self._store(i, hidden, groups, selection)
             compact = method.positions == "compact"
+            if (method, number) == self.cuts[i][-1]:
+                self._forget(i)  # so that it is not cut along
             cut = cut_sequence(
                 call,
                 hidden,
@@ -299,10 +301,14 @@ class InLLMStage(ThreadAware[_Following]):
             if cut is not None:
                 hidden, index = cut
                 now.recorded.cut(index)
+        self._forget(i)
+        return hidden
+
+    def _forget(self, i: int) -> None:
+        """Release what no cut behind the one on the input of layer i reads."""
         for layer, last in self._last_use.items():
             if last == i:
-                now.recorded.forget(layer)
-        return hidden
+                self.now.recorded.forget(layer)
 
     def _budgets(self, method: InLLM) -> Tensor:
         """(cuts, samples) long: a method's budgets in this call, all its cuts at once."""
