@@ -64,6 +64,9 @@ WAITS = {
 """Method -> waits at most of a prefill of three padded prompts with four images: values that are read, and values that
 are sent without `non_blocking=True`, in the vision encoder, before the LLM, inside it, and for the report."""
 
+STEP_WAITS = {"lazyllm": 27}
+"""Method -> waits at most of a step of decoding; none for all others."""
+
 
 @functools.cache
 def model() -> Any:
@@ -79,3 +82,19 @@ def test_waits_of_a_prefill(name):
             model()(**inputs)
         assert session.report.keep_ratio < 1
     assert waits.total <= WAITS[name], "\n".join(f"{n} {' '.join(site)}" for site, n in sorted(waits.sites.items()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_waits_of_a_decoding_step(name):
+    inputs = put(families.batch("llava", model()).singles[0])
+    with vtprune.prune(model(), METHODS[name]), torch.no_grad(), HostWaits() as waits:
+        output = model()(**inputs, use_cache=True)
+        mask = inputs["attention_mask"]
+        for _ in range(2):
+            mask = torch.cat([mask, mask[:, :1]], 1)
+            token = output.logits[:, -1:].argmax(-1)
+            waits.sites.clear()
+            output = model()(
+                input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
+            )
+    assert waits.total <= STEP_WAITS.get(name, 0), sorted(waits.sites.items())

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.callers import PerThread
+from vtprune.devices import read
 from vtprune.errors import ConfigError, UnsupportedStageError, VTPruneError
 from vtprune.methods.base import InEncoder
 from vtprune.methods.in_layers import InLayers
@@ -27,7 +28,7 @@ from vtprune.ops.attention import attention_received, attention_rows
 from vtprune.signals import EncoderRecord, EncoderSignal
 from vtprune.stages.choosing import Profile
 from vtprune.stages.encode_kinds import EncodeKinds
-from vtprune.stages.encoder_call import EncoderCall, bit_sum
+from vtprune.stages.encoder_call import EncoderCall, bit_sum, with_tables_read
 from vtprune.stages.hooks import Wrapped
 from vtprune.stages.in_encoder import EncoderCut
 from vtprune.stages.in_layers import TowerCut
@@ -160,7 +161,7 @@ class EncoderRecorder:
                     return method(*args, **kwargs)
                 started = clock(self.adapter.model) if self._times else 0.0
                 arguments = signature.bind(*args, **kwargs).arguments
-                seen.open = encoding = EncoderCall(self._kinds.of(kind, arguments), arguments)
+                seen.open = encoding = EncoderCall(self._kinds.of(kind, arguments), with_tables_read(arguments))
                 seen.last.pop(encoding.kind, None)  # a call that fails leaves nothing behind
                 try:
                     encoding.output = method(*args, **kwargs)
@@ -325,7 +326,8 @@ class EncoderRecorder:
         """One number a medium that depends on its pixels alone; zeros if they were not seen."""
         if encoding.inputs is None:
             return [0] * len(encoding.media)
-        return [bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)]
+        sums = read(*(bit_sum(pixels) for pixels in self.adapter.pixels(encoding.kind, encoding.inputs)))
+        return [int(number) % 2**31 for number in sums]
 
 
 def _fitting(adapter: Adapter, name: str, rows: Tensor, encoding: EncoderCall) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.devices import read
 from vtprune.errors import UnsupportedStageError
 from vtprune.stages.in_encoder import EncoderMerge
 from vtprune.tokens import Medium
@@ -93,8 +94,21 @@ class EncoderCall:
         return rows if self.placed is None else rows[self.placed.to(rows.device)]
 
 
-def bit_sum(pixels: Tensor) -> int:
-    """A number that depends on the pixels alone."""
+def with_tables_read(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an encode call; tables of integers or flags, such as sizes, on the CPU, since adapters read them.
+
+    There is one wait for all of them, which is short before the encoder runs.
+    """
+    tables = {
+        name: value
+        for name, value in arguments.items()
+        if torch.is_tensor(value) and value.ndim <= 2 and not value.is_floating_point()
+    }
+    return {**arguments, **dict(zip(tables, read(*tables.values()), strict=True))}
+
+
+def bit_sum(pixels: Tensor) -> Tensor:
+    """() long: a number that depends on the pixels alone."""
     # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
-    return int(pixels.contiguous().view(bits).sum(dtype=torch.int64)) % 2**31
+    return pixels.contiguous().view(bits).sum(dtype=torch.int64)

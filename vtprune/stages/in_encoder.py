@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
+from vtprune.devices import read
 from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import InEncoder
 from vtprune.stages.choosing import Profile, counting
@@ -112,9 +113,9 @@ class EncoderMerge:
     def copied_into(self) -> tuple[Tensor, Tensor]:
         """(visual tokens,) long: the encoder's token that each visual token is a copy of now, -1 where it is made of
         several, -2 where it was dropped; and bool, whether that is the one it always was."""
-        slots = self.slots.cpu()
+        slots, places = read(self.slots, self.places)
         starts = torch.arange(len(slots))[:, None] * slots.shape[1]
-        into = torch.where(slots >= 0, self.places.cpu().gather(1, slots.clamp(min=0)) + starts, -2)
+        into = torch.where(slots >= 0, places.gather(1, slots.clamp(min=0)) + starts, -2)
         into = torch.where(self.copies >= 0, into.flatten()[self.copies.clamp(min=0)], -1)
         return into, into == self.copies
 
