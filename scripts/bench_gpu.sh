@@ -19,12 +19,14 @@ if [ "$DEVICE" = cpu ]; then
     BENCH=(--repeats 1 --methods uniform,fastv)
     STALLS=(--methods divprune,fastv)
     TESTS=(-k "divprune or fastv")
+    COMPILED=() # the compiler takes minutes on a CPU; tests of `vtprune bench` compile steps there
 else
     SHAPES=${SHAPES:-llava-1.5-7b llava-next-7b llava-onevision-7b qwen2.5-vl-7b internvl3-8b}
     DOCTOR=()
     BENCH=(--keep-ratio 0.33 --keep-ratio 0.11)
     STALLS=()
     TESTS=()
+    COMPILED=(--compile)
 fi
 BACK_ENDS=(sdpa)
 if "$PYTHON" -c "import flash_attn" 2> /dev/null; then BACK_ENDS+=(flash_attention_2); fi
@@ -63,6 +65,9 @@ for shape in $SHAPES; do
             --dtype bfloat16 --attention "$back_end" --batch-sizes 1,8 \
             --output "$FOLDER/bench-$shape-$back_end" "${BENCH[@]}"
     done
+    step "bench-$shape-static" "$PYTHON" -m vtprune bench --shape "$shape" --device "$DEVICE" \
+        --dtype bfloat16 --cache static "${COMPILED[@]}" --batch-sizes 1,8 \
+        --output "$FOLDER/bench-$shape-static" "${BENCH[@]}"
 done
 
 tar -czf "$FOLDER.tar.gz" -C "$(dirname "$FOLDER")" "$(basename "$FOLDER")"

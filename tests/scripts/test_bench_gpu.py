@@ -24,6 +24,7 @@ def test_one_command_leaves_one_archive(tmp_path):
     ended = dict(line.split(": ", 1) for line in (back / "summary.txt").read_text().splitlines())
     assert all(how.startswith("ok, ") for how in ended.values())
     steps = ["packages", "doctor-float32", "doctor-bfloat16-sdpa", "tests", "stalls-small", "bench-small-sdpa"]
+    steps.append("bench-small-static")
     assert [step for step in ended if "flash" not in step and step != "machine"] == steps
     assert "Every promise holds." in (back / "doctor-bfloat16-sdpa.txt").read_text()
     assert " passed" in (back / "tests.txt").read_text()
