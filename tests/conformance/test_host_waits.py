@@ -20,7 +20,7 @@ WAITS = {
     "fastervlm": 2,
     "vispruner": 2,
     "transprune": 8,
-    "mmtok": 14,
+    "mmtok": 2,
     "cdpruner": 2,
     "divprune": 2,
     "fastv": 4,

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
+from vtprune.ops import coverage
 from vtprune.ops.coverage import coverage_matrices, coverage_order, max_coverage
 
 
@@ -20,6 +21,12 @@ def draw(n, m=5, d=16, d_v=12, seed=0, clusters=None):
 def stacked(inputs, alpha=0.5):
     by_text, by_visual = coverage_matrices(*inputs)
     return torch.cat((by_text, alpha * by_visual)).double()
+
+
+def stacked_parts(inputs):
+    """The two matrices with their weights, as float32."""
+    by_text, by_visual = coverage_matrices(*inputs)
+    return by_text, 0.5 * by_visual
 
 
 def dense_greedy(matrix, k):
@@ -51,6 +58,31 @@ def test_duplicates_are_taken_lowest_index_first(seed):
     """Tokens in clusters of equal tokens: equal gains at every step, and no gain after one token of each cluster."""
     inputs = draw(90, seed=seed, clusters=11)
     assert coverage_order(*coverage_matrices(*inputs), 30)[0].tolist() == dense_greedy(stacked(inputs), 30)
+
+
+@pytest.mark.parametrize("n, k, few", [(40, 40, 256), (300, 90, 256), (300, 90, 40), (90, 30, 89)])
+@pytest.mark.parametrize("clusters", [None, 11])
+def test_the_search_without_reads_is_right_or_says_that_it_may_not_be(monkeypatch, n, k, few, clusters):
+    """On an accelerator. With few candidates a step, or many that are equal, others may have been better."""
+    monkeypatch.setattr(coverage, "_FEW", few)
+    answers = []
+    for seed in range(6):
+        inputs = draw(n, seed=seed, clusters=clusters)
+        covers = torch.cat([part.T for part in stacked_parts(inputs)], dim=1)
+        (order, gains), right = coverage._greedy_of_few(covers, k)
+        expected, expected_gains = coverage_order(*coverage_matrices(*inputs), k)
+        answers.append(bool(right))
+        if answers[-1]:
+            assert torch.equal(order, expected)
+            torch.testing.assert_close(gains, expected_gains, rtol=1e-5, atol=1e-9)
+    assert all(answers) or few < n
+
+
+@pytest.mark.parametrize("few, right", [(100, True), (1, False)])
+def test_too_few_candidates_are_noticed(monkeypatch, few, right):
+    monkeypatch.setattr(coverage, "_FEW", few)
+    covers = torch.cat([part.T for part in stacked_parts(draw(100, seed=2))], dim=1)
+    assert bool(coverage._greedy_of_few(covers, 60)[1]) == right
 
 
 @pytest.mark.parametrize("seed", range(6))

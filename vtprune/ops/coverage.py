@@ -5,11 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require, with_short_cut
+from vtprune.devices import CPU, send
 
 # Elements of one batch of candidates. Torch splits larger operations over threads, and waking the threads costs more
 # than the work itself; on a busy machine, many times more.
 _BATCH_ELEMENTS = 16_000
+# Without reading values: so many candidates are looked at in each step. It is nearly always enough, as long as all
+# bounds are renewed now and then, most often at the beginning, when gains shrink fastest.
+_FEW = 256
+_RENEWALS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Gains closer than this (relative to the best one) are computed again, in the order of summation of a dense greedy
 # search. It is far above the rounding error (cascaded float32 sums of positive terms), and far below the usual
 # distance of two gains.
@@ -54,10 +59,19 @@ def coverage_order(by_text: Tensor, by_visual: Tensor, k: int, *, alpha: float =
     Returns:
         ``(min(k, n),)`` long indices and float32 marginal gains, both in order of choice.
     """
-    # The search has many small steps. On an accelerator it would only wait for each of them.
-    covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1).cpu()
-    order, gains = _greedy(covers, k)
-    return torch.tensor(order, device=by_text.device, dtype=torch.long), torch.tensor(gains, device=by_text.device)
+    covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1)
+    # The gains of all candidates, which are not negative: their sum is finite if all are.
+    require(covers.sum().isfinite(), "features hold NaN or infinite values: coverage is not defined on them")
+
+    def adaptive() -> tuple[Tensor, Tensor]:
+        order, gains = _greedy(covers.cpu(), k)
+        device = covers.device
+        return send(torch.tensor(order, dtype=torch.long), device), send(torch.tensor(gains), device)
+
+    # The adaptive search reads values at each step: an accelerator would be waited for, the CPU need not be.
+    if covers.device == CPU:
+        return adaptive()
+    return with_short_cut(lambda: _greedy_of_few(covers, min(k, len(covers))), adaptive)
 
 
 @torch.no_grad()
@@ -99,6 +113,43 @@ def max_coverage(
     return order.sort().values
 
 
+def _greedy_of_few(covers: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Greedy maximum coverage that computes the gains of the `_FEW` highest bounds at each step, and reads nothing.
+
+    Args:
+        covers: ``(n, rows)`` as of `_greedy`.
+        k: at most ``n``.
+
+    Returns:
+        ``(k,)`` candidates in order of choice and their gains; and a bool, whether no other candidate can have had the
+        largest gain at any step. If not, the choice may be wrong.
+    """
+    count, device = len(covers), covers.device
+    bounds, covered = covers.sum(dim=1), covers.new_zeros(covers.shape[1])
+    every = torch.arange(count, device=device)
+    right = torch.ones(1, dtype=torch.bool, device=device)
+    order, gains = [torch.empty(0, dtype=torch.long, device=device)], [covers.new_empty(0)]
+    for step in range(k):
+        if step in _RENEWALS:
+            bounds = _gains(covers, covered, every).masked_fill_(bounds.isneginf(), -torch.inf)
+        near, beyond = every, covers.new_full((1,), -torch.inf)
+        if count > _FEW:
+            highest = bounds.topk(_FEW + 1)
+            near, beyond = highest.indices[:_FEW].sort().values, highest.values[_FEW:]
+        # Of a candidate that was chosen, the bound is -inf.
+        gain = torch.where(bounds[near].isneginf(), -torch.inf, _gains_by_column(covers, covered, near))
+        best, place = gain.max(dim=0, keepdim=True)
+        # If no candidate can gain anything, all are equal, and the lowest index is taken.
+        first = bounds.isneginf().byte().argmin(dim=0, keepdim=True)
+        chosen = torch.where(best > 0, near.gather(0, place), first)
+        right &= (beyond < best * (1 - _TIE)) | ((best == 0) & (beyond <= 0))
+        bounds = bounds.index_copy(0, near, gain).index_fill_(0, chosen, -torch.inf)
+        covered = torch.maximum(covered, covers.index_select(0, chosen)[0])
+        order.append(chosen)
+        gains.append(best)
+    return (torch.cat(order), torch.cat(gains)), right
+
+
 def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
     """Lazy greedy maximum coverage: ``min(k, n)`` candidates in order of choice, and their gains.
 
@@ -108,8 +159,6 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
     """
     # The last gain computed for each candidate. It is an upper bound of the present gain.
     bounds = covers.sum(dim=1)
-    if not bounds.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: coverage is not defined on them")
     covered = covers.new_zeros(covers.shape[1])
     order, gains = [], []
     while len(order) < min(k, len(covers)):
@@ -120,7 +169,7 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
             return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
             near.sort()
-            close = _gains_by_column(covers, covered, near)
+            close = _gains_by_column(covers, covered, torch.tensor(near))
             near, gain = [near[close.argmax()]], close.max().item()
         order.append(near[0])
         gains.append(gain)
@@ -156,14 +205,14 @@ def _gains(covers: Tensor, covered: Tensor, index: Tensor) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _gains_by_column(covers: Tensor, covered: Tensor, near: list[int]) -> Tensor:
+def _gains_by_column(covers: Tensor, covered: Tensor, near: Tensor) -> Tensor:
     """The same as `_gains`, summed in the order in which torch sums the columns of a wide matrix.
 
     Candidates that differ by less than float32 rounding then rank as in a dense greedy search on the ``(rows, n)``
     matrix.
     """
-    filled = near + near[:1] * (-len(near) % _COLUMN_BLOCK)
-    columns = covers.index_select(0, torch.tensor(filled)).T.contiguous()
+    filled = torch.cat((near, near[:1].expand(-len(near) % _COLUMN_BLOCK)))
+    columns = covers.index_select(0, filled).T.contiguous()
     return columns.sub_(covered[:, None]).clamp_min_(0).sum(dim=0)[: len(near)]
 
 
