@@ -230,8 +230,8 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
                 self._revival.begin(cache, hidden, Columns.of(hidden, kwargs, mask, has_images=False))
                 return args, {**kwargs, "attention_mask": None}
             kwargs, continuation = go_on(self.adapter, module.config, cache, pruned, hidden, kwargs, mask)
+            now.followed = continuation is not None or self._static.prunes
             if continuation is not None:
-                now.followed = True
                 self._in_llm.go_on(continuation)
             return args, kwargs
         kwargs = dict(kwargs)
@@ -286,7 +286,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             return self._revival.finish(output)
         call = now.call
         if call is None:
-            if self.prunes:
+            if now.followed:
                 self._static.settle(cache_of(kwargs))
             return self._end_call()
         if not now.replays.replaying:
