@@ -43,11 +43,21 @@ class Idefics2(Resampled):
         return self.base.connector
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
-        return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
+        if inputs.get("pixel_attention_mask") is None:
+            return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
+        # Patches that pad a smaller tile are masked, and cost nothing.
+        real, side = self._real(inputs["pixel_values"].flatten(0, 1)), self._patch
+        masks = inputs["pixel_attention_mask"].flatten(0, 1)[real].unfold(1, side, side).unfold(2, side, side)
+        return masks.flatten(3).any(3).flatten(1).sum(1).tolist()
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         tiles = inputs["pixel_values"].flatten(0, 1)
-        return tiles[(tiles != 0).flatten(1).any(1)]
+        return tiles[self._real(tiles)]
+
+    @staticmethod
+    def _real(tiles: Tensor) -> Tensor:
+        """(tiles,) bool: which are no padding. tiles: (tiles, 3, height, width)."""
+        return (tiles != 0).flatten(1).any(1)
 
     def media(self, kind: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[Medium]:
         tokens = self.config.perceiver_config.resampler_n_latents

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import transformers as hf
 
-from vtprune.testing.media import END, IMAGE, MERGE, PATCH, START, VIDEO, VIDEO_END, VIDEO_START
+from vtprune.testing.media import END, IMAGE, MERGE, NEWLINE, PATCH, START, VIDEO, VIDEO_END, VIDEO_START
 
 from .special_tokens import QWEN_TOKENS, tokenizer
 
@@ -21,6 +21,22 @@ _GLM_TOKENS = {
     "video_end_token": ("<|end_of_video|>", VIDEO_END),
 }
 
+_KIMI_TOKENS = {
+    "image_token": ("<|media_pad|>", IMAGE),
+    "video_token": ("<|kimi_k25_video_placeholder|>", VIDEO),
+    "media_begin_token": ("<|media_begin|>", START),
+    "media_end_token": ("<|media_end|>", END),
+}
+_MUSE_TOKENS = {
+    "image_token": ("<|patch|>", IMAGE),
+    "video_token": ("<|video|>", VIDEO),
+    "image_start_token": ("<|image_start|>", START),
+    "image_end_token": ("<|image_end|>", END),
+    "video_start_token": ("<|vid_start|>", VIDEO_START),
+    "video_end_token": ("<|vid_end|>", VIDEO_END),
+    "separator_token": ("<|vid_frame_separator|>", NEWLINE),
+}
+
 
 def _sizes(least: int, most: int) -> dict[str, dict[str, int]]:
     return {"size": {"shortest_edge": least, "longest_edge": most}}
@@ -30,6 +46,30 @@ def _glm():
     images = hf.Glm46VImageProcessor(**_PATCHES, **_sizes(600, 4000))
     frames = hf.Glm46VVideoProcessor(**_PATCHES, **_sizes(300, 100_000), do_sample_frames=False)
     return hf.Glm46VProcessor(images, tokenizer(_GLM_TOKENS), frames)
+
+
+def _glm5_next():
+    images = hf.Glm5NextImageProcessor(**_PATCHES, **_sizes(600, 4000))
+    frames = hf.Glm5NextVideoProcessor(**_PATCHES, **_sizes(300, 100_000), do_sample_frames=False)
+    return hf.Glm5NextProcessor(images, tokenizer(_GLM_TOKENS), frames)
+
+
+def _kimi_k25():
+    images = hf.Kimi_K25ImageProcessor(**_PATCHES, max_patches=24)
+    return hf.Kimi_K25Processor(images, tokenizer(_KIMI_TOKENS), hf.Kimi_K25VideoProcessor(**_PATCHES))
+
+
+def _muse():
+    images = hf.MuseGlimmerImageProcessor(**_PATCHES, max_image_tokens=20)
+    return hf.MuseGlimmerProcessor(images, hf.MuseGlimmerVideoProcessor(**_PATCHES), tokenizer(_MUSE_TOKENS))
+
+
+def _like_qwen(name: str) -> Callable:
+    def make():
+        images = hf.Qwen2VLImageProcessor(**_PATCHES, **_sizes(300, 2000))
+        return getattr(hf, name)(images, tokenizer(QWEN_TOKENS), hf.Qwen2VLVideoProcessor(**_PATCHES))
+
+    return make
 
 
 def _paddleocr():
@@ -57,12 +97,24 @@ PROCESSORS: dict[str, Callable] = {
     "cosmos3_edge": _cosmos3_edge,
     "glm46v": _glm,
     "paddleocr_vl": _paddleocr,
+    "glm5_next": _glm5_next,
+    "kimi_k25": _kimi_k25,
+    "muse_glimmer": _muse,
+    "exaone4_5": _like_qwen("Exaone4_5_Processor"),
+    "hyperclovax_vision_v2": _like_qwen("HyperCLOVAXVisionV2Processor"),
 }
+_GLM = {
+    "image": "<|begin_of_image|><|image|><|end_of_image|>",
+    "video": "<|begin_of_video|><|video|><|end_of_video|>",
+}
+_QWEN = {"image": "<|vision_start|><|image_pad|><|vision_end|>"}
 WRITTEN: dict[str, dict[str, str]] = {
-    "glm46v": {
-        "image": "<|begin_of_image|><|image|><|end_of_image|>",
-        "video": "<|begin_of_video|><|video|><|end_of_video|>",
-    },
+    "glm46v": _GLM,
+    "glm5_next": _GLM,
+    "kimi_k25": {"image": "<|media_begin|>image<|media_pad|><|media_end|>"},
+    "muse_glimmer": {"image": "<|patch|>"},
+    "exaone4_5": _QWEN,
+    "hyperclovax_vision_v2": _QWEN,
     "cosmos3_edge": {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|video_pad|>"},
     "video_llama3": {"image": "<|image_pad|>", "video": "<|video_pad|>"},
     "paddleocr_vl": {"image": "<|vision_start|><|image_pad|><|vision_end|>"},

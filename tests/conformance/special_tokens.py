@@ -80,7 +80,9 @@ COHERE_TOKENS = {
 
 def tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast:
     """special: attribute -> token and id, beyond those that every family has."""
-    vocabulary = {"<pad>": PAD, "<s>": BOS, "\n": NEWLINE} | dict(special.values())
+    vocabulary = {"<pad>": PAD, "<s>": BOS} | dict(special.values())
+    if NEWLINE not in vocabulary.values():
+        vocabulary["\n"] = NEWLINE
     words = ["</s>", "<unk>", "\n\n", *_KNOWN_WORDS.split()]  # a blank line is one token, as in real vocabularies
     vocabulary |= {word: FIRST_WORD + index for index, word in enumerate(words)}
     # Without gaps: tokens that a processor adds must not get an id twice.

@@ -12,6 +12,8 @@ from vtprune.testing import families
 from vtprune.testing.recompute import recompute, visual_columns
 
 from . import processors
+from .matrix import refusal
+from .methods import spec
 
 ATOL = 1e-4
 NEW = 4
@@ -22,6 +24,14 @@ every_method = pytest.mark.parametrize("method", METHODS)
 every_case = pytest.mark.parametrize("case", processors.CASES.values(), ids=processors.CASES)
 
 
+def model_for(case: processors.Case, method: str):
+    """The tiny model of a case's family; skips the test if it refuses the method, which the matrix looks into."""
+    model = families.shared(case.family)
+    if (reason := refusal(model, spec(method))) is not None:
+        pytest.skip(reason)
+    return model
+
+
 def generate(model, inputs):
     return model.generate(**inputs, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True)
 
@@ -29,6 +39,13 @@ def generate(model, inputs):
 def steps(output) -> Tensor:
     """(batch, new tokens, vocabulary)"""
     return torch.stack(output.logits, 1)
+
+
+def test_every_family_has_a_processor_or_a_reason_why_not():
+    here = {*processors._PROCESSORS, *processors.ALIKE}
+    assert here.isdisjoint(processors.MISSING)
+    assert not set(families.NAMES) - here - set(processors.MISSING)
+    assert {case.family for case in processors.CASES.values()} == set(processors._PROCESSORS)
 
 
 def together(case: processors.Case):
@@ -54,7 +71,7 @@ def assert_recomputed(model, session, output, sample: int, padding: int, single:
 @every_case
 def test_padded_batch(case, method):
     """Prompts of different lengths with media of different sizes, or none: each sample as if it came alone."""
-    model = families.shared(case.family)
+    model = model_for(case, method)
     inputs, singles = together(case), alone(case)
     lengths = [single["input_ids"].shape[1] for single in singles]
     assert inputs["attention_mask"].sum(1).tolist() == lengths and len(set(lengths)) == len(lengths)
@@ -64,14 +81,15 @@ def test_padded_batch(case, method):
     report = session.report
     # Tiles and pixels that pad the batch cost nothing.
     for cost in ("encoder_flops", "prefill_flops", "kv_bytes"):
-        assert getattr(report, cost) == pytest.approx(sum(getattr(own, cost) for own in reports))
+        if getattr(report, cost) is not None:  # encoders that are no ViT are not counted
+            assert getattr(report, cost) == pytest.approx(sum(getattr(own, cost) for own in reports))
     placeholders = [len(visual_columns(model, single)) for single in singles]
     assert report.original_tokens == placeholders
     if method == "fastv":
         assert report.counts[:, 0].tolist() == placeholders
-    # Newline tokens do not count towards a budget.
-    newlines = hasattr(model.model, "image_newline") or case.family == "hunyuan_vl"
-    assert report.keep_ratio == pytest.approx(0.4, abs=0.15 if newlines else 0.05)
+    # Newline tokens do not count towards a budget, and of tiles with few tokens the share is a rough one.
+    rough = hasattr(vtprune.adapter_for(model).base, "image_newline") or case.family in ("hunyuan_vl", "step3p7")
+    assert report.keep_ratio == pytest.approx(0.4, abs=0.15 if rough else 0.05)
     for sample, single in enumerate(singles):
         padding = max(lengths) - lengths[sample]
         assert (report.kept(sample) - padding).tolist() == reports[sample].kept(0).tolist()
@@ -86,7 +104,7 @@ def test_padded_batch(case, method):
 @every_method
 @every_case
 def test_keep_everything(case, method):
-    model, inputs = families.shared(case.family), together(case)
+    model, inputs = model_for(case, method), together(case)
     expected = generate(model, inputs)
     with vtprune.prune(model, method, keep_ratio=1.0) as session:
         output = generate(model, inputs)
