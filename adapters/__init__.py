@@ -18,6 +18,7 @@ from vtprune.adapters.deepseek_ocr2 import DeepseekOcr2
 from vtprune.adapters.deepseek_vl import DeepseekVL, DeepseekVLHybrid, Janus
 from vtprune.adapters.dots3_note import Dots3Note
 from vtprune.adapters.encoder import EncoderAdapter
+from vtprune.adapters.ernie4_5_vl import Ernie4_5VL
 from vtprune.adapters.fast_vlm import FastVLM
 from vtprune.adapters.fuyu import Fuyu
 from vtprune.adapters.gemma3 import Gemma3
@@ -148,6 +149,7 @@ for _adapter in (
     Glm5Next,
     Gemma3n,
     UnlimitedOcr,
+    Ernie4_5VL,
 ):
     register_adapter(_adapter)
 

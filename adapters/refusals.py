@@ -108,10 +108,9 @@ OTHER_PURPOSE = Reason(
     "for images and videos take a supported family (`vtprune models`)",
 )
 
-_NEEDS = {
-    "ernie4_5_vl_moe": "token types that choose experts, cut along with the tokens, and a resampler that merges frames",
-}
-"""Model type -> what an adapter must handle. Delete the line of a type with the commit that adds its adapter."""
+_NEEDS: dict[str, str] = {}
+"""Model type -> what an adapter must handle, of classes that could have one. Delete the line of a type with the commit
+that adds its adapter."""
 
 REFUSALS: dict[str, Refusal] = {
     "apertus1p5": Refusal(EARLY_FUSION),

@@ -41,6 +41,7 @@ TESTED_TEXT_MODELS = frozenset(
         "cohere_compass_text",
         "diffllama",
         "ernie4_5",
+        "ernie4_5_vl_moe_text",
         "exaone4",
         "gemma",
         "gemma2",

@@ -22,7 +22,7 @@ Counts = Sequence[float] | torch.Tensor
 
 
 def _exact(shape: LayerShape, visual: float, text: int) -> float:
-    return shape.flops(visual + text)
+    return shape.flops(visual, text)
 
 
 def _visual_only(shape: LayerShape, visual: float, text: int) -> float:
@@ -77,7 +77,7 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
 
     Raises:
         ConfigError: unknown convention, a number of counts that is not the number of layers, a negative count, a
-            convention other than "exact" for a model with linear attention.
+            convention other than "exact" for a model with linear attention, or with experts for visual tokens alone.
     """
     if convention not in CONVENTIONS:
         raise ConfigError(f"unknown FLOPs convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
@@ -89,6 +89,11 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
         raise ConfigError(
             f"the FLOPs convention {convention!r} knows plain attention only, and {text_config.model_type!r} has other "
             "layers; use 'exact'"
+        )
+    if convention != "exact" and any(shape.visual_m is not None for shape in shapes):
+        raise ConfigError(
+            f"the FLOPs convention {convention!r} knows one MLP for all tokens, and {text_config.model_type!r} has "
+            "experts for visual tokens alone; use 'exact'"
         )
     layer_cost = CONVENTIONS[convention]
     return sum(layer_cost(shape, count, text_tokens) for shape, count in zip(shapes, counts, strict=True))

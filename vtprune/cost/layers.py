@@ -39,10 +39,14 @@ class LayerShape:
     """elements of all other matrices that each token is multiplied with"""
     narrow: int = 0
     """width that a hidden state is projected to for the experts; 0 if they take it as it is"""
+    visual_m: int | None = None
+    """`m` of visual tokens, where these have experts of their own; None: that of all"""
 
-    def flops(self, n: float) -> float:
-        """FLOPs of the layer for n tokens."""
-        mlp = self.matrices * (2 * n * (self.narrow or self.d) * self.m) + 2 * n * self.d * self.gates
+    def flops(self, visual: float, text: float) -> float:
+        """FLOPs of the layer for visual tokens and all others."""
+        n = visual + text
+        inside = n * self.m if self.visual_m is None else visual * self.visual_m + text * self.m
+        mlp = self.matrices * (2 * (self.narrow or self.d) * inside) + 2 * n * self.d * self.gates
         return self.mixer.flops(self.d, n) + mlp + 2 * n * self.others
 
 
@@ -75,13 +79,13 @@ def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
     def shape(
         layer: int, kind: str, experts: bool, shares: bool, dense: int, others: int, facts: Facts | None
     ) -> LayerShape:
-        m, gates = mixed if mixed is not None and experts else (0, 0)
+        m, gates, visual_m = mixed if mixed is not None and experts else (0, 0, None)
         if not gates or getattr(config, "enable_moe_block", False):  # Gemma 4 has experts beside a plain MLP
             m += dense
         mixer = mixers.get(kind) or attention(layer, kind, shares, facts)
         d, narrow = config.hidden_size, getattr(config, "moe_hidden_size", 0) if gates else 0
         more = others + 2 * d * narrow  # to the experts' width, and back
-        return LayerShape(d, mixer, m=m, gates=gates, matrices=matrices, others=more, narrow=narrow)
+        return LayerShape(d, mixer, m, gates, matrices, more, narrow, visual_m)
 
     kinds = [layer_type(config, layer) for layer in range(layers)]
     experts = [False] * layers if mixed is None else _has_experts(config, layers)
@@ -151,19 +155,22 @@ def _dense_width(config: Any) -> int | list[int]:
     return width
 
 
-def _expert_widths(config: Any) -> tuple[int, int] | None:
-    """`m` and `gates` of a layer with a mixture of experts; None if the model has none."""
+def _expert_widths(config: Any) -> tuple[int, int, int | None] | None:
+    """`m`, `gates` and `visual_m` of a layer with a mixture of experts; None if the model has none."""
     experts = _first(config, "num_local_experts", "num_experts", "moe_num_experts")
     if not experts or not getattr(config, "enable_moe_block", True):
         return None
     width = _first(config, "moe_intermediate_size", "intermediate_size")
+    width, of_visual = width if isinstance(width, list) else (width, None)  # Ernie 4.5 VL; shared ones are as of text
     # One of Llama 4's is shared, which its config does not say.
     llama4 = 1 if config.model_type == "llama4_text" else 0
     shared_experts = llama4 or _first(config, "n_shared_experts", "moe_num_shared_experts") or 0
     weighed = getattr(config, "shared_expert_intermediate_size", 0)
     always = _first(config, "shared_experts_intermediate_size") or width
     shared = weighed + always * shared_experts + (getattr(config, "share_expert_dim", None) or 0)
-    return _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts") * width + shared, experts + bool(weighed)
+    chosen = _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts")
+    visual_m = None if of_visual is None else chosen * of_visual + shared
+    return chosen * width + shared, experts + bool(weighed), visual_m
 
 
 def _first(config: Any, *names: str) -> int | None:

@@ -157,6 +157,8 @@ def recompute(
             handed["per_layer_input"] = embedded[columns, index][None]
         if "ple_input_ids" in handed:
             handed["ple_input_ids"] = ids[columns][None]
+        if "moe_mm_token_type_ids" in handed:  # what is generated is text
+            handed["moe_mm_token_type_ids"] = pad(inputs["moe_mm_token_type_ids"], (0, len(generated)))[:, columns]
         output = run_layer(
             decoder,
             index,
@@ -184,7 +186,7 @@ def recompute(
 
 def _handed_on(decoder) -> dict[str, Any]:
     """Arguments of the first layer that hand something on to later ones, where layers take them."""
-    given = {"prev_topk_indices": None, "shared_kv_states": {}, "ple_input_ids": None}
+    given = {"prev_topk_indices": None, "shared_kv_states": {}, "ple_input_ids": None, "moe_mm_token_type_ids": None}
     accepted = inspect.signature(type(decoder.layers[0]).forward).parameters
     return {name: value for name, value in given.items() if name in accepted}
 

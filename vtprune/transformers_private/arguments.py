@@ -25,12 +25,13 @@ columns of these tokens."""
 
 _LAST_ROWS = "logits_to_keep"
 
-_BY_TOKEN = ("per_layer_inputs", "per_layer_input", "ple_input_ids")
+_BY_TOKEN = ("per_layer_inputs", "per_layer_input", "ple_input_ids", "moe_mm_token_type_ids")
 """Arguments of decoders and their layers that are (batch, tokens, ...), and are cut along with the tokens.
 
 A token that others were merged into keeps its own. `per_layer_inputs` and `per_layer_input`: embeddings that Gemma 3n
 and Gemma 4 add to each token in every layer, all of them for the decoder and one slice for a layer.
-`ple_input_ids`: ids whose runs Qwen4 hashes to embeddings.
+`ple_input_ids`: ids whose runs Qwen4 hashes to embeddings. `moe_mm_token_type_ids`: which tokens are for the experts
+that Ernie 4.5 VL has for images and videos.
 """
 
 _KNOWN_ARGUMENTS = {

@@ -7,6 +7,7 @@ from vtprune.testing.tiny import (
     cohere_compass,
     cohere_vision,
     cosmos3,
+    ernie4_5_vl,
     fuyu,
     gemma,
     gemma3n,
@@ -76,6 +77,7 @@ _FILES = (
     qwen_towers,
     phi4_multimodal,
     gemma3n,
+    ernie4_5_vl,
 )
 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
