@@ -121,6 +121,11 @@ def test_without_kinds_all_tokens_are_text():
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+def test_nothing_comes_back_without_its_experts():
+    with pytest.raises(vtprune.UnsupportedStageError, match="lazyllm brings tokens.*moe_mm_token_type_ids.*fastv"):
+        vtprune.prune(families.shared(NAME), "lazyllm", keep_ratio=0.5)
+
+
 def test_flops_are_what_torch_counts():
     model = families.build(NAME, attention="eager")
     model.set_experts_implementation("eager")

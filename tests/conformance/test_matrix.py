@@ -18,7 +18,7 @@ from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
 from vtprune.testing.traces import back_ends, fingerprint
-from vtprune.transformers_private import CACHE, has_keys, keeps_prompt, key_sources
+from vtprune.transformers_private import CACHE, has_keys, keeps_prompt, key_sources, told_by_token
 
 from . import matrix
 from .lazy_reference import cuts_of, lazy_recompute, separators
@@ -329,6 +329,7 @@ def test_only_what_needs_a_cls_token_is_refused(name):
     kinds = getattr(adapter.language_model.config, "layer_types", None) or ()
     slides = bool({"sliding_attention", "chunked_attention"} & {*kinds})
     slides |= len(set(adapter.rope_kinds)) > 1
+    slides |= bool(told_by_token(adapter.decoder_layers[0], adapter.text_config))
     expected = {method for method in METHODS if (needs_cls(method) and not has_cls) or (revives(method) and slides)}
     if name not in SHORTER_TOWERS:
         expected |= {method for method in METHODS if acts(method, InLayers)}

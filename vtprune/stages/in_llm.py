@@ -46,6 +46,7 @@ from vtprune.transformers_private import (
     cut_along,
     projections,
     reads_positions,
+    told_by_token,
     with_cache,
 )
 
@@ -124,10 +125,10 @@ class InLLMStage(ThreadAware[_Following]):
                 f"{reviving} brings tokens back into the KV cache, and layers of this model read keys of earlier ones; "
                 "methods that bring nothing back work: fastv, transprune"
             )
-        if reviving and getattr(self.adapter.text_config, "hidden_size_per_layer_input", 0):
+        if reviving and (told := told_by_token(self.adapter.decoder_layers[0], self.adapter.text_config)):
             raise UnsupportedStageError(
-                f"{reviving} brings tokens back into the KV cache, and this model adds embeddings of each token in its "
-                "layers, which those that come back would lack; methods that bring nothing back work: fastv, transprune"
+                f"{reviving} brings tokens back into the KV cache, and layers of this model are told something of each "
+                f"token ({', '.join(told)}), which is not kept; methods that bring nothing back work: fastv, transprune"
             )
         if late:
             name, cut = next(iter(late.items()))

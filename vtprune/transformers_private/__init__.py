@@ -36,6 +36,7 @@ from vtprune.transformers_private.arguments import (
     deepstack_of,
     drop_deepstack,
     last_rows_only,
+    told_by_token,
     with_cache,
     with_first_features,
 )
@@ -175,6 +176,7 @@ __all__ = [
     "rotation_kind",
     "scored",
     "state_kinds",
+    "told_by_token",
     "static_columns",
     "step_mask",
     "uninitialised",

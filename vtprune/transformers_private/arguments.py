@@ -121,6 +121,14 @@ def _names(cls: type) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)
 
 
+def told_by_token(layer: nn.Module, config: Any) -> list[str]:
+    """Arguments by which a decoder layer is told something of each token, beside its hidden state. config: of the
+    language model."""
+    names = [name for name in _names(type(layer)) if name in _BY_TOKEN]
+    embeds = getattr(config, "hidden_size_per_layer_input", 0)
+    return names if embeds else [name for name in names if name != "per_layer_input"]
+
+
 def cut_along(kwargs: dict[str, Any], cut: Callable[[Tensor], Tensor]) -> None:
     """Replace arguments that are (batch, tokens, ...) by what `cut` makes of them."""
     for name in _BY_TOKEN:
