@@ -41,12 +41,12 @@ from vtprune.transformers_private import (
     by_name,
     cache_of,
     check_arguments,
+    check_nothing_told,
     check_replay,
     column_counters,
     cut_along,
     projections,
     reads_positions,
-    told_by_token,
     with_cache,
 )
 
@@ -125,11 +125,8 @@ class InLLMStage(ThreadAware[_Following]):
                 f"{reviving} brings tokens back into the KV cache, and layers of this model read keys of earlier ones; "
                 "methods that bring nothing back work: fastv, transprune"
             )
-        if reviving and (told := told_by_token(self.adapter.decoder_layers[0], self.adapter.text_config)):
-            raise UnsupportedStageError(
-                f"{reviving} brings tokens back into the KV cache, and layers of this model are told something of each "
-                f"token ({', '.join(told)}), which is not kept; methods that bring nothing back work: fastv, transprune"
-            )
+        if reviving:
+            check_nothing_told(reviving, self.adapter.decoder_layers[0], self.adapter.text_config)
         if late:
             name, cut = next(iter(late.items()))
             raise UnsupportedStageError(

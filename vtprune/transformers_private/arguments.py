@@ -129,6 +129,15 @@ def told_by_token(layer: nn.Module, config: Any) -> list[str]:
     return names if embeds else [name for name in names if name != "per_layer_input"]
 
 
+def check_nothing_told(reviving: str, layer: nn.Module, config: Any) -> None:
+    """Raise UnsupportedStageError for a method that brings tokens back if a decoder layer is told something of each."""
+    if told := told_by_token(layer, config):
+        raise UnsupportedStageError(
+            f"{reviving} brings tokens back into the KV cache, and layers of this model are told something of each "
+            f"token ({', '.join(told)}), which is not kept; methods that bring nothing back work: fastv, transprune"
+        )
+
+
 def cut_along(kwargs: dict[str, Any], cut: Callable[[Tensor], Tensor]) -> None:
     """Replace arguments that are (batch, tokens, ...) by what `cut` makes of them."""
     for name in _BY_TOKEN:
