@@ -16,12 +16,13 @@ from vtprune.devices import send
 from vtprune.tokens import Selection
 
 
-def compact_columns(keep: Tensor) -> tuple[Tensor, Tensor]:
+def compact_columns(keep: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """(batch, n) bool -> indices (batch, m) of the kept columns in order, right-aligned, and which of them are real.
 
-    m is the largest number kept in a row; shorter rows are filled on the left with columns marked False.
+    m is the largest number kept in a row; shorter rows are filled on the left with columns marked False. most: that
+    number, for those who know it.
     """
-    m = max(int(keep.sum(1).max()), 1)
+    m = max(int(keep.sum(1).max()) if most is None else most, 1)
     index = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)[:, -m:]
     return index, keep.gather(1, index)
 

@@ -343,7 +343,8 @@ def _take_stock(layers: Sequence[PrunedLayer]) -> None:
 
 def _gathered(hidden: Tensor, columns: Tensor, which: Tensor) -> Stored | None:
     """Of tokens (batch, n) those marked in `which`; None without any."""
-    if not bool(which.any()):
+    most = int(which.sum(1).max())  # the one value that an accelerator is asked for
+    if not most:
         return None
-    index, real = compact_columns(which)
+    index, real = compact_columns(which, most)
     return Stored(hidden=take_columns(hidden, index), columns=columns.gather(1, index).masked_fill(~real, -1))
