@@ -31,6 +31,21 @@ def _is_compiled(value: Any) -> bool:
     return hasattr(value, "_torchdynamo_orig_callable") and not getattr(value, "_torchdynamo_disable", False)
 
 
+OUTSIDE = object()
+"""What a stand-in returns if the hook itself has to run."""
+
+
+def in_graphs(stand_in: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a hook: a graph takes in `stand_in` instead of it, with the same arguments, unless that returns
+    `OUTSIDE`. It may depend on its arguments only, and on what never changes while a session lasts."""
+
+    def mark(hook: Callable) -> Callable:
+        hook.stand_in = stand_in  # type: ignore[attr-defined]
+        return hook
+
+    return mark
+
+
 class _OutsideGraphs:
     """A hook that a compiled model calls between its graphs, instead of taking it into them.
 
@@ -41,10 +56,16 @@ class _OutsideGraphs:
     def __init__(self, hook: Callable):
         self.hook = hook
         self.undisturbed = torch.compiler.disable(hook)
+        stand_in = getattr(hook, "stand_in", None)
+        owner = getattr(hook, "__self__", None)
+        self.stand_in = stand_in if stand_in is None or owner is None else stand_in.__get__(owner)
 
     def __call__(self, *args, **kwargs):
         # To stay out of graphs costs time, so only where there are any.
-        return (self.undisturbed if torch.compiler.is_compiling() else self.hook)(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self.hook(*args, **kwargs)
+        result = OUTSIDE if self.stand_in is None else self.stand_in(*args, **kwargs)
+        return self.undisturbed(*args, **kwargs) if result is OUTSIDE else result
 
 
 def outside_graphs(handle: Any) -> Any:

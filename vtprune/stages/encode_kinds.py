@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vtprune.adapters.base import Adapter
 from vtprune.callers import PerThread
+from vtprune.graphs import in_graphs
+from vtprune.stages.static_cache import stays_as_it_is
 
 
 @dataclass
@@ -42,6 +44,7 @@ class EncodeKinds:
         if self._shares:
             yield self.adapter.base.register_forward_pre_hook(self._note, with_kwargs=True)
 
+    @in_graphs(stays_as_it_is)
     def _note(self, module, args, kwargs):
         self._noted().videos = self.adapter.pixel_argument("video", kwargs)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vtprune.callers import ThreadAware
 from vtprune.certificate import check_attention
 from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
+from vtprune.graphs import OUTSIDE, in_graphs
 from vtprune.methods.base import InLLM
 from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
@@ -34,7 +36,7 @@ from vtprune.stages.layer_view import QUERIES_KEYS, CutView, Recorded
 from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
 from vtprune.stages.slots import Stored
-from vtprune.stages.static_cache import View, enter_layer
+from vtprune.stages.static_cache import View, enter_layer, layer_in_graph
 from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import (
     attention_back_end,
@@ -178,19 +180,17 @@ class InLLMStage(ThreadAware[_Following]):
         """Follow a call of text alone on a pruned cache until `end`."""
         self.now.continuation = continuation
 
-    # -- hooks --------------------------------------------------------------------------------------------------
-
     def _before_layer(self, i: int):
         reads_positions = i in self._reading
 
+        @in_graphs(partial(layer_in_graph, i))
         def hook(module, args, kwargs):
             now = self.now
             call = now.call
             if call is None:
                 if now.views:
                     return enter_layer(now.views, i, module, args, kwargs)
-                continuation = now.continuation
-                return continuation and continuation.arguments(i, module, args, kwargs, reads_positions)
+                return now.continuation and now.continuation.arguments(i, module, args, kwargs, reads_positions)
             now.ahead = KeysAhead()
             hidden = call.add_deepstack(i, self.adapter.token_states(hidden_of(args, kwargs)))
             if now.selecting and i == 0:
@@ -239,6 +239,7 @@ class InLLMStage(ThreadAware[_Following]):
             )
 
     def _measure(self, i: int):
+        @in_graphs(lambda module, args, kwargs, output: None if hidden_of(args, kwargs).shape[1] == 1 else OUTSIDE)
         def hook(module, args, kwargs, output):
             now = self.now
             if now.call is None or not now.selecting:
@@ -257,14 +258,13 @@ class InLLMStage(ThreadAware[_Following]):
         return hook
 
     def _watch(self, i: int, what: str):
+        @in_graphs(lambda module, args, output: None if args[0].shape[1] == 1 else OUTSIDE)
         def hook(module, args, output):
             now = self.now
             if now.call is not None and now.selecting:
                 now.recorded.projected[i, what] = output.detach()
 
         return hook
-
-    # -- one cut ------------------------------------------------------------------------------------------------
 
     def _cut(self, i: int, hidden: Tensor) -> Tensor:
         now = self.now

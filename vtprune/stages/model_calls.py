@@ -17,6 +17,7 @@ from vtprune.callers import ThreadAware, Underway
 from vtprune.checks import Condition, require_all
 from vtprune.devices import send
 from vtprune.errors import UnsupportedModelError, UnsupportedStageError, VTPruneError
+from vtprune.graphs import in_graphs
 from vtprune.guidance import Guidance
 from vtprune.methods.base import BeforeLLM, InEncoder, InLLM, Method
 from vtprune.methods.in_layers import InLayers
@@ -37,8 +38,8 @@ from vtprune.stages.reading import check_family, check_signals
 from vtprune.stages.replays import Replays
 from vtprune.stages.revival import RevivalStage
 from vtprune.stages.slots import CacheContents
-from vtprune.stages.static_cache import first_fixed
-from vtprune.stages.static_calls import StaticStage
+from vtprune.stages.static_cache import first_fixed, leave_step, stays_as_it_is
+from vtprune.stages.static_calls import StaticStage, step_in_graph
 from vtprune.tokens import Selection, VisualTokens
 from vtprune.transformers_private import (
     cache_of,
@@ -137,10 +138,10 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         decoder = self.adapter.language_model
         yield self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield self.adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
-        yield self.adapter.base.register_forward_hook(self._after_base)
+        yield self.adapter.base.register_forward_hook(self._after_base, with_kwargs=True)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
-        yield decoder.register_forward_hook(self._leave_decoder, always_call=True)
+        yield decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, always_call=True)
 
     def stop(self) -> None:
         """Let later calls run as they are. Waits for a call of the language model that another thread is in."""
@@ -166,25 +167,30 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
+    @in_graphs(stays_as_it_is)
     def _before_model(self, module, args, kwargs):
         self.now.behind = Behind.of(kwargs, self.guidance.prompt_length)
 
+    @in_graphs(stays_as_it_is)
     def _before_base(self, module, args, kwargs):
         check_traced()
         now = self.now
         behind, now.behind = now.behind, None
         now.incoming = Incoming.of(self.adapter, args, kwargs, behind or Behind(self.guidance.prompt_length))
 
-    def _after_base(self, module, args, output):
+    @in_graphs(stays_as_it_is)
+    def _after_base(self, module, args, kwargs, output):
         if self.now.incoming is not None and self.prunes:
             raise UnsupportedModelError(
                 "the language model ran without the hooks of this vtprune session, so nothing was pruned: it is in a "
                 "graph that was compiled before; call torch.compiler.reset(), or prune the uncompiled model"
             )
 
-    def _leave_decoder(self, module, args, output):
+    @in_graphs(stays_as_it_is)
+    def _leave_decoder(self, module, args, kwargs, output):
         self._underway.end()
 
+    @in_graphs(step_in_graph)
     def _before_decoder(self, module, args, kwargs):
         now, incoming = self.now, self.now.incoming
         self._end_call()
@@ -280,6 +286,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             finite = (call.embeddings.isfinite().all(-1) | ~visual).all()
             now.conditions.append(Condition(finite, "the image features contain NaN or Inf; nothing was pruned"))
 
+    @in_graphs(leave_step)
     def _after_decoder(self, module, args, kwargs, output):
         now = self.now
         if now.followed and self._revival.now.step is not None:
@@ -298,8 +305,6 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         self._end_call()
         return call.restore(output) if call.pruned else None
 
-    # -- selection ----------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def choose(self, method: Method, tokens: VisualTokens) -> Selection:
         replays = self.now.replays
@@ -316,11 +321,9 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
     def _clock(self) -> float:
         return clock(self.adapter.model) if self._profile is True else 0.0
 
-    # -- report -------------------------------------------------------------------------------------------------
-
     def _report_text_only(self, hidden: Tensor, mask: Any, cache) -> None:
         """A prompt without images, on an empty cache: a report that says so. Decoding steps change nothing."""
-        if (cache is not None and (is_paged(cache) or cache.get_seq_length())) or hidden.shape[1] == 1:
+        if hidden.shape[1] == 1 or (cache is not None and (is_paged(cache) or cache.get_seq_length())):
             return
         flops = 0 if self._profile == "flops" else None
         report = text_report(self.adapter, self.methods, self._notes, hidden, mask, selection_flops=flops)

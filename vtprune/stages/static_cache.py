@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places
 from vtprune.errors import UnsupportedStageError, VTPruneError
+from vtprune.graphs import OUTSIDE
 from vtprune.stages.cache import CacheLayout, PrunedLayer
 from vtprune.stages.layout import last_axis
 from vtprune.stages.slots import PerSample
@@ -32,6 +33,7 @@ from vtprune.transformers_private import (
     attention_back_end,
     attention_window,
     by_name,
+    cache_of,
     fixed_address,
     has_keys,
     layer_mask,
@@ -157,6 +159,27 @@ def first_fixed(cache: Cache | None) -> FixedLayer | None:
         if isinstance(layer, FixedLayer):
             return layer
     return None
+
+
+def in_step(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model, or a part of it, is called with one token, to follow those that a static cache holds."""
+    cache = cache_of(kwargs)
+    if not isinstance(cache, StaticCache):
+        return False
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        if kwargs.get(name) is not None:
+            tokens = kwargs[name]
+            break
+    else:
+        if not args:
+            return False
+        tokens = args[0]
+    return tokens.shape[1] == 1 and any(has_keys(layer) and layer.is_initialized for layer in cache.layers)
+
+
+def stays_as_it_is(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *output):
+    """In a graph of such a step, for a hook that does nothing then."""
+    return None if in_step(args, kwargs) else OUTSIDE
 
 
 def check_static(cache: Cache, config: Any, length: int, reviving: str | None) -> None:
@@ -293,6 +316,25 @@ def enter_layer(
     if kwargs.get("position_ids") is not None:  # which some layers scale their queries by
         kwargs["position_ids"] = view.places.ids
     return args, kwargs
+
+
+def layer_in_graph(
+    i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | object | None:
+    """The same in a graph; `OUTSIDE` if the call is no such step."""
+    if not in_step(args, kwargs):
+        return OUTSIDE
+    first = first_fixed(cache_of(kwargs))
+    return None if first is None else enter_layer(first.views, i, module, args, kwargs)
+
+
+def leave_step(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> object | None:
+    """In a graph, behind the last layer of a step; `OUTSIDE` if the call is no such step."""
+    if not in_step(args, kwargs):
+        return OUTSIDE
+    if (first := first_fixed(cache_of(kwargs))) is not None:
+        first.views = {}
+    return None
 
 
 def _moved(positions: Tensor | None, cache: Cache, layout: FixedLayout) -> Tensor:

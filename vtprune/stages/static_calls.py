@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter
 from vtprune.callers import ThreadAware
+from vtprune.graphs import OUTSIDE
 from vtprune.stages.cache import Owner, check_cache
 from vtprune.stages.hooks import Wrapped
-from vtprune.stages.static_cache import FixedLayer, check_static, enter_step, grow, settle
-from vtprune.transformers_private import Cache, StaticCache
+from vtprune.stages.static_cache import FixedLayer, check_static, enter_step, first_fixed, grow, in_step, settle
+from vtprune.transformers_private import Cache, StaticCache, cache_of
 
 _PREPARE, _MASK = "prepare_inputs_for_generation", "attention_mask"
 
@@ -101,3 +102,14 @@ def _all(mask: Any) -> dict[str, int | None]:
     """Which tensor a mask is, or each of them if a model has several; None where it needs none."""
     masks = mask if isinstance(mask, dict) else {"": mask}
     return {kind: None if one is None else id(one) for kind, one in masks.items()}
+
+
+def step_in_graph(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | object | None:
+    """For the hook before the language model, in a graph: the arguments for one more token on a static cache, None if
+    that was not pruned; `OUTSIDE` if the call is no such step."""
+    if not in_step(args, kwargs):
+        return OUTSIDE
+    kwargs = self.adapter.embedded(kwargs)
+    cache = cache_of(kwargs)
+    first = first_fixed(cache)
+    return None if first is None else (args, enter_step(self.adapter, cache, first, kwargs))
