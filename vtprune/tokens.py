@@ -205,7 +205,7 @@ class Selection:
         """`keep` and `sources` alone, on the CPU."""
         values = (self.keep,) if self.sources is None else (self.keep, self.sources)
         keep, *sources = read(*values) if self.copies is None else self.copies
-        return Selection(keep, None, *sources)
+        return Selection(keep, None, sources[0] if sources else None)
 
     @staticmethod
     def of_indices(tokens: VisualTokens, indices: list[Tensor]) -> Selection:
