@@ -138,6 +138,21 @@ def test_a_budget_a_crop_or_an_image(method):
                 assert lines[kept & (crops < 0)].tolist() == rows[rows >= 0].tolist()
 
 
+@pytest.mark.parametrize("method", ["random", "pool"])
+def test_newlines_can_all_be_kept(method):
+    """As a server has to, which makes room for them before it sees the image."""
+    model = families.shared("llava_next")
+    batch = families.batch("llava_next", model)
+    media = vtprune.adapter_for(model).media("image", {"image_sizes": batch.inputs["image_sizes"]}, ())
+    report = check_pruned(
+        "llava_next", "image", method, keep_ratio=None, keep_tokens=1, scope="image", keep_separators=True
+    )
+    per_sample = [[0], [1, 2], [3]]
+    newlines = [sum(int((media[image].crops < 0).sum()) for image in images) for images in per_sample]
+    kept = [len(images) + count for images, count in zip(per_sample, newlines, strict=True)]
+    assert [len(report.kept(sample, 0)) for sample in range(3)] == kept
+
+
 def test_tokens_left_over_are_no_grid_even_if_they_are_as_many_as_a_crop_has():
     model = families.shared("llava_next")
     batch = families.batch("llava_next", model)

@@ -206,11 +206,15 @@ class BeforeLLM(_OneStage):
     Fields (all methods before the LLM)
         scope: "crop" (default) gives every crop of an image, or frame of a video, a budget and a choice of its own;
             "image" gives one to the whole image or video, whose crops then compete.
+        keep_separators: True keeps all newline tokens of an image or video; by default (False) those go that end lines
+            of which nothing is kept. Budgets do not count them. Servers, which make room before they see the image,
+            need True for families that have them (LLaVA-NeXT, LLaVA-OneVision).
     """
 
     stage = "before_llm"
 
     scope: Literal["crop", "image"] = "crop"
+    keep_separators: bool = False
 
     def budgets(self, lengths: Tensor, images: Tensor) -> Tensor:
         """(groups,) lengths and the image each group is of -> (groups,) long counts to keep, -1 without a budget."""

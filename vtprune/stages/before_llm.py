@@ -49,7 +49,15 @@ def prune_before_llm(
             copy=HostCopy(lengths, budget, crops.cpu()),
         )
         selection = choose(method, tokens)
-        cut = cut_sequence(call, hidden, groups, selection, layer=0, compact=method.positions == "compact")
+        cut = cut_sequence(
+            call,
+            hidden,
+            groups,
+            selection,
+            layer=0,
+            compact=method.positions == "compact",
+            keep_separators=method.keep_separators,
+        )
         if cut is not None:
             hidden = cut[0]
     return hidden
