@@ -10,7 +10,10 @@ LOCK := requirements.lock
 TRANSFORMERS ?= 5.24.0
 RELEASE := .venv-$(TRANSFORMERS)
 
-.PHONY: quickstart test test-newest test-release lint lock
+# The environment with vLLM, whose versions exclude those of the other ones.
+VLLM := .venv-vllm
+
+.PHONY: quickstart test test-newest test-release test-vllm lint lock
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-eval
@@ -30,6 +33,10 @@ test-newest:
 test-release: $(RELEASE)/.installed
 	$(RELEASE)/bin/python -m pytest -n auto --dist worksteal -m release $(ARGS)
 
+# The plug-in of vLLM, in vLLM on a CPU.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serving $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +45,7 @@ lint: $(VENV)/.installed-dev
 # The newest release of everything that pyproject.toml allows, for every supported Python and system.
 lock: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-emit-index-url \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 # One stamp for each set of extras, so that a changed dependency list is installed and an unchanged one is not.
@@ -55,6 +62,14 @@ $(RELEASE)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$($(RELEASE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth"
 	$(BIN)/python -m pip --quiet --python $(RELEASE)/bin/python install --no-deps transformers==$(TRANSFORMERS)
+	touch $@
+
+$(VLLM)/.installed: setup.py pyproject.toml requirements-vllm.lock tests/serving/vllm/_torchvision_ops.py
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.lock
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		cp tests/serving/vllm/_torchvision_ops.py "$$site" && echo "import _torchvision_ops" > "$$site/torchvision_ops.pth"
 	touch $@
 
 $(BIN)/python:

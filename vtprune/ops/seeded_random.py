@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers that depend only on a seed and on one key a row (Random, Random patches, Token correlation)."""
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def text_key(ids: Sequence[int]) -> int:
+    """A number that depends on a text's token ids alone."""
+    return zlib.crc32(str(list(ids)).encode())
 
 
 def seeded_uniform(keys: Iterable[int], seed: int, width: int) -> Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.nn.functional import pad
 from vtprune.adapters.base import Adapter
 from vtprune.attention import Places
 from vtprune.devices import send
+from vtprune.ops.seeded_random import text_key
 from vtprune.stages.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.stages.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
@@ -170,8 +170,7 @@ class Call:
         """A number that depends on the text of one sample's prompt alone."""
         if self.ids is None:
             return 0
-        text = self.ids[row][self.prompt[row] & ~self.media.visual[row]]
-        return zlib.crc32(str(text.tolist()).encode())
+        return text_key(self.ids[row][self.prompt[row] & ~self.media.visual[row]].tolist())
 
     # -- the cache ---------------------------------------------------------------------------------------------------
 

@@ -110,5 +110,5 @@ def with_tables_read(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def bit_sum(pixels: Tensor) -> Tensor:
     """() long: a number that depends on the pixels alone."""
     # A sum of bit patterns is exact: it does not depend on how a batch is laid out or a device adds up.
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
     return pixels.contiguous().view(bits).sum(dtype=torch.int64)

@@ -82,7 +82,7 @@ def _in_prompt(call: Call, groups: Groups) -> Tensor:
     """(groups, length) bool: the text after the last visual token of each group's image, or all text of its sample if
     none follows."""
     text = call.text
-    special = _special_ids(call.adapter)
+    special = special_ids(call.adapter)
     if call.ids is not None and special:
         text = text & ~torch.isin(call.ids, torch.tensor(special))
     columns = torch.arange(call.length)
@@ -129,7 +129,7 @@ def _tokenizer(path: str):
     return AutoTokenizer.from_pretrained(path)
 
 
-def _special_ids(adapter: Adapter) -> tuple[int, ...]:
+def special_ids(adapter: Adapter) -> tuple[int, ...]:
     """Ids of bos, eos and padding."""
     found = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM answers with pruning is what transformers answers with vtprune, family by family."""
+
+from __future__ import annotations
+
+import pytest
+
+from .checkpoints import CHECKPOINTS, save
+from .serving import DEFAULT, A, B, C, D, Reference, Request, assert_equal, engine, serve
+
+METHODS = ("uniform", "divprune", "mmtok", "pool", "random")
+OF_CLS = ("visionzip", "vispruner", "glsim", "vtc_cls")
+"""They read layers of the encoder."""
+
+
+def requests(method) -> list[Request]:
+    return [
+        Request("look : {image} what is in this picture ?", [A], method),
+        Request("compare {image} and {image} which one is bigger ? answer with a word", [B, C], method),
+        Request("who are you ?", [], DEFAULT),
+        Request("look : {image} who is this ?", [A], method),
+        Request("{image} what is in the original picture ?", [D], method),
+    ]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_answers_of_a_batch(name, folder):
+    path = save(name, folder)
+    reference = Reference(path)
+    more = {"keep_separators": True} if name == "llava_onevision" else {}
+    methods: list = [{"name": method, "keep_ratio": 0.3} | more for method in METHODS + OF_CLS * (name == "llava")]
+    with engine(path) as llm:
+        plain = serve(llm, name, requests(None))
+        for spec in (None, *methods):
+            # A number of the prompt's text is what `random` draws by, and processors add text to it themselves.
+            if spec is not None and spec["name"] == "random" and name in ("internvl", "qwen2_5_vl", "qwen3_vl"):
+                continue
+            asked = requests(spec)
+            for request, answer, full in zip(asked, serve(llm, name, asked), plain, strict=True):
+                assert_equal(reference.answer(request), answer)
+                assert answer.prompt <= full.prompt
+                if spec is not None and request.images:
+                    assert answer.prompt < full.prompt
