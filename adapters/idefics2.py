@@ -45,7 +45,7 @@ class Idefics2(Resampled):
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         if inputs.get("pixel_attention_mask") is None:
             return super().encoder_sequences(kind, {"pixel_values": self.pixels(kind, inputs)})
-        # Patches that pad a smaller tile are masked, and cost nothing.
+        # Those that pad a smaller tile are masked. They are of the batch: a tile alone has none.
         real, side = self._real(inputs["pixel_values"].flatten(0, 1)), self._patch
         masks = inputs["pixel_attention_mask"].flatten(0, 1)[real].unfold(1, side, side).unfold(2, side, side)
         return masks.flatten(3).any(3).flatten(1).sum(1).tolist()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import transformers as hf
 
-from vtprune.testing.media import END, IMAGE, MERGE, NEWLINE, PATCH, START, VIDEO, VIDEO_END, VIDEO_START
+from vtprune.testing.media import END, IMAGE, MERGE, NEWLINE, PATCH, ROW_COLUMN, START, VIDEO, VIDEO_END, VIDEO_START
 
 from .special_tokens import QWEN_TOKENS, tokenizer
 
@@ -25,6 +25,7 @@ _KIMI_TOKENS = {
     "image_token": ("<|media_pad|>", IMAGE),
     "video_token": ("<|kimi_k25_video_placeholder|>", VIDEO),
     "media_begin_token": ("<|media_begin|>", START),
+    "media_content_token": ("<|media_content|>", ROW_COLUMN),
     "media_end_token": ("<|media_end|>", END),
 }
 _MUSE_TOKENS = {
@@ -111,7 +112,7 @@ _QWEN = {"image": "<|vision_start|><|image_pad|><|vision_end|>"}
 WRITTEN: dict[str, dict[str, str]] = {
     "glm46v": _GLM,
     "glm5_next": _GLM,
-    "kimi_k25": {"image": "<|media_begin|>image<|media_pad|><|media_end|>"},
+    "kimi_k25": {"image": "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>"},
     "muse_glimmer": {"image": "<|patch|>"},
     "exaone4_5": _QWEN,
     "hyperclovax_vision_v2": _QWEN,

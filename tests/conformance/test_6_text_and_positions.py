@@ -58,8 +58,8 @@ def test_report_is_consistent(monkeypatch, model_name, name, padding_side):
     inputs = batch.inputs(padding_side)
     selections, choose = [], _OneStage.choose
 
-    def noted(method, tokens):
-        selections.append(choose(method, tokens))
+    def noted(method, tokens, *conditions):
+        selections.append(choose(method, tokens, *conditions))
         return selections[-1]
 
     monkeypatch.setattr(_OneStage, "choose", noted)

@@ -131,6 +131,6 @@ PROCESSORS: dict[str, Callable] = {
 """Family -> its processor."""
 WRITTEN: dict[str, dict[str, str]] = {
     "llama4": {"image": "<|image|>"},
-    "got_ocr2": {"image": "<imgpad>"},
+    "got_ocr2": {"image": "<img><imgpad></img>"},
     "step3p7": {"image": "<im_patch>"},
 }

@@ -137,6 +137,14 @@ def _moves(look: Look, encoded: Encoded, layer: nn.Module) -> bool:
     return not torch.equal(again.rows, encoded.rows)
 
 
+def _masked(mask: Any) -> int:
+    """Tokens that no query attends to by a mask (batch, 1, queries, tokens), flags or what is added to scores."""
+    if not torch.is_tensor(mask) or mask.ndim != 4:
+        return 0
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return int((~seen[:, 0].any(1)).sum())
+
+
 @torch.no_grad()
 def sequences(look: Look) -> Result:
     """The encoder ran over the stated patches, with a CLS token before each sequence if there is said to be one."""
@@ -145,10 +153,12 @@ def sequences(look: Look) -> Result:
         raise Refused(f"not checked: {adapter.encoder_uncounted}")
     for encoded in look.encoded:
         seen: list[int] = []
+        hidden_keys: list[int] = []
 
-        def note(module, args, kwargs, seen=seen):
+        def note(module, args, kwargs, seen=seen, hidden_keys=hidden_keys):
             hidden = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
             seen.append(hidden[..., 0].numel())
+            hidden_keys.append(_masked(kwargs.get("attention_mask")))
 
         handle = adapter.encoder_layers(encoded.kind)[0].register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -159,7 +169,8 @@ def sequences(look: Look) -> Result:
         stated = [one if isinstance(one, int) else one[0] for one in whole]
         patches, cls = sum(stated), len(stated) * adapter.shape.has_cls
         there = sum(seen)
-        if patches + cls != there:
+        # What pads a smaller tile of a batch, and no patch attends to, need not be stated.
+        if patches + cls not in (there, there - sum(hidden_keys)):
             return Result(
                 "", "", "failed", float(patches + cls), float(there),
                 f"{patches} patches in {len(stated)} sequences and {cls} CLS tokens are stated; the {encoded.kind} "
