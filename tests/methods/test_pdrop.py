@@ -58,27 +58,3 @@ def test_schedules():
     with pytest.raises(vtprune.ConfigError, match="3 shares that do not increase"):
         PyramidDrop(schedule=(0.5, 0.6, 0.1))
     assert PyramidDrop(layers=(4, 9), schedule=(0.5, 0.25)).shares() == (0.5, 0.25)
-
-
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
-def test_keys_that_were_projected_for_a_choice_are_not_projected_again(name):
-    """The layer behind a cut projects one column and is handed the others; with gradients it projects them all."""
-    model = families.shared(name)
-    inputs = families.batch(name, model).inputs
-    projection = model.get_decoder().layers[2].self_attn.k_proj
-    rows = []
-    watch = projection.register_forward_hook(lambda module, args, output: rows.append((args[0], output)), prepend=True)
-    try:
-        with vtprune.prune(model, PyramidDrop(layers=(2,), schedule=(0.5,))):
-            with torch.no_grad():
-                handed = model(**inputs).logits
-            computed = model(**inputs).logits
-            computed.sum().backward()
-        gradients = projection.weight.grad
-    finally:
-        watch.remove()
-        model.zero_grad()
-    (_, ahead), (given, _), _, (whole, keys) = rows
-    assert given.shape[1] == 1 < whole.shape[1] == keys.shape[1] < ahead.shape[1]
-    torch.testing.assert_close(handed, computed, atol=1e-5, rtol=1e-5)
-    assert gradients.abs().max() > 0

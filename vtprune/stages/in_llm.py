@@ -25,7 +25,6 @@ from vtprune.graphs import OUTSIDE, in_graphs
 from vtprune.methods.base import InLLM
 from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
-from vtprune.stages.ahead import KeysAhead, hand_keys
 from vtprune.stages.cache import as_stored, pruned_layers
 from vtprune.stages.call import Call
 from vtprune.stages.continuing import Continuation
@@ -68,7 +67,6 @@ class _Following:
     """What signals read."""
     counts: dict[int, Tensor] = field(default_factory=dict)
     """id of a method -> its budgets."""
-    ahead: KeysAhead = field(default_factory=KeysAhead)
     stored: dict[int, Stored] = field(default_factory=dict)
     """Decoder layer -> what a cut on its input dropped that may come back."""
     views: Mapping[int, View] = field(default_factory=dict)
@@ -92,15 +90,14 @@ class InLLMStage(ThreadAware[_Following]):
         """All that methods list in `signals`, in order."""
         self._last_use: dict[int, int] = {}
         """Decoder layer whose queries and keys are kept -> the last cut that reads them."""
-        self._ahead: set[int] = set()
-        """Decoder layers whose attention is computed ahead."""
+        ahead: set[int] = set()
         for method in methods:
             signals = [signal for signal in method.signals(shape) if isinstance(signal, LayerSignal)]
             self.signals |= dict.fromkeys(signals)
             for number, cut in enumerate(method.cuts(shape)):
                 self.cuts.setdefault(cut, []).append((method, number))
                 if any(signal.ahead for signal in signals):
-                    self._ahead.add(cut)
+                    ahead.add(cut)
                 # A method of several cuts lists at each one what it reads at any.
                 for layer in {layer for signal in signals for layer in signal.attends(cut) if layer < cut}:
                     self._last_use[layer] = max(cut, self._last_use.get(layer, 0))
@@ -108,7 +105,7 @@ class InLLMStage(ThreadAware[_Following]):
         self._measuring = {layer for signal in self.signals for layer in signal.measures()}
         for layer in sorted(self._last_use):
             check_attention(adapter, layer, of_input=False)
-        for layer in sorted(self._ahead):
+        for layer in sorted(ahead):
             check_attention(adapter, layer, of_input=True)
         for layer in sorted(self._measuring):
             self._check_blocks(adapter.decoder_layers[layer])
@@ -155,9 +152,6 @@ class InLLMStage(ThreadAware[_Following]):
             if i in self._measuring:
                 for block in (layer.self_attn, getattr(layer, self.adapter.decoder_mlp)):
                     yield block.register_forward_hook(self._measure(i), with_kwargs=True)
-            if i in self._ahead:
-                keys = getattr(layer.self_attn, projections(layer.self_attn)[1])
-                yield from hand_keys(keys, lambda: self.now.ahead)
             if i in self._last_use:
                 for what, name in zip(QUERIES_KEYS, projections(layer.self_attn), strict=True):
                     yield getattr(layer.self_attn, name).register_forward_hook(self._watch(i, what))
@@ -191,7 +185,6 @@ class InLLMStage(ThreadAware[_Following]):
                 if now.views:
                     return enter_layer(now.views, i, module, args, kwargs)
                 return now.continuation and now.continuation.arguments(i, module, args, kwargs, reads_positions)
-            now.ahead = KeysAhead()
             hidden = call.add_deepstack(i, self.adapter.token_states(hidden_of(args, kwargs)))
             if now.selecting and i == 0:
                 view = self._view(0, hidden)
@@ -290,8 +283,8 @@ class InLLMStage(ThreadAware[_Following]):
             reviving = isinstance(method, Reviving)
             if reviving:
                 self._store(i, hidden, groups, selection)
-            is_last = (method, number) == self.cuts[i][-1]
-            if is_last:
+            compact = method.positions == "compact"
+            if (method, number) == self.cuts[i][-1]:
                 self._forget(i)  # so that it is not cut along
             cut = cut_sequence(
                 call,
@@ -299,15 +292,13 @@ class InLLMStage(ThreadAware[_Following]):
                 groups,
                 selection,
                 layer=i,
-                compact=method.positions == "compact",
+                compact=compact,
                 keep_separators=reviving,
                 masking=method.masks,
             )
-            hidden, index = cut or (hidden, None)
-            if index is not None:
+            if cut is not None:
+                hidden, index = cut
                 now.recorded.cut(index)
-            if is_last and selection.features is None:
-                now.ahead.note(view.keys_ahead, index, send(call.sequence.present, hidden.device))
         self._forget(i)
         return hidden
 

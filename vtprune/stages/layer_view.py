@@ -60,8 +60,6 @@ class CutView:
         self.adapter, self.recorder, self.call, self.recorded = adapter, recorder, call, recorded
         self.layer, self.hidden = layer, hidden
         self._sequence = call.sequence
-        self.keys_ahead: Tensor | None = None
-        """(batch, n, width): keys of the layer that runs next, as `scored` takes them, once a signal has read them."""
 
     def read(self, signal: LayerSignal) -> Any:
         return signal.read_layer(self)
@@ -147,15 +145,10 @@ class CutView:
         """The attention of the layer that runs next."""
         layer = self.adapter.decoder_layers[self.layer]
         inner = self.adapter.attention_input(layer, self.hidden)
-
-        def keys() -> Tensor:
-            self.keys_ahead = project_keys(layer.self_attn, inner)
-            return self.keys_ahead
-
         return LayerAttention(
             self._context(self.layer, self.call.places_at(self.layer, self.hidden)),
             lambda rows: project_queries(layer.self_attn, inner if rows is None else take_columns(inner, rows)),
-            keys,
+            lambda: project_keys(layer.self_attn, inner),
         )
 
     def _context(self, layer: int, places: Places) -> RowContext:
