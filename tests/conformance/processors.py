@@ -275,7 +275,7 @@ MISSING: dict[str, str] = {
     **dict.fromkeys(("fast_vlm", "molmo2", "fuyu", "phi4_multimodal", "nemotron_h_omni"), _UNTRIED),
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm2_vl", "lfm3_vl"), _UNTRIED),
     **dict.fromkeys(("gemma3n", "gemma4", "gemma4_31b", "gemma4_experts", "gemma4_unified"), _UNTRIED),
-    **dict.fromkeys(("dots3_note", "hy_v4_vl"), _UNTRIED),
+    **dict.fromkeys(("dots3_note", "ernie4_5_vl", "hy_v4_vl"), _UNTRIED),
 }
 """Family -> why its processor is not here."""
 
