@@ -158,7 +158,8 @@ def sequences(look: Look) -> Result:
         def note(module, args, kwargs, seen=seen, hidden_keys=hidden_keys):
             hidden = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
             seen.append(hidden[..., 0].numel())
-            hidden_keys.append(_masked(kwargs.get("attention_mask")))
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            hidden_keys.append(_masked(mask))
 
         handle = adapter.encoder_layers(encoded.kind)[0].register_forward_pre_hook(note, with_kwargs=True)
         try:
