@@ -16,6 +16,7 @@ from PIL import Image
 from vtprune.testing import families
 from vtprune.testing.media import MERGE, PATCH, TILE
 
+from . import gemma_processors as gemma
 from . import grid_processors as grid
 from . import packed_processors as packed
 from . import tiled_processors as tiled
@@ -180,6 +181,7 @@ _PROCESSORS: dict[str, Callable] = {
     **packed.PROCESSORS,
     **grid.PROCESSORS,
     **tiled.PROCESSORS,
+    **gemma.PROCESSORS,
 }
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -200,6 +202,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     "qwen3_vl": {"image": _QWEN_IMAGE, "video": "<|video_pad|>"},
     **packed.WRITTEN,
     **tiled.WRITTEN,
+    **gemma.WRITTEN,
 }
 
 
@@ -266,6 +269,8 @@ ALIKE = {
     "mistral_small4": "mistral3",
     "mistral_large4": "mistral3",
     "muse_spark": "muse_glimmer",
+    "gemma4_31b": "gemma4",
+    "gemma4_experts": "gemma4",
 }
 """Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
 
@@ -274,13 +279,16 @@ MISSING: dict[str, str] = {
     "aria": "its image processor makes tiles of 490 or 980 pixels only, far too many for a tiny model",
     **dict.fromkeys(("fast_vlm", "molmo2", "fuyu", "phi4_multimodal", "nemotron_h_omni"), _UNTRIED),
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm2_vl", "lfm3_vl"), _UNTRIED),
-    **dict.fromkeys(("gemma3n", "gemma4", "gemma4_31b", "gemma4_experts", "gemma4_unified"), _UNTRIED),
+    **dict.fromkeys(("gemma3n",), _UNTRIED),
     **dict.fromkeys(("dots3_note", "ernie4_5_vl", "hy_v4_vl"), _UNTRIED),
 }
 """Family -> why its processor is not here."""
 
 _UNDRAWN = (
     *tiled.PROCESSORS,
+    *gemma.PROCESSORS,
+    "gemma4_31b",
+    "gemma4_experts",
     "glm5_next",
     "kimi_k25",
     "muse_glimmer",
@@ -337,6 +345,12 @@ _MIXED = (
 _MIXED_4 = (
     _MIXED[0],
     Request("look : {video} now tell me is this {image} in there ?", ((23, 60),), ((4, 20, 44),)),
+    _NO_MEDIA,
+)
+# Where a frame has many tokens.
+_MIXED_SHORT = (
+    Request("{image} who is this ? {video} what happens ?", ((50, 31),), ((2, 33, 24),)),
+    Request("look : {video} is this {image} in there ?", ((23, 60),), ((3, 20, 44),)),
     _NO_MEDIA,
 )
 _PAN_AND_SCAN = {
@@ -397,4 +411,8 @@ CASES: dict[str, Case] = {
     "video_llama3, videos": Case("video_llama3", _VIDEOS, fps=4.0, options={"fps": 2.0, "do_sample_frames": True}),
     "cosmos3_edge, videos": Case("cosmos3_edge", _VIDEOS, fps=4.0),
     "cosmos3_edge": Case("cosmos3_edge", _MIXED, options={"do_sample_frames": False}),
+    "gemma4": Case("gemma4", _MIXED_SHORT, nested=True, options={"do_sample_frames": False}),
+    "gemma4, videos": Case("gemma4", _VIDEOS, fps=4.0),
+    "gemma4_unified": Case("gemma4_unified", _MIXED_SHORT, nested=True, options={"do_sample_frames": False}),
+    "gemma4_unified, videos": Case("gemma4_unified", _VIDEOS, fps=4.0),
 }

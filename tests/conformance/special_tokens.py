@@ -27,7 +27,7 @@ from vtprune.testing.media import (
 _KNOWN_WORDS = """
 : ? . < > 0 1 2 3 4 5 6 7 8 9 a and answer are better bigger compare crops first Frame1 Frame2 Frame3 Frame4 happens
 help here Here image in is look me now one original picture seconds see some tell the then there this to two what which
-who with word you Time
+who with word you Time 00
 """
 
 IMAGE_TOKENS, VIDEO_TOKENS = {"image_token": ("<image>", IMAGE)}, {"video_token": ("<video>", VIDEO)}

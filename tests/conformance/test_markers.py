@@ -100,6 +100,11 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
         for stamp in re.finditer(r"(?:, |<unk> )?Time (?:[\d.]|<unk>)(?: (?:[\d.]|<unk>))* :", text):
             first = text[: stamp.start()].count(" ")
             layout[first : first + stamp[0].count(" ") + 1] = [True] * (stamp[0].count(" ") + 1)
+    if case.family.startswith("gemma4"):  # a stamp before each frame; that of the first is text
+        text = " ".join(tokens)
+        for stamp in re.finditer(r"(?<=<\|video\|> <image\|> )\S+ : \S+(?= <\|image> <\|video\|>)", text):
+            first = text[: stamp.start()].count(" ")
+            layout[first : first + 3] = [True] * 3
     if case.family == "glm46v":  # a stamp behind each frame
         inside = False
         for column, token in enumerate(tokens):

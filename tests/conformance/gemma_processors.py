@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processors of later Gemmas, which also read sound, and how people write their placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import transformers as hf
+
+from vtprune.testing.media import AUDIO_END, AUDIO_START, END, IMAGE, PATCH, START, VIDEO
+
+from .special_tokens import tokenizer
+
+_GEMMA4_TOKENS = {
+    "image_token": ("<|image|>", IMAGE),
+    "video_token": ("<|video|>", VIDEO),
+    "boi_token": ("<|image>", START),
+    "eoi_token": ("<image|>", END),
+    "boa_token": ("<|audio>", AUDIO_START),
+    "eoa_token": ("<audio|>", AUDIO_END),
+}
+_FEWEST = 70
+"""Tokens of an image, at most; the processors allow no smaller number."""
+
+
+def _gemma4():
+    patches = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": _FEWEST}
+    return hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(**patches),
+        tokenizer(_GEMMA4_TOKENS),
+        hf.Gemma4VideoProcessor(**patches, num_frames=2),
+    )
+
+
+def _gemma4_unified():
+    # It joins small patches itself; the model sees the large ones.
+    patches = {"patch_size": PATCH // 2, "pooling_kernel_size": 2, "max_soft_tokens": _FEWEST}
+    return hf.Gemma4UnifiedProcessor(
+        hf.Gemma4UnifiedAudioFeatureExtractor(),
+        hf.Gemma4UnifiedImageProcessor(**patches),
+        tokenizer(_GEMMA4_TOKENS),
+        hf.Gemma4UnifiedVideoProcessor(**patches, num_frames=2),
+    )
+
+
+PROCESSORS: dict[str, Callable] = {"gemma4": _gemma4, "gemma4_unified": _gemma4_unified}
+"""Family -> its processor."""
+_GEMMA4 = {"image": "<|image|>", "video": "<|video|>"}
+WRITTEN: dict[str, dict[str, str]] = {"gemma4": _GEMMA4, "gemma4_unified": _GEMMA4}
