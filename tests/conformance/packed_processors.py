@@ -7,7 +7,19 @@ from collections.abc import Callable
 
 import transformers as hf
 
-from vtprune.testing.media import END, IMAGE, MERGE, NEWLINE, PATCH, ROW_COLUMN, START, VIDEO, VIDEO_END, VIDEO_START
+from vtprune.testing.media import (
+    AUDIO,
+    END,
+    IMAGE,
+    MERGE,
+    NEWLINE,
+    PATCH,
+    ROW_COLUMN,
+    START,
+    VIDEO,
+    VIDEO_END,
+    VIDEO_START,
+)
 
 from .special_tokens import QWEN_TOKENS, tokenizer
 
@@ -36,6 +48,13 @@ _MUSE_TOKENS = {
     "video_start_token": ("<|vid_start|>", VIDEO_START),
     "video_end_token": ("<|vid_end|>", VIDEO_END),
     "separator_token": ("<|vid_frame_separator|>", NEWLINE),
+}
+_DOTS_TOKENS = {
+    "image_token": ("<|imgpad|>", IMAGE),
+    "video_token": ("<|video_pad|>", VIDEO),
+    "audio_token": ("<|audio_comp_pad|>", AUDIO),
+    "image_start_token": ("<|img|>", START),
+    "image_end_token": ("<|endofimg|>", END),
 }
 
 
@@ -93,10 +112,31 @@ def _video_llama3():
     return hf.VideoLlama3Processor(images, tokenizer(QWEN_TOKENS), frames)
 
 
+def _lfm3_vl():
+    images = hf.Qwen2VLImageProcessor(**_PATCHES, **_sizes(300, 2000))
+    frames = hf.Qwen3VLVideoProcessor(**_PATCHES, **_sizes(300, 2000), cap_pixels_per_frame=False)
+    return hf.Lfm3VlProcessor(images, tokenizer(QWEN_TOKENS), frames)
+
+
+def _dots3_note():
+    images = hf.Qwen2VLImageProcessor(**_PATCHES, temporal_patch_size=1, **_sizes(300, 2000))
+    frames = hf.Qwen3VLVideoProcessor(**_PATCHES, temporal_patch_size=1, **_sizes(300, 4000))
+    return hf.Dots3NoteProcessor(images, tokenizer(_DOTS_TOKENS), frames, hf.Dots3NoteFeatureExtractor())
+
+
+def _hy_v4_vl():
+    images = hf.HYV4VLImageProcessor(**_PATCHES, **_sizes(300, 2000))
+    frames = hf.HYV4VLVideoProcessor(**_PATCHES, **_sizes(300, 20_000))
+    return hf.HYV4VLProcessor(images, tokenizer(QWEN_TOKENS), frames)
+
+
 PROCESSORS: dict[str, Callable] = {
     "video_llama3": _video_llama3,
     "cosmos3_edge": _cosmos3_edge,
     "glm46v": _glm,
+    "lfm3_vl": _lfm3_vl,
+    "dots3_note": _dots3_note,
+    "hy_v4_vl": _hy_v4_vl,
     "paddleocr_vl": _paddleocr,
     "glm5_next": _glm5_next,
     "kimi_k25": _kimi_k25,
@@ -115,6 +155,12 @@ WRITTEN: dict[str, dict[str, str]] = {
     "kimi_k25": {"image": "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>"},
     "muse_glimmer": {"image": "<|patch|>"},
     "exaone4_5": _QWEN,
+    "lfm3_vl": {**_QWEN, "video": "<|video_pad|>"},
+    "dots3_note": {
+        "image": "<|img|><|imgpad|><|endofimg|>",
+        "video": "<|img|><|video_pad|><|endofimg|>",
+    },
+    "hy_v4_vl": {**_QWEN, "video": "<|vision_start|><|video_pad|><|vision_end|>"},
     "hyperclovax_vision_v2": _QWEN,
     "cosmos3_edge": {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|video_pad|>"},
     "video_llama3": {"image": "<|image_pad|>", "video": "<|video_pad|>"},

@@ -278,9 +278,9 @@ _UNTRIED = "it has not been tried with the tiny model"
 MISSING: dict[str, str] = {
     "aria": "its image processor makes tiles of 490 or 980 pixels only, far too many for a tiny model",
     **dict.fromkeys(("fast_vlm", "molmo2", "fuyu", "phi4_multimodal", "nemotron_h_omni"), _UNTRIED),
-    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm2_vl", "lfm3_vl"), _UNTRIED),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm2_vl"), _UNTRIED),
     **dict.fromkeys(("gemma3n",), _UNTRIED),
-    **dict.fromkeys(("dots3_note", "ernie4_5_vl", "hy_v4_vl"), _UNTRIED),
+    **dict.fromkeys(("ernie4_5_vl",), _UNTRIED),
 }
 """Family -> why its processor is not here."""
 
@@ -289,6 +289,8 @@ _UNDRAWN = (
     *gemma.PROCESSORS,
     "gemma4_31b",
     "gemma4_experts",
+    "lfm3_vl",
+    "hy_v4_vl",
     "glm5_next",
     "kimi_k25",
     "muse_glimmer",
@@ -415,4 +417,10 @@ CASES: dict[str, Case] = {
     "gemma4, videos": Case("gemma4", _VIDEOS, fps=4.0),
     "gemma4_unified": Case("gemma4_unified", _MIXED_SHORT, nested=True, options={"do_sample_frames": False}),
     "gemma4_unified, videos": Case("gemma4_unified", _VIDEOS, fps=4.0),
+    "lfm3_vl": Case("lfm3_vl", _MIXED, options={"do_sample_frames": False}),
+    "lfm3_vl, videos": Case("lfm3_vl", _VIDEOS, fps=4.0),
+    "dots3_note": Case("dots3_note", _MIXED, options={"do_sample_frames": False}),
+    "dots3_note, videos": Case("dots3_note", _VIDEOS, fps=4.0),
+    "hy_v4_vl": Case("hy_v4_vl", _MIXED),
+    "hy_v4_vl, videos": Case("hy_v4_vl", _VIDEOS),
 }
