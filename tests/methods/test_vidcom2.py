@@ -36,7 +36,7 @@ def test_the_frame_that_differs_keeps_most_and_of_each_the_least_common(k):
     if k >= FRAMES:
         assert counts[3] == min(counts.max(), SIZE) and (counts > 0).all()
         assert k > 60 or counts[3] > counts.sum() / FRAMES
-    scores = sum(commonness(tokens.features[0], tokens.crops[0])).view(FRAMES, SIZE)
+    scores = sum(commonness(tokens.features[0], tokens.crops[0], FRAMES)).view(FRAMES, SIZE)
     for frame, count in enumerate(counts.tolist()):
         lowest = scores[frame].argsort()[:count].sort().values
         assert torch.equal(selection.keep[0].view(FRAMES, SIZE)[frame].nonzero()[:, 0], lowest)
@@ -44,7 +44,7 @@ def test_the_frame_that_differs_keeps_most_and_of_each_the_least_common(k):
 
 def test_an_image_keeps_what_is_least_like_its_mean():
     tokens = video(10)
-    (to_video, to_frame) = commonness(tokens.features[1, :50], tokens.crops[1, :50])
+    (to_video, to_frame) = commonness(tokens.features[1, :50], tokens.crops[1, :50], 1)
     torch.testing.assert_close(to_video, to_frame)
     keep = vtprune.VidCom2(keep_tokens=10).select(tokens).keep[1]
     assert torch.equal(keep.nonzero()[:, 0], to_video.argsort()[:10].sort().values)

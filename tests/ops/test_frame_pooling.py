@@ -13,6 +13,6 @@ def draw(*shape, seed=0):
 def test_means_of_frames_that_take_turns_and_differ_in_size(dtype):
     features, frames = draw(9, 4).to(dtype), torch.tensor([0, 2, 1, 0, 2, 1, 0, 2, 0])
     expected = torch.stack([features[frames == frame].float().mean(0) for frame in range(3)])
-    means = frame_means(features, frames)
+    means = frame_means(features, frames, 3)
     assert means.dtype == torch.float32
     torch.testing.assert_close(means, expected)

@@ -40,14 +40,16 @@ def by_hand(features, frames):
 @settings(max_examples=60, deadline=None)
 def test_nearness_to_the_means_of_video_and_frame(sizes, dim, seed):
     features, frames = draw(sum(sizes), dim, seed=seed) + 0.5, frames_of(sizes)
-    torch.testing.assert_close(torch.stack(commonness(features, frames)), by_hand(features, frames), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.stack(commonness(features, frames, len(sizes))), by_hand(features, frames), atol=1e-4, rtol=0
+    )
 
 
 @videos
 @settings(max_examples=60, deadline=None)
 def test_frames_that_differ_more_get_more_and_the_average_stays(sizes, dim, seed):
     common, frames = draw(sum(sizes), seed=seed).abs(), frames_of(sizes)
-    shares = frame_shares(common, frames)
+    shares = frame_shares(common, frames, len(sizes))
     assert shares.mean().item() == pytest.approx(1, abs=1e-5) and (shares >= -1e-6).all()
     means = torch.stack([common[frames == frame].mean() for frame in range(len(sizes))])
     assert (shares[means.argsort()].diff() <= 1e-6).all()
@@ -55,17 +57,17 @@ def test_frames_that_differ_more_get_more_and_the_average_stays(sizes, dim, seed
 
 def test_frames_need_not_stand_together():
     features, frames = draw(12, 6), torch.tensor([0, 1, 2] * 4)
-    mixed = torch.stack(commonness(features, frames))
+    mixed = torch.stack(commonness(features, frames, 3))
     order = frames.argsort(stable=True)
-    torch.testing.assert_close(mixed[:, order], torch.stack(commonness(features[order], frames[order])))
+    torch.testing.assert_close(mixed[:, order], torch.stack(commonness(features[order], frames[order], 3)))
 
 
 def test_edges():
     assert steady_channels(torch.tensor([[0.0, 1.0, 5.0, 2.0], [9.0, 2.0, 5.0, 1.0]])).tolist() == [1, 2]
     assert steady_channels(draw(3, 1)).tolist() == [0]
-    same = commonness(torch.ones(6, 4), frames_of([3, 3]))
+    same = commonness(torch.ones(6, 4), frames_of([3, 3]), 2)
     torch.testing.assert_close(torch.stack(same), torch.full((2, 6), 5.0))
-    black = commonness(torch.zeros(4, 4), frames_of([4]))
+    black = commonness(torch.zeros(4, 4), frames_of([4]), 1)
     assert torch.stack(black).isfinite().all()
     with pytest.raises(VTPruneError, match="NaN"):
-        commonness(draw(4, 4).index_fill(1, torch.tensor([2]), float("nan")), frames_of([2, 2]))
+        commonness(draw(4, 4).index_fill(1, torch.tensor([2]), float("nan")), frames_of([2, 2]), 2)

@@ -12,10 +12,10 @@ def tokens_of_every_frame(v: Vector) -> None:
     """The reference rounds every frame separately. With the resulting sum as budget, the method keeps the same."""
     features, size, counts = v["features"], v["tokens_per_frame"], v["counts"]
     frames = torch.arange(len(counts)).repeat_interleave(size)
-    to_video, to_frame = commonness(features, frames)
+    to_video, to_frame = commonness(features, frames, len(counts))
     close(to_video.view(-1, size), v["video_score"])
     close(to_frame.view(-1, size), v["frame_score"])
-    shares = frame_shares(to_video, frames)
+    shares = frame_shares(to_video, frames, len(counts))
     close((v["ratio"] * shares).clamp(max=1), v["scales"], rtol=1e-4)
 
     budget = int(counts.sum())

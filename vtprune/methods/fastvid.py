@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
+from vtprune.devices import read, send
 from vtprune.methods.base import BeforeLLM, Share
 from vtprune.ops.anchor_merging import merge_into_anchors
 from vtprune.ops.frame_pooling import frame_means
@@ -62,17 +63,22 @@ class FastVID(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         saliency = tokens[EncoderSaliency(tokens.shape.feature_layer)]
         merging = Merging(tokens)
-        for group, length, k in tokens.each():
-            if not length:
-                continue
-            values = tokens.features[group, :length]
-            # Another method may have dropped all tokens of a crop.
-            frames = tokens.crops[group, :length].unique(return_inverse=True)[1]
+        crops = tokens.host.crops
+        groups = [(group, length, k) for group, length, k in tokens.each() if length]
+        # Another method may have dropped all tokens of a crop.
+        frames = [crops[group, :length].unique(return_inverse=True)[1] for group, length, _ in groups]
+        # The scenes of all videos are read together: an accelerator is waited for once.
+        scene_of = read(
+            *(
+                self._scenes(tokens.features[group, :length], numbers, tokens.kinds[group])
+                for (group, length, _), numbers in zip(groups, frames, strict=True)
+            )
+        )
+        for (group, length, k), *parts in zip(groups, frames, scene_of, strict=True):
             merged = merge_into_anchors(
-                values,
+                tokens.features[group, :length],
                 saliency[group, :length],
-                frames,
-                self._scenes(values, frames, tokens.kinds[group]),
+                *parts,
                 k,
                 context_share=self.context_share,
                 period=self.anchor_period,
@@ -83,8 +89,8 @@ class FastVID(BeforeLLM):
         return merging.selection
 
     def _scenes(self, values: Tensor, frames: Tensor, kind: str) -> Tensor:
-        """(frames,) long: the scene of each frame."""
-        means = frame_means(values, frames)
+        """(frames,) long: the scene of each frame; values (tokens, dim), frames (tokens,) long on the CPU."""
+        count = int(frames.max()) + 1
         if kind == "video":
-            return scenes(means, self.min_scenes, self.threshold)
-        return torch.arange(len(means))
+            return scenes(frame_means(values, send(frames, values.device), count), self.min_scenes, self.threshold)
+        return torch.arange(count)

@@ -11,6 +11,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
+from vtprune.devices import send
 from vtprune.errors import ConfigError, UnsupportedStageError
 from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Share
 from vtprune.ops.inner_llm_merging import absorb_dropped
@@ -132,6 +133,7 @@ class _MergeVideo(BeforeLLM):
         ratio = self.keep_ratio if self.reference_quirks else None
         for group, length, k in tokens.each():
             for places, frames, count in self._clips(tokens, group, length, k):
+                places = send(places, tokens.valid.device)
                 video = merge_video(
                     tokens.features[group, places].unflatten(0, (frames, -1)),
                     saliency[group, places].view(frames, -1),
@@ -147,17 +149,16 @@ class _MergeVideo(BeforeLLM):
         return merging.selection
 
     def _clips(self, tokens: VisualTokens, group: int, length: int, k: int) -> list[tuple[Tensor, int, int]]:
-        """The parts that are merged separately: places in the group, number of frames, tokens to keep."""
-        places = torch.arange(length, device=tokens.valid.device)
+        """The parts that are merged separately: places in the group on the CPU, number of frames, tokens to keep."""
         layouts = tokens.layouts[group]
         if tokens.kinds[group] == "video":
             if None in layouts or len(set(layouts)) > 1:
                 raise UnsupportedStageError("holitom needs whole frames of a video; put it before other methods")
-            return [(places, len(layouts), k)]
-        crops = [places[tokens.crops[group, :length] == crop] for crop in range(len(layouts))]
+            return [(torch.arange(length), len(layouts), k)]
+        crops = tokens.host.places(group)
         sizes = torch.tensor([len(crop) for crop in crops])
         counts = apportion(k, sizes.double(), sizes).tolist()
-        return [(crop, 1, count) for crop, count in zip(crops, counts, strict=True) if len(crop)]
+        return [(crop, 1, count) for crop, count in zip(crops, counts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from vtprune.devices import send
 from vtprune.methods.base import BeforeLLM
 from vtprune.ops.frame_uniqueness import commonness, frame_shares
 from vtprune.ops.largest_remainder import apportion
@@ -38,13 +39,14 @@ class VidCom2(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         keep = torch.zeros_like(tokens.valid)
+        crops = tokens.host.crops
         for group, length, k in tokens.each():
             if not length:
                 continue
             # Another method may have dropped all tokens of a crop.
-            frames = tokens.crops[group, :length].unique(return_inverse=True)[1]
-            to_video, to_frame = commonness(tokens.features[group, :length], frames)
-            sizes = frames.bincount().cpu()
-            counts = apportion(k, frame_shares(to_video, frames).cpu() * sizes, sizes)
+            _, numbers, counted = crops[group, :length].unique(return_inverse=True, return_counts=True)
+            frames, sizes = (send(values, keep.device) for values in (numbers, counted))
+            to_video, to_frame = commonness(tokens.features[group, :length], frames, len(sizes))
+            counts = apportion(k, frame_shares(to_video, frames, len(sizes)) * sizes, sizes)
             keep[group, :length] = best_per_part(-(to_video + to_frame), frames, counts)
         return Selection(keep)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
+from vtprune.devices import send
 from vtprune.ops.density_peaks import merge_clusters, scaled_distances, spread_and_separation
 from vtprune.ops.largest_remainder import apportion, share_out
 from vtprune.ops.selection import best_per_part
@@ -66,8 +67,8 @@ def merge_into_anchors(
     Args:
         features: ``(tokens, dim)`` of one video.
         saliency: ``(tokens,)``; tokens with higher values are kept.
-        frames: ``(tokens,)`` long, the frame of each token, numbered from 0 without gaps.
-        scene_of: ``(frames,)`` long, the scene of each frame, in the order of time.
+        frames: ``(tokens,)`` long, the frame of each token, numbered from 0 without gaps, on the CPU.
+        scene_of: ``(frames,)`` long, the scene of each frame, in the order of time, on the CPU.
         k: number of tokens to keep, at most all.
         context_share: as in :func:`salient_and_anchors`.
         period: as in :func:`salient_and_anchors`.
@@ -84,35 +85,37 @@ def merge_into_anchors(
     Raises:
         VTPruneError: a feature or a saliency is NaN or infinite.
     """
-    if not saliency.isfinite().all():
-        raise VTPruneError("saliency holds NaN or infinite values: tokens cannot be ranked by it")
+    require(saliency.isfinite().all(), "saliency holds NaN or infinite values: tokens cannot be ranked by it")
     device = features.device
-    sizes, scene_of = frames.bincount().cpu(), scene_of.cpu()
-    counts = salient_and_anchors(sizes, scene_of, k, context_share=context_share, period=period)
-    salient = best_per_part(saliency, frames, counts[0].to(device))
-    rest = (~salient).nonzero()[:, 0]
-    rest = rest[frames[rest].argsort(stable=True)]  # tokens of the tiles of an image alternate
+    sizes = frames.bincount()
+    salient_counts, anchor_counts = salient_and_anchors(sizes, scene_of, k, context_share=context_share, period=period)
+    # All counts are known here, so an accelerator is never waited for: sorting takes the place of flags as indices.
+    frame_of = send(frames, device)
+    salient = best_per_part(saliency, frame_of, salient_counts)
+    left = sizes - salient_counts
+    # In the order of frames: tokens of the tiles of an image alternate.
+    rest = frame_of.masked_fill(salient, len(sizes)).argsort(stable=True)[: int(left.sum())]
     anchors = torch.zeros_like(salient)
-    for places, count in zip(rest.split((sizes - counts[0]).tolist()), counts[1].tolist(), strict=True):
+    for places, count in zip(rest.split(left.tolist()), anchor_counts.tolist(), strict=True):
         if count:
             spread, separation = spread_and_separation(scaled_distances(features[places]), min(neighbours, len(places)))
             # The logarithm of density times separation. Density itself would be zero for points far apart.
             order = (separation.log() - spread).argsort(descending=True, stable=True)
-            anchors[places[order[:count]]] = True
+            anchors.index_fill_(0, places[order[:count]], True)
 
     keep, merged = salient | anchors, features.clone()
     sources = torch.arange(len(keep), device=device).masked_fill(~keep, -1)
-    scene_of_token = scene_of.to(device)[frames]
-    for scene in scene_of.unique().tolist():
-        members = rest[scene_of_token[rest] == scene]
-        centres = anchors[members].nonzero()[:, 0]
-        if not len(centres):
+    lengths = scene_of.unique_consecutive(return_counts=True)[1].tolist()
+    members_of = rest.split([int(part.sum()) for part in left.split(lengths)])
+    for members, counts in zip(members_of, anchor_counts.split(lengths), strict=True):
+        per_frame = counts[counts > 0].tolist()
+        if not per_frame:
             continue
+        centres = (~anchors[members]).long().argsort(stable=True)[: sum(per_frame)]
         points = features[members]
         directions = normalize(points.float(), dim=-1)
         likeness = directions @ directions[centres].T
         sources[members] = members[centres][_nearest(likeness, centres)]
-        per_frame = [count for count in counts[1][scene_of == scene].tolist() if count]
         for of_frame, similarity in zip(centres.split(per_frame), likeness.split(per_frame, dim=1), strict=True):
             merged[members[of_frame]] = _merge(points, of_frame, _nearest(similarity, of_frame), anchor_weight)
     return keep, merged, sources
@@ -131,5 +134,6 @@ def _merge(points: Tensor, centres: Tensor, joined: Tensor, anchor_weight: float
     means = merge_clusters(points, centres, joined, None)
     if anchor_weight is None:
         return means
-    weight = (1 / (joined.bincount(minlength=len(centres)) + 1)).clamp_min(anchor_weight)[:, None]
+    sizes = (joined[:, None] == torch.arange(len(centres), device=joined.device)).sum(0)
+    weight = (1 / (sizes + 1)).clamp_min(anchor_weight)[:, None]
     return (weight * points[centres] + (1 - weight) * means).to(points.dtype)

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
 
 
 def scaled_distances(points: Tensor) -> Tensor:
@@ -26,8 +26,7 @@ def scaled_distances(points: Tensor) -> Tensor:
     squares = products.diagonal(dim1=-2, dim2=-1)
     distances = (squares[..., None] + squares[..., None, :]).sub_(products, alpha=2).clamp_min_(0).sqrt_()
     distances.diagonal(dim1=-2, dim2=-1).zero_()
-    if not distances.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: distances are not defined on them")
+    require(distances.isfinite().all(), "features hold NaN or infinite values: distances are not defined on them")
     return distances.div_(max(points.shape[-1], 1) ** 0.5)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
 from vtprune.ops.frame_pooling import frame_means
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
@@ -30,7 +30,7 @@ def nearness(features: Tensor, centres: Tensor) -> Tensor:
     return torch.stack([(-squares / (2 * width)).exp() for width in WIDTHS]).sum(0)
 
 
-def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+def commonness(features: Tensor, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """How near each token is to the mean of the video, and to the mean of its frame (VidCom2, arXiv 2505.14454).
 
     Features are normalised first, over the channels that vary least.
@@ -38,6 +38,7 @@ def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         features: ``(tokens, dim)``, at least one token.
         frames: ``(tokens,)`` long, the frame of each token, numbered from 0 without gaps.
+        count: number of frames.
 
     Returns:
         Two ``(tokens,)`` float32 tensors.
@@ -45,22 +46,22 @@ def commonness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         VTPruneError: a feature is NaN or infinite.
     """
-    if not features.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: nearness is not defined on them")
+    require(features.isfinite().all(), "features hold NaN or infinite values: nearness is not defined on them")
     directions = normalize(features.float()[:, steady_channels(features)], dim=-1)
-    return nearness(directions, directions.mean(0)), nearness(directions, frame_means(directions, frames)[frames])
+    of_frames = frame_means(directions, frames, count)
+    return nearness(directions, directions.mean(0)), nearness(directions, of_frames[frames])
 
 
-def frame_shares(common: Tensor, frames: Tensor) -> Tensor:
+def frame_shares(common: Tensor, frames: Tensor, count: int) -> Tensor:
     """Share of its tokens that each frame keeps: more if the frame differs more from the video (VidCom2).
 
     Args:
         common: ``(tokens,)``, nearness to the mean of the video.
-        frames: ``(tokens,)`` long, as in :func:`commonness`.
+        frames, count: as in :func:`commonness`.
 
     Returns:
         ``(frames,)``, as multiples of the share that is kept of the whole video. Their average is one: each is one plus
         the difference between the frame's weight in a sharp softmax and the average weight.
     """
-    weights = (-frame_means(common[:, None], frames)[:, 0] / TEMPERATURE).softmax(0)
+    weights = (-frame_means(common[:, None], frames, count)[:, 0] / TEMPERATURE).softmax(0)
     return 1 + weights - weights.mean()

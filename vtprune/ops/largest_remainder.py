@@ -15,17 +15,20 @@ def apportion(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
     Args:
         total: at least 0; above the sum of the capacities all groups are full.
         weights: ``(groups,)``, finite, at least 0.
-        capacities: ``(groups,)`` long, at least 0.
+        capacities: ``(groups,)`` long, at least 0, on the device of the weights.
 
     Returns:
-        ``(groups,)`` long, between 0 and the capacities; the sum is ``min(total, capacities.sum())``.
+        ``(groups,)`` long on that device, between 0 and the capacities; the sum is ``min(total, capacities.sum())``.
     """
-    total = min(total, int(capacities.sum()))
+    if not len(weights):
+        return capacities.clone()
+    if weights.device.type == "mps":  # which has no double precision
+        return apportion(total, weights.cpu(), capacities.cpu()).to(weights.device)
+    total = capacities.sum().clamp_max(total)
     shares = weights.double()
     # A tiny weight instead of zero, so that such a group gets tokens after all others.
-    shares = shares.clamp_min(float(shares.max()) * 1e-12 if len(shares) else 0.0)
-    if not shares.any():
-        shares = torch.ones_like(shares)
+    shares = torch.maximum(shares, shares.max() * 1e-12)
+    shares = shares.masked_fill(~shares.any(), 1.0)
     # A level is a number of tokens per unit of weight. Groups fill in this order as the level rises. `given` is the
     # total given out at the level where a group becomes full: earlier groups are full, later ones have level * share.
     order = (capacities / shares).argsort(stable=True)
@@ -33,15 +36,15 @@ def apportion(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
     full_before = room.cumsum(0) - room
     open_share = share.flip(0).cumsum(0).flip(0)
     given = full_before + room / share * open_share
-    last_full = int((given < total).sum())
-    if last_full == len(given):
-        return capacities.clone()
-    level = (total - full_before[last_full]) / open_share[last_full]
+    # Nothing is read: an accelerator would be waited for. Where all groups are full, the level does not count.
+    full = given < total
+    last_full = full.sum()[None].clamp_max(len(given) - 1)
+    level = (total - full_before.gather(0, last_full)) / open_share.gather(0, last_full)
     exact = torch.minimum(level * shares, capacities.double())
     counts = exact.floor().long()
     remainder = (exact - counts).masked_fill(counts >= capacities, -1)
-    counts[remainder.argsort(descending=True, stable=True)[: total - int(counts.sum())]] += 1
-    return counts
+    rank = remainder.argsort(descending=True, stable=True).argsort()
+    return torch.where(full.all(), capacities, counts + (rank < total - counts.sum()))
 
 
 def share_out(sizes: Tensor, k: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
 
 
 def scenes(frames: Tensor, least: int = 8, threshold: float = 0.9) -> Tensor:
@@ -27,8 +27,6 @@ def scenes(frames: Tensor, least: int = 8, threshold: float = 0.9) -> Tensor:
     """
     directions = normalize(frames.float(), dim=-1)
     likeness = (directions[:-1] * directions[1:]).sum(-1)
-    if not likeness.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: scenes are not defined on them")
-    ends = likeness < threshold
-    ends[likeness.argsort(stable=True)[: least - 1]] = True
+    require(likeness.isfinite().all(), "features hold NaN or infinite values: scenes are not defined on them")
+    ends = (likeness < threshold).index_fill(0, likeness.argsort(stable=True)[: least - 1], True)
     return torch.nn.functional.pad(ends.long().cumsum(0), (1, 0))

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
 
 # Elements of the frames that are compared at a time, so that temporary tensors stay small for any video.
 _BLOCK_ELEMENTS = 1 << 20
@@ -31,8 +31,9 @@ def temporal_similarity(features: Tensor) -> Tensor:
         lengths.append(torch.linalg.vector_norm(block[:step], dim=-1))
         products.append(torch.linalg.vecdot(block[:-1], block[1:]))
     length = torch.cat(lengths).clamp_min_(1e-12)
-    if not length.isfinite().all():
-        raise VTPruneError("features hold NaN or infinite values: similarity over time is not defined on them")
+    require(
+        length.isfinite().all(), "features hold NaN or infinite values: similarity over time is not defined on them"
+    )
     return torch.cat(products).div_(length[:-1]).div_(length[1:])
 
 
@@ -44,20 +45,20 @@ def segment_frames(still: Tensor, max_window: int = 1024) -> tuple[Tensor, int]:
     the largest sum. Of equal solutions, a frame alone is preferred to a longer segment, and then the shortest segment.
 
     All segments that end at a frame follow from one count: how many positions have been still for how many frames. So a
-    frame costs ``O(positions + max_window)`` time, and there is no table of first and last frames.
+    frame costs ``O(positions + max_window)`` time, and there is no table of first and last frames. The search has a
+    small step for each frame, each of which an accelerator would be waited for. So it runs on the CPU.
 
     Args:
-        still: ``(frames - 1, positions)`` bool, whether a position is still from a frame to the next.
+        still: ``(frames - 1, positions)`` bool on the CPU, whether a position is still from a frame to the next.
         max_window: largest number of frames in a segment, at least 1.
 
     Returns:
-        segments: ``(segments, 2)`` long on the CPU, first and last frame of each, in the order of time.
+        segments: ``(segments, 2)`` long, first and last frame of each, in the order of time.
         saved: number of tokens saved.
     """
     if max_window < 1:
         raise ValueError(f"a segment has at least one frame, not {max_window}")
-    # The search has a small step for each frame. On an accelerator it would only wait for each of them.
-    still = still.cpu().long()
+    still = still.long()
     frames = len(still) + 1
     # best[i]: the most that the first i frames can save. back[i]: how many steps the segment that ends at frame i
     # goes back in that solution.
@@ -96,7 +97,6 @@ def still_positions(still: Tensor, segments: Tensor) -> Tensor:
     Returns:
         ``(segments, positions)`` bool; all False for a segment of one frame, which cannot save tokens.
     """
-    segments = segments.to(still.device)
     first, last = segments[:, 0], segments[:, 1]
     # Number of changes up to each frame. If it is equal at both ends of a segment, nothing changes inside.
     changes = torch.nn.functional.pad((~still).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))

@@ -54,10 +54,13 @@ def best_per_part(scores: Tensor, parts: Tensor, counts: Tensor) -> Tensor:
     """
     order = scores.argsort(descending=True, stable=True)
     order = order[parts[order].argsort(stable=True)]
-    sizes = parts.bincount(minlength=len(counts))
+    # Counted without waiting for an accelerator, which `bincount` would do.
+    sizes = torch.zeros(len(counts), dtype=torch.long, device=parts.device).scatter_add(
+        0, parts, torch.ones_like(parts)
+    )
     first = sizes.cumsum(0) - sizes
     part = parts[order]
     rank = torch.arange(len(order), device=order.device) - first[part]
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order] = rank < counts.to(rank)[part]
+    keep[order] = rank < send(counts, rank.device)[part]
     return keep

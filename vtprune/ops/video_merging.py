@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
+from vtprune.devices import send
 from vtprune.ops.density_peaks import density_peaks, merge_clusters
 from vtprune.ops.largest_remainder import share_out
 from vtprune.ops.segmentation import segment_frames, still_positions, temporal_similarity
@@ -30,7 +31,7 @@ class MergedVideo(NamedTuple):
     sources: Tensor
     """``(frames, positions)`` long: flat index of the kept token that each token went into, -1 for dropped tokens."""
     segments: Tensor
-    """``(segments, 2)`` long, first and last frame of each segment."""
+    """``(segments, 2)`` long on the CPU, first and last frame of each segment."""
 
     @property
     def keep(self) -> Tensor:
@@ -54,7 +55,8 @@ def merge_video(
 
     The video is cut into segments in which many positions are still (:func:`segment_frames`). The still positions of a
     segment are averaged over time and clustered. All other tokens are dynamic, and the most salient ones of each frame
-    are kept. Still and dynamic tokens of all segments keep the same share of their tokens.
+    are kept. Still and dynamic tokens of all segments keep the same share of their tokens. An accelerator is waited for
+    once, for which positions are still; with one frame it is not.
 
     Args:
         features: ``(frames, positions, dim)``, at least one frame.
@@ -75,14 +77,15 @@ def merge_video(
     Raises:
         VTPruneError: a feature or a saliency is NaN or infinite.
     """
-    if not saliency.isfinite().all():
-        raise VTPruneError("saliency holds NaN or infinite values: tokens cannot be ranked by it")
-    still = temporal_similarity(features) > threshold
+    require(saliency.isfinite().all(), "saliency holds NaN or infinite values: tokens cannot be ranked by it")
+    device = features.device
+    likeness = temporal_similarity(features)
+    still = (likeness > threshold).cpu() if len(likeness) else torch.empty(likeness.shape, dtype=torch.bool)
     segments, saved = segment_frames(still, max_window)
     static = still_positions(still, segments)
     segment_of = torch.arange(len(segments)).repeat_interleave(segments[:, 1] - segments[:, 0] + 1)
-    dynamic = ~static[segment_of.to(static.device)]
-    static_sizes, dynamic_sizes = static.sum(1).cpu(), dynamic.sum(1).cpu()
+    dynamic = ~static[segment_of]
+    static_sizes, dynamic_sizes = static.sum(1), dynamic.sum(1)
     if reference_quirks:
         share = effective_ratio(keep_ratio, saliency.numel(), saved)
         static_counts = (static_sizes.double() * share).round().long()
@@ -91,26 +94,29 @@ def merge_video(
         k = min(round(keep_ratio * saliency.numel()), saliency.numel() - saved)
         static_counts, dynamic_counts = _exact_counts(static_sizes, dynamic_sizes, segment_of, k)
     salient_counts = (dynamic_counts.double() * (1 - context_share)).round().long()
+    dynamic = send(dynamic, device)
     salient = top_k_mask(saliency, dynamic, salient_counts)
 
-    part = torch.full(saliency.shape, -1, device=features.device).masked_fill_(salient, SALIENT)
-    numbers = torch.arange(saliency.numel(), device=features.device).view_as(part)
+    part = torch.full(saliency.shape, -1, device=device).masked_fill_(salient, SALIENT)
+    numbers = torch.arange(saliency.numel(), device=device).view_as(part)
     merged = features.clone(memory_format=torch.contiguous_format)
     video = MergedVideo(part, merged, numbers.masked_fill(~salient, -1), segments)
     clustering = (neighbours, reference_quirks, centre_weight)
     for (first, last), positions, count in zip(segments.tolist(), static, static_counts.tolist(), strict=True):
         if count:
+            positions = send(positions.nonzero()[:, 0], device)
             means = features[first : last + 1].mean(0, dtype=torch.float)[positions]
-            at = positions.nonzero()[:, 0] + first * part.shape[1]
+            at = positions + first * part.shape[1]
             into = _put_clusters(video, means[None], at[None], count, STATIC, *clustering)[0]
             video.sources[first : last + 1, positions] = into
     others, context_counts = dynamic & ~salient, dynamic_counts - salient_counts
     # Frames with the same numbers of tokens and clusters are clustered together.
-    kinds = torch.stack((others.sum(1).cpu(), context_counts), dim=1)[context_counts > 0].unique(dim=0)
-    for tokens, count in kinds.tolist():
-        same = (others.sum(1).cpu() == tokens) & (context_counts == count)
-        for frames in same.nonzero()[:, 0].to(features.device).split(_BLOCK_FRAMES):
-            at = numbers[frames][others[frames]].view(len(frames), tokens)
+    kinds, kind = torch.stack((dynamic_sizes - salient_counts, context_counts), dim=1).unique(
+        dim=0, return_inverse=True
+    )
+    for number, (tokens, count) in enumerate(kinds.tolist()):
+        for frames in send((kind == number).nonzero()[:, 0], device).split(_BLOCK_FRAMES) if count else ():
+            at = numbers[frames].gather(1, (~others[frames]).long().argsort(dim=1, stable=True)[:, :tokens])
             points = features[at // numbers.shape[1], at % numbers.shape[1]]
             video.sources.view(-1)[at] = _put_clusters(video, points, at, count, CONTEXT, *clustering)
     return video
