@@ -36,6 +36,7 @@ class AdaptivePool(BeforeLLM):
     name: ClassVar[str] = "adaptive_pool"
     signal: ClassVar[str] = "position"
     paper: ClassVar[str] = "arXiv 2504.03154"
+    merges: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
     overlap: bool = True

@@ -85,6 +85,8 @@ class AIM(Composite):
     name: ClassVar[str] = "aim"
     signal: ClassVar[str] = "similarity of the tokens, PageRank over attention in the LLM"
     paper: ClassVar[str] = "arXiv 2412.03248"
+    text_aware: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     removal: Literal["physical", "masking"] = "physical"
     layers: tuple[int, int] | None = None

@@ -18,6 +18,7 @@ class AuroraCap(ToMe):
     Stage: inside the vision encoder. Every layer merges `patches * (1 - token_kept_ratio) / layers` tokens, rounded
     down, so the ratio is not met exactly: of 729 patches and 48 layers, 0.1 leaves 105. Sizes weight the means. The
     reference adds them to the attention in a way that the softmax cancels, so there is no proportional attention.
+    Deviations: none.
 
     Fields
         token_kept_ratio: nominal share of the patches that is left, in (0, 1], default 0.2. Instead of it, r,

@@ -70,6 +70,12 @@ class Method(ABC):
     paper: ClassVar[str] = "-"
     needs_budget: ClassVar[bool] = True
     """Whether keep_ratio or keep_tokens must be given (a published schedule makes it optional)."""
+    text_aware: ClassVar[bool] = False
+    """Whether the prompt's text decides, with the image, what is kept."""
+    merges: ClassVar[bool] = False
+    """Whether tokens that go are averaged into tokens that stay."""
+    adaptive: ClassVar[bool] = False
+    """Whether what it sees decides how many tokens stay if no budget is given."""
     needs_grid: ClassVar[bool] = False
     """Whether it goes by the rows and columns of tokens; families whose tokens have none are refused."""
 

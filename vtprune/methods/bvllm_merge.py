@@ -42,6 +42,7 @@ class BVLLMMerge(BeforeLLM):
     name: ClassVar[str] = "bvllm_merge"
     signal: ClassVar[str] = "similarity of frames and of tokens"
     paper: ClassVar[str] = "arXiv 2412.09919"
+    merges: ClassVar[bool] = True
 
     threshold: Share = 0.75
     scope: Literal["crop", "image"] = "image"

@@ -43,6 +43,7 @@ class CDPruner(BeforeLLM):
     name: ClassVar[str] = "cdpruner"
     signal: ClassVar[str] = "similarity, relevance to the question"
     paper: ClassVar[str] = "arXiv 2506.10967"
+    text_aware: ClassVar[bool] = True
 
     text_tower: str | None = None
     reference_quirks: bool = False

@@ -75,6 +75,7 @@ class DART(CutOnce):
     name: ClassVar[str] = "dart"
     signal: ClassVar[str] = "similarity in the LLM, length of keys"
     paper: ClassVar[str] = "arXiv 2502.11494"
+    text_aware: ClassVar[bool] = True
 
     share: Share = 2 / 9
     image_pivots: Annotated[int, Ge(1)] = 4

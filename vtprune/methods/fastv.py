@@ -31,6 +31,7 @@ class FastV(Scorer, CutOnce):
     name: ClassVar[str] = "fastv"
     signal: ClassVar[str] = "attention in the LLM"
     paper: ClassVar[str] = "arXiv 2403.06764"
+    text_aware: ClassVar[bool] = True
 
     share: Share = 0.5
     positions: Literal["original", "compact"] = "original"

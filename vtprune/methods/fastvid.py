@@ -48,6 +48,7 @@ class FastVID(BeforeLLM):
     name: ClassVar[str] = "fastvid"
     signal: ClassVar[str] = "similarity over time, attention in the encoder"
     paper: ClassVar[str] = "arXiv 2503.11187"
+    merges: ClassVar[bool] = True
 
     min_scenes: Annotated[int, Ge(1)] = 8
     threshold: Annotated[float, Interval(ge=-1, le=1)] = 0.9

@@ -58,6 +58,8 @@ class HoliTom(Composite):
     name: ClassVar[str] = "holitom"
     signal: ClassVar[str] = "similarity over time, attention in the encoder and in the LLM"
     paper: ClassVar[str] = "arXiv 2505.21334"
+    text_aware: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     threshold: Annotated[float, Interval(ge=-1, le=1)] = 0.8
     max_window: Annotated[int, Ge(1)] = 1024

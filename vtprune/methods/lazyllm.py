@@ -36,6 +36,7 @@ class LazyLLM(Scorer, Reviving, Staged):
     name: ClassVar[str] = "lazyllm"
     signal: ClassVar[str] = "attention in the LLM, at every step"
     paper: ClassVar[str] = "arXiv 2407.14057"
+    text_aware: ClassVar[bool] = True
     published_layers: ClassVar[tuple[int, ...]] = (9, 19, 28)
 
     schedule: tuple[Share, ...] = (0.7, 0.49, 0.343)

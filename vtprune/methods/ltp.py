@@ -64,6 +64,8 @@ class LTP(InLLM):
     name: ClassVar[str] = "ltp"
     signal: ClassVar[str] = "attention in the LLM, from all tokens"
     paper: ClassVar[str] = "arXiv 2107.00910"
+    text_aware: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
 
     threshold: Annotated[float, Ge(0)] = 1.28

@@ -46,6 +46,7 @@ class MCTF(InLayers):
     name: ClassVar[str] = "mctf"
     signal: ClassVar[str] = "similarity, attention and size in the encoder"
     paper: ClassVar[str] = "arXiv 2403.10030"
+    merges: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
     reads: ClassVar[tuple[Projection, ...]] = ("queries", "keys")
 

@@ -32,6 +32,7 @@ class MMTok(BeforeLLM):
     name: ClassVar[str] = "mmtok"
     signal: ClassVar[str] = "coverage of text and image"
     paper: ClassVar[str] = "arXiv 2508.18264"
+    text_aware: ClassVar[bool] = True
 
     alpha: Annotated[float, Ge(0)] = 0.5
     tau_text: Annotated[float, Gt(0)] = 0.02

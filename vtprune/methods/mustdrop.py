@@ -77,9 +77,9 @@ class MustDrop(Composite):
     Deviations: merged tokens take the place of the middle of their window (the reference puts them first, the most
     similar ones leading); every crop merges its own windows (in the reference, all crops of a call merge as many as the
     crop with the fewest); windows need not fill the grid; while decoding, positions continue after the prompt (the
-    reference counts the cache of each layer, so an answer is too close to the tokens in the first layers). Nothing is
-    merged where several patches become one visual token. Budgets are an addition: the reference has only thresholds,
-    which are tuned for each data set.
+    reference counts the cache of each layer, so an answer is too close to the tokens in the first layers); nothing is
+    merged where several patches become one visual token; budgets are an addition (the reference has only thresholds,
+    which are tuned for each data set).
 
     Fields
         keep_ratio, keep_tokens: optional, averaged over the LLM's layers and met exactly. Windows are merged as long
@@ -108,6 +108,9 @@ class MustDrop(Composite):
     stage = "encoder, in_llm, decode"
     signal: ClassVar[str] = "similarity and CLS attention in the encoder, attention of the text in the LLM"
     paper: ClassVar[str] = "arXiv 2411.10803"
+    text_aware: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
 
     window: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]] = (3, 3)

@@ -21,8 +21,8 @@ class PyramidDrop(Scorer, Staged):
     Stage: inside the LLM. The score of a token is the attention that the last token pays to it in the layer that runs
     next, averaged over heads. Positions are renumbered after every stage, as in the reference.
     Deviations: attention is computed in float32; grouped-query attention, padding on both sides and several images
-    work, and images compete with one another; of equal scores the earlier token stays. The reference also drops tokens
-    in training; this is left out.
+    work, and images compete with one another; of equal scores the earlier token stays; dropping tokens in training,
+    which the reference also does, is left out.
 
     Fields
         layers: cuts on the input of these decoder layers, 0-based, ascending; default None: (8, 16, 24) of 32 layers,
@@ -34,6 +34,7 @@ class PyramidDrop(Scorer, Staged):
     name: ClassVar[str] = "pdrop"
     signal: ClassVar[str] = "attention in the LLM"
     paper: ClassVar[str] = "arXiv 2410.17247"
+    text_aware: ClassVar[bool] = True
     published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
     schedule: tuple[Share, ...] = (0.5, 0.25, 0.125)

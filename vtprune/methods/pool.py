@@ -31,6 +31,7 @@ class Pool(BeforeLLM):
 
     name: ClassVar[str] = "pool"
     signal: ClassVar[str] = "position"
+    merges: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
     frames: Annotated[int, Ge(1)] = 1

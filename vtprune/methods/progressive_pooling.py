@@ -37,6 +37,7 @@ class ProgressivePooling(BeforeLLM):
     name: ClassVar[str] = "progressive_pooling"
     signal: ClassVar[str] = "position"
     paper: ClassVar[str] = "arXiv 2409.20018"
+    merges: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
     frames: Annotated[int, Ge(1)] = 2

@@ -54,6 +54,9 @@ class Recoverable(BeforeLLM):
     name: ClassVar[str] = "recoverable"
     signal: ClassVar[str] = "attention and keys in the encoder, similarity to the question"
     paper: ClassVar[str] = "arXiv 2409.01179"
+    text_aware: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
 
     layer: Annotated[int, Ge(0)] | None = None

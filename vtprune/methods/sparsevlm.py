@@ -61,7 +61,7 @@ class SparseVLM(Staged):
     Deviations: counts include the merged tokens (in the reference they come in addition); a merged token takes the
     place of its cluster's centre (in the reference it stands after the whole image), and a cluster stays within one run
     of visual tokens; nothing is random (the reference adds noise to densities); if no text token is above the mean, all
-    text tokens are raters, and without text after the image the last token is; batches and several images work. The
+    text tokens are raters, and without text after the image the last token is; batches and several images work; the
     paper's first release, which computes counts from the rank of the attention, is left out.
 
     Fields
@@ -79,6 +79,8 @@ class SparseVLM(Staged):
     name: ClassVar[str] = "sparsevlm"
     signal: ClassVar[str] = "attention in the LLM, similarity of the text to the image"
     paper: ClassVar[str] = "arXiv 2410.04417"
+    text_aware: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     published_layers: ClassVar[tuple[int, ...]] = (3, 7, 16)
 
     schedule: tuple[Share, ...] = (0.5365, 0.3542, 0.1962)

@@ -48,6 +48,7 @@ class TCA(InLayers):
     name: ClassVar[str] = "tca"
     signal: ClassVar[str] = "CLS attention in the encoder"
     paper: ClassVar[str] = "arXiv 2410.14729"
+    merges: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
     place = "between"
     reads: ClassVar[tuple[Projection, ...]] = ("queries", "keys")

@@ -14,7 +14,7 @@ class TinyChart(ToMe):
     """The token merging of TinyChart's vision encoder (arXiv 2404.16635): ToMe with its own schedule.
 
     Stage: inside the vision encoder. 84 tokens merge in each of the 26 layers, which leaves 732 of 2916 patches. The
-    attention is proportional.
+    attention is proportional. Deviations: none.
 
     Fields
         r: as of `tome`; 84 if there is neither r nor keep_ratio nor keep_tokens.

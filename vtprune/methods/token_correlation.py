@@ -23,13 +23,13 @@ from vtprune.tokens import ModelShape, Selection, VisualTokens
 class TokenCorrelation(BeforeLLM):
     """Keeps global tokens, to which CLS attends unusually much, and local tokens, by the density of the crop.
 
-    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439). Its authors have published neither code
-    nor these numbers: every default below is a choice made here. Stage: before the LLM, from the encoder. The method
-    was made for documents that are cut into crops. Global tokens are those whose CLS attention in a deep layer is an
-    outlier. Local tokens are those with the most CLS attention in an early layer. Their number depends on the density
-    of the crop: a token is redundant if many other tokens have similar keys, and the density is the share of tokens
-    that are not redundant. With a budget, global tokens come first, and local tokens fill it. The encoder needs a CLS
-    token.
+    Inspired by Token-level Correlation-guided Compression (arXiv 2407.14439). Stage: before the LLM, from the encoder.
+    The method was made for documents that are cut into crops. Global tokens are those whose CLS attention in a deep
+    layer is an outlier. Local tokens are those with the most CLS attention in an early layer. Their number depends on
+    the density of the crop: a token is redundant if many other tokens have similar keys, and the density is the share
+    of tokens that are not redundant. With a budget, global tokens come first, and local tokens fill it. The encoder
+    needs a CLS token.
+    Deviation: every default below is a choice made here (the authors have published neither code nor these numbers).
 
     Fields
         keep_ratio, keep_tokens: optional; without them, all global and local tokens stay.
@@ -45,6 +45,7 @@ class TokenCorrelation(BeforeLLM):
     name: ClassVar[str] = "token_correlation"
     signal: ClassVar[str] = "CLS attention and keys in the encoder"
     paper: ClassVar[str] = "arXiv 2407.14439"
+    adaptive: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
 
     local_layer: Annotated[int, Ge(0)] | None = None

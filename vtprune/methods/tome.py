@@ -23,8 +23,8 @@ class ToMe(InEveryLayer):
     Stage: inside the vision encoder. Every second token looks for the most similar of the others, by the cosine of
     keys (mean over heads). The most similar pairs merge into the mean of their tokens, weighted by their sizes, i.e.
     the numbers of patches they stand for. CLS, register and distillation tokens never merge.
-    Deviations: any number of tokens at the front is protected (the reference: a CLS and a distillation token).
-    LayerScale, drop path and norms of queries and keys stay, which the reference for timm leaves out. Attention pooling
+    Deviations: any number of tokens at the front is protected (the reference: a CLS and a distillation token);
+    LayerScale, drop path and norms of queries and keys stay, which the reference for timm leaves out; attention pooling
     is weighted by sizes, too.
 
     Fields
@@ -44,6 +44,7 @@ class ToMe(InEveryLayer):
     name: ClassVar[str] = "tome"
     signal: ClassVar[str] = "key similarity in the encoder"
     paper: ClassVar[str] = "arXiv 2210.09461"
+    merges: ClassVar[bool] = True
     place = "between"
     reads: ClassVar[tuple[Projection, ...]] = ("keys",)
 

@@ -59,6 +59,7 @@ class TransPrune(Scorer, Staged):
     name: ClassVar[str] = "transprune"
     signal: ClassVar[str] = "token transition, attention in the LLM"
     paper: ClassVar[str] = "arXiv 2507.20630"
+    text_aware: ClassVar[bool] = True
     published_layers: ClassVar[tuple[int, ...]] = (7, 9, 12)
 
     score: Literal["both", "ttv", "iga"] = "both"

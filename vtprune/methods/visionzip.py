@@ -38,6 +38,7 @@ class VisionZip(BeforeLLM):
     name: ClassVar[str] = "visionzip"
     signal: ClassVar[str] = "attention and keys in the encoder"
     paper: ClassVar[str] = "arXiv 2412.04467"
+    merges: ClassVar[bool] = True
 
     contextual_share: Share = 10 / 64
     reference_quirks: bool = False
