@@ -24,6 +24,7 @@ class Dots3Note(Qwen2VL):
     layout = "one grid an image or frame"
     gated_encoder_mlp = True
     carries_state = True
+    marker_columns = (1, 1)  # what chat templates put around images and videos
 
     def vision_tower(self, kind: str = "image") -> nn.Module:
         return self.base.vision_tower

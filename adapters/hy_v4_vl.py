@@ -27,6 +27,7 @@ class HyV4VL(Qwen2VL):
     family = "Hunyuan 4"
     layout = "one grid an image or frame, rows with newlines"
     carries_state = True
+    marker_columns = (1, 1)  # what chat templates put around images and videos, or two of them would look like one
 
     def vision_tower(self, kind: str = "image") -> nn.Module:
         return self.base.vision_tower

@@ -89,7 +89,7 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
     layout = [token_id in special for token_id in ids]
     if case.family.startswith(("gemma", "idefics", "granite_docling")):
         layout = [own or set(token) == {"\n"} for own, token in zip(layout, tokens, strict=True)]
-    if case.family in ("qwen3_vl", "cosmos3_edge"):
+    if case.family in ("qwen3_vl", "lfm3_vl", "cosmos3_edge"):
         text = " ".join(tokens)
         for stamp in re.finditer(r"< (?:[\d .]|<unk>)+ seconds >", text):
             first = text[: stamp.start()].count(" ")
@@ -110,6 +110,9 @@ def expected_texts(case: processors.Case, single: dict[str, Tensor]) -> list[lis
         for column, token in enumerate(tokens):
             inside = (inside or token == "<|begin_of_video|>") and token != "<|end_of_video|>"
             layout[column] |= inside
+    if case.family.startswith("minicpm"):  # the number of an image, and line breaks between rows of slices
+        opens = [column for column, token in enumerate(tokens) if token == "<image_id>"]
+        layout = [own or column - 1 in opens or tokens[column] == "\n" for column, own in enumerate(layout)]
     if case.family == "kimi_k25":  # the kind of medium
         begins = [column for column, token in enumerate(tokens) if token == "<|media_begin|>"]
         layout = [own or column - 1 in begins for column, own in enumerate(layout)]
