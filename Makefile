@@ -13,7 +13,7 @@ RELEASE := .venv-$(TRANSFORMERS)
 # The environment with vLLM, whose versions exclude those of the other ones.
 VLLM := .venv-vllm
 
-.PHONY: quickstart test test-newest test-release test-vllm lint lock
+.PHONY: quickstart test test-newest test-release test-vllm lint docs lock
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-eval
@@ -41,6 +41,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages for readers, in build/site. What a link or a name in them does not lead to is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html; to search it: $(BIN)/python -m http.server --directory build/site"
 
 # The newest release of everything that pyproject.toml allows, for every supported Python and system.
 lock: | $(BIN)/python
