@@ -6,7 +6,7 @@ import torch
 
 import vtprune
 from vtprune.ops.bipartite_merging import bipartite_merging
-from vtprune.ops.frame_merging import merge_similar_frames
+from vtprune.ops.frame_merging import frame_similarity, merge_frames, similar_frames
 from vtprune.tokens import Grid, VisualTokens
 
 GRID = Grid(2, 3)
@@ -65,7 +65,7 @@ def test_the_reference_loses_frames_that_went_into_a_merged_one(k, sizes):
     quirky = vtprune.BVLLMMerge(threshold=0.95, reference_quirks=True).select(tokens)
     assert quirky.keep[0].view(4, 6).sum(1).tolist() == [sizes[0], 0, 0, sizes[1]]
     metric = frames.mean(1)
-    merged = merge_similar_frames(frames, metric, 0.95, reference_quirks=True)
+    merged = merge_frames(frames, similar_frames(frame_similarity(metric), 0.95, reference_quirks=True))
     assert merged.sources.tolist() == [[0, 0, -1, 3]]
     within = bipartite_merging(merged.features[0], torch.tensor(sizes), reference_quirks=True)
     for frame, features, places in zip((0, 3), within.features, within.places, strict=True):

@@ -63,7 +63,9 @@ def test_ragged_groups_are_what_they_are_alone(data, quirks):
     features = draw(len(lengths), max(lengths) + 2, 6, seed=sum(lengths))
     valid = torch.arange(features.shape[1]) < torch.tensor(lengths)[:, None]
     features[~valid] = torch.nan
-    together = bipartite_merging(features, torch.tensor(budgets), valid=valid, reference_quirks=quirks)
+    together = bipartite_merging(
+        features, torch.tensor(budgets), lengths=torch.tensor(lengths), reference_quirks=quirks
+    )
     for group, (n, k) in enumerate(zip(lengths, budgets, strict=True)):
         alone = bipartite_merging(features[group : group + 1, :n], k, reference_quirks=quirks)
         left = min(n, k)

@@ -3,11 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
+from vtprune.ops.frame_merging import frame_similarity, merge_frames, similar_frames
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def merge_similar_frames(features, metric, threshold=0.75, **options):
+    return merge_frames(features, similar_frames(frame_similarity(metric), threshold, **options))
 
 
 videos = given(st.integers(0, 10_000), st.integers(1, 20), st.sampled_from([0.5, 0.6, 0.75, 0.9]))

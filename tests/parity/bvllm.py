@@ -3,7 +3,7 @@ import torch
 
 from vtprune import BVLLMMerge
 from vtprune.ops.bipartite_merging import bipartite_merging
-from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
+from vtprune.ops.frame_merging import frame_similarity, merge_frames, similar_frames
 
 from . import Vector, close, handles, one_per_group, same
 
@@ -11,12 +11,13 @@ from . import Vector, close, handles, one_per_group, same
 @handles("bvllm_*")
 def merges(v: Vector) -> None:
     frames, selector, threshold = v["frames"], v["selector"], v["threshold"]
-    close(frame_similarity(selector), v["frame_sim"], rtol=1e-5, atol=1e-6)
-    merged = merge_similar_frames(frames, selector, threshold, reference_quirks=True)
+    similarity = frame_similarity(selector)
+    close(similarity, v["frame_sim"], rtol=1e-5, atol=1e-6)
+    merged = merge_frames(frames, similar_frames(similarity, threshold, reference_quirks=True))
     close(merged.features[0], v["merged_frames"], rtol=1e-5, atol=1e-6)
     # The reference loses frames that went into merged frames; the default loses none.
     assert (merged.sources < 0).any()
-    sane = merge_similar_frames(frames, selector, threshold)
+    sane = merge_frames(frames, similar_frames(similarity, threshold))
     assert (sane.sources >= 0).all()
     assert sane.sizes.sum() == len(frames)
 

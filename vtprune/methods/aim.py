@@ -161,7 +161,7 @@ class _Merge(BeforeLLM):
 
     def select(self, tokens: VisualTokens) -> Selection:
         merged = bipartite_merging(
-            tokens.features, tokens.budget, valid=tokens.valid, reference_quirks=self.reference_quirks
+            tokens.features, tokens.host.budget, lengths=tokens.host.lengths, reference_quirks=self.reference_quirks
         )
         return Selection(*merged.in_place(tokens.features))
 

@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtprune.devices import send
 from vtprune.errors import UnsupportedStageError
 from vtprune.methods.base import BeforeLLM, Share
 from vtprune.ops.bipartite_merging import bipartite_merging
-from vtprune.ops.frame_merging import frame_similarity, merge_similar_frames
+from vtprune.ops.frame_merging import frame_similarity, merge_frames, similar_frames
 from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.merging import Merged
 from vtprune.tokens import Merging, Selection, VisualTokens
@@ -51,8 +52,7 @@ class BVLLMMerge(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         merging = Merging(tokens)
         for group, length, k in tokens.each():
-            crop_of = tokens.crops[group, :length]
-            crops = [(crop_of == crop).nonzero()[:, 0] for crop in crop_of.unique().tolist()]
+            crops = tokens.host.places(group)
             if self.scope == "image" and tokens.kinds[group] == "video" and len(crops) > 1:
                 layouts = set(tokens.layouts[group])
                 if len(layouts) > 1 or None in layouts:
@@ -63,6 +63,7 @@ class BVLLMMerge(BeforeLLM):
                 continue
             sizes = torch.tensor([len(places) for places in crops], dtype=torch.long)
             for places, count in zip(crops, apportion(k, sizes, sizes).tolist(), strict=True):
+                places = send(places, tokens.valid.device)
                 values = tokens.features[group, None, places]
                 merged = bipartite_merging(values, count, reference_quirks=self.reference_quirks)
                 merging.put(group, places, *(part[0] for part in merged.in_place(values)))
@@ -71,30 +72,30 @@ class BVLLMMerge(BeforeLLM):
     def _merge_frames(self, frames: Tensor, k: int) -> Merged:
         """frames (frames, tokens, dim) -> one group with the tokens of all frames, of which `k` are left."""
         size = frames.shape[1]
-        metric = frames.float().mean(1)
-        threshold = _threshold(metric, self.threshold, -(-k // size), self.reference_quirks)
-        over_time = merge_similar_frames(frames, metric, threshold, reference_quirks=self.reference_quirks)
+        # An accelerator is waited for here, and nowhere else: which frames merge is found one by one, on the CPU.
+        similarity = frame_similarity(frames.float().mean(1)).cpu()
+        over_time = merge_frames(frames, _merges(similarity, self.threshold, -(-k // size), self.reference_quirks))
         stays = over_time.places[0]
-        capacities = torch.full((len(stays),), size)
-        counts = apportion(k, torch.ones(len(stays)), capacities)
-        counts = counts.to(frames.device)
+        counts = apportion(k, torch.ones(len(stays)), torch.full((len(stays),), size))
         within = bipartite_merging(over_time.features[0], counts, reference_quirks=self.reference_quirks)
         # A token goes into the frame that its own frame went into, and there into the token that its place went into.
         frame = over_time.sources[0]
         row = torch.searchsorted(stays, frame)
+        frame, row, stays = (send(numbers, frames.device) for numbers in (frame, row, stays))
         into = within.sources[row].masked_fill(frame[:, None] < 0, -1)
         sources = torch.where(into >= 0, frame[:, None] * size + into, -1).flatten()
         places = torch.where(within.valid, stays[:, None] * size + within.places, -1).flatten()
         return Merged(within.features.flatten(0, 1)[None], places[None], sources[None])
 
 
-def _threshold(metric: Tensor, threshold: float, least: int, reference_quirks: bool) -> float:
-    """The lowest threshold, `threshold` or above, with which at least `least` of the frames (frames, dim) stay."""
-    similarity = frame_similarity(metric)
+def _merges(similarity: Tensor, threshold: float, least: int, reference_quirks: bool) -> Tensor:
+    """`similar_frames` with the lowest threshold, `threshold` or above, with which at least `least` frames stay."""
     candidates = [threshold, *similarity[similarity > threshold].unique().tolist()]
 
-    def frames_left(value: float) -> int:
-        merged = merge_similar_frames(metric[:, None], metric, value, reference_quirks=reference_quirks)
-        return merged.places.shape[1]
+    def merged(value: float) -> Tensor:
+        return similar_frames(similarity, value, reference_quirks=reference_quirks)
 
-    return candidates[bisect_left(candidates, least, key=frames_left)]
+    def frames_left(value: float) -> int:
+        return int((merged(value) == torch.arange(len(similarity))).sum())
+
+    return merged(candidates[bisect_left(candidates, least, key=frames_left)])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from vtprune.errors import VTPruneError
+from vtprune.checks import require
+from vtprune.devices import send
 from vtprune.ops.merging import Merged
 
 # Number of similarities in memory at a time, so that memory grows with the tokens and not with their square.
@@ -48,7 +49,7 @@ def bipartite_merging(
     k: int | Tensor,
     *,
     metric: Tensor | None = None,
-    valid: Tensor | None = None,
+    lengths: Tensor | None = None,
     reference_quirks: bool = False,
 ) -> Merged:
     """Merge the tokens of each group down to exactly ``k`` (AIM, arXiv 2412.03248).
@@ -63,11 +64,12 @@ def bipartite_merging(
 
     Args:
         features: ``(groups, tokens, dim)``.
-        k: number of tokens to leave, at least 0; one number or ``(groups,)`` long. A group with ``k`` tokens or fewer
-            stays as it is.
+        k: number of tokens to leave, at least 0; one number or ``(groups,)`` long on the CPU. A group with ``k`` tokens
+            or fewer stays as it is.
         metric: ``(groups, tokens, metric_dim)`` vectors to compare tokens by; they are merged like the features.
             Default: the features.
-        valid: ``(groups, tokens)`` bool, padding at the end of rows; by default all tokens are real.
+        lengths: ``(groups,)`` long on the CPU, number of real tokens, behind which padding stands; by default all are
+            real.
         reference_quirks: use the reference's order: after each round the unmerged even tokens by falling similarity,
             then the odd tokens. The order decides which tokens are even in the next round, and so changes the result.
 
@@ -79,30 +81,36 @@ def bipartite_merging(
     """
     groups, tokens, dim = features.shape
     device = features.device
-    alive = torch.ones(groups, tokens, dtype=torch.bool, device=device) if valid is None else valid
+    lengths = torch.full((groups,), tokens) if lengths is None else lengths
+    valid = alive = _first(lengths, tokens, device)
     # The metric is merged together with the features.
     state = features.float() if metric is None else torch.cat((features.float(), metric.float()), dim=-1)
     # A sum is finite if all its terms are.
-    if not (state.sum(dim=-1).isfinite() | ~alive).all():
-        raise VTPruneError("features hold NaN or infinite values: similarities are not defined on them")
+    finite = (state.sum(dim=-1).isfinite() | ~alive).all()
+    require(finite, "features hold NaN or infinite values: similarities are not defined on them")
     targets = torch.as_tensor(k).expand(groups)
     places = torch.arange(tokens, device=device).expand(groups, tokens)
     # The token of the present round that each original token has gone into.
     into = places
-    for counts, lengths in _rounds(alive.sum(1).tolist(), targets.tolist()):
-        remaining = max(lengths)
+    for counts, left in _rounds(lengths.tolist(), targets.tolist()):
+        remaining = max(left)
         matches = bipartite_match(state if metric is None else state[..., dim:], alive)
-        order, joins = _assign(*matches, alive, torch.tensor(counts, device=device), remaining, reference_quirks)
+        order, joins = _assign(*matches, alive, send(torch.tensor(counts), device), remaining, reference_quirks)
         state = _means(state, joins, alive, remaining)
         into, places = joins.gather(1, into), places.gather(1, order)
-        alive = torch.arange(remaining, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        alive = _first(torch.tensor(left), remaining, device)
 
     # Merging leaves at least one token, so k = 0 is handled here.
-    emptied = (targets == 0).to(device).unsqueeze(1)
-    sources = places.gather(1, into).masked_fill(emptied if valid is None else emptied | ~valid, -1)
+    emptied = send(targets == 0, device).unsqueeze(1)
+    sources = places.gather(1, into).masked_fill(emptied | ~valid, -1)
     alive = alive & ~emptied
     merged = state[..., :dim].masked_fill(~alive.unsqueeze(-1), 0).to(features.dtype)
     return Merged(merged, places.masked_fill(~alive, -1), sources)
+
+
+def _first(counts: Tensor, width: int, device: torch.device) -> Tensor:
+    """(groups, width) bool on a device: the first places of each group; counts (groups,) long on the CPU."""
+    return torch.arange(width, device=device) < send(counts, device).unsqueeze(1)
 
 
 def _rounds(lengths: list[int], targets: list[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -153,9 +161,12 @@ def _means(state: Tensor, joins: Tensor, alive: Tensor, remaining: int) -> Tenso
     Sums run in the order of tokens on every device; a scattered sum does not promise an order.
     """
     groups, _, dim = state.shape
-    rows = alive.flatten().nonzero()[:, 0]
-    target = (joins + remaining * torch.arange(groups, device=joins.device).unsqueeze(1)).flatten()[rows]
-    sizes = target.bincount(minlength=groups * remaining)
-    members = rows[target.argsort(stable=True)]
-    sums = embedding_bag(members, state.flatten(0, 1), sizes.cumsum(0) - sizes, mode="sum")
+    count = groups * remaining
+    target = joins + remaining * torch.arange(groups, device=joins.device).unsqueeze(1)
+    # Padding comes last, and behind all sums.
+    target = target.masked_fill(~alive, count).flatten()
+    sizes = target.new_zeros(count + 1).scatter_add(0, target, torch.ones_like(target))
+    starts = sizes.cumsum(0) - sizes
+    sums = embedding_bag(target.argsort(stable=True), state.flatten(0, 1), starts, mode="sum")[:count]
+    sizes = sizes[:count]
     return sums.div_(sizes.clamp_min(1).unsqueeze(1)).view(groups, remaining, dim)

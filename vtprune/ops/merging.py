@@ -43,10 +43,13 @@ class Merged:
             ``(groups, tokens)`` bool, which tokens are left; ``(groups, tokens, dim)``, the features, replaced for the
             tokens that are left; ``(groups, tokens)`` long, ``sources``.
         """
-        group, row = self.valid.nonzero(as_tuple=True)
-        place = self.places[group, row]
-        keep = torch.zeros_like(self.sources, dtype=torch.bool)
-        keep[group, place] = True
-        features = features.clone()
-        features[group, place] = self.features[group, row]
+        groups, tokens = self.sources.shape
+        rows = torch.arange(self.places.shape[1], device=self.places.device).expand_as(self.places)
+        # For each token its row here, -1 for those that are gone. Padding is put behind the last token.
+        row_of = self.sources.new_full((groups, tokens + 1), -1)
+        row_of = row_of.scatter(1, torch.where(self.valid, self.places, tokens), rows)[:, :tokens]
+        keep = row_of >= 0
+        if rows.numel():
+            replaced = self.features.gather(1, row_of.clamp_min(0).unsqueeze(2).expand_as(features))
+            features = torch.where(keep.unsqueeze(2), replaced, features)
         return keep, features, self.sources
