@@ -19,7 +19,7 @@ NAMES = ("llava", "qwen2_5_vl", "internvl", "llava_next", "llava_onevision")
 
 
 def test_a_plan_travels_as_bytes():
-    plan = Plan({"name": "mmtok", "keep_ratio": 0.5}, 4, 9, text=(3, 4), prompt_key=7)
+    plan = Plan({"name": "mmtok", "keep_ratio": 0.5}, 4, 9, text=(3, 4), prompt_key=7, within=((2, (5, 6)),))
     packed = plan.pack()
     assert packed.dtype == torch.uint8 and Plan.unpack(packed) == plan
     without = Plan({"name": "divprune"}, 9, 9)

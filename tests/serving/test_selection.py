@@ -97,3 +97,38 @@ def test_what_lies_behind_the_width_goes_with_its_token():
     left = choose_tokens(method, plan, doubled, features.shape[1], recorder, encoding, 0, model.get_input_embeddings())
     first, behind = left.chunk(2, 1)
     torch.testing.assert_close(first, behind)  # pooling averages, too
+
+
+@torch.no_grad()
+def test_text_between_visual_tokens_stays_where_it_was():
+    """Before the token that it stood before, or the next one left."""
+    model = families.shared("llava")
+    adapter = vtprune.adapter_for(model)
+    recorder = EncoderRecorder(adapter, (), profile=False)
+    hooks = list(recorder.install())
+    adapter.encode("image", families.batch("llava", model).singles[0])
+    for hook in hooks:
+        hook.remove()
+    encoding = recorder.encoding("image", None)
+    medium, embed = encoding.media[0], model.get_input_embeddings()
+    features = torch.nn.functional.pad(encoding.features[: len(medium)], (0, 3), value=1)
+    spec = {"name": "uniform", "keep_ratio": 0.5}
+    method = method_of(spec_of(spec), adapter)
+    kept, width = tokens_left(medium, method, 1.0), features.shape[1] - 3
+    places, words = (1, len(medium) // 2, len(medium) - 1), ((5, 6), (7,), (8, 9, 10))
+    with_text, without = (
+        choose_tokens(
+            method, Plan(spec, kept, len(medium), within=within), features, width, recorder, encoding, 0, embed
+        )
+        for within in (tuple(zip(places, words, strict=True)), ())
+    )
+    is_text = (with_text[:, width:] == 0).all(1)
+    assert torch.equal(with_text[~is_text], without)
+    torch.testing.assert_close(with_text[is_text][:, :width], embed(torch.tensor([5, 6, 7, 8, 9, 10])))
+    # How many tokens that are left stand before each word: those that stood before it.
+    number = {tuple(feature.tolist()): index for index, feature in enumerate(features)}
+    alive = [number[tuple(feature.tolist())] for feature in without]
+    before = (~is_text).cumsum(0)[is_text].tolist()
+    assert before == [
+        sum(index < place for index in alive) for place, ids in zip(places, words, strict=True) for _ in ids
+    ]

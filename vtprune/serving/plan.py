@@ -34,6 +34,9 @@ class Plan:
     """Ids of the question, for methods guided by it."""
     prompt_key: int = 0
     """A number that depends on the prompt's text, for methods that draw at random."""
+    within: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Text between the visual tokens: before which of them it stands, and its ids. Which of them stay is not known
+    before they are encoded, so the embeddings of the text take their places among what is left."""
 
     @property
     def prunes(self) -> bool:
@@ -46,7 +49,9 @@ class Plan:
     @classmethod
     def unpack(cls, packed: Tensor) -> Plan:
         values = json.loads(bytes(packed.flatten().tolist()))
-        return cls(**values | {"text": None if values["text"] is None else tuple(values["text"])})
+        values["text"] = None if values["text"] is None else tuple(values["text"])
+        values["within"] = tuple((place, tuple(ids)) for place, ids in values["within"])
+        return cls(**values)
 
 
 def tokens_left(medium: Medium, method: BeforeLLM, max_keep_ratio: float) -> int:

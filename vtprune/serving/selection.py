@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtprune.adapters import Adapter
 from vtprune.errors import UnsupportedStageError, VTPruneError
@@ -92,7 +93,7 @@ def choose_tokens(
         recorder, encoding, index: the call of the encoder, and the medium's number in it.
         embed: token ids (m,) -> their input embeddings (m, dim).
 
-    Returns (plan.kept, width or more), in order.
+    Returns (plan.kept and the text of plan.within, width or more), in order.
     Raises VTPruneError if the method keeps another number of tokens than the prompt has room for.
     """
     medium: Medium = encoding.media[index]
@@ -127,7 +128,22 @@ def choose_tokens(
     left = features[keep]
     if len(left) != plan.kept:
         raise VTPruneError(f"{method.name} kept {len(left)} tokens of a medium that has room for {plan.kept}")
-    return left
+    return _with_text(left, keep, plan, embed)
+
+
+def _with_text(left: Tensor, keep: Tensor, plan: Plan, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is left of a medium (tokens, width or more) with the text that stands between its tokens.
+
+    keep: (all tokens,) bool. DeepStack adds nothing to text.
+    """
+    before = [int(keep[:place].sum()) for place, _ in plan.within]
+    parts = []
+    for own, (_, ids) in zip(left.tensor_split(before), ((0, ()), *plan.within), strict=True):
+        if ids:
+            text = embed(torch.tensor(ids, dtype=torch.long)).to(left)
+            parts.append(pad(text, (0, left.shape[1] - text.shape[1])))
+        parts.append(own)
+    return torch.cat(parts)
 
 
 def _mean(values: Tensor, sources: Tensor) -> Tensor:

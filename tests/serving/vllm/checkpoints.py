@@ -108,17 +108,27 @@ class Checkpoint:
     config: Callable
     image: str
     """How a prompt writes an image."""
+    video: str = ""
+    """How it writes a video; empty if there are none."""
+    times: bool = False
+    """Whether a video comes with its frame rate."""
     prefixed_tower: bool = False
     """Whether published checkpoints have a prefix in the names of the tower's weights that transformers 5 leaves out
     when it saves, and vLLM asks for."""
 
 
-_AROUND = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN: dict = dict(
+    image="<|vision_start|><|image_pad|><|vision_end|>",
+    video="<|vision_start|><|video_pad|><|vision_end|>",
+    times=True,
+)
 CHECKPOINTS = {
-    "llava": Checkpoint("LlavaForConditionalGeneration", _llava, "<image>", True),
-    "llava_onevision": Checkpoint("LlavaOnevisionForConditionalGeneration", _llava_onevision, "<image>", True),
-    "qwen2_5_vl": Checkpoint("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, _AROUND),
-    "qwen3_vl": Checkpoint("Qwen3VLForConditionalGeneration", _qwen3_vl, _AROUND),
+    "llava": Checkpoint("LlavaForConditionalGeneration", _llava, "<image>", prefixed_tower=True),
+    "llava_onevision": Checkpoint(
+        "LlavaOnevisionForConditionalGeneration", _llava_onevision, "<image>", "<video>", prefixed_tower=True
+    ),
+    "qwen2_5_vl": Checkpoint("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, **_QWEN),
+    "qwen3_vl": Checkpoint("Qwen3VLForConditionalGeneration", _qwen3_vl, **_QWEN),
     "internvl": Checkpoint("InternVLForConditionalGeneration", _internvl, "<IMG_CONTEXT>"),
 }
 
@@ -147,6 +157,10 @@ def save(name: str, folder: Path) -> Path:
     processor = processors.processor(name)
     if name.startswith("qwen"):
         processor.image_processor.size = {"shortest_edge": 300, "longest_edge": 4000}
+        processor.video_processor.size = {"shortest_edge": 300, "longest_edge": 16000}
+        # vLLM normalises images and videos alike, as those of published checkpoints are
+        for part in (processor.image_processor, processor.video_processor):
+            part.image_mean = part.image_std = [0.5] * 3
     if name == "llava_onevision":  # vLLM takes this ratio, whatever the config says
         processor.vision_aspect_ratio = "anyres_max_9"
         processor.image_processor.image_grid_pinpoints = PINPOINTS

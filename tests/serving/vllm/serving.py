@@ -21,6 +21,8 @@ from vtprune.testing.media import VOCABULARY
 from .checkpoints import CHECKPOINTS
 
 STEPS = 8
+_VIDEOS = {"count": 2, "num_frames": 8, "width": 48, "height": 48}
+"""What memory is measured with."""
 DEFAULT = object()
 """A request that says nothing of pruning."""
 
@@ -30,18 +32,38 @@ def picture(width: int, height: int, number: int = 0) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def clip(frames: int, width: int = 48, height: int = 40) -> np.ndarray:
+    """(frames, height, width, 3) uint8: a video, two frames a second."""
+    return np.stack([np.asarray(picture(width, height, number)) for number in range(frames)])
+
+
+def _metadata(video: np.ndarray) -> dict[str, Any]:
+    frames = len(video)
+    return {"fps": 2.0, "total_num_frames": frames, "frames_indices": list(range(frames)), "duration": frames / 2}
+
+
 A, B, C, D = picture(50, 31), picture(23, 60), picture(41, 41), picture(90, 52)
 
 
 @dataclass(frozen=True)
 class Request:
     text: str
-    """With {image} where an image stands."""
+    """With {image} where an image stands, and {video} where a video does."""
     images: Sequence[Image.Image] = ()
     method: Any = DEFAULT
     """What it asks for; None for no pruning."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of vLLM's prompt."""
+    videos: Sequence[np.ndarray] = ()
+
+    def written(self, name: str) -> str:
+        """Its text with the placeholders of a family."""
+        checkpoint = CHECKPOINTS[name]
+        return self.text.format(image=checkpoint.image, video=checkpoint.video)
+
+    @property
+    def visual(self) -> bool:
+        return bool(len(self.images) or len(self.videos))
 
 
 @dataclass(frozen=True)
@@ -66,9 +88,16 @@ class Reference:
     @torch.no_grad()
     def answer(self, request: Request, default: Mapping[str, Any] | None = None) -> Answer:
         method = default if request.method is DEFAULT else request.method
-        text = request.text.format(image=CHECKPOINTS[self.name].image)
-        inputs = self.processor(text=text, images=list(request.images) or None, return_tensors="pt")
-        prunes = method is not None and request.images
+        media: dict[str, Any] = {}
+        if request.images:
+            media["images"] = list(request.images)
+        if request.videos:
+            media["videos"] = list(request.videos)
+            if CHECKPOINTS[self.name].times:
+                media["video_metadata"] = [_metadata(video) for video in request.videos]
+                media["do_sample_frames"] = False
+        inputs = self.processor(text=request.written(self.name), return_tensors="pt", **media)
+        prunes = method is not None and request.visual
         with vtprune.prune(self.model, method) if prunes else nullcontext():
             output = self.model.generate(
                 **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -88,9 +117,7 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
         enforce_eager=True,
         seed=0,
         block_size=32,
-        limit_mm_per_prompt={"image": 4, "video": 0}
-        if "onevision" in path.name or "qwen" in path.name
-        else {"image": 4},
+        limit_mm_per_prompt={"image": 4} | ({"video": _VIDEOS} if CHECKPOINTS[path.name].video else {}),
         max_num_seqs=8,
         max_logprobs=-1,
         enable_prefix_caching=True,
@@ -106,9 +133,14 @@ def serve(llm: Any, name: str, requests: Sequence[Request]) -> list[Answer]:
 
     prompts = []
     for request in requests:
-        prompt: dict[str, Any] = {"prompt": request.text.format(image=CHECKPOINTS[name].image), **request.more}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
+        prompt: dict[str, Any] = {"prompt": request.written(name), **request.more}
+        if request.visual:
+            videos = [
+                (video, _metadata(video) | {"do_sample_frames": False}) if CHECKPOINTS[name].times else video
+                for video in request.videos
+            ]
+            media = {"image": list(request.images), "video": videos}
+            prompt["multi_modal_data"] = {kind: items for kind, items in media.items() if items}
         if request.method is not DEFAULT:
             prompt["mm_processor_kwargs"] = {"vtprune": request.method}
         prompts.append(prompt)

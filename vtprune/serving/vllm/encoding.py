@@ -46,7 +46,11 @@ class PrunesEmbeddings(Base):
         plans = [Plan.unpack(plan) for plan in packed[kind]]
         adapter = adapter_of(self._vtprune_config)
         left: list[Tensor] = []
-        for part in slices([plan.total for plan in plans], self._vtprune_tokens):
+        # vLLM encodes videos of different lengths of LLaVA-OneVision at once, and then finds their tokens in no shape
+        # that it knows, so each of these is encoded alone.
+        unlike = kind == "video" and isinstance(kwargs[PIXELS[kind]], list)
+        totals = [plan.total for plan in plans]
+        for part in slices(totals, 0 if unlike else self._vtprune_tokens):
             inputs = kwargs if len(part) == len(plans) else sliced(adapter, kind, kwargs, part, len(plans))
             left += self._encode(kind, inputs, plans[part.start : part.stop], adapter)
         return left
@@ -104,7 +108,8 @@ def sliced(adapter: Adapter, kind: str, inputs: Mapping[str, Any], part: range, 
     else:
         lengths = [len(own) for own in adapter.pixels(kind, inputs)]
     first, last = sum(lengths[: part.start]), sum(lengths[: part.stop])
-    cut = {name: pixels[first:last]}
+    own = pixels[first:last]
+    cut = {name: own[0][None] if kind == "video" and isinstance(own, list) else own}
     for other, value in inputs.items():
         if other != name:
             # What does not have one entry a medium is the same for all of them.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -156,13 +157,17 @@ class PrunesPlaceholders(Base):
             pruned[kind] = []
             for index, alternatives in enumerate(items):
                 item = out_mm_kwargs[kind][index]
-                total = _embedded(alternatives[0].content)
+                total = len(_places(alternatives[0].content))
                 (medium,) = media_of(
                     adapter, kind, {name: _of_batch(element) for name, element in item.items()}, [total]
                 )
                 kept = tokens_left(medium, method, self._server.max_keep_ratio)
-                item[field(kind)].data = Plan(kept=kept, total=total, **request.own(kind, index)).pack()
-                pruned[kind].append([dataclasses.replace(u, content=_shortened(u.content, kept)) for u in alternatives])
+                within = _within(alternatives[0].content) if kept < total else ()
+                plan = Plan(kept=kept, total=total, within=within, **request.own(kind, index))
+                item[field(kind)].data = plan.pack()
+                if plan.prunes:
+                    alternatives = [dataclasses.replace(u, content=_shortened(u.content, plan)) for u in alternatives]
+                pruned[kind].append(alternatives)
         return pruned
 
 
@@ -178,25 +183,29 @@ def _of_batch(element: Any) -> Any:
     return data[None] if isinstance(element.field, MultiModalBatchedField) and torch.is_tensor(data) else data
 
 
-def _embedded(content: PromptUpdateDetails) -> int:
-    """How many tokens of a medium's text stand for visual tokens."""
-    return len(content.full) if content.is_embed is None else int(content.is_embed(content.full).sum())
-
-
-def _shortened(content: PromptUpdateDetails, kept: int) -> PromptUpdateDetails:
-    """The same text with so many visual tokens.
-
-    Raises UnsupportedStageError if there is text between them: which of it would stay is not known yet.
-    """
+def _places(content: PromptUpdateDetails) -> list[int]:
+    """Where in a medium's text the visual tokens stand."""
     if content.is_embed is None:
-        return dataclasses.replace(content, full=content.full[:kept])
-    places = content.is_embed(content.full).nonzero()[:, 0].tolist()
+        return list(range(len(content.full)))
+    return content.is_embed(content.full).nonzero()[:, 0].tolist()
+
+
+def _within(content: PromptUpdateDetails) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """`Plan.within` of a medium's text."""
+    places = _places(content)
+    return tuple(
+        (number, tuple(content.full[place + 1 : following]))
+        for number, (place, following) in enumerate(itertools.pairwise(places), 1)
+        if following > place + 1
+    )
+
+
+def _shortened(content: PromptUpdateDetails, plan: Plan) -> PromptUpdateDetails:
+    """The same text with room for what is left, the text between visual tokens included."""
+    places = _places(content)
     first, last = places[0], places[-1]
-    if last - first + 1 != len(places):
-        raise UnsupportedStageError(
-            "there is text between the visual tokens of a medium, which is not built for servers"
-        )
-    full = content.full[: first + kept] + content.full[last + 1 :]
+    room = [content.full[first]] * plan.kept + [token for _, ids in plan.within for token in ids]
+    full = [*content.full[:first], *room, *content.full[last + 1 :]]
     embedded: Tensor = torch.zeros(len(full), dtype=torch.bool)
-    embedded[first : first + kept] = True
+    embedded[first : first + len(room)] = True
     return dataclasses.replace(content, full=full, is_embed=lambda _: embedded)

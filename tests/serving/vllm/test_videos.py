@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Videos: what vLLM answers with pruning is what transformers answers with vtprune."""
+
+from __future__ import annotations
+
+import pytest
+
+from .checkpoints import CHECKPOINTS, save
+from .serving import A, Reference, Request, assert_equal, clip, engine, serve
+
+METHODS = (
+    {"name": "uniform", "keep_ratio": 0.3},
+    {"name": "mmtok", "keep_ratio": 0.3, "scope": "image"},
+    {"name": "pool", "keep_ratio": 0.25, "scope": "image", "frames": 2},
+    {"name": "vidcom2", "keep_ratio": 0.25},
+)
+
+
+@pytest.mark.parametrize("name", [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.video])
+def test_answers_of_a_batch(name, folder):
+    """Long and short videos, images and text in one batch, and both in one prompt."""
+    path = save(name, folder)
+    reference = Reference(path)
+    more = {"keep_separators": True} if name == "llava_onevision" else {}
+    with engine(path, max_model_len=1024) as llm:
+        for spec in (method | more for method in METHODS):
+            asked = [
+                Request("look : {video} what is in this picture ?", videos=[clip(8)], method=spec),
+                Request("{image} and {video} who is this ?", [A], spec, videos=[clip(4)]),
+                Request("{video} what is this ? {image}", [A], spec, videos=[clip(6, 30, 60)]),
+                Request("{video} {video} what is this ?", videos=[clip(4), clip(4, 30, 60)], method=spec),
+                Request("who are you ?"),
+                Request("look : {image} who is this ?", [A], method=spec),
+            ]
+            for request, answer in zip(asked, serve(llm, name, asked), strict=True):
+                assert_equal(reference.answer(request), answer)
+        alone = Request("{image} and {video} who is this ?", [A], None, videos=[clip(4)])
+        assert_equal(reference.answer(alone), *serve(llm, name, [alone]))
