@@ -38,7 +38,7 @@ TEXT = """\
 
 # Methods
 
-This page lists what there is. [What works on what](support.md) says which
+[Which one should I take?](choosing.md) This page lists what there is. [What works on what](support.md) says which
 families of models take which method.
 
 * **text**: the prompt's text decides, with the image, what is kept.
@@ -51,6 +51,18 @@ families of models take which method.
 * **vectors**: inputs and results recorded from the official implementation that are in
   [the repository](../tests/golden/README.md) and that the tests compare. 0: there is no public code, or none that runs.
 * **deviations**: how many differences from the reference are listed below the table.
+
+`vtprune methods` prints where they act and what they go by, with the methods of other packages. Evaluations add the
+baseline `downsample`: a smaller image with as many tokens, or fewer frames of a video. Methods compose; each ratio
+counts the tokens that reach the method:
+
+```python
+vtprune.prune(model, [{"name": "divprune", "keep_ratio": 0.25}, {"name": "fastv", "keep_ratio": 0.5}])
+```
+
+Where a reference implementation has a defect, the method does not repeat it. `reference_quirks=True` (`holitom`, `aim`,
+`bvllm_merge`, `recoverable`, `cdpruner`, `visionzip`, `ltp`, `mustdrop`) repeats it; the docstrings describe the
+defects.
 
 """
 

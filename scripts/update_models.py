@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's table of models, from what the adapters say of themselves and the installed transformers has."""
+"""Write the table of models in docs/models.md, from what the adapters say of themselves and transformers has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from vtprune.adapters.coverage import families
 from vtprune.transformers_private import multimodal_classes
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 MARKERS = re.compile(r"(?<=<!-- models:begin -->\n).*?(?=<!-- models:end -->)", re.DOTALL)
 SUFFIX = "ForConditionalGeneration"
 
@@ -30,4 +30,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(MARKERS.sub(table(), README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(MARKERS.sub(table(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put the results of a run into its page, README.md or one in docs/: the table, the plot and the summary as measured.
+"""Put the results of a run into docs/results.md: the table, the plot and the summary as measured.
 
 Run it after `vtprune eval eval/configs/NAME.yaml`. It writes `docs/NAME/`, and the part of the page between the markers
 `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
@@ -22,23 +22,23 @@ from vtprune.eval.results.terms import terms
 from vtprune.eval.results.timings import latencies
 
 ROOT = Path(__file__).parent.parent
-PAGES = {
-    "quickstart": ("README.md", "DigitScenes, the benchmark in the repository,"),
-    "video": ("docs/results.md", "DigitScenes-Video, the same with clips,"),
-    "clip": ("docs/results.md", "DigitScenes, zero-shot,"),
+SUBJECTS = {
+    "quickstart": "DigitScenes, the benchmark in the repository,",
+    "video": "DigitScenes-Video, the same with clips,",
+    "clip": "DigitScenes, zero-shot,",
 }
-"""Name of a run -> the page that shows it, and the benchmark that its questions are from."""
+"""Name of a run -> the benchmark that its questions are from."""
 
 
 def main(
     results: Annotated[Path, typer.Argument(help="Folder of a finished run.")] = ROOT / "results" / "quickstart",
-    root: Annotated[Path, typer.Option(help="Folder with README.md and docs/.")] = ROOT,
+    root: Annotated[Path, typer.Option(help="Folder with docs/.")] = ROOT,
 ) -> None:
-    """Update README.md or a page in docs/ from a finished run."""
+    """Update docs/results.md from a finished run."""
     name = results.name
-    if name not in PAGES:
-        raise typer.BadParameter(f"{results}: expected a folder called {' or '.join(PAGES)}")
-    page, subject = root / PAGES[name][0], PAGES[name][1]
+    if name not in SUBJECTS:
+        raise typer.BadParameter(f"{results}: expected a folder called {' or '.join(SUBJECTS)}")
+    page, subject = root / "docs" / "results.md", SUBJECTS[name]
     markers = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     text = page.read_text(encoding="utf-8")
     if not markers.search(text):

@@ -26,12 +26,12 @@ def finished_run(folder: Path, score: float) -> Path:
 
 
 @pytest.fixture
-def pages(tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+def page(tmp_path):
+    """Of the three, the page that shows them."""
+    results = tmp_path / "docs" / "results.md"
     results.parent.mkdir()
-    readme.write_text(QUICKSTART)
-    results.write_text(VIDEO + CLIP)
-    return readme, results
+    results.write_text(QUICKSTART + VIDEO + CLIP)
+    return results
 
 
 def finished_clip_run(folder: Path) -> Path:
@@ -56,20 +56,20 @@ def finished_clip_run(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_of_several_tasks_has_a_table_of_all_of_them(script, pages, tmp_path):
+def test_a_run_of_several_tasks_has_a_table_of_all_of_them(script, page, tmp_path):
     (tmp_path / "docs" / "clip").mkdir()
     (tmp_path / "docs" / "clip" / "pareto-9-gone.png").write_text("of an earlier run")
     script.main(finished_clip_run(tmp_path / "results" / "clip"), tmp_path)
-    page = pages[1].read_text()
-    assert page.startswith(VIDEO) and "on 50 images of each task of DigitScenes, zero-shot," in page
-    assert "| full | – | 144 | 1 GFLOPs (1.00) | 100 (1.00) | 90.0 | 100.0 |" in page
-    assert "| tome | 50 % | 72 | 500 MFLOPs (0.50) | 200 (2.00) | 80.0 | 70.0 |" in page
-    assert "(clip/pareto-1-digits-clip.png)" in page and "(clip/summary.md)" in page
+    text = page.read_text()
+    assert text.startswith(QUICKSTART + VIDEO) and "on 50 images of each task of DigitScenes, zero-shot," in text
+    assert "| full | – | 144 | 1 GFLOPs (1.00) | 100 (1.00) | 90.0 | 100.0 |" in text
+    assert "| tome | 50 % | 72 | 500 MFLOPs (0.50) | 200 (2.00) | 80.0 | 70.0 |" in text
+    assert "(clip/pareto-1-digits-clip.png)" in text and "(clip/summary.md)" in text
     files = {path.name for path in (tmp_path / "docs" / "clip").iterdir()}
     assert files == {path.name for path in (tmp_path / "results" / "clip").iterdir() if "jsonl" not in path.name}
 
 
-def test_each_run_has_its_place(script, pages, tmp_path):
+def test_each_run_has_its_place(script, page, tmp_path):
     for name, score in (("quickstart", 0.5), ("video", 0.75)):
         script.main(finished_run(tmp_path / "results" / name, score), tmp_path)
         assert (tmp_path / "docs" / name / "summary.md").read_text() == f"summary.md of {name}"
@@ -78,27 +78,28 @@ def test_each_run_has_its_place(script, pages, tmp_path):
             "families.png",
             "summary.md",
         }
-    first, second = (page.read_text() for page in pages)
+    text = page.read_text()
+    first, second = text.split("<!-- quickstart:end -->\n")
     assert "| uniform | 50.0 [10.0, 90.0] |" in first and "on 1,200 questions of DigitScenes," in first
     assert "| uniform | 75.0 [10.0, 90.0] |" in second and "on 1,200 questions of DigitScenes-Video," in second
-    assert "(docs/quickstart/pareto.png)" in first and "(video/pareto.png)" in second
+    assert "(quickstart/pareto.png)" in first and "(video/pareto.png)" in second
     assert first.startswith("before\n<!-- quickstart:begin -->\n") and "old" not in first
     assert second.endswith(CLIP) and "old" not in second.removesuffix(CLIP)
 
     script.main(tmp_path / "results" / "video", tmp_path)  # again changes nothing
-    assert pages[1].read_text() == second
+    assert page.read_text() == text
 
 
-def test_a_run_without_a_place_is_refused(script, pages, tmp_path):
+def test_a_run_without_a_place_is_refused(script, page, tmp_path):
     with pytest.raises(typer.BadParameter, match="expected a folder called quickstart or video or clip"):
         script.main(finished_run(tmp_path / "results" / "other", 0.5), tmp_path)
-    pages[1].write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(typer.BadParameter, match="has no markers for video"):
         script.main(finished_run(tmp_path / "results" / "video", 0.5), tmp_path)
-    assert pages[1].read_text() == "no markers" and not (tmp_path / "docs" / "video").exists()
+    assert page.read_text() == "no markers" and not (tmp_path / "docs" / "video").exists()
 
 
-def test_the_pages_have_the_markers(script):
-    for name, (file, _) in script.PAGES.items():
-        page = (ROOT / file).read_text(encoding="utf-8")
+def test_the_page_has_the_markers(script):
+    for name in script.SUBJECTS:
+        page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
         assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
