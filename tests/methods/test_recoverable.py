@@ -6,7 +6,7 @@ import torch
 
 import vtprune
 from vtprune.ops.outliers import outlier_share
-from vtprune.ops.recoverable_compression import recover, text_scores
+from vtprune.ops.recoverable_compression import counts_within, recover, text_scores
 from vtprune.signals import EncoderKeys, EncoderSaliency, TextEmbeddings
 from vtprune.testing import families
 from vtprune.tokens import ModelShape, Selection, VisualTokens
@@ -40,7 +40,8 @@ def test_each_image_is_recovered_as_by_the_operation(k):
         values = tokens.features[group, :length]
         text = text_scores(texts[group].mean(0), values)
         visual = attention[group, :length]
-        expected = recover(values, keys[group, :length], visual, text, None if k < 0 else k)
+        counts = counts_within(visual, text, 6, None if k < 0 else k).tolist()
+        expected = recover(values, keys[group, :length], visual, text, counts)
         assert expected.places.shape[1] == (k if k >= 0 else int(selection.keep[group].sum()))
         for part, other in zip(
             (selection.keep, selection.features, selection.sources), expected.in_place(values[None]), strict=True
@@ -57,7 +58,9 @@ def test_the_reference_counts_centres_by_width_and_compares_the_first_keys():
     for group, length in enumerate(LENGTHS):
         values = tokens.features[group, :length]
         scores = attention[group, :length], text_scores(texts[group].mean(0), values)
-        expected = recover(values, keys[group, :length], *scores, reference_quirks=True).in_place(values[None])
+        counts = counts_within(*scores, 6, None, reference_quirks=True).tolist()
+        merged = recover(values, keys[group, :length], *scores, counts, reference_quirks=True)
+        expected = merged.in_place(values[None])
         for part, other in zip((selection.keep, selection.features, selection.sources), expected, strict=True):
             torch.testing.assert_close(part[group, :length], other[0])
     assert not torch.equal(selection.features, sane.features)

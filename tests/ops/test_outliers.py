@@ -48,6 +48,18 @@ def test_order_and_company_do_not_matter(seed, count, k):
     assert torch.equal(local_outlier_factor(together, k)[2, 0], factors)
 
 
+@given(st.lists(st.tuples(st.integers(-8, 8), st.booleans()), min_size=2, max_size=40), st.integers(1, 30))
+@settings(max_examples=100, deadline=None)
+def test_what_is_left_out_changes_nothing(numbers, k):
+    values = torch.tensor([value for value, _ in numbers]) * 0.25
+    valid = torch.tensor([real for _, real in numbers])
+    factors = local_outlier_factor(values, k, valid)
+    torch.testing.assert_close(factors[valid], local_outlier_factor(values[valid], k), rtol=1e-12, atol=0)
+    assert (factors[~valid] == 1).all()
+    assert outlier_share(values, k, 1.2, valid) == outlier_share(values[valid], k, 1.2)
+    assert outlier_share(values, k, 0.5, torch.zeros_like(valid)) == 0
+
+
 def test_both_tails_are_outliers_and_nothing_in_between():
     values = torch.cat((torch.linspace(0, 1, 50), torch.tensor([-5.0, 9.0])))
     assert (local_outlier_factor(values, 5) > 1.5).nonzero()[:, 0].tolist() == [50, 51]

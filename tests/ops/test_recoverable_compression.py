@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops.recoverable_compression import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.ops import recoverable_compression as module
+from vtprune.ops.recoverable_compression import (
+    counts_within,
+    dynamic_counts,
+    gather_rest,
+    lowered,
+    main_tokens,
+    text_scores,
+)
 
 
 def image(tokens, seed=0, dim=6, key_dim=5):
@@ -16,6 +24,11 @@ def image(tokens, seed=0, dim=6, key_dim=5):
     visual = (torch.randn(tokens, generator=generator) * 2).softmax(0)
     text = torch.randn(tokens, generator=generator) ** 3 / 100
     return features, keys, visual, text
+
+
+def recover(features, keys, visual, text, k=None):
+    counts = counts_within(visual, text, keys.shape[1], k).tolist()
+    return module.recover(features, keys, visual, text, counts)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 60), st.data())
@@ -44,7 +57,16 @@ def test_the_rest_is_gathered_as_defined(seed, tokens, members, data):
     centres = data.draw(st.integers(0, 10))
     remainder = data.draw(st.booleans())
     merged = gather_rest(
-        features, keys, visual, text, keep, centres, remainder=remainder, members=members, text_weight=50
+        features,
+        keys,
+        visual,
+        text,
+        keep,
+        int(keep.sum()),
+        centres,
+        remainder=remainder,
+        members=members,
+        text_weight=50,
     )
     kept, rest = keep.nonzero()[:, 0].tolist(), (~keep).nonzero()[:, 0].tolist()
     best = sorted(rest, key=lambda token: -visual[token].item())[:centres]
@@ -94,7 +116,7 @@ def test_budgets_are_met_and_everything_is_somewhere(seed, tokens, data):
 
 def test_a_budget_keeps_the_published_proportions():
     features, keys, visual, text = image(576, seed=3)
-    by_vision, by_text, centres = dynamic_counts(visual, text, 6)
+    by_vision, by_text, centres = dynamic_counts(visual, text, 6).tolist()
     assert min(by_vision, by_text, centres) > 5
     published = recover(features, keys, visual, text)
     total = by_vision + by_text + centres + 1

@@ -4,7 +4,15 @@ import torch
 from vtprune import Recoverable
 from vtprune.ops.attention import attention_rows
 from vtprune.ops.outliers import local_outlier_factor, outlier_share
-from vtprune.ops.recoverable_compression import dynamic_counts, gather_rest, lowered, main_tokens, recover, text_scores
+from vtprune.ops.recoverable_compression import (
+    counts_within,
+    dynamic_counts,
+    gather_rest,
+    lowered,
+    main_tokens,
+    recover,
+    text_scores,
+)
 from vtprune.signals import EncoderKeys, EncoderOutput, EncoderSaliency, JointSpace
 from vtprune.tokens import ModelShape
 
@@ -39,7 +47,7 @@ def visual_scores(v: Vector):
 @handles("recoverable_main*")
 def published(v: Vector) -> None:
     features, keys, visual, text = v["hidden"][0, 1:], v["k"][0, 1:], visual_scores(v), v["text_sim"][0]
-    counts = dynamic_counts(visual, text, features.shape[-1], reference_quirks=True)
+    counts = tuple(dynamic_counts(visual, text, features.shape[-1], reference_quirks=True).tolist())
     assert counts == (v["idx_vision_desc"].shape[1], v["idx_text_desc"].shape[1], v["num_centers"])
     seen = main_tokens(visual, text, counts[0], 0)
     same(seen.nonzero()[:, 0], v["idx_vision_desc"][0].sort().values)
@@ -57,7 +65,7 @@ def published(v: Vector) -> None:
             # Differences of close scores: the recorded ones come from scores with another rounding error.
             close(factor, v[f"lof_{name}"], rtol=1e-3)
 
-    merged = recover(features, keys, visual, text, reference_quirks=True)
+    merged = recover(features, keys, visual, text, (*counts, int(counts[2] > 0)), reference_quirks=True)
     close(merged.features, v["out"], rtol=1e-5, atol=1e-6)
     centres = v["idx_other"][0, v["center_local_idx_desc"][0]]
     same(merged.places[0, :-1], torch.cat((v["idx_main"], centres)))
@@ -76,8 +84,9 @@ def published(v: Vector) -> None:
     same(selection.keep[0].nonzero()[:, 0], places.sort().values)
     close(selection.features[0, places], v["out"][0], rtol=1e-5, atol=1e-6)
 
-    sane = recover(features, keys, visual, text)
-    assert sane.places.shape[1] == sum(dynamic_counts(visual, text, features.shape[-1])) + 1
+    counts = counts_within(visual, text, features.shape[-1], None).tolist()
+    sane = recover(features, keys, visual, text, counts)
+    assert sane.places.shape[1] == sum(counts) and counts[3] == 1
     assert (sane.sources >= 0).all() and set(sane.sources[0].tolist()) == set(sane.places[0].tolist())
 
 
@@ -91,6 +100,8 @@ def independent_choices(v: Vector) -> None:
     same(keep.nonzero()[:, 0], v["idx_main"])
     centres = int(len(visual) * outlier_share(visual[~keep], 10))
     assert centres == v["num_centers"]
-    merged = gather_rest(features, keys, visual, text, keep, centres, remainder=True, reference_quirks=True)
+    merged = gather_rest(
+        features, keys, visual, text, keep, int(keep.sum()), centres, remainder=True, reference_quirks=True
+    )
     close(merged.features, v["out"], rtol=1e-5, atol=1e-6)
     same(merged.places[0, len(v["idx_main"]) : -1], v["idx_other"][0, v["center_local_idx_desc"][0]])

@@ -11,10 +11,11 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from vtprune.devices import read
 from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM
 from vtprune.ops.largest_remainder import apportion
-from vtprune.ops.recoverable_compression import dynamic_counts, main_tokens, recover, text_scores
+from vtprune.ops.recoverable_compression import counts_within, dynamic_counts, main_tokens, recover, text_scores
 from vtprune.signals import EncoderKeys, EncoderOutput, EncoderSaliency, JointSpace, TextEmbeddings
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
 
@@ -83,28 +84,35 @@ class Recoverable(BeforeLLM):
     def select(self, tokens: VisualTokens) -> Selection:
         visual, keys, *textual = (tokens[request] for request in self.requests(tokens.shape))
         keep, merging = torch.zeros_like(tokens.valid), Merging(tokens)
+        groups, scores, counts = [], [], []
         for group, length, k in tokens.each():
             if not length:
                 continue
-            values, scores = tokens.features[group, :length], visual[group, :length].float()
-            text = self._text_scores(group, values, *textual)
-            count = None if k < 0 else k
+            values, count = tokens.features[group, :length], None if k < 0 else k
+            pair = visual[group, :length].float(), self._text_scores(group, values, *textual)
             if not self.gather:
-                keep[group, :length] = self._main(scores, text, values.shape[1], count)
+                keep[group, :length] = self._main(*pair, values.shape[1], count)
                 continue
+            groups.append((group, length))
+            scores.append(pair)
+            options = {"outlier_factor": self.outlier_factor, "reference_quirks": self.reference_quirks}
+            counts.append(counts_within(*pair, keys.shape[2], count, **options))
+        if not self.gather:
+            return Selection(keep)
+        # The counts of all groups are read together: an accelerator is waited for once.
+        for (group, length), pair, numbers in zip(groups, scores, read(*counts), strict=True):
+            values = tokens.features[group, :length]
             merged = recover(
                 values,
                 keys[group, :length],
-                scores,
-                text,
-                count,
+                *pair,
+                numbers.tolist(),
                 members=self.members,
                 text_weight=self.text_weight,
-                outlier_factor=self.outlier_factor,
                 reference_quirks=self.reference_quirks,
             ).in_place(values[None])
             merging.put(group, length, *(part[0] for part in merged))
-        return merging.selection if self.gather else Selection(keep)
+        return merging.selection
 
     def _text_scores(self, group: int, values: Tensor, *textual) -> Tensor:
         """(tokens,) similarity to the question, for a group with features (tokens, dim)."""
@@ -117,7 +125,7 @@ class Recoverable(BeforeLLM):
 
     def _main(self, visual: Tensor, text: Tensor, dim: int, k: int | None) -> Tensor:
         """(tokens,) bool: the tokens that stay if the rest is dropped."""
-        counts = torch.tensor(dynamic_counts(visual, text, dim, outlier_factor=self.outlier_factor)[:2])
+        counts = dynamic_counts(visual, text, dim, outlier_factor=self.outlier_factor)[:2]
         if k is not None:
             counts = apportion(k, counts, torch.full_like(counts, len(visual)))
-        return main_tokens(visual, text, *counts.tolist())
+        return main_tokens(visual, text, *counts)
