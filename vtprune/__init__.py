@@ -24,9 +24,10 @@ from vtprune.methods import catalogue as _catalogue
 from vtprune.methods.base import AfterPrefill, BeforeLLM, Composite, InEncoder, InLLM, Method, Scorer
 from vtprune.methods.in_layers import InLayers, LayerTokens
 from vtprune.methods.schedules import CutOnce, Progressive, Reviving, Staged
-from vtprune.report import Report, Totals
+from vtprune.report import Report
 from vtprune.session import Session, patch, prune
 from vtprune.tokens import Grid, Medium, Merging, ModelShape, Selection, VisualTokens
+from vtprune.totals import Totals
 
 if TYPE_CHECKING:
     from vtprune.methods.catalogue import *  # noqa: F403 (the methods; `__all__` below has them, too)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtprune.adapters.encoder import EncoderAdapter
 from vtprune.cost import layer_flops
+from vtprune.report_table import HEADER, row
 
 
 def _weights(module: nn.Module) -> int:
@@ -146,14 +147,10 @@ class EncoderReport:
         }
 
     def __str__(self) -> str:
-        def row(name: str, pruned: float, full: float) -> str:
-            share = f"{pruned / full:.1%}" if full else "-"
-            return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{share:>10}"
-
         lines = [
             f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.images} image(s), {self.layers} "
             "encoder layers",
-            f"  {'':<24}{'unpruned':>12}{'pruned':>14}{'share':>10}",
+            HEADER,
             row("patches, final", self.final_tokens, self.original_tokens),
             row("encoder GFLOPs", self.encoder_flops / 1e9, self.unpruned_encoder_flops / 1e9),
         ]
@@ -161,3 +158,5 @@ class EncoderReport:
             lines.append(row("selection GFLOPs", self.selection_flops / 1e9, 0.0))
         lines.append(f"  patches by layer          {', '.join(map(str, self.counts))}")
         return "\n".join(lines)
+
+    __repr__ = __str__

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtprune import cost
+from vtprune.report_table import HEADER, row
 from vtprune.transformers_private import layer_type
 
 
@@ -281,14 +282,10 @@ class Report:
         }
 
     def __str__(self) -> str:
-        def row(name: str, pruned: float, full: float, unit: str = "") -> str:
-            share = f"{pruned / full:7.1%}" if full else "      -"
-            return f"  {name:<24}{full:>12,.4g}{pruned:>14,.4g}{share:>10}{unit}"
-
         original, depth = sum(self.original_tokens), self.depth
         lines = [
             f"vtprune {' + '.join(self.methods)} on {self.model_name}: {self.samples} sample(s), {depth} layers",
-            f"  {'':<24}{'unpruned':>12}{'pruned':>14}{'share':>10}",
+            HEADER,
             row("visual tokens, final", sum(self.final_tokens), original),
             row("visual tokens, average", float(self.counts.sum()) / depth, original),
             row("prefill GFLOPs", self.prefill_flops / 1e9, self.unpruned_prefill_flops / 1e9),
@@ -314,35 +311,4 @@ class Report:
             )
         return "\n".join(lines)
 
-
-@dataclass(frozen=True)
-class Totals:
-    """All prefills of a session, added up."""
-
-    prefills: int = 0
-    """Calls on an empty KV cache. Without a cache a prompt with images counts once, text alone for every token."""
-    samples: int = 0
-    text_tokens: int = 0
-    original_tokens: int = 0
-    """Visual tokens of the prompts."""
-    kept_tokens: float = 0.0
-    """Those that were kept, averaged over the LLM's layers."""
-    prefill_flops: float = 0.0
-    unpruned_prefill_flops: float = 0.0
-    """FLOPs of the language model, as in `Report`."""
-
-    @property
-    def keep_ratio(self) -> float:
-        """Visual tokens kept over all that came; 1.0 without any."""
-        return self.kept_tokens / self.original_tokens if self.original_tokens else 1.0
-
-    def __add__(self, report: Report) -> Totals:
-        return Totals(
-            self.prefills + 1,
-            self.samples + report.samples,
-            self.text_tokens + sum(report.text_tokens),
-            self.original_tokens + sum(report.original_tokens),
-            self.kept_tokens + float(report.counts.sum()) / report.depth,
-            self.prefill_flops + report.prefill_flops,
-            self.unpruned_prefill_flops + report.unpruned_prefill_flops,
-        )
+    __repr__ = __str__  # what a notebook shows of the last line of a cell

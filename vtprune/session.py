@@ -18,12 +18,13 @@ from vtprune.errors import ConfigError, NothingPrunedError
 from vtprune.guidance import Guidance, PromptLength
 from vtprune.methods import MethodLike, build_methods
 from vtprune.methods.base import Method
-from vtprune.report import Report, Totals
+from vtprune.report import Report
 from vtprune.session_life import SessionLife
 from vtprune.stages.choosing import Profile, check_profile
 from vtprune.stages.model_calls import ModelCalls
 from vtprune.stages.question import Text
 from vtprune.stages.slots import CacheContents
+from vtprune.totals import Totals
 from vtprune.transformers_private import check_release
 
 
@@ -179,6 +180,9 @@ class Session(SessionLife):
     def totals(self) -> Totals:
         """All prefills since the session was made, of all threads."""
         return self._totals
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{self.totals}"
 
     def remove(self) -> None:
         """Take the hooks off; the model is exactly what it was. Idempotent.

@@ -48,6 +48,8 @@ class Calls(Protocol):
 class SessionLife(Uncopied):
     """Hooks on one model, until they are removed."""
 
+    adapter: Any
+    """The facts of the model."""
     _calls: Calls
 
     def __init__(
@@ -73,6 +75,10 @@ class SessionLife(Uncopied):
     @abstractmethod
     def report(self) -> Any:
         """What the last call kept, where, and what that saved; None before one."""
+
+    def __repr__(self) -> str:
+        methods, state = " + ".join(method.name for method in self.methods), "active" if self._handles else "not active"
+        return f"vtprune session: {methods} on {type(self.adapter.model).__name__}, {state}"
 
     def install(self) -> None:
         """Put the hooks on the model. Raises VTPruneError if a session is on it already."""
