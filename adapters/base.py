@@ -48,6 +48,8 @@ class Adapter(LayerStates, ABC):
     layer, so that no tokens can be dropped inside it; for tables. Of a model that is loaded, its config says so."""
     tiles_adjoin: ClassVar[bool] = False
     """Whether media that stand side by side in the prompt, without text between them, are tiles of one image."""
+    images_joined: ClassVar[bool] = False
+    """Whether the images of several prompts may come as one to an encode call; then a prompt has one image at most."""
     gated_encoder_mlp: ClassVar[bool] = False
     """Whether an MLP of the encoder has three matrices (gate, up, down) instead of two; for counting FLOPs."""
     unmerged: ClassVar[str] = ""

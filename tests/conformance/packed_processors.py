@@ -21,7 +21,7 @@ from vtprune.testing.media import (
     VIDEO_START,
 )
 
-from .special_tokens import QWEN_TOKENS, tokenizer
+from .special_tokens import IMAGE_TOKENS, QWEN_TOKENS, VIDEO_TOKENS, tokenizer
 
 _PATCHES = {"patch_size": PATCH, "merge_size": MERGE}
 _GLM_TOKENS = {
@@ -55,6 +55,20 @@ _DOTS_TOKENS = {
     "audio_token": ("<|audio_comp_pad|>", AUDIO),
     "image_start_token": ("<|img|>", START),
     "image_end_token": ("<|endofimg|>", END),
+}
+_NEMOTRON_TOKENS = {
+    **IMAGE_TOKENS,
+    **VIDEO_TOKENS,
+    "image_start_token": ("<img>", START),
+    "image_end_token": ("</img>", END),
+}
+_ERNIE_TOKENS = {
+    "image_token": ("<|IMAGE_PLACEHOLDER|>", IMAGE),
+    "image_start_token": ("<|IMAGE_START|>", START),
+    "image_end_token": ("<|IMAGE_END|>", END),
+    "video_token": ("<|VIDEO_PLACEHOLDER|>", VIDEO),
+    "video_start_token": ("<|VIDEO_START|>", VIDEO_START),
+    "video_end_token": ("<|VIDEO_END|>", VIDEO_END),
 }
 
 
@@ -130,6 +144,25 @@ def _hy_v4_vl():
     return hf.HYV4VLProcessor(images, tokenizer(QWEN_TOKENS), frames)
 
 
+def _nemotron():
+    patches = {"patch_size": PATCH, "downsample_ratio": 1 / MERGE}
+    normal = {"norm_mean": [0.5] * 3, "norm_std": [0.5] * 3}
+    return hf.NemotronH_Omni_Reasoning_V3Processor(
+        hf.NemotronH_Omni_Reasoning_V3ImageProcessor(**patches, min_num_patches=16, max_num_patches=100),
+        hf.NemotronH_Omni_Reasoning_V3VideoProcessor(**patches, **normal, video_target_num_patches=24),
+        tokenizer(_NEMOTRON_TOKENS),
+        hf.ParakeetFeatureExtractor(),
+    )
+
+
+def _ernie4_5_vl():
+    # It would write times onto frames, with a font that checkpoints bring along.
+    few = {"min_frames": 2, "max_frames": 8}
+    frames = hf.Ernie4_5_VLMoeVideoProcessor(**_PATCHES, **_sizes(300, 2000), **few, draw_on_frames=False)
+    images = hf.Ernie4_5_VLMoeImageProcessor(**_PATCHES, **_sizes(300, 2000))
+    return hf.Ernie4_5_VLMoeProcessor(images, tokenizer(_ERNIE_TOKENS), frames)
+
+
 PROCESSORS: dict[str, Callable] = {
     "video_llama3": _video_llama3,
     "cosmos3_edge": _cosmos3_edge,
@@ -143,6 +176,8 @@ PROCESSORS: dict[str, Callable] = {
     "muse_glimmer": _muse,
     "exaone4_5": _like_qwen("Exaone4_5_Processor"),
     "hyperclovax_vision_v2": _like_qwen("HyperCLOVAXVisionV2Processor"),
+    "nemotron_h_omni": _nemotron,
+    "ernie4_5_vl": _ernie4_5_vl,
 }
 _GLM = {
     "image": "<|begin_of_image|><|image|><|end_of_image|>",
@@ -164,5 +199,9 @@ WRITTEN: dict[str, dict[str, str]] = {
     "hyperclovax_vision_v2": _QWEN,
     "cosmos3_edge": {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|video_pad|>"},
     "video_llama3": {"image": "<|image_pad|>", "video": "<|video_pad|>"},
+    "ernie4_5_vl": {
+        "image": "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        "video": "<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>",
+    },
     "paddleocr_vl": {"image": "<|vision_start|><|image_pad|><|vision_end|>"},
 }

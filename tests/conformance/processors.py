@@ -206,6 +206,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     **tiled.WRITTEN,
     **sliced.WRITTEN,
     **gemma.WRITTEN,
+    **grid.WRITTEN,
 }
 
 
@@ -277,13 +278,9 @@ ALIKE = {
 }
 """Family -> the family whose processor it has, or one that lays out images and videos in the same way."""
 
-_UNTRIED = "it has not been tried with the tiny model"
 MISSING: dict[str, str] = {
     "aria": "its image processor makes tiles of 490 or 980 pixels only, far too many for a tiny model",
     "phi4_multimodal": "it counts 272 tokens for the whole view whatever its size, far too many for a tiny model",
-    **dict.fromkeys(("molmo2", "fuyu", "nemotron_h_omni"), _UNTRIED),
-    **dict.fromkeys(("gemma3n",), _UNTRIED),
-    **dict.fromkeys(("ernie4_5_vl",), _UNTRIED),
 }
 """Family -> why its processor is not here."""
 
@@ -291,6 +288,9 @@ _UNDRAWN = (
     *tiled.PROCESSORS,
     *sliced.PROCESSORS,
     *gemma.PROCESSORS,
+    "fuyu",
+    "nemotron_h_omni",
+    "ernie4_5_vl",
     "gemma4_31b",
     "gemma4_experts",
     "lfm3_vl",
@@ -342,9 +342,19 @@ _IMAGES_ALWAYS = (
     *_IMAGES[:2],
     Request("{image} who is this ?", ((30, 52),)),
 )
+_ONE_IMAGE = (
+    Request("{image}what is in this picture ?", ((50, 31),)),
+    Request("{image}who is this ? answer with a word", ((23, 60),)),
+    Request("{image}who ?", ((30, 20),)),
+)
 _VIDEOS = (
     Request("{video} what happens ?", (), ((8, 33, 24),)),
     Request("look : {video} then {video} compare the two . what happens first ?", (), ((8, 20, 44), (12, 30, 30))),
+    _NO_MEDIA,
+)
+_ONE_VIDEO = (
+    Request("{video} what happens ?", (), ((8, 33, 24),)),
+    Request("look : {video} now tell me what happens first ?", (), ((6, 20, 44),)),
     _NO_MEDIA,
 )
 _MIXED = (
@@ -422,6 +432,12 @@ CASES: dict[str, Case] = {
     "video_llama3, videos": Case("video_llama3", _VIDEOS, fps=4.0, options={"fps": 2.0, "do_sample_frames": True}),
     "cosmos3_edge, videos": Case("cosmos3_edge", _VIDEOS, fps=4.0),
     "cosmos3_edge": Case("cosmos3_edge", _MIXED, options={"do_sample_frames": False}),
+    "molmo2": Case("molmo2", _IMAGES),
+    "molmo2, videos": Case("molmo2", _ONE_VIDEO, fps=4.0),
+    "nemotron_h_omni": Case("nemotron_h_omni", _IMAGES),
+    "ernie4_5_vl": Case("ernie4_5_vl", _MIXED, options={"do_sample_frames": False}),
+    "gemma3n": Case("gemma3n", _IMAGES, nested=True),
+    "fuyu": Case("fuyu", _ONE_IMAGE, nested=True, options={"return_legacy_image_output": False}),
     "gemma4": Case("gemma4", _MIXED_SHORT, nested=True, options={"do_sample_frames": False}),
     "gemma4, videos": Case("gemma4", _VIDEOS, fps=4.0),
     "gemma4_unified": Case("gemma4_unified", _MIXED_SHORT, nested=True, options={"do_sample_frames": False}),

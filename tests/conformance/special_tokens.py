@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import re
+
 import transformers as hf
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Prepend
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
@@ -76,21 +79,40 @@ COHERE_TOKENS = {
     "eoi_token": ("<|END_OF_IMG|>", END),
     "img_line_break_token": ("<|IMG_LINE_BREAK|>", BREAK),
 }
+MOLMO_TOKENS = {
+    "image_token": ("<|image|>", 145),
+    "video_token": ("<|video|>", VIDEO),
+    "image_patch_token": ("<im_patch>", IMAGE),
+    "image_column_token": ("<im_col>", BREAK),
+    "image_start_token": ("<im_start>", START),
+    "low_image_start_token": ("<low_res_im_start>", ROW_COLUMN),
+    "image_end_token": ("<im_end>", END),
+    "frame_start_token": ("<frame_start>", GLOBAL),
+    "frame_end_token": ("<frame_end>", NEWLINE),
+    "image_low_token": ("<im_low>", 146),
+}
 
 
-def tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast:
-    """special: attribute -> token and id, beyond those that every family has."""
+def tokenizer(special: dict[str, tuple[str, int]], prefix: str = "") -> hf.PreTrainedTokenizerFast:
+    """special: attribute -> token and id, beyond those that every family has. prefix: a token before every stretch of
+    text, as SentencePiece has it; special tokens of the family are then words like others.
+    """
     vocabulary = {"<pad>": PAD, "<s>": BOS} | dict(special.values())
     if NEWLINE not in vocabulary.values():
         vocabulary["\n"] = NEWLINE
     words = ["</s>", "<unk>", "\n\n", *_KNOWN_WORDS.split()]  # a blank line is one token, as in real vocabularies
+    words += [prefix] if prefix else []
     vocabulary |= {word: FIRST_WORD + index for index, word in enumerate(words)}
     # Without gaps: tokens that a processor adds must not get an id twice.
     vocabulary |= {f"<unused{index}>": index for index in set(range(VOCABULARY)) - set(vocabulary.values())}
     assert len(vocabulary) == VOCABULARY
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = Split(Regex(r"\n+|\w+|[^\w\s]"), behavior="removed", invert=True)
-    if special not in (QWEN_TOKENS, INTERN_TOKENS):
+    pieces = [r"\n+", r"\w+", r"[^\w\s]"]
+    if prefix:
+        core.normalizer = Prepend(prefix)
+        pieces[:0] = [re.escape(token) for token, _ in special.values()]
+    core.pre_tokenizer = Split(Regex("|".join(pieces)), behavior="removed", invert=True)
+    if special not in (QWEN_TOKENS, INTERN_TOKENS, MOLMO_TOKENS):
         core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -99,5 +121,5 @@ def tokenizer(special: dict[str, tuple[str, int]]) -> hf.PreTrainedTokenizerFast
         eos_token="</s>",
         unk_token="<unk>",
         padding_side="left",
-        extra_special_tokens={name: token for name, (token, _) in special.items()},
+        extra_special_tokens={} if prefix else {name: token for name, (token, _) in special.items()},
     )

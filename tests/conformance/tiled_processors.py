@@ -21,7 +21,7 @@ from vtprune.testing.media import (
 )
 from vtprune.testing.tiny import step3p7
 
-from .special_tokens import IMAGE_TOKENS, VIDEO_TOKENS, tokenizer
+from .special_tokens import IMAGE_TOKENS, MOLMO_TOKENS, VIDEO_TOKENS, tokenizer
 
 _IDEFICS2_TOKENS = {
     **IMAGE_TOKENS,
@@ -117,6 +117,14 @@ def _step3p7():
     return hf.Step3p7Processor(images, tokenizer(_STEP_TOKENS))
 
 
+def _molmo2():
+    # Crops of 5x5 patches, of which neighbours share 2.
+    shared = {**_square(5 * PATCH), "patch_size": PATCH}
+    images = hf.Molmo2ImageProcessor(**shared, overlap_margins=[1, 1], max_crops=4, pooling_size=[2, 2])
+    frames = hf.Molmo2VideoProcessor(**shared, pooling_size=[3, 3], num_frames=3)
+    return hf.Molmo2Processor(images, frames, tokenizer(MOLMO_TOKENS))
+
+
 PROCESSORS: dict[str, Callable] = {
     "idefics2": _idefics2,
     "deepseek_vl_hybrid": _deepseek_vl_hybrid,
@@ -127,10 +135,12 @@ PROCESSORS: dict[str, Callable] = {
     "llama4": _llama4,
     "perception_lm": _perception_lm,
     "step3p7": _step3p7,
+    "molmo2": _molmo2,
 }
 """Family -> its processor."""
 WRITTEN: dict[str, dict[str, str]] = {
     "llama4": {"image": "<|image|>"},
     "got_ocr2": {"image": "<img><imgpad></img>"},
     "step3p7": {"image": "<im_patch>"},
+    "molmo2": {"image": "<|image|>", "video": "<|video|>"},
 }

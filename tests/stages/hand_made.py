@@ -38,6 +38,7 @@ def adapter(**facts: Any) -> SimpleNamespace:
         text_config=CONFIG,
         visual_token_ids={"image": IDS["i"], "video": IDS["v"]},
         tiles_adjoin=False,
+        images_joined=False,
         prompt_tokens=lambda kind, inputs: None,
         window_cuts_blocks=False,
         markers=lambda ids, images: torch.zeros_like(images, dtype=torch.bool) if ids is None else ids == IDS["<"],

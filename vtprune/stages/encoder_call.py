@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.adapters.base import PIXELS
 from vtprune.devices import read
 from vtprune.errors import UnsupportedStageError
 from vtprune.stages.in_encoder import EncoderMerge
@@ -88,6 +89,17 @@ class EncoderCall:
             )
         parts = placed.cpu().split(lengths)
         self.media = [medium.only(kept) for medium, kept in zip(media, parts, strict=True)]
+
+    def part(self, counts: Tensor) -> None:
+        """Take images that came as one, without grids, for one a prompt. counts (samples,) long: their tokens in each
+        sample's prompt.
+        """
+        lengths = counts[counts > 0].tolist()
+        if self.inputs is None or len(self.media) != 1 or len(lengths) < 2 or sum(lengths) != len(self.media[0]):
+            return
+        name = PIXELS[self.kind]
+        self.media = [Medium.without_grid(length) for length in lengths]
+        self.inputs = {**self.inputs, name: self.inputs[name].flatten(0, -2).split(lengths)}
 
     def in_prompt(self, rows: Tensor) -> Tensor:
         """Rows of all encoded tokens -> those of the tokens in the prompt."""

@@ -278,6 +278,9 @@ def _media_in_prompt(
     kinds = [kind for kind in adapter.visual_token_ids if kind in incoming.kinds]
     visual = [_columns_of(adapter, incoming, kind) & real for kind in kinds]
     encodings = [recorder.encoding(kind, incoming.encoded.get(kind), incoming.placed.get(kind)) for kind in kinds]
+    if adapter.images_joined:
+        for columns, encoding in zip(visual, encodings, strict=True):
+            encoding.part(columns.sum(1))
     media = Media.find(visual, encodings, adapter.tiles_adjoin)
     if any(incoming.encoded.get(e.kind, e.output) is not e.output for e in encodings) and not media.holds(hidden):
         raise UnsupportedStageError(f"the visual tokens cannot be told apart: {COMPUTED_ELSEWHERE}")

@@ -277,7 +277,7 @@ def _features(model, output: Any) -> Any:
     if model.config.model_type == "llama4":
         return model.multi_modal_projector(output.last_hidden_state)
     if model.config.model_type == "fuyu":
-        return output.last_hidden_state
+        return [output.last_hidden_state]
     if model.config.model_type == "molmo2":
         placeholder = torch.tensor(model.config.image_patch_id, device=output.pooler_output[0].device)
         return [part + model.get_input_embeddings()(placeholder) for part in output.pooler_output]
