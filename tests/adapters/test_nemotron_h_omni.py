@@ -2,6 +2,7 @@
 import pytest
 import torch
 import transformers as hf
+from conformance.processors import Case, Request
 from torch import Tensor
 
 import vtprune
@@ -112,10 +113,16 @@ def clip(frames: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": videos}
 
 
+def processed(frames: int) -> dict[str, Tensor]:
+    """A prompt with a video of so many frames, as the family's processor lays it out."""
+    return Case(NAME, (Request("look : {video} what happens ?", (), ((frames, 36, 24),)),)).inputs(0)
+
+
+@pytest.mark.parametrize("make, frames", [(clip, 4), (processed, 7)])
 @pytest.mark.parametrize("method", ["divprune", "mmtok", "pool", "vispruner"])
 @torch.no_grad()
-def test_videos_that_are_pruned_give_what_is_recomputed(method):
-    model, inputs = families.shared(NAME), clip(4)
+def test_videos_that_are_pruned_give_what_is_recomputed(method, make, frames):
+    model, inputs = families.shared(NAME), make(frames)
     with vtprune.prune(model, method, keep_ratio=0.4) as session:
         output = model.generate(
             **inputs, max_new_tokens=NEW, suppress_tokens=[IMAGE], output_logits=True, return_dict_in_generate=True
