@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtprune.adapters.pictures import Pictures
 from vtprune.adapters.states import LayerStates
 from vtprune.tokens import Grid, Medium, ModelShape
 from vtprune.transformers_private import chosen_feature_layers, key_sources, rotary_embedding, rotation_kind, uses_mrope
@@ -20,7 +21,7 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Kind of medium -> the argument that carries its pixels."""
 
 
-class Adapter(LayerStates, ABC):
+class Adapter(LayerStates, Pictures, ABC):
     """Facts about one loaded model. One subclass a model family; it holds the model and changes nothing in it.
 
     A *kind* is "image" or "video". transformers encodes all media of a kind of a batch in one call (`encode_call`), of

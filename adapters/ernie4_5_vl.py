@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.qwen_vl import Qwen2VL, patch_grids
@@ -51,6 +52,18 @@ class Ernie4_5VL(Qwen2VL):
         return [
             Medium.of_grids(*[Grid(rows // side, columns // side)] * (frames // together))
             for frames, rows, columns in patch_grids(kind, inputs).tolist()
+        ]
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]] | None:
+        if kind == "image":
+            return None
+        side, together = self.vision_config.spatial_merge_size, self._frames_a_token(kind)
+        pattern = "(t f r c i j) (ch p q) -> t f ch (r i p) (c j q)"
+        sizes = {"f": together, "i": side, "j": side, "ch": 3, "p": self._patch, "q": self._patch}
+        grids = patch_grids(kind, inputs).tolist()
+        return [
+            [*rearrange(own, pattern, r=rows // side, c=columns // side, **sizes).mean(1)]
+            for own, (_, rows, columns) in zip(self.pixels(kind, inputs), grids, strict=True)
         ]
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:

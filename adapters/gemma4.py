@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -86,6 +88,10 @@ class Gemma4(Adapter):
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         return [torch.stack(tuple(part)) for part in _by_medium(kind, inputs, inputs[PIXELS[kind]])]
 
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        crops = [_picture(*crop) for crop in zip(inputs[PIXELS[kind]], inputs[POSITIONS[kind]], strict=True)]
+        return [*_by_medium(kind, inputs, crops)]
+
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return features  # padding is gone already
 
@@ -100,6 +106,16 @@ class Gemma4(Adapter):
         token = row * (column.max() + 1) + column
         sums = values.new_zeros(int(token.max()) + 1, values.shape[-1]).index_add(0, token, values)
         return sums / self._side**2
+
+
+def _picture(patches: Tensor, positions: Tensor) -> Tensor:
+    """(3, height, width) of one crop, patches (patches, pixels), positions (patches, 2)."""
+    real = (positions >= 0).all(-1)
+    columns, rows = positions[real].unbind(-1)
+    placed = patches.new_zeros(int(rows.max()) + 1, int(columns.max()) + 1, patches.shape[-1])
+    placed[rows, columns] = patches[real]
+    side = math.isqrt(patches.shape[-1] // 3)
+    return rearrange(placed, "r c (p q ch) -> ch (r p) (c q)", p=side, q=side)
 
 
 def _by_medium(kind: str, inputs: Mapping[str, Any], crops: Sequence[Any]) -> Iterable[Sequence[Any]]:

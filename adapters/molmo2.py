@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.base import PIXELS, Adapter
@@ -86,6 +88,20 @@ class Molmo2(Adapter):
         for tokens in pooled.split(lengths):
             first, last = (int(place) // crops.shape[1] for place in (tokens[tokens >= 0].min(), tokens.max()))
             yield crops[first : last + 1]
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        patches = inputs[PIXELS[kind]].flatten(0, -2)
+        pooled = inputs[f"{kind}_token_pooling"].to(patches.device)
+        pooled = pooled[(pooled >= 0).any(1)]
+        there = (pooled >= 0)[..., None]
+        squares = patches[pooled.clamp(min=0)] * there
+        # A token at the edge may pool fewer patches. Those that lack look like the others on average.
+        squares = torch.where(there, squares, squares.sum(1, keepdim=True) / there.sum(1, keepdim=True))
+        pattern = "(r c) (i j) (p q ch) -> ch (r i p) (c j q)"
+        sizes = {"i": math.isqrt(pooled.shape[1]), "p": self._patch, "q": self._patch}
+        grids = [[*filter(None, medium.grids)] for medium in self.media(kind, inputs, ())]
+        views = iter(squares.split([len(grid) for own in grids for grid in own]))
+        return [[rearrange(next(views), pattern, r=grid.rows, **sizes) for grid in own] for own in grids]
 
     def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         return self.projector_inputs(kind, inputs, values)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from vtprune.adapters.base import PIXELS, Adapter, stack_sizes
@@ -75,6 +75,17 @@ class NemotronHOmni(Adapter):
         if kind == "video":
             return pixels
         return pixels.split([rows * columns for rows, columns in self._patch_grids(kind, inputs)])
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        if kind == "video":
+            frames = rearrange(inputs[PIXELS[kind]], "... (f ch) h w -> ... f ch h w", ch=3)
+            return [*frames.mean(-4)]
+        pattern, sizes = "(r c) (ch p q) -> ch (r p) (c q)", {"ch": 3, "p": self._patch, "q": self._patch}
+        grids = self._patch_grids(kind, inputs)
+        return [
+            [rearrange(own, pattern, r=rows, **sizes)]
+            for own, (rows, _) in zip(self.pixels(kind, inputs), grids, strict=True)
+        ]
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         return features.flatten(0, -2).unflatten(-1, (self._side**2, -1)).mean(1)

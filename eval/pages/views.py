@@ -132,9 +132,7 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
     if any(None in medium.grids for medium in media):
         return None
     seen = _Seen([], [], [])
-    for medium, pixels in zip(media, adapter.pixels(kind, given), strict=True):
-        crops = _unpacked(adapter, medium, pixels) if pixels.ndim == 2 else pixels.reshape(-1, *pixels.shape[-3:])
-        crops = _whole_patches(crops.float().cpu(), _patch(adapter))
+    for medium, crops in zip(media, _crops(adapter, kind, given, media), strict=True):
         # An overview, and tiles whose rows of tokens go on from one tile to the next.
         if kind == "image" and medium.lines is not None and len(medium.grids) > 1:
             if len(media) > 1:  # which pixels belong to which of several images is not known here
@@ -149,6 +147,17 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
     if (placed := adapter.prompt_tokens(kind, inputs)) is not None:
         seen.places[:] = [place for place, kept in zip(seen.places, placed.tolist(), strict=True) if kept]
     return _assembled(seen) if len(media) > 2 else seen
+
+
+def _crops(adapter: Adapter, kind: Kind, given: Mapping[str, Any], media: Sequence[Medium]) -> list[Sequence[Tensor]]:
+    """(3, height, width) for each grid of each medium, on the CPU."""
+    if (drawn := adapter.pictures(kind, given)) is not None:
+        return [[picture.float().cpu() for picture in pictures] for pictures in drawn]
+    found: list[Sequence[Tensor]] = []
+    for medium, pixels in zip(media, adapter.pixels(kind, given), strict=True):
+        crops = _unpacked(adapter, medium, pixels) if pixels.ndim == 2 else pixels.reshape(-1, *pixels.shape[-3:])
+        found.append(_whole_patches(crops.float().cpu(), _patch(adapter)))
+    return found
 
 
 def _unpacked(adapter: Adapter, medium: Medium, patches: Tensor) -> Tensor:
@@ -200,10 +209,12 @@ def _patch(adapter: Adapter) -> int:
 
 def _plain(pixels: Tensor, processor: Any) -> Tensor:
     """(channels, height, width) as the encoder gets them -> uint8."""
-    if processor.do_normalize:
-        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (processor.image_mean, processor.image_std))
+    always = getattr(processor, "norm_mean", None) is not None  # Nemotron Omni's videos, by names of their own
+    if processor.do_normalize or always:
+        stated = (processor.norm_mean, processor.norm_std) if always else (processor.image_mean, processor.image_std)
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in stated)
         pixels = pixels * std + mean
-    if processor.do_rescale:
+    if processor.do_rescale or always:
         pixels = pixels / processor.rescale_factor
     return pixels.round().clamp(0, 255).byte()
 

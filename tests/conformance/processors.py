@@ -285,14 +285,9 @@ MISSING: dict[str, str] = {
 """Family -> why its processor is not here."""
 
 _UNDRAWN = (
-    *tiled.PROCESSORS,
+    *(name for name in tiled.PROCESSORS if name != "molmo2"),
     *sliced.PROCESSORS,
-    *gemma.PROCESSORS,
     "fuyu",
-    "nemotron_h_omni",
-    "ernie4_5_vl",
-    "gemma4_31b",
-    "gemma4_experts",
     "lfm3_vl",
     "hy_v4_vl",
     "glm5_next",
