@@ -46,6 +46,9 @@ if TYPE_CHECKING:  # what type checkers and editors see of `vtprune.NAME`
     from vtprune.methods.glsim import GLSim as GLSim
     from vtprune.methods.glsim_patches import GLSimPatches as GLSimPatches
     from vtprune.methods.visionzip import VisionZip as VisionZip
+    from vtprune.methods.holov import HoloV as HoloV
+    from vtprune.methods.prunesid import PruneSID as PruneSID
+    from vtprune.methods.mmr import MMR as MMR
     from vtprune.methods.random import Random as Random
     from vtprune.methods.uniform import Uniform as Uniform
     from vtprune.methods.random_patches import RandomPatches as RandomPatches
@@ -89,6 +92,9 @@ CLASSES = {
     "glsim": "GLSim",
     "glsim_patches": "GLSimPatches",
     "visionzip": "VisionZip",
+    "holov": "HoloV",
+    "prunesid": "PruneSID",
+    "mmr": "MMR",
     "random": "Random",
     "uniform": "Uniform",
     "random_patches": "RandomPatches",
