@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "aim": {"keep_ratio": 0.4},  # one round of merging
     "adaptive_pool": BUDGET | {"overlap": False},
     "recoverable": BUDGET | {"gather": False},
+    **{name: BUDGET | {"merge": False} for name in ("prumerge", "prumerge_plus")},
     "sparsevlm": BUDGET | {"recycle": 0.0},  # what it merges, it merges between layers
     "bvllm_merge": {"keep_ratio": 0.6, "threshold": 1.0},
     # Their first layer to cut is the third of six.

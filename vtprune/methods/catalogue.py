@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # what type checkers and editors see of `vtprune.NAME`
     from vtprune.methods.visionzip import VisionZip as VisionZip
     from vtprune.methods.holov import HoloV as HoloV
     from vtprune.methods.prunesid import PruneSID as PruneSID
+    from vtprune.methods.prumerge import PruMerge as PruMerge
+    from vtprune.methods.prumerge_plus import PruMergePlus as PruMergePlus
     from vtprune.methods.mmr import MMR as MMR
     from vtprune.methods.random import Random as Random
     from vtprune.methods.uniform import Uniform as Uniform
@@ -94,6 +96,8 @@ CLASSES = {
     "visionzip": "VisionZip",
     "holov": "HoloV",
     "prunesid": "PruneSID",
+    "prumerge": "PruMerge",
+    "prumerge_plus": "PruMergePlus",
     "mmr": "MMR",
     "random": "Random",
     "uniform": "Uniform",
