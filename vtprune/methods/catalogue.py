@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # what type checkers and editors see of `vtprune.NAME`
     from vtprune.methods.prunesid import PruneSID as PruneSID
     from vtprune.methods.prumerge import PruMerge as PruMerge
     from vtprune.methods.prumerge_plus import PruMergePlus as PruMergePlus
+    from vtprune.methods.dtd import DTD as DTD
+    from vtprune.methods.dycoke import DyCoke as DyCoke
     from vtprune.methods.mmr import MMR as MMR
     from vtprune.methods.random import Random as Random
     from vtprune.methods.uniform import Uniform as Uniform
@@ -98,6 +100,8 @@ CLASSES = {
     "prunesid": "PruneSID",
     "prumerge": "PruMerge",
     "prumerge_plus": "PruMergePlus",
+    "dtd": "DTD",
+    "dycoke": "DyCoke",
     "mmr": "MMR",
     "random": "Random",
     "uniform": "Uniform",

@@ -6,16 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
 from vtprune import budget
 from vtprune.devices import send
-from vtprune.errors import ConfigError, UnsupportedStageError
+from vtprune.errors import ConfigError
 from vtprune.methods.base import BeforeLLM, Composite, InLLM, Method, Share
+from vtprune.methods.clips import clips
 from vtprune.ops.inner_llm_merging import absorb_dropped
-from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.video_merging import merge_video
 from vtprune.signals import AttentionReceived, LastQueryAttention
 from vtprune.tokens import Merging, ModelShape, Selection, VisualTokens
@@ -133,34 +132,21 @@ class _MergeVideo(BeforeLLM):
         saliency = tokens[AttentionReceived(tokens.shape.feature_layer)]
         # The reference applies the ratio to each part, not to the rounded count.
         ratio = self.keep_ratio if self.reference_quirks else None
-        for group, length, k in tokens.each():
-            for places, frames, count in self._clips(tokens, group, length, k):
-                places = send(places, tokens.valid.device)
-                video = merge_video(
-                    tokens.features[group, places].unflatten(0, (frames, -1)),
-                    saliency[group, places].view(frames, -1),
-                    count / len(places) if ratio is None else ratio,
-                    threshold=self.threshold,
-                    max_window=self.max_window,
-                    context_share=self.context_share,
-                    neighbours=self.neighbours,
-                    centre_weight=self.centre_weight,
-                    reference_quirks=self.reference_quirks,
-                )
-                merging.put(group, places, video.keep.flatten(), video.features.flatten(0, 1), video.sources.flatten())
+        for group, where, frames, count in clips(self.name, tokens):
+            places = send(where, tokens.valid.device)
+            video = merge_video(
+                tokens.features[group, places].unflatten(0, (frames, -1)),
+                saliency[group, places].view(frames, -1),
+                count / len(places) if ratio is None else ratio,
+                threshold=self.threshold,
+                max_window=self.max_window,
+                context_share=self.context_share,
+                neighbours=self.neighbours,
+                centre_weight=self.centre_weight,
+                reference_quirks=self.reference_quirks,
+            )
+            merging.put(group, places, video.keep.flatten(), video.features.flatten(0, 1), video.sources.flatten())
         return merging.selection
-
-    def _clips(self, tokens: VisualTokens, group: int, length: int, k: int) -> list[tuple[Tensor, int, int]]:
-        """The parts that are merged separately: places in the group on the CPU, number of frames, tokens to keep."""
-        layouts = tokens.layouts[group]
-        if tokens.kinds[group] == "video":
-            if None in layouts or len(set(layouts)) > 1:
-                raise UnsupportedStageError("holitom needs whole frames of a video; put it before other methods")
-            return [(torch.arange(length), len(layouts), k)]
-        crops = tokens.host.places(group)
-        sizes = torch.tensor([len(crop) for crop in crops])
-        counts = apportion(k, sizes.double(), sizes).tolist()
-        return [(crop, 1, count) for crop, count in zip(crops, counts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

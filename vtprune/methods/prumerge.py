@@ -67,6 +67,8 @@ class PruMerge(BeforeLLM):
     signal: ClassVar[str] = "CLS attention and keys in the encoder"
     paper: ClassVar[str] = "arXiv 2403.15388"
     needs_budget: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
 
     whiskers: Annotated[float, Ge(0)] = 1.5
     neighbours: Annotated[int, Ge(0)] = 32
