@@ -69,7 +69,7 @@ def test_the_search_without_reads_is_right_or_says_that_it_may_not_be(monkeypatc
     for seed in range(6):
         inputs = draw(n, seed=seed, clusters=clusters)
         covers = torch.cat([part.T for part in stacked_parts(inputs)], dim=1)
-        (order, gains), right = coverage._greedy_of_few(covers, k)
+        (order, gains), right = coverage._greedy_of_few(covers, torch.ones(len(covers)), k)
         expected, expected_gains = coverage_order(*coverage_matrices(*inputs), k)
         answers.append(bool(right))
         if answers[-1]:
@@ -82,7 +82,7 @@ def test_the_search_without_reads_is_right_or_says_that_it_may_not_be(monkeypatc
 def test_too_few_candidates_are_noticed(monkeypatch, few, right):
     monkeypatch.setattr(coverage, "_FEW", few)
     covers = torch.cat([part.T for part in stacked_parts(draw(100, seed=2))], dim=1)
-    assert bool(coverage._greedy_of_few(covers, 60)[1]) == right
+    assert bool(coverage._greedy_of_few(covers, torch.ones(len(covers)), 60)[1]) == right
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -174,3 +174,25 @@ def test_what_is_not_finite_is_refused(bad, which):
     inputs[which][1, 2] = bad
     with pytest.raises(VTPruneError, match="NaN or infinite"):
         max_coverage(*inputs, 5)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_count_outside_the_gain(seed, few):
+    generator = torch.Generator().manual_seed(seed)
+    covers = torch.rand(120, 90, generator=generator)
+    weights = torch.rand(120, generator=generator) ** 4
+    weights[7] = 0
+    covered, expected = torch.zeros(90), []
+    for _ in range(30):
+        value = (covers - covered).clamp_min(0).double().sum(1) * weights
+        value[expected] = -1
+        expected.append(int(value.argmax()))
+        covered = torch.maximum(covered, covers[expected[-1]])
+    if few:
+        (order, _), right = coverage._greedy_of_few(covers, weights, 30)
+        assert right
+    else:
+        order, gains = coverage.greedy_cover(covers, weights, 30)
+        assert bool((gains.diff() <= 1e-5).all())
+    assert order.tolist() == expected

@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of `vtprune.NAME`
     from vtprune.methods.glsim import GLSim as GLSim
     from vtprune.methods.glsim_patches import GLSimPatches as GLSimPatches
     from vtprune.methods.visionzip import VisionZip as VisionZip
+    from vtprune.methods.scope import SCOPE as SCOPE
     from vtprune.methods.holov import HoloV as HoloV
     from vtprune.methods.prunesid import PruneSID as PruneSID
     from vtprune.methods.prumerge import PruMerge as PruMerge
@@ -96,6 +97,7 @@ CLASSES = {
     "glsim": "GLSim",
     "glsim_patches": "GLSimPatches",
     "visionzip": "VisionZip",
+    "scope": "SCOPE",
     "holov": "HoloV",
     "prunesid": "PruneSID",
     "prumerge": "PruMerge",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy maximum coverage (MMTok): the subset of visual tokens that covers the question and all visual tokens best."""
+"""Greedy maximum coverage (MMTok, SCOPE): the subset of visual tokens that covers text and image best."""
 
 import torch
 from torch import Tensor
@@ -60,18 +60,40 @@ def coverage_order(by_text: Tensor, by_visual: Tensor, k: int, *, alpha: float =
         ``(min(k, n),)`` long indices and float32 marginal gains, both in order of choice.
     """
     covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1)
-    # The gains of all candidates, which are not negative: their sum is finite if all are.
-    require(covers.sum().isfinite(), "features hold NaN or infinite values: coverage is not defined on them")
+    return greedy_cover(covers, covers.new_ones(len(covers)), k)
+
+
+@torch.no_grad()
+def greedy_cover(covers: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose candidates greedily: each step takes the one with the largest gain times its weight.
+
+    The gain of a candidate is the sum over rows of what it covers beyond what those chosen before cover. Of equal
+    values the lowest index is taken. The result is the same as if every candidate was evaluated at every step.
+
+    Args:
+        covers: ``(n, rows)`` float32, how well each candidate covers each row, at least 0.
+        weights: ``(n,)`` float32, at least 0.
+        k: candidates to choose, at least 0.
+
+    Returns:
+        ``(min(k, n),)`` long indices and float32 weighted gains, both in order of choice.
+
+    Raises:
+        VTPruneError: a value is NaN or infinite.
+    """
+    # Values are not negative: their sum is finite if all are.
+    finite = covers.sum().isfinite() & weights.sum().isfinite()
+    require(finite, "features hold NaN or infinite values: coverage is not defined on them")
 
     def adaptive() -> tuple[Tensor, Tensor]:
-        order, gains = _greedy(covers.cpu(), k)
+        order, gains = _greedy(covers.cpu(), weights.cpu(), k)
         device = covers.device
         return send(torch.tensor(order, dtype=torch.long), device), send(torch.tensor(gains), device)
 
     # The adaptive search reads values at each step: an accelerator would be waited for, the CPU need not be.
     if covers.device == CPU:
         return adaptive()
-    return with_short_cut(lambda: _greedy_of_few(covers, min(k, len(covers))), adaptive)
+    return with_short_cut(lambda: _greedy_of_few(covers, weights, min(k, len(covers))), adaptive)
 
 
 @torch.no_grad()
@@ -113,11 +135,11 @@ def max_coverage(
     return order.sort().values
 
 
-def _greedy_of_few(covers: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _greedy_of_few(covers: Tensor, weights: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Greedy maximum coverage that computes the gains of the `_FEW` highest bounds at each step, and reads nothing.
 
     Args:
-        covers: ``(n, rows)`` as of `_greedy`.
+        covers, weights: as of `greedy_cover`.
         k: at most ``n``.
 
     Returns:
@@ -125,19 +147,19 @@ def _greedy_of_few(covers: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tenso
         largest gain at any step. If not, the choice may be wrong.
     """
     count, device = len(covers), covers.device
-    bounds, covered = covers.sum(dim=1), covers.new_zeros(covers.shape[1])
+    bounds, covered = covers.sum(dim=1).mul_(weights), covers.new_zeros(covers.shape[1])
     every = torch.arange(count, device=device)
     right = torch.ones(1, dtype=torch.bool, device=device)
     order, gains = [torch.empty(0, dtype=torch.long, device=device)], [covers.new_empty(0)]
     for step in range(k):
         if step in _RENEWALS:
-            bounds = _gains(covers, covered, every).masked_fill_(bounds.isneginf(), -torch.inf)
+            bounds = _gains(covers, weights, covered, every).masked_fill_(bounds.isneginf(), -torch.inf)
         near, beyond = every, covers.new_full((1,), -torch.inf)
         if count > _FEW:
             highest = bounds.topk(_FEW + 1)
             near, beyond = highest.indices[:_FEW].sort().values, highest.values[_FEW:]
         # Of a candidate that was chosen, the bound is -inf.
-        gain = torch.where(bounds[near].isneginf(), -torch.inf, _gains_by_column(covers, covered, near))
+        gain = torch.where(bounds[near].isneginf(), -torch.inf, _gains_by_column(covers, weights, covered, near))
         best, place = gain.max(dim=0, keepdim=True)
         # If no candidate can gain anything, all are equal, and the lowest index is taken.
         first = bounds.isneginf().byte().argmin(dim=0, keepdim=True)
@@ -150,26 +172,24 @@ def _greedy_of_few(covers: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tenso
     return (torch.cat(order), torch.cat(gains)), right
 
 
-def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
+def _greedy(covers: Tensor, weights: Tensor, k: int) -> tuple[list[int], list[float]]:
     """Lazy greedy maximum coverage: ``min(k, n)`` candidates in order of choice, and their gains.
 
-    Args:
-        covers: ``(n, rows)`` float32, how well each candidate covers each row, at least 0.
-        k: number of candidates to choose.
+    Args: those of `greedy_cover`.
     """
     # The last gain computed for each candidate. It is an upper bound of the present gain.
-    bounds = covers.sum(dim=1)
+    bounds = covers.sum(dim=1).mul_(weights)
     covered = covers.new_zeros(covers.shape[1])
     order, gains = [], []
     while len(order) < min(k, len(covers)):
-        near, gain = _best_candidates(covers, covered, bounds)
+        near, gain = _best_candidates(covers, weights, covered, bounds)
         if gain == 0:
             # No candidate can gain anything, now or later. All are equal, and the lowest indices are taken.
             rest = sorted(set(range(len(covers))) - set(order))[: k - len(order)]
             return order + rest, gains + [0.0] * len(rest)
         if len(near) > 1:
             near.sort()
-            close = _gains_by_column(covers, covered, torch.tensor(near))
+            close = _gains_by_column(covers, weights, covered, torch.tensor(near))
             near, gain = [near[close.argmax()]], close.max().item()
         order.append(near[0])
         gains.append(gain)
@@ -177,7 +197,7 @@ def _greedy(covers: Tensor, k: int) -> tuple[list[int], list[float]]:
     return order, gains
 
 
-def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[list[int], float]:
+def _best_candidates(covers: Tensor, weights: Tensor, covered: Tensor, bounds: Tensor) -> tuple[list[int], float]:
     """Find the candidates whose gain is the largest or near it (``_TIE``), and the largest gain.
 
     Gains are computed from the highest bound downwards, until no remaining bound is near the best gain. Each computed
@@ -188,7 +208,7 @@ def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[l
         # One bound more than is computed: the highest of the remaining bounds.
         highest, index = bounds.topk(min(batch + 1, len(bounds)))
         index = index[:batch]
-        gains = _gains(covers, covered, index)
+        gains = _gains(covers, weights, covered, index)
         bounds.index_copy_(0, index, gains)
         gains = gains.tolist()
         best = max(gains)
@@ -197,15 +217,15 @@ def _best_candidates(covers: Tensor, covered: Tensor, bounds: Tensor) -> tuple[l
         batch *= 2
 
 
-def _gains(covers: Tensor, covered: Tensor, index: Tensor) -> Tensor:
-    """``(candidates,)`` how much each candidate in ``index`` would add to ``covered``."""
+def _gains(covers: Tensor, weights: Tensor, covered: Tensor, index: Tensor) -> Tensor:
+    """``(candidates,)`` how much each candidate in ``index`` would add to ``covered``, times its weight."""
     parts = [
         covers.index_select(0, part).sub_(covered).clamp_min_(0).sum(dim=1) for part in index.split(_batch_rows(covers))
     ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).mul_(weights.index_select(0, index))
 
 
-def _gains_by_column(covers: Tensor, covered: Tensor, near: Tensor) -> Tensor:
+def _gains_by_column(covers: Tensor, weights: Tensor, covered: Tensor, near: Tensor) -> Tensor:
     """The same as `_gains`, summed in the order in which torch sums the columns of a wide matrix.
 
     Candidates that differ by less than float32 rounding then rank as in a dense greedy search on the ``(rows, n)``
@@ -213,7 +233,8 @@ def _gains_by_column(covers: Tensor, covered: Tensor, near: Tensor) -> Tensor:
     """
     filled = torch.cat((near, near[:1].expand(-len(near) % _COLUMN_BLOCK)))
     columns = covers.index_select(0, filled).T.contiguous()
-    return columns.sub_(covered[:, None]).clamp_min_(0).sum(dim=0)[: len(near)]
+    gains = columns.sub_(covered[:, None]).clamp_min_(0).sum(dim=0)[: len(near)]
+    return gains.mul_(weights.index_select(0, near))
 
 
 def _batch_rows(covers: Tensor) -> int:
