@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of `vtprune.NAME`
     from vtprune.methods.prunesid import PruneSID as PruneSID
     from vtprune.methods.prumerge import PruMerge as PruMerge
     from vtprune.methods.prumerge_plus import PruMergePlus as PruMergePlus
+    from vtprune.methods.flashvid import FlashVID as FlashVID
     from vtprune.methods.dtd import DTD as DTD
     from vtprune.methods.dycoke import DyCoke as DyCoke
     from vtprune.methods.mmr import MMR as MMR
@@ -102,6 +103,7 @@ CLASSES = {
     "prunesid": "PruneSID",
     "prumerge": "PruMerge",
     "prumerge_plus": "PruMergePlus",
+    "flashvid": "FlashVID",
     "dtd": "DTD",
     "dycoke": "DyCoke",
     "mmr": "MMR",
