@@ -20,7 +20,8 @@ SETTINGS = {
 }
 THRESHOLDS = {"mustdrop": {"similarity": 0.3}, "token_correlation": {"similarity": 0.5}}
 """Thresholds that random features are on both sides of."""
-NO_BUDGET = [name for name in LIBRARY if not vtprune.list_methods()[name].needs_budget]
+NO_BUDGET = [name for name in LIBRARY if not vtprune.list_methods()[name].needs_budget and name != "dtd"]
+"""All but `dtd`, which keeps an image as it is: tests/ops/test_temporal_change.py has videos."""
 
 
 @pytest.fixture(scope="module")

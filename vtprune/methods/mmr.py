@@ -21,15 +21,16 @@ class MMR(BeforeLLM):
     """Keeps tokens by maximal marginal relevance: relevance less likeness to those kept before.
 
     The rule is that of Carbonell and Goldstein (1998); IDPruner (arXiv 2602.13315) uses it for visual tokens, with
-    scores of a trained network. Here scores need no training. Stage: before the LLM; likeness is the cosine of
-    projected features. The first token is the most relevant one.
+    scores of a trained network. Stage: before the LLM; likeness is the cosine of projected features. The first token
+    is the most relevant one.
+    Deviations: scores need no training; relevance is scaled to [0, 1] in each crop, and how it is traded against being
+    unlike is a choice made here.
 
     Fields
         relevance: "saliency" (default): attention in the encoder layer whose output the projector reads, that of the
             CLS token or, where the encoder has none, what a token receives. "question": the largest cosine with the
             embedding of a token of the question; without a question all tokens are equally relevant.
-        trade: weight of relevance against being unlike, in [0, 1], default 0.5, a choice made here; relevance is scaled
-            to [0, 1] in each group.
+        trade: weight of relevance against being unlike, in [0, 1], default 0.5.
     """
 
     name: ClassVar[str] = "mmr"
