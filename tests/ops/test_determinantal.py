@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
+from vtprune.ops import token_pairs
 from vtprune.ops.determinantal import (
     conditional_diversity,
     conditional_diversity_order,
@@ -109,3 +110,14 @@ def test_mean_similarity_is_the_mean_of_cosines_and_zero_without_text():
     similarity = mean_similarity(features, texts)
     torch.testing.assert_close(similarity[0], expected)
     assert not similarity[1].any()
+
+
+@pytest.mark.parametrize("block", [4, 512])
+def test_the_same_without_a_table_and_in_blocks(monkeypatch, block):
+    features, relevance = draw(2, 60, 32), draw(2, 60, seed=1).sigmoid()
+    valid, budget = torch.arange(60) < torch.tensor([[60], [41]]), torch.tensor([25, 30])
+    expected = conditional_diversity(features, relevance, valid, budget)
+    monkeypatch.setattr(token_pairs, "_BLOCK", block)
+    assert torch.equal(conditional_diversity(features, relevance, valid, budget), expected)
+    monkeypatch.setattr(token_pairs, "_TABLE_ELEMENTS", 0)
+    assert torch.equal(conditional_diversity(features, relevance, valid, budget), expected)

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from vtprune.checks import require
 from vtprune.ops.selection import first_chosen
+from vtprune.ops.token_pairs import Pairs, directions_of
 
 # The chosen tokens explain a part of each other token's weight. A remaining share below this is rounding error.
 _EXPLAINED = 1e-5
@@ -59,19 +60,20 @@ def conditional_diversity_order(features: Tensor, relevance: Tensor, valid: Tens
     Returns:
         ``(groups, k)`` long; entries after all valid tokens of a group are chosen have no meaning.
     """
-    directions = normalize(features.float().masked_fill(~valid.unsqueeze(2), 0.0), dim=2, eps=1e-8)
+    directions = directions_of(features, valid)
     relevance = relevance.float().masked_fill(~valid, 0.0)
-    kernel = (directions @ directions.transpose(1, 2)) * relevance.unsqueeze(2) * relevance.unsqueeze(1)
+    pairs = Pairs(directions)
+    # The diagonal of the kernel. No element of the kernel is larger than the largest of these.
+    weight = pairs.squares() * relevance * relevance
     require(
-        kernel.isfinite().all(), "features or relevance hold NaN or infinite values: the kernel is not defined on them"
+        weight.isfinite().all(), "features or relevance hold NaN or infinite values: the kernel is not defined on them"
     )
     groups, width = valid.shape
     rows = torch.arange(groups, device=valid.device)
-    weight = kernel.diagonal(dim1=1, dim2=2)
     gain, candidates = weight.clone(), valid.clone()
     order = torch.zeros(groups, k, dtype=torch.long, device=valid.device)
     # Incremental Cholesky factor of the kernel of the chosen tokens, extended to the columns of all tokens.
-    factor = kernel.new_zeros(groups, k, width)
+    factor = weight.new_zeros(groups, k, width)
     for step in range(k):
         fresh = candidates & (gain > _EXPLAINED * weight)
         any_fresh = fresh.any(1, keepdim=True)
@@ -80,7 +82,8 @@ def conditional_diversity_order(features: Tensor, relevance: Tensor, valid: Tens
         best = ranked.argmax(1)
         order[:, step] = best
         before = factor[:, :step]
-        along = kernel[rows, best] - (before[rows, :, best].unsqueeze(1) @ before).squeeze(1)
+        kernel = pairs.row(best) * relevance[rows, best].unsqueeze(1) * relevance
+        along = kernel - (before[rows, :, best].unsqueeze(1) @ before).squeeze(1)
         along = along * gain[rows, best].clamp_min(torch.finfo(gain.dtype).tiny).rsqrt().unsqueeze(1)
         factor[:, step] = torch.where(any_fresh, along, 0.0)
         gain = gain - factor[:, step].square()

@@ -55,6 +55,12 @@ class Pairs:
         own = self._directions.flatten(0, 1).index_select(0, self._first + index)
         return (self._directions @ own.unsqueeze(2)).squeeze(2)
 
+    def squares(self) -> Tensor:
+        """``(groups, tokens)``: the cosine of each token with itself, with the table's rounding if there is one."""
+        if self._table is not None:
+            return self._table.diagonal(dim1=1, dim2=2)
+        return self._directions.square().sum(2)
+
     def largest(self, valid: Tensor) -> Tensor:
         """``(groups, tokens)``: the largest cosine of each token with another valid one; -inf if there is none."""
         largest, hidden = self._directions.new_full(valid.shape, -torch.inf), ~valid
