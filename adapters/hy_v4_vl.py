@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -51,6 +52,15 @@ class HyV4VL(Qwen2VL):
             lines = torch.arange(frames * grid.rows).repeat_interleave(grid.cols + 1)
             media.append(Medium(pad(crops, (0, 1), value=-1).flatten(), (grid,) * frames, lines))
         return media
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        pattern = "(t r c) (ch p q) -> t ch (r p) (c q)"
+        sizes = {"ch": 3, "p": self._patch, "q": self._patch}
+        grids = patch_grids(kind, inputs).tolist()
+        return [
+            [*rearrange(own, pattern, t=frames, r=rows, **sizes)]
+            for own, (frames, rows, _) in zip(self.pixels(kind, inputs), grids, strict=True)
+        ]
 
     def projector_inputs(self, kind: str, inputs: Mapping[str, Any], features: Tensor) -> Tensor:
         side, means = self.vision_config.spatial_merge_size, []

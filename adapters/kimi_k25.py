@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.base import PIXELS, Adapter
@@ -64,6 +65,13 @@ class KimiK25(Adapter):
 
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         return inputs[PIXELS[kind]].split(patch_grids(kind, inputs).prod(1).tolist())
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        grids = patch_grids(kind, inputs).tolist()
+        return [
+            [rearrange(own, "(t r c) ch p q -> t ch (r p) (c q)", t=frames, r=rows).float().mean(0)]
+            for own, (frames, rows, _) in zip(self.pixels(kind, inputs), grids, strict=True)
+        ]
 
     def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
         down, across = self.vision_config.merge_kernel_size

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.base import Adapter, stack_sizes
@@ -50,6 +51,14 @@ class Lfm2VL(Adapter):
         sizes = stack_sizes(inputs["spatial_shapes"])
         return [
             patches[: rows * columns] for patches, (rows, columns) in zip(inputs["pixel_values"], sizes, strict=True)
+        ]
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        sizes = stack_sizes(inputs["spatial_shapes"])
+        pattern = "(r c) (p q ch) -> ch (r p) (c q)"
+        return [
+            [rearrange(tile, pattern, r=rows, p=self._patch, q=self._patch)]
+            for tile, (rows, _) in zip(self.pixels(kind, inputs), sizes, strict=True)
         ]
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:

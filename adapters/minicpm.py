@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vtprune.adapters.base import PIXELS, Adapter, stack_sizes
@@ -65,6 +66,14 @@ class MiniCPMV(Adapter):
     def pixels(self, kind: str, inputs: Mapping[str, Any]) -> Iterable[Tensor]:
         pixels, sizes = inputs[PIXELS[kind]], stack_sizes(inputs[_SIZES[kind]])
         return pixels[0].split([height * width * pixels.shape[2] for height, width in sizes], -1)
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        sizes = stack_sizes(inputs[_SIZES[kind]])
+        pattern = "ch p (r c q) -> ch (r p) (c q)"
+        return [
+            [rearrange(own, pattern, r=rows, c=columns)]
+            for own, (rows, columns) in zip(self.pixels(kind, inputs), sizes, strict=True)
+        ]
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[int | tuple[int, ...]]:
         patches = [height * width for height, width in stack_sizes(inputs[_SIZES[kind]])]

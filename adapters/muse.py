@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtprune.adapters.qwen_vl import Qwen2VL, patch_grids
@@ -43,6 +44,15 @@ class Muse(Qwen2VL):
         return [
             Medium.of_grids(*[Grid(rows // side, columns // side)] * frames)
             for frames, rows, columns in patch_grids(kind, inputs).tolist()
+        ]
+
+    def pictures(self, kind: str, inputs: Mapping[str, Any]) -> Sequence[Sequence[Tensor]]:
+        pattern = "(t r c) (f ch p q) -> t f ch (r p) (c q)"
+        sizes = {"ch": 3, "p": self._patch, "q": self._patch}
+        grids = patch_grids(kind, inputs).tolist()
+        return [
+            [*rearrange(own, pattern, t=frames, r=rows, **sizes).float().mean(1)]
+            for own, (frames, rows, _) in zip(self.pixels(kind, inputs), grids, strict=True)
         ]
 
     def patch_values(self, kind: str, inputs: Mapping[str, Any], values: Tensor) -> Tensor:

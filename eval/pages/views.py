@@ -234,29 +234,42 @@ def _places(layout: Medium) -> list[Place]:
 
 
 def _assembled(seen: _Seen) -> _Seen:
-    """Tiles of an image as one picture, if the last one is an overview of it.
+    """Tiles of an image as one picture, if the last one, or the first one, is an overview of it.
 
     Models are not told how the tiles lie, so the overview decides: tiles that are put together in the right way look
     like it.
     """
-    *tiles, overview = seen.pictures
-    if any(tile.shape != tiles[0].shape for tile in tiles) or any(grid != seen.grids[0] for grid in seen.grids):
-        return seen
+    for overview in (len(seen.pictures) - 1, 0):
+        if (whole := _put_together(seen, overview)) is not None:
+            return whole
+    return seen
+
+
+def _put_together(seen: _Seen, overview: int) -> _Seen | None:
+    """All pictures but the overview, a number, as one of them; None if they are no tiles of it."""
+    numbers = [number for number in range(len(seen.pictures)) if number != overview]
+    tiles, (rows, cols) = [seen.pictures[number] for number in numbers], seen.grids[numbers[0]]
+    if any(tile.shape != tiles[0].shape for tile in tiles) or any(seen.grids[n] != [rows, cols] for n in numbers):
+        return None
     downs = [down for down in range(1, len(tiles) + 1) if len(tiles) % down == 0]
     wholes = {down: rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=down) for down in downs}
-    unlike = {down: float((_small(whole) - _small(overview)).abs().mean()) for down, whole in wholes.items()}
+    small = _small(seen.pictures[overview])
+    unlike = {down: float((_small(whole) - small).abs().mean()) for down, whole in wholes.items()}
     down = min(downs, key=unlike.__getitem__)
     if unlike[down] > _ALIKE:  # crops that are no tiles
-        return seen
-    across, (rows, cols) = len(tiles) // down, seen.grids[0]
+        return None
+    across, behind = len(tiles) // down, int(overview == 0)
 
     def moved(picture: int, row: int, col: int) -> list[int]:
-        if picture == len(tiles):
-            return [1, row, col]
-        return [0, picture // across * rows + row, picture % across * cols + col]
+        if picture == overview:
+            return [1 - behind, row, col]
+        down_to, across_to = divmod(numbers.index(picture), across)
+        return [behind, down_to * rows + row, across_to * cols + col]
 
-    grids = [[down * rows, across * cols], [rows, cols]]
-    return _Seen([wholes[down], overview], grids, [place and moved(*place) for place in seen.places])
+    places = [place and moved(*place) for place in seen.places]
+    pair = [(wholes[down], [down * rows, across * cols]), (seen.pictures[overview], seen.grids[overview])]
+    pictures, grids = zip(*(pair[::-1] if behind else pair), strict=True)
+    return _Seen([*pictures], [*grids], places)
 
 
 def _small(picture: Tensor) -> Tensor:

@@ -89,13 +89,15 @@ def _glm5_next():
 
 
 def _kimi_k25():
-    images = hf.Kimi_K25ImageProcessor(**_PATCHES, max_patches=24)
-    return hf.Kimi_K25Processor(images, tokenizer(_KIMI_TOKENS), hf.Kimi_K25VideoProcessor(**_PATCHES))
+    images = hf.Kimi_K25ImageProcessor(**_PATCHES, max_patches=150)
+    frames = hf.Kimi_K25VideoProcessor(**_PATCHES, do_sample_frames=False)
+    return hf.Kimi_K25Processor(images, tokenizer(_KIMI_TOKENS), frames)
 
 
 def _muse():
     images = hf.MuseGlimmerImageProcessor(**_PATCHES, max_image_tokens=20)
-    return hf.MuseGlimmerProcessor(images, hf.MuseGlimmerVideoProcessor(**_PATCHES), tokenizer(_MUSE_TOKENS))
+    frames = hf.MuseGlimmerVideoProcessor(**_PATCHES, return_metadata=True, do_sample_frames=False)
+    return hf.MuseGlimmerProcessor(images, frames, tokenizer(_MUSE_TOKENS))
 
 
 def _like_qwen(name: str) -> Callable:
@@ -187,16 +189,19 @@ _QWEN = {"image": "<|vision_start|><|image_pad|><|vision_end|>"}
 WRITTEN: dict[str, dict[str, str]] = {
     "glm46v": _GLM,
     "glm5_next": _GLM,
-    "kimi_k25": {"image": "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>"},
-    "muse_glimmer": {"image": "<|patch|>"},
-    "exaone4_5": _QWEN,
+    "kimi_k25": {
+        "image": "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+        "video": "<|kimi_k25_video_placeholder|>",
+    },
+    "muse_glimmer": {"image": "<|patch|>", "video": "<|video|>"},
+    "exaone4_5": {**_QWEN, "video": "<|vision_start|><|video_pad|><|vision_end|>"},
     "lfm3_vl": {**_QWEN, "video": "<|video_pad|>"},
     "dots3_note": {
         "image": "<|img|><|imgpad|><|endofimg|>",
         "video": "<|img|><|video_pad|><|endofimg|>",
     },
     "hy_v4_vl": {**_QWEN, "video": "<|vision_start|><|video_pad|><|vision_end|>"},
-    "hyperclovax_vision_v2": _QWEN,
+    "hyperclovax_vision_v2": {**_QWEN, "video": "<|vision_start|><|video_pad|><|vision_end|>"},
     "cosmos3_edge": {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|video_pad|>"},
     "video_llama3": {"image": "<|image_pad|>", "video": "<|video_pad|>"},
     "ernie4_5_vl": {

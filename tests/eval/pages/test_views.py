@@ -18,6 +18,7 @@ from PIL import Image
 import vtprune
 from vtprune.adapters.llava import Llava
 from vtprune.eval.inputs import chat_inputs, load_model
+from vtprune.eval.pages import views as pages_views
 from vtprune.eval.pages.pictures import Picture, dimmed, seams
 from vtprune.eval.pages.views import View, read_views, write_views
 from vtprune.eval.tasks import user_turn
@@ -116,12 +117,15 @@ _FORTY = {"num_frames": 40}
 _LARGE = {"size": {"shortest_edge": 300, "longest_edge": 100_000}}  # a limit for all frames together
 _VIDEOS: dict[str, dict] = {
     "qwen3_vl": _LARGE,
+    "lfm3_vl": _LARGE,
     "gemma4": _FORTY,
     "gemma4_unified": _FORTY,
     "molmo2": _FORTY | {"max_fps": 1000},
     "ernie4_5_vl": {"min_frames": 40, "max_frames": 40} | _LARGE,
 }
 """What processors of videos are told, so that they take more frames, or leave more of them."""
+WHOLE = {"kimi_k25"}
+"""Families whose processors pad images to whole tokens; of these, images of whole tokens of 8 pixels are shown."""
 WIDE, TALL = (60, 18), (24, 54)
 """Width and height in pixels. Mosaics of both are padded; from the wide ones all of the padding is cut off."""
 PARTS = [part / 6 for part in range(1, 6)]
@@ -129,6 +133,13 @@ HALVES = [(axis, bright, at) for axis in ("across", "down") for bright in ("befo
 """Where a picture is bright: before or behind some part of its width or its height. It is black elsewhere."""
 BRIGHT, DARK = 0.55, 0.03
 """Brightness of what counts as bright, also where padding is part of it, and as dark in a JPEG."""
+
+
+def shown_size(family: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that a family's processor does not pad."""
+    if family in PADDED:
+        return max(size), max(size)
+    return tuple(-(-side // 8) * 8 for side in size) if family in WHOLE else size
 
 
 def half(size: tuple[int, int], axis: str, bright: str, at: float) -> Image.Image:
@@ -170,7 +181,8 @@ def features(model, processor, medium, kind: str) -> torch.Tensor:
     inputs = chat_inputs(processor, [medium], ["who is this"], kind)
     with ExitStack() as stack, torch.inference_mode():
         for layer in adapter.encoder_layers(kind):
-            stack.callback(adapter.encoder_attention(layer).register_forward_hook(unseeing).remove)
+            mixer = layer.conv if hasattr(layer, "conv") else adapter.encoder_attention(layer)
+            stack.callback(mixer.register_forward_hook(unseeing).remove)
         for module in () if adapter.encoder_layers(kind) else adapter.vision_tower(kind).modules():
             if isinstance(module, torch.nn.LayerNorm):
                 stack.callback(module.register_forward_hook(lambda module, args, output: args[0]).remove)
@@ -250,7 +262,7 @@ def check_image(model, processor, size: tuple[int, int], whole: bool, folder: Pa
 @pytest.mark.parametrize("size", [WIDE, TALL], ids=["wide", "tall"])
 @pytest.mark.parametrize("family", [name for name in processors.FAMILIES if name not in CONVOLVED])
 def test_tokens_of_an_image_are_where_the_model_sees_them(family, size, tmp_path):
-    size = (max(size), max(size)) if family in PADDED else size
+    size = shown_size(family, size)
     check_image(families.shared(family), processor_of(family), size, (family, "image") not in CROPPED, tmp_path)
 
 
@@ -272,7 +284,8 @@ def test_pixels_that_make_no_whole_patch_are_not_shown(tmp_path):
 def test_tokens_of_a_video_are_where_the_model_sees_them(family, tmp_path):
     """Each half is shown for four frames, so that families which take two together get every one of them."""
     model, processor = families.shared(family), processor_of(family)
-    frames = np.stack([np.asarray(half(WIDE, *where)) for where in HALVES for _ in range(4)])
+    size = shown_size(family, WIDE)
+    frames = np.stack([np.asarray(half(size, *where)) for where in HALVES for _ in range(4)])
     for name, clip in (("clip", frames), ("black", 0 * frames)):
         tiny_video.write_clip(tmp_path / f"{name}.mp4", clip)
     clip = tiny_video.Example(tmp_path / "clip.mp4", "word1", "one", "family")
@@ -308,7 +321,8 @@ def test_every_picture_shows_the_medium(family, kind, tmp_path):
         left += width
 
 
-def test_tiles_are_put_together_and_other_crops_stand_side_by_side(tmp_path):
+def test_tiles_are_put_together_and_other_crops_stand_side_by_side(tmp_path, monkeypatch):
+    """Tiles may stand before their overview, or behind it."""
     image = processors.picture(60, 23)
     write_views(tmp_path, families.shared("idefics3"), processor_of("idefics3"), [example(image)], "image")
     ((view, picture),) = read_views(tmp_path).values()
@@ -316,6 +330,12 @@ def test_tiles_are_put_together_and_other_crops_stand_side_by_side(tmp_path):
     assert abs(pixels(picture)[:, :48] - np.asarray(image.resize((48, 24))).astype(int)).mean() < 12
     scanning = processor_of("gemma3")
     scanning.images_kwargs = {**scanning.images_kwargs, **processors._PAN_AND_SCAN}
+    write_views(tmp_path, families.shared("gemma3"), scanning, [example(image)], "image")
+    ((view, picture),) = read_views(tmp_path).values()
+    assert (view.grids, view.widths) == ([[4, 4], [4, 12]], [32, 96])
+    assert view.places[15:17] == [[0, 3, 3], [1, 0, 0]] and view.places[32] == [1, 0, 4]
+    assert abs(pixels(picture)[:, 32:] - np.asarray(image.resize((96, 32))).astype(int)).mean() < 12
+    monkeypatch.setattr(pages_views, "_ALIKE", 0)
     write_views(tmp_path, families.shared("gemma3"), scanning, [example(image)], "image")
     ((view, picture),) = read_views(tmp_path).values()
     assert (view.grids, view.widths) == ([[4, 4]] * 4, [32] * 4)
