@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import VTPruneError
-from vtprune.ops import coverage
+from vtprune.ops import computed_covers, coverage
 from vtprune.ops.coverage import coverage_matrices, coverage_order, max_coverage
 
 
@@ -196,3 +196,18 @@ def test_weights_count_outside_the_gain(seed, few):
         order, gains = coverage.greedy_cover(covers, weights, 30)
         assert bool((gains.diff() <= 1e-5).all())
     assert order.tolist() == expected
+
+
+@pytest.mark.parametrize("kept", [0, 90 * 40, 1 << 26])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_same_without_a_table(monkeypatch, kept, alpha):
+    """Whether all rows that were computed are kept, some, or none."""
+    for seed in range(4):
+        inputs = draw(90, m=seed, seed=seed)
+        expected = max_coverage(*inputs, 30, alpha=alpha)
+        with monkeypatch.context() as patch:
+            patch.setattr(coverage, "_TABLE_ELEMENTS", 0)
+            patch.setattr(computed_covers, "_KEPT_ELEMENTS", kept)
+            assert torch.equal(max_coverage(*inputs, 30, alpha=alpha), expected)
+            with pytest.raises(VTPruneError, match="NaN"):
+                max_coverage(inputs[0], inputs[1] * torch.nan, inputs[2], 30)

@@ -14,6 +14,7 @@ Scores
 Choices
     selection: the best tokens of each group. All methods that give scores.
     coverage: greedy maximum coverage. MMTok.
+    computed_covers: the table that coverage is chosen from, a few rows at a time. MMTok.
     diversity: greedy max-min diversity. DivPrune.
     token_pairs: cosines of all pairs of tokens. DivPrune, CDPruner, VisPruner.
     determinantal: greedy choice under a determinantal point process. CDPruner.

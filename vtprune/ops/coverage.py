@@ -7,7 +7,10 @@ from torch.nn.functional import normalize
 
 from vtprune.checks import require, with_short_cut
 from vtprune.devices import CPU, send
+from vtprune.ops.computed_covers import ComputedCovers
 
+# A table of all pairs has at most so many elements, 256 MiB. Without a table, rows are computed when they are needed.
+_TABLE_ELEMENTS = 1 << 26
 # Elements of one batch of candidates. Torch splits larger operations over threads, and waking the threads costs more
 # than the work itself; on a busy machine, many times more.
 _BATCH_ELEMENTS = 16_000
@@ -38,12 +41,15 @@ def coverage_matrices(
     Returns:
         ``(m, n)`` and ``(n, n)`` float32; every row of the first sums to ``1 / m``, of the second to ``1 / n``.
     """
-    features, encoder_features, text = (
-        normalize(x.float(), dim=-1, eps=1e-8) for x in (features, encoder_features, text)
-    )
-    by_text = (text @ features.T).div_(tau_text).softmax(dim=-1).div_(max(len(text), 1))
-    by_visual = (encoder_features @ encoder_features.T).div_(tau_visual).softmax(dim=-1).div_(max(len(features), 1))
-    return by_text, by_visual
+    directions = normalize(encoder_features.float(), dim=-1, eps=1e-8)
+    by_visual = (directions @ directions.T).div_(tau_visual).softmax(dim=-1).div_(max(len(features), 1))
+    return _by_text(features, text, tau_text), by_visual
+
+
+def _by_text(features: Tensor, text: Tensor, tau: float) -> Tensor:
+    """The first of `coverage_matrices`."""
+    features, text = (normalize(x.float(), dim=-1, eps=1e-8) for x in (features, text))
+    return (text @ features.T).div_(tau).softmax(dim=-1).div_(max(len(text), 1))
 
 
 @torch.no_grad()
@@ -59,12 +65,14 @@ def coverage_order(by_text: Tensor, by_visual: Tensor, k: int, *, alpha: float =
     Returns:
         ``(min(k, n),)`` long indices and float32 marginal gains, both in order of choice.
     """
-    covers = torch.cat((by_text.T, by_visual.T.contiguous().mul_(alpha)), dim=1)
+    covers = by_visual.new_empty(by_visual.shape[1], len(by_text) + len(by_visual))
+    covers[:, : len(by_text)] = by_text.T
+    torch.mul(by_visual.T, alpha, out=covers[:, len(by_text) :])
     return greedy_cover(covers, covers.new_ones(len(covers)), k)
 
 
 @torch.no_grad()
-def greedy_cover(covers: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def greedy_cover(covers: Tensor | ComputedCovers, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Choose candidates greedily: each step takes the one with the largest gain times its weight.
 
     The gain of a candidate is the sum over rows of what it covers beyond what those chosen before cover. Of equal
@@ -82,7 +90,7 @@ def greedy_cover(covers: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tenso
         VTPruneError: a value is NaN or infinite.
     """
     # Values are not negative: their sum is finite if all are.
-    finite = covers.sum().isfinite() & weights.sum().isfinite()
+    finite = covers.sum(dim=1).sum().isfinite() & weights.sum().isfinite()
     require(finite, "features hold NaN or infinite values: coverage is not defined on them")
 
     def adaptive() -> tuple[Tensor, Tensor]:
@@ -130,12 +138,19 @@ def max_coverage(
     Raises:
         VTPruneError: a feature is NaN or infinite.
     """
-    matrices = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
-    order, _ = coverage_order(*matrices, k, alpha=alpha)
+    count = len(features)
+    if count**2 <= _TABLE_ELEMENTS:
+        matrices = coverage_matrices(features, encoder_features, text, tau_text=tau_text, tau_visual=tau_visual)
+        order, _ = coverage_order(*matrices, k, alpha=alpha)
+    else:
+        directions = normalize(encoder_features.float(), dim=-1, eps=1e-8)
+        by_text = _by_text(features, text, tau_text).T.contiguous()
+        covers = ComputedCovers(by_text, directions, tau_visual, alpha / count)
+        order, _ = greedy_cover(covers, directions.new_ones(count), k)
     return order.sort().values
 
 
-def _greedy_of_few(covers: Tensor, weights: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _greedy_of_few(covers: Tensor | ComputedCovers, weights: Tensor, k: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Greedy maximum coverage that computes the gains of the `_FEW` highest bounds at each step, and reads nothing.
 
     Args:
@@ -147,14 +162,14 @@ def _greedy_of_few(covers: Tensor, weights: Tensor, k: int) -> tuple[tuple[Tenso
         largest gain at any step. If not, the choice may be wrong.
     """
     count, device = len(covers), covers.device
-    bounds, covered = covers.sum(dim=1).mul_(weights), covers.new_zeros(covers.shape[1])
+    bounds, covered = covers.sum(dim=1).mul_(weights), weights.new_zeros(covers.shape[1])
     every = torch.arange(count, device=device)
     right = torch.ones(1, dtype=torch.bool, device=device)
-    order, gains = [torch.empty(0, dtype=torch.long, device=device)], [covers.new_empty(0)]
+    order, gains = [torch.empty(0, dtype=torch.long, device=device)], [weights.new_empty(0)]
     for step in range(k):
         if step in _RENEWALS:
             bounds = _gains(covers, weights, covered, every).masked_fill_(bounds.isneginf(), -torch.inf)
-        near, beyond = every, covers.new_full((1,), -torch.inf)
+        near, beyond = every, weights.new_full((1,), -torch.inf)
         if count > _FEW:
             highest = bounds.topk(_FEW + 1)
             near, beyond = highest.indices[:_FEW].sort().values, highest.values[_FEW:]
@@ -172,14 +187,14 @@ def _greedy_of_few(covers: Tensor, weights: Tensor, k: int) -> tuple[tuple[Tenso
     return (torch.cat(order), torch.cat(gains)), right
 
 
-def _greedy(covers: Tensor, weights: Tensor, k: int) -> tuple[list[int], list[float]]:
+def _greedy(covers: Tensor | ComputedCovers, weights: Tensor, k: int) -> tuple[list[int], list[float]]:
     """Lazy greedy maximum coverage: ``min(k, n)`` candidates in order of choice, and their gains.
 
     Args: those of `greedy_cover`.
     """
     # The last gain computed for each candidate. It is an upper bound of the present gain.
     bounds = covers.sum(dim=1).mul_(weights)
-    covered = covers.new_zeros(covers.shape[1])
+    covered = weights.new_zeros(covers.shape[1])
     order, gains = [], []
     while len(order) < min(k, len(covers)):
         near, gain = _best_candidates(covers, weights, covered, bounds)
@@ -193,11 +208,13 @@ def _greedy(covers: Tensor, weights: Tensor, k: int) -> tuple[list[int], list[fl
             near, gain = [near[close.argmax()]], close.max().item()
         order.append(near[0])
         gains.append(gain)
-        torch.maximum(covered, covers[near[0]], out=covered)
+        torch.maximum(covered, covers.index_select(0, torch.tensor(near))[0], out=covered)
     return order, gains
 
 
-def _best_candidates(covers: Tensor, weights: Tensor, covered: Tensor, bounds: Tensor) -> tuple[list[int], float]:
+def _best_candidates(
+    covers: Tensor | ComputedCovers, weights: Tensor, covered: Tensor, bounds: Tensor
+) -> tuple[list[int], float]:
     """Find the candidates whose gain is the largest or near it (``_TIE``), and the largest gain.
 
     Gains are computed from the highest bound downwards, until no remaining bound is near the best gain. Each computed
@@ -217,7 +234,7 @@ def _best_candidates(covers: Tensor, weights: Tensor, covered: Tensor, bounds: T
         batch *= 2
 
 
-def _gains(covers: Tensor, weights: Tensor, covered: Tensor, index: Tensor) -> Tensor:
+def _gains(covers: Tensor | ComputedCovers, weights: Tensor, covered: Tensor, index: Tensor) -> Tensor:
     """``(candidates,)`` how much each candidate in ``index`` would add to ``covered``, times its weight."""
     parts = [
         covers.index_select(0, part).sub_(covered).clamp_min_(0).sum(dim=1) for part in index.split(_batch_rows(covers))
@@ -225,7 +242,7 @@ def _gains(covers: Tensor, weights: Tensor, covered: Tensor, index: Tensor) -> T
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).mul_(weights.index_select(0, index))
 
 
-def _gains_by_column(covers: Tensor, weights: Tensor, covered: Tensor, near: Tensor) -> Tensor:
+def _gains_by_column(covers: Tensor | ComputedCovers, weights: Tensor, covered: Tensor, near: Tensor) -> Tensor:
     """The same as `_gains`, summed in the order in which torch sums the columns of a wide matrix.
 
     Candidates that differ by less than float32 rounding then rank as in a dense greedy search on the ``(rows, n)``
@@ -237,5 +254,5 @@ def _gains_by_column(covers: Tensor, weights: Tensor, covered: Tensor, near: Ten
     return gains.mul_(weights.index_select(0, near))
 
 
-def _batch_rows(covers: Tensor) -> int:
+def _batch_rows(covers: Tensor | ComputedCovers) -> int:
     return max(_BATCH_ELEMENTS // covers.shape[1], 8)
