@@ -33,9 +33,9 @@ test-newest:
 test-release: $(RELEASE)/.installed
 	$(RELEASE)/bin/python -m pytest -n auto --dist worksteal -m release $(ARGS)
 
-# The plug-in of vLLM, in vLLM on a CPU.
+# The plug-in of vLLM, in vLLM on a CPU; slow tests, too.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/serving $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/serving -m "" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

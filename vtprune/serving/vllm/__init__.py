@@ -39,11 +39,15 @@ def register() -> None:
         )
         return
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vtprune.serving.vllm.limits import checking
 
     for architecture in ARCHITECTURES:
         if architecture in ModelRegistry.models and architecture not in ORIGINALS:
             ORIGINALS[architecture] = ModelRegistry.models[architecture]
             ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")
+            MODELS_CONFIG_MAP[architecture] = checking(MODELS_CONFIG_MAP.get(architecture))
 
 
 def _release() -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +73,6 @@ class PrunesEmbeddings(Base):
     def _vtprune_embed(self, ids: Tensor) -> Tensor:
         language_model = self.get_language_model()
         return language_model.embed_input_ids(ids.to(next(language_model.parameters()).device))
-
-
-class EncodesEagerly(Base):
-    """Mixin in front of a class whose encoder vLLM may run as a captured graph, without `embed_multimodal`."""
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])
 
 
 def slices(totals: Sequence[int], limit: int) -> list[range]:

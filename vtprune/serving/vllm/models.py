@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from vtprune.serving.vllm import ARCHITECTURES, ORIGINALS
-from vtprune.serving.vllm.encoding import EncodesEagerly, PrunesEmbeddings
+from vtprune.serving.vllm.encoding import PrunesEmbeddings
 from vtprune.serving.vllm.positions import RanksPositions
 from vtprune.serving.vllm.processing import PrunesPlaceholders
 
@@ -25,7 +25,6 @@ def _pruning(architecture: str) -> type:
     # By the methods that a class has vLLM tells what it can do, so a mixin goes only in front of one that has them.
     mixins: list[type] = [RanksPositions] if hasattr(original, "get_mrope_input_positions") else []
     mixins.append(PrunesEmbeddings)
-    mixins += [EncodesEagerly] if hasattr(original, "get_encoder_cudagraph_config") else []
     model: Any = type(architecture, (*mixins, original), {"__module__": __name__, "__doc__": original.__doc__})
     factories = original._processor_factory
     model._processor_factory = dataclasses.replace(factories, processor=_pruning_processor(factories.processor))

@@ -22,6 +22,8 @@ from vtprune.serving.plan import Plan, adapter_of, media_of, tokens_left
 from vtprune.serving.setting import KEY, UNSET, ServerSetting, Spec, method_of
 from vtprune.serving.signals import draws, prompt_key, questions, reads_text
 from vtprune.serving.vllm.fields import KINDS, field
+from vtprune.serving.vllm.limits import check
+from vtprune.serving.vllm.metrics import count
 
 if TYPE_CHECKING:
     from vllm.multimodal.processing import BaseMultiModalProcessor as Base
@@ -53,6 +55,14 @@ class _Request:
             for kind, texts in self.texts.items()
         }
         return dataclasses.replace(self, texts=texts)
+
+
+@dataclasses.dataclass
+class _Shortened(PromptUpdateDetails):
+    """The text of a medium that lost tokens. vLLM's cache keeps it, where it keeps no plan."""
+
+    total: int = 0
+    kept: int = 0
 
 
 class PrunesPlaceholders(Base):
@@ -91,6 +101,7 @@ class PrunesPlaceholders(Base):
             raise VLLMValidationError(str(error), parameter=KEY) from error
 
     def _request(self, spec: Spec, inputs: Any) -> _Request:
+        check(self.info.get_hf_config())
         adapter = self._adapter
         method = method_of(spec, adapter)
         counts = {kind: len(items) for kind, items in inputs.mm_data_items.items()}
@@ -125,6 +136,20 @@ class PrunesPlaceholders(Base):
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
         kwargs, request = _taken(super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached))
         return kwargs if request is None else kwargs | {KEY: request.without(mm_is_cached)}
+
+    # -- what is counted ----------------------------------------------------------------------------------------
+
+    def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        result = super()._cached_apply_hf_processor(inputs, timing_ctx)
+        _, request = _taken(inputs.hf_processor_mm_kwargs)
+        if request is not None:
+            for items in result.prompt_updates.values():
+                for content in (alternatives[0].content for alternatives in items):
+                    if isinstance(content, _Shortened):
+                        count(request.spec["name"], content.total, content.kept)
+                    else:
+                        count(request.spec["name"], total := len(_places(content)), total)
+        return result
 
     # -- around transformers' processor -------------------------------------------------------------------------
 
@@ -200,7 +225,7 @@ def _within(content: PromptUpdateDetails) -> tuple[tuple[int, tuple[int, ...]], 
     )
 
 
-def _shortened(content: PromptUpdateDetails, plan: Plan) -> PromptUpdateDetails:
+def _shortened(content: PromptUpdateDetails, plan: Plan) -> _Shortened:
     """The same text with room for what is left, the text between visual tokens included."""
     places = _places(content)
     first, last = places[0], places[-1]
@@ -208,4 +233,4 @@ def _shortened(content: PromptUpdateDetails, plan: Plan) -> PromptUpdateDetails:
     full = [*content.full[:first], *room, *content.full[last + 1 :]]
     embedded: Tensor = torch.zeros(len(full), dtype=torch.bool)
     embedded[first : first + len(room)] = True
-    return dataclasses.replace(content, full=full, is_embed=lambda _: embedded)
+    return _Shortened(full, lambda _: embedded, plan.total, plan.kept)
