@@ -13,6 +13,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 
 import vtprune.serving.vllm as plugin
+from vtprune.errors import UnsupportedStageError
 
 from .checkpoints import save
 from .serving import A, Request, engine, serve
@@ -31,7 +32,7 @@ def test_a_server_that_prunes_by_default_does_not_start(name, folder):
     args = dict(model=str(save("qwen2_5_vl", folder)), dtype="float32", **OPTIONS[name])
     plain = EngineArgs(**args).create_engine_config()
     assert name in plain.model_config.hf_config.vtprune_excluded_by
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(UnsupportedStageError, match=name):
         EngineArgs(**args, hf_overrides=METHOD).create_engine_config()
 
 
