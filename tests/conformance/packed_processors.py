@@ -103,7 +103,8 @@ def _muse():
 def _like_qwen(name: str) -> Callable:
     def make():
         images = hf.Qwen2VLImageProcessor(**_PATCHES, **_sizes(300, 2000))
-        return getattr(hf, name)(images, tokenizer(QWEN_TOKENS), hf.Qwen2VLVideoProcessor(**_PATCHES))
+        frames = hf.Qwen2VLVideoProcessor(**_PATCHES, **_sizes(300, 100_000), cap_pixels_per_frame=False)
+        return getattr(hf, name)(images, tokenizer(QWEN_TOKENS), frames)
 
     return make
 

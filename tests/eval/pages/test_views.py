@@ -110,7 +110,7 @@ PADDED = {"deepseek_vl", "janus"}
 """Families whose processors pad images to a square; of these, squares are shown."""
 PADDED_CELLS = {"molmo2"}
 """Families whose tokens at the edge may stand for less than their cell."""
-CONVOLVED = {"gemma3n"}
+CONVOLVED = {"gemma3n", "fast_vlm"}
 """Families whose encoders mix patches otherwise than by attention, so that a token sees others than its own."""
 SHARED_EVENLY = [name for name in processors.FAMILIES if name not in PADDED_CELLS]
 _FORTY = {"num_frames": 40}
@@ -177,7 +177,7 @@ def features(model, processor, medium, kind: str) -> torch.Tensor:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
     adapter = vtprune.adapter_for(model)
-    encode = getattr(model.base_model, f"get_{kind}_features")
+    encode = getattr(*adapter.encode_call(kind))
     inputs = chat_inputs(processor, [medium], ["who is this"], kind)
     with ExitStack() as stack, torch.inference_mode():
         for layer in adapter.encoder_layers(kind):
