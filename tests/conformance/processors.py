@@ -289,7 +289,7 @@ _UNDRAWN = (
     *("deepseek_vl_hybrid", "step3p7"),  # convolutions mix what tokens see
     "got_ocr2",  # its processor takes no lists of several images, as pages hand them over
     *("llama4", "unlimited_ocr", "ovis2", "perception_lm", "glm5_next"),  # it fails, and was not looked into
-    "fuyu",
+    "fuyu",  # its tokens have no grid
 )
 """Families whose processor is here, but of whose images the tests draw no pictures."""
 

@@ -321,6 +321,26 @@ def test_every_picture_shows_the_medium(family, kind, tmp_path):
         left += width
 
 
+@pytest.mark.skipif(not families.is_available("nemotron_h_omni"), reason="not in this release of transformers")
+def test_a_picture_is_the_mean_of_the_frames_that_share_tokens(tmp_path):
+    """Nemotron Omni stacks two frames, and does not say that its processor norms them."""
+    model, processor = families.shared("nemotron_h_omni"), processor_of("nemotron_h_omni")
+    processor.video_processor = copy.copy(processor.video_processor)
+    processor.video_processor.do_sample_frames = False
+    stills = [np.asarray(processors.picture(48, 32, number)) for number in (0, 1, 2)]
+    tiny_video.write_clip(tmp_path / "clip.mp4", np.stack([stills[0], stills[1], stills[2], stills[2]]))
+    clip = tiny_video.Example(tmp_path / "clip.mp4", "word1", "one", "family")
+    write_views(tmp_path, model, processor, [clip], "video")
+    ((view, picture),) = read_views(tmp_path).values()
+    rows, cols = view.grids[0]
+    assert view.grids == [[rows, cols]] * 2 and view.places[rows * cols] == [1, 0, 0]
+    size = view.widths[0], pixels(picture).shape[0]
+    for number, frame in enumerate([np.mean(stills[:2], 0), stills[2]]):
+        resized = Image.fromarray(frame.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        shown = pixels(picture)[:, number * size[0] : (number + 1) * size[0]]
+        assert abs(shown - np.asarray(resized)).mean() < 12
+
+
 def test_tiles_are_put_together_and_other_crops_stand_side_by_side(tmp_path, monkeypatch):
     """Tiles may stand before their overview, or behind it."""
     image = processors.picture(60, 23)
