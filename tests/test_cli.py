@@ -141,7 +141,10 @@ def test_run_looks_at_the_picture_to_write_before_it_loads_the_model(image, tmp_
         ([*RUN, "--keep-ratio", "1.5"], "error: mmtok: keep_ratio=1.5"),
         ([*RUN], "error: mmtok needs a budget"),
         ([*RUN, "--keep-ratio", "0.5", "--image", "none.png"], "error: none.png: not a readable image"),
-        ([*RUN, "--keep-ratio", "0.5", "--model", "./nowhere"], "error: model './nowhere' cannot be loaded"),
+        (
+            [*RUN, "--keep-ratio", "0.5", "--model", "./nowhere"],
+            "error: model './nowhere' cannot be loaded: there is no such folder",
+        ),
         (["eval", "none.yaml"], "error: none.yaml: cannot be read: No such file or directory"),
         (["eval", "quickstrat"], "error: quickstrat: no such file, and none that comes with vtprune; did you mean"),
     ],
@@ -178,3 +181,18 @@ def test_importing_the_library_imports_neither_plots_nor_evaluation_nor_the_comm
     script = f"import sys, vtprune; print({unwanted} & set(sys.modules) or 'none')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "none"
+
+
+def test_the_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"vtprune {vtprune.__version__}\n")
+
+
+def test_shells_complete():
+    result = invoke("--show-completion", "bash")
+    assert result.exit_code == 0 and "COMPLETE=complete_bash" in result.stdout
+
+
+def test_a_folder_of_results_that_is_not_there():
+    result = invoke("report", "nowhere")
+    assert (result.exit_code, result.stderr) == (2, "error: nowhere: there is no such folder\n")

@@ -3,50 +3,40 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from vtprune.errors import ConfigError, VTPruneError
+from vtprune.cli_errors import plain_errors
+from vtprune.errors import ConfigError
 
 app = typer.Typer(
-    help="Prune visual tokens of Hugging Face vision-language models, and measure what it costs and saves.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-ONLY_FOR_EVALUATION = ("av", "datasets", "lmms_eval", "loguru", "matplotlib", "sklearn")
-"""Modules that come with the extra `eval` alone."""
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from vtprune import __version__
+
+        typer.echo(f"vtprune {__version__}")
+        raise typer.Exit
 
 
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """What the library refuses, and an extra that is missing, end in a message and exit code 2; anything else is a bug
-    and keeps its traceback."""
-
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except VTPruneError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-        except ModuleNotFoundError as error:
-            module = (error.name or "").partition(".")[0]
-            if module not in ONLY_FOR_EVALUATION:
-                raise
-            typer.echo(f'error: evaluation needs {module}: pip install "vtprune[eval]"', err=True)
-            raise typer.Exit(2) from error
-
-    return guarded
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Prune visual tokens of Hugging Face vision-language models, and measure what it costs and saves."""
 
 
 @app.command("eval")
-@_plain_errors
+@plain_errors
 def evaluate(
     config: Annotated[
         Path,
@@ -88,7 +78,7 @@ def evaluate(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def tune(
     model: Annotated[str, typer.Option(help="Folder or hub id of a model, or one that comes with the library.")],
     task: Annotated[str, typer.Option(help="Name of a task, lmms:NAME, or a .jsonl or .csv file with own data.")],
@@ -132,7 +122,7 @@ def tune(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def schema() -> None:
     """Print the JSON schema of evaluation files, for editors."""
     import json
@@ -143,7 +133,7 @@ def schema() -> None:
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def bench(
     config: Annotated[Path | None, typer.Argument(help="YAML file, or 'bench'; options replace its fields.")] = None,
     shape: Annotated[str | None, typer.Option(help="A published model's shape, with random weights.")] = None,
@@ -202,7 +192,7 @@ def bench(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def doctor(
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a checkpoint, instead of tiny models.")] = None,
     family: Annotated[str | None, typer.Option(help="One family, instead of all.")] = None,
@@ -219,7 +209,7 @@ def doctor(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def methods(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of a model: say of each method whether it fits.")
@@ -235,7 +225,7 @@ def methods(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def models(
     every: Annotated[
         bool, typer.Option("--all", help="Every multimodal class of transformers, with the reason if it is refused.")
@@ -251,7 +241,7 @@ def models(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def run(
     model: Annotated[str, typer.Option(help="Folder or hub id of a model, or 'digitscenes'.")],
     method: Annotated[str, typer.Option(help="Name of a method, or a YAML file with one.")],
@@ -312,7 +302,7 @@ def run(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `vtprune eval` or `vtprune bench` wrote.")],
     output: Annotated[Path | None, typer.Option(help="The file; default report.html in the first folder.")] = None,
@@ -327,7 +317,7 @@ def report(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of results.")],
     second: Annotated[Path, typer.Argument(help="Folder of results of the same task.")],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,10 @@ def resolve_model(model: str) -> str:
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""What may be the name of a model on the hub; anything else is a path."""
+
+
 @contextmanager
 def loading(path: str) -> Iterator[None]:
     """Shows no progress bars, which would break the caller's.
@@ -43,6 +48,8 @@ def loading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
+        if not Path(path).exists() and not HUB_ID.fullmatch(path):
+            raise ConfigError(f"model {path!r} cannot be loaded: there is no such folder") from error
         raise ConfigError(f"model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:

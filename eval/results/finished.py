@@ -166,6 +166,8 @@ def _lines(folder: Path) -> list[Record]:
         said = "; ".join(map(str, progress))
         raise ConfigError(f"{folder}: the full model, which all rows are compared with, has not finished: {said}")
     if not path.is_file():
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: there is no such folder")
         raise ConfigError(f"{folder}: no results.jsonl here; `vtprune eval` writes it when all cells are done")
     lines = _read(path, lambda: read_results(path))
     if not lines or not all({"model", "task", "cell", "status"} <= set(line) for line in lines):
