@@ -79,25 +79,29 @@ class Underway:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
+        self._waiting = False
 
     def begin(self) -> None:
         """This thread is in a call."""
-        with self._changed:
-            self._threads.add(threading.current_thread())
+        self._threads.add(threading.current_thread())
 
     def end(self) -> None:
         """This thread has left it."""
-        with self._changed:
-            self._threads.discard(threading.current_thread())
-            self._changed.notify_all()
+        # Every generated token passes here, and hardly ever does anybody wait.
+        self._threads.discard(threading.current_thread())
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()
 
     def wait_for_others(self) -> None:
         """Return once no other thread is in a call."""
         own = threading.current_thread()
+        self._waiting = True
         with self._changed:
             # A thread may die in a call, and then nobody says so.
             while any(thread.is_alive() for thread in self._threads - {own}):
                 self._changed.wait(timeout=1.0)
+        self._waiting = False
 
 
 class PerCaller(Generic[T]):

@@ -31,6 +31,14 @@ def _is_compiled(value: Any) -> bool:
     return hasattr(value, "_torchdynamo_orig_callable") and not getattr(value, "_torchdynamo_disable", False)
 
 
+_between = False
+
+
+def runs_between_graphs() -> bool:
+    """Whether any hook ever ran between the graphs of a compiled model, in this process."""
+    return _between
+
+
 OUTSIDE = object()
 """What a stand-in returns if the hook itself has to run."""
 
@@ -46,6 +54,17 @@ def in_graphs(stand_in: Callable) -> Callable[[Callable], Callable]:
     return mark
 
 
+def _noted(hook: Callable) -> Callable:
+    """The same hook, which notes that it ran."""
+
+    def noting(*args, **kwargs):
+        global _between
+        _between = True
+        return hook(*args, **kwargs)
+
+    return noting
+
+
 class _OutsideGraphs:
     """A hook that a compiled model calls between its graphs, instead of taking it into them.
 
@@ -55,7 +74,7 @@ class _OutsideGraphs:
 
     def __init__(self, hook: Callable):
         self.hook = hook
-        self.undisturbed = torch.compiler.disable(hook)
+        self.undisturbed = torch.compiler.disable(_noted(hook))
         stand_in = getattr(hook, "stand_in", None)
         owner = getattr(hook, "__self__", None)
         self.stand_in = stand_in if stand_in is None or owner is None else stand_in.__get__(owner)

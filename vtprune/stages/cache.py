@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vtprune.errors import UnsupportedStageError, VTPruneError
@@ -26,12 +27,14 @@ from vtprune.transformers_private import (
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
     StaticCache,
+    cache_of,
     create_missing_layers,
     has_keys,
     is_paged,
     is_plain_layer,
     is_prunable,
     keeps_prompt,
+    with_cache,
 )
 
 
@@ -250,6 +253,12 @@ def as_stored(cache: Cache) -> Cache:
     stored = copy(cache)
     stored.layers = [layer.inner if isinstance(layer, PrunedLayer) else layer for layer in cache.layers]
     return stored
+
+
+def count_what_is_stored(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """A hook that hands a module the KV cache with the lengths that its layers hold."""
+    cache = cache_of(kwargs)
+    return (args, with_cache(module, kwargs, as_stored(cache))) if pruned_layers(cache) else None
 
 
 def check_cache(cache: Cache, owner: Owner) -> None:

@@ -19,7 +19,7 @@ from vtprune.adapters.base import Adapter
 from vtprune.devices import send
 from vtprune.stages.cache import CacheLayout, PrunedLayer
 from vtprune.stages.hooks import hidden_of
-from vtprune.stages.incoming import Columns
+from vtprune.stages.incoming import Columns, check_of_columns, positions_of
 from vtprune.stages.layout import counted_from, last_axis
 from vtprune.transformers_private import (
     Cache,
@@ -60,23 +60,31 @@ class Continuation:
         self, i: int, module: Any, args: tuple, kwargs: dict[str, Any], reads_positions: bool
     ) -> tuple[tuple, dict[str, Any]] | None:
         """The arguments that a decoder layer is to be called with; None for those it is called with."""
-        mask, rope = self.masks[i], self.ropes[i]
-        if mask is None and rope is None:
+        if self.masks[i] is None and self.ropes[i] is None:
             return None
         args, kwargs = by_name(module, args, kwargs)
-        hidden = self.adapter.token_states(hidden_of(args, kwargs))
+        key = "given", self.masks[i], self.ropes[i], reads_positions
+        if key not in self.memo:
+            hidden = self.adapter.token_states(hidden_of(args, kwargs))
+            self.memo[key] = self._given(i, hidden, reads_positions)
+        kwargs.update(self.memo[key])
+        return args, kwargs
+
+    def _given(self, i: int, hidden: Tensor, reads_positions: bool) -> dict[str, Any]:
+        """The arguments by which a call of a decoder layer is to differ; hidden: states that enter it."""
+        mask, rope, given = self.masks[i], self.ropes[i], {}
         if mask is not None:
             if mask not in self.memo:
                 self.memo[mask] = self._mask(i, hidden)
-            kwargs["attention_mask"] = self.memo[mask]
+            given["attention_mask"] = self.memo[mask]
         if rope is not None:
             if rope not in self.memo:
                 self._make_ropes(i, hidden)
-            kwargs["position_embeddings"] = self.memo[rope]
+            given["position_embeddings"] = self.memo[rope]
             # Attention back ends read position ids to detect packed sequences, which is for the model to do.
             places = last_axis(_moved_back(self.positions, self.shifts[i])) if reads_positions else None
-            kwargs["position_ids"] = places
-        return args, kwargs
+            given["position_ids"] = places
+        return given
 
     def _mask(self, i: int, hidden: Tensor) -> Any:
         kind, layer = layer_type(self.config, i), self.layers[i]
@@ -95,20 +103,19 @@ class Continuation:
             shifts = list({id(shift): shift for shift in self.shifts}.values())[1:]
         size = (*self.positions.shape[:-2], len(hidden), self.length)
         places = [_moved_back(self.positions, shift).to(hidden.device).expand(size) for shift in shifts]
-        ropes = _parted(self.adapter.rope(i, hidden, torch.cat(places, -2)), len(shifts))
-        self.memo |= {_rope_key(kind, shift): rope for shift, rope in zip(shifts, ropes, strict=True)}
+        if len(places) == 1:
+            ropes = [self.adapter.rope(i, hidden, places[0])]
+        else:
+            ropes = _parted(self.adapter.rope(i, hidden, torch.cat(places, -2)), len(shifts))
+        self.memo |= {("rope", kind, id(shift)): rope for shift, rope in zip(shifts, ropes, strict=True)}
 
 
-def _rope_key(kind: Hashable, shift: Tensor | None) -> Hashable:
-    return "rope", kind, id(shift)
-
-
-def _parted(ropes: Any, parts: int) -> list[Any]:
+def _parted(ropes: Any, parts: int) -> Sequence[Any]:
     """Rotary embeddings of so many batches that were made as one: tensors (..., batches, n, rotary dim), or several."""
     if ropes is None:
         return [None] * parts
     if torch.is_tensor(ropes):
-        return list(ropes.chunk(parts, -3))
+        return ropes.chunk(parts, -3)
     return [type(ropes)(rope) for rope in zip(*(_parted(rope, parts) for rope in ropes), strict=True)]
 
 
@@ -144,8 +151,14 @@ def go_on(
     kwargs = {**kwargs, "attention_mask": None}
     if length == 1 and not (padded or uneven or moved):
         return kwargs, None
-    columns = Columns.of(hidden, kwargs, mask, has_images=False)
-    arriving = None if length == 1 or bool(columns.real.all()) else columns.real
+    arriving = None
+    if length == 1:  # which is never padding
+        check_of_columns(mask)
+        positions = positions_of(hidden, kwargs, int(cache.get_seq_length()))
+    else:
+        columns = Columns.of(hidden, kwargs, mask, has_images=False)
+        positions = columns.positions
+        arriving = None if bool(columns.real.all()) else columns.real
     padded = padded or arriving is not None
     layers = [cache.layers[source] for source in adapter.key_sources]
     # A layer that carries a state has what all others have: where such layers are, nothing is cut between.
@@ -155,21 +168,23 @@ def go_on(
     if padded or uneven:
         # Layers that have stored the same columns see the same ones.
         states = [(id(layer.layout), layer.physical) for layer in layers]
-        kinds = [layer_type(config, i) for i in range(len(layers))]
-        masks = [None if s == states[0] else ("mask", k, *s) for k, s in zip(kinds, states, strict=True)]
+        types = [layer_type(config, i) for i in range(len(layers))]
+        masks = [None if s == states[0] else ("mask", kind, *s) for kind, s in zip(types, states, strict=True)]
         if length > 1:
             ask_for_all_rows(kwargs)
     if padded:
-        shift = None if arriving is None else _overcounted(arriving, columns.positions)
+        shift = None if arriving is None else _overcounted(arriving, positions)
         _extend(pruned, length, None if arriving is None else send(arriving, hidden.device), shift)
         kwargs["attention_mask"] = layers[0].padding_mask()
     ropes: list[Hashable] = [None] * len(layers)
     if moved:
-        ropes = [None if s is shifts[0] else _rope_key(k, s) for k, s in zip(adapter.rope_kinds, shifts, strict=True)]
-        kwargs["position_ids"] = _moved_back(columns.positions, shifts[0])
+        ropes = [
+            None if s is shifts[0] else ("rope", k, id(s)) for k, s in zip(adapter.rope_kinds, shifts, strict=True)
+        ]
+        kwargs["position_ids"] = _moved_back(positions, shifts[0])
     if not any(masks) and not any(ropes):
         return kwargs, None
-    return kwargs, Continuation(adapter, config, cache, layers, length, columns.positions, shifts, masks, ropes)
+    return kwargs, Continuation(adapter, config, cache, layers, length, positions, shifts, masks, ropes)
 
 
 def _extend(pruned: Sequence[PrunedLayer], length: int, real: Tensor | None, shift: Tensor | None) -> None:

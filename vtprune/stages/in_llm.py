@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from vtprune.graphs import OUTSIDE, in_graphs
 from vtprune.methods.base import InLLM
 from vtprune.methods.schedules import Reviving
 from vtprune.signals import LayerSignal
-from vtprune.stages.cache import as_stored, pruned_layers
+from vtprune.stages.cache import count_what_is_stored
 from vtprune.stages.call import Call
 from vtprune.stages.continuing import Continuation
 from vtprune.stages.cutting import cut_sequence
@@ -34,13 +33,13 @@ from vtprune.stages.hooks import hidden_of, with_hidden
 from vtprune.stages.layer_view import QUERIES_KEYS, CutView, Recorded
 from vtprune.stages.layout import Groups, compact_columns, take_columns
 from vtprune.stages.reading import Chooser, visual_tokens
+from vtprune.stages.resting import RestingHooks
 from vtprune.stages.slots import Stored
 from vtprune.stages.static_cache import View, enter_layer, layer_in_graph
 from vtprune.tokens import ModelShape, Selection
 from vtprune.transformers_private import (
     attention_back_end,
     by_name,
-    cache_of,
     check_arguments,
     check_nothing_told,
     check_replay,
@@ -48,7 +47,6 @@ from vtprune.transformers_private import (
     cut_along,
     projections,
     reads_positions,
-    with_cache,
 )
 
 
@@ -81,6 +79,8 @@ class InLLMStage(ThreadAware[_Following]):
     ):
         super().__init__(_Following)
         self.adapter = adapter
+        self.hooks = RestingHooks()
+        """On the decoder layers and their parts."""
         self.recorder = recorder
         self.shape = shape
         self.choose = choose
@@ -146,15 +146,17 @@ class InLLMStage(ThreadAware[_Following]):
     def install(self) -> Iterator[RemovableHandle]:
         """Yields what takes each hook off again, as soon as it is on."""
         for module in column_counters(self.adapter.language_model):
-            yield module.register_forward_pre_hook(_count_what_is_stored, with_kwargs=True)
-        for i, layer in enumerate(self.adapter.decoder_layers):
-            yield layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
+            yield module.register_forward_pre_hook(count_what_is_stored, with_kwargs=True)
+        layers, add = self.adapter.decoder_layers, self.hooks.add
+        for i, layer in enumerate(layers):
+            yield add(layers, layer, layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True))
             if i in self._measuring:
                 for block in (layer.self_attn, getattr(layer, self.adapter.decoder_mlp)):
-                    yield block.register_forward_hook(self._measure(i), with_kwargs=True)
+                    yield add(layer, block, block.register_forward_hook(self._measure(i), with_kwargs=True))
             if i in self._last_use:
                 for what, name in zip(QUERIES_KEYS, projections(layer.self_attn), strict=True):
-                    yield getattr(layer.self_attn, name).register_forward_hook(self._watch(i, what))
+                    projection = getattr(layer.self_attn, name)
+                    yield add(layer.self_attn, projection, projection.register_forward_hook(self._watch(i, what)))
 
     def cuts_before(self, layer: int) -> bool:
         """Whether something may be dropped on the input of a decoder layer up to this one."""
@@ -162,6 +164,7 @@ class InLLMStage(ThreadAware[_Following]):
 
     def begin(self, call: Call) -> None:
         """Follow a forward call of the language model until `end`."""
+        self.hooks.want()
         now = self.now
         now.call = call
         now.selecting = bool(self.cuts)
@@ -170,9 +173,22 @@ class InLLMStage(ThreadAware[_Following]):
         if now.selecting:
             now.entering = call.sample_groups().valid.sum(1)
 
-    def go_on(self, continuation: Continuation) -> None:
-        """Follow a call of text alone on a pruned cache until `end`."""
+    def go_on(self, continuation: Continuation | None) -> None:
+        """Follow a call of text alone on a pruned cache until `end`; None if nothing is done in it."""
+        if continuation is None:
+            return self.hooks.rest()
+        self.hooks.want()
         self.now.continuation = continuation
+
+    def end(self) -> None:
+        now = self.now
+        if now.call is not None:
+            return super().end()
+        now.continuation, now.views = None, {}
+
+    def forget(self) -> None:
+        self.hooks.forget()
+        super().forget()
 
     def _before_layer(self, i: int):
         reads_positions = i in self._reading
@@ -331,9 +347,3 @@ class InLLMStage(ThreadAware[_Following]):
     def _view(self, i: int, hidden: Tensor) -> CutView:
         now = self.now
         return CutView(self.adapter, self.recorder, now.call, now.recorded, i, hidden)
-
-
-def _count_what_is_stored(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """Hands a module the KV cache with the lengths that its layers hold."""
-    cache = cache_of(kwargs)
-    return (args, with_cache(module, kwargs, as_stored(cache))) if pruned_layers(cache) else None

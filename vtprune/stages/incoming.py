@@ -203,11 +203,7 @@ class Columns:
         batch, length = hidden.shape[:2]
         cache = cache_of(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
-            raise UnsupportedStageError(
-                "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
-                "chunked prefill); pass a 2D padding mask"
-            )
+        check_of_columns(mask)
         real = torch.ones(batch, length, dtype=torch.bool)
         past_real = None
         if mask is not None and (has_images or length > 1):  # a single decoded token is never padding
@@ -215,10 +211,24 @@ class Columns:
             real = mask[:, -length:]
             if past and not bool(mask[:, :past].all()):
                 past_real = mask[:, :past]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + length, device=hidden.device)[None]
-        return cls(past, real, positions, past_real)
+        return cls(past, real, positions_of(hidden, kwargs, past), past_real)
+
+
+def check_of_columns(mask: Any) -> None:
+    """Raise UnsupportedStageError for an attention mask that is not of columns."""
+    if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
+        raise UnsupportedStageError(
+            "visual tokens cannot be pruned under a ready-made 4D attention mask (static caches, packed sequences, "
+            "chunked prefill); pass a 2D padding mask"
+        )
+
+
+def positions_of(hidden: Tensor, kwargs: dict[str, Any], past: int) -> Tensor:
+    """(..., batch | 1, length): position ids of embeddings (batch, length, dim) behind a cache of length `past`."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        return torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+    return positions
 
 
 def open_call(

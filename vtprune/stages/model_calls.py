@@ -163,7 +163,8 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
         if now.followed:
             now.call, now.followed, now.conditions = None, False, []
             self._in_llm.end()
-            self._revival.end()
+            if self._revival.reviving:
+                self._revival.end()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -188,6 +189,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
 
     @in_graphs(stays_as_it_is)
     def _leave_decoder(self, module, args, kwargs, output):
+        self._in_llm.hooks.leave()
         self._underway.end()
 
     @in_graphs(step_in_graph)
@@ -224,11 +226,14 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
             if self._longest is not None:
                 check_length(self._longest, hidden.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
             self._static.begin(cache, hidden.shape[1])
+            if self._static.prunes:
+                self._in_llm.hooks.stay()  # the steps to come may be in a graph
             pruned = pruned_layers(cache)
         if not has_images:
             if not pruned:
                 if incoming is not None and self.prunes and hidden.shape[1] > 1:
                     incoming.check_text_only(self.adapter)
+                self._in_llm.go_on(None)
                 self._report_text_only(hidden, mask, cache)
                 return None
             if pruned[0].slots is not None:
@@ -237,8 +242,7 @@ class ModelCalls(Uncopied, ThreadAware[_Following]):
                 return args, {**kwargs, "attention_mask": None}
             kwargs, continuation = go_on(self.adapter, module.config, cache, pruned, hidden, kwargs, mask)
             now.followed = continuation is not None or self._static.prunes
-            if continuation is not None:
-                self._in_llm.go_on(continuation)
+            self._in_llm.go_on(continuation)
             return args, kwargs
         kwargs = dict(kwargs)
         try:
