@@ -172,11 +172,10 @@ class Adapter(LayerStates, Pictures, ABC):
         """
         # Of four rows the first one is for masks alone; the others are the axes of M-RoPE.
         has_text_row = positions.ndim == 3 and len(positions) == 4
-        positions = positions[1:] if has_text_row else positions
-        return rotary_embedding(self.language_model, self.rope_kinds[layer], hidden, positions)
+        return rotary_embedding(self.language_model, layer, hidden, positions[1:] if has_text_row else positions)
 
     @functools.cached_property
-    def rope_kinds(self) -> Sequence[tuple[str, bool]]:
+    def rope_kinds(self) -> Sequence[Hashable]:
         """Of each decoder layer; those of one kind are handed the same rotations at the same positions."""
         return [rotation_kind(self.language_model.config, layer) for layer in range(len(self.decoder_layers))]
 

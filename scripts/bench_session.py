@@ -35,9 +35,9 @@ from vtprune.transformers_private import CACHE
 console = Console()
 
 ROWS: dict[str, Mapping[str, Any]] = {
-    "divprune": {"name": "divprune", "keep_ratio": 0.3},
+    "divprune": {"name": "divprune", "keep_ratio": 0.3, "positions": "original"},
     "divprune, compact": {"name": "divprune", "keep_ratio": 0.3, "positions": "compact"},
-    "fastv": {"name": "fastv", "keep_ratio": 0.5},
+    "fastv": {"name": "fastv", "keep_ratio": 0.5, "positions": "original"},
     "fastv, compact": {"name": "fastv", "keep_ratio": 0.5, "positions": "compact"},
     "pdrop": {"name": "pdrop", "keep_ratio": 0.5, "positions": "original"},
     "pdrop, compact": {"name": "pdrop", "keep_ratio": 0.5, "positions": "compact"},

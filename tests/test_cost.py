@@ -575,3 +575,14 @@ def test_layers_of_another_state_are_counted_as_attention():
     expected = cost.llm_prefill_flops(config, counts, 11), cost.kv_bytes(config, counts)
     config.layer_types = ["linear_attention", "full_attention"] * 2
     assert (cost.llm_prefill_flops(config, counts, 11), cost.kv_bytes(config, counts)) == expected
+
+
+def test_a_config_that_changes_is_read_again():
+    config = hf.LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
+    before = cost.llm_prefill_flops(config, [3, 1], 4)
+    assert cost.llm_prefill_flops(config, [3, 1], 4) == before
+    config.intermediate_size = 32
+    assert cost.llm_prefill_flops(config, [3, 1], 4) == before + 3 * 2 * 8 * 16 * ((3 + 4) + (1 + 4))
+    config.layer_types = ["full_attention", "full_attention"]
+    config.num_hidden_layers = 1
+    assert cost.llm_prefill_flops(config, [3], 4) < before

@@ -8,6 +8,7 @@ the table it stands next to. Nothing here runs a model: configs in, numbers out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +97,10 @@ def llm_prefill_flops(text_config: Any, visual_tokens: Counts, text_tokens: int,
             "experts for visual tokens alone; use 'exact'"
         )
     layer_cost = CONVENTIONS[convention]
-    return sum(layer_cost(shape, count, text_tokens) for shape, count in zip(shapes, counts, strict=True))
+    # Layers of one kind with the same tokens cost the same.
+    kinds = Counter(zip(map(id, shapes), counts, strict=True))
+    by_id = {id(shape): shape for shape in shapes}
+    return sum(times * layer_cost(by_id[kind], count, text_tokens) for (kind, count), times in kinds.items())
 
 
 def lm_head_flops(text_config: Any, tokens: int = 1) -> int:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +52,23 @@ class LayerShape:
         return self.mixer.flops(self.d, n) + mlp + 2 * n * self.others
 
 
+_READ: dict[int, tuple[weakref.ref, dict[str, Any], list[LayerShape]]] = {}
+"""id of a config -> the config, what it said, and the shapes of its layers."""
+
+
 def layer_shapes(config: Any, layers: int) -> list[LayerShape]:
-    """The shape of each decoder layer. Layers of one kind share one, because configs are slow to read."""
+    """The shape of each decoder layer. Layers of one kind share one object, because configs are slow to read: they are
+    read again once they say something else."""
+    known = _READ.get(id(config))
+    if known is not None and known[0]() is config and len(known[2]) == layers and known[1] == vars(config):
+        return known[2]
+    number, shapes = id(config), _shapes(config, layers)
+    gone = weakref.ref(config, lambda reference: _READ.pop(number, None))
+    _READ[number] = gone, copy.deepcopy(vars(config)), shapes
+    return shapes
+
+
+def _shapes(config: Any, layers: int) -> list[LayerShape]:
     if config.model_type == "nemotron_h":
         return _lone_parts(config, layers)
     # Models that alternate attention with the delta rule gate both.

@@ -12,8 +12,8 @@ from vtprune.transformers_private.capture import parameters
 from vtprune.transformers_private.layers import layer_type
 
 
-def rotary_embedding(decoder: nn.Module, kind: tuple[str, bool], hidden: Tensor, positions: Tensor) -> Any:
-    """What a decoder hands its layers of a `rotation_kind` as `position_embeddings` at positions ([axes,] batch, n).
+def rotary_embedding(decoder: nn.Module, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+    """What a decoder hands one of its layers as `position_embeddings` at positions ([axes,] batch, n).
 
     hidden: gives the device and dtype. Usually cos and sin, (batch, n, rotary dim) each. Some models rotate each kind
     of layer in its own way; None for a layer that rotates nothing (NoPE).
@@ -23,11 +23,11 @@ def rotary_embedding(decoder: nn.Module, kind: tuple[str, bool], hidden: Tensor,
         raise UnsupportedModelError(
             f"a {type(decoder).__name__} has no rotary position embedding, so it cannot be pruned"
         )
-    of_layers, rotates = kind
+    kind, rotates = rotation_kind(decoder.config, layer)
     if not rotates:
         return None
     return (
-        embedding(hidden, positions, of_layers)
+        embedding(hidden, positions, kind)
         if "layer_type" in parameters(type(embedding))
         else embedding(hidden, positions)
     )
