@@ -62,6 +62,15 @@ def _llava():
     )
 
 
+def _llava_next():
+    return hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION, image_size=TILE, patch_size=8),
+        text_config=hf.LlamaConfig(**TEXT, head_dim=32),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+
 def _llava_onevision():
     return hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**VISION, image_size=TILE, patch_size=8, vision_use_head=False),
@@ -70,6 +79,16 @@ def _llava_onevision():
         video_token_index=VIDEO,
         image_grid_pinpoints=PINPOINTS,
         vision_aspect_ratio="anyres_max_9",
+    )
+
+
+def _qwen2_vl():
+    vision = dict(embed_dim=64, hidden_size=WIDTH, patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=2)
+    return hf.Qwen2VLConfig(
+        vision_config=vision | dict(depth=4, num_heads=4, mlp_ratio=2),
+        text_config=TEXT | _mrope(),
+        tie_word_embeddings=False,
+        **PACKED_IDS,
     )
 
 
@@ -127,6 +146,8 @@ CHECKPOINTS = {
     "llava_onevision": Checkpoint(
         "LlavaOnevisionForConditionalGeneration", _llava_onevision, "<image>", "<video>", prefixed_tower=True
     ),
+    "llava_next": Checkpoint("LlavaNextForConditionalGeneration", _llava_next, "<image>", prefixed_tower=True),
+    "qwen2_vl": Checkpoint("Qwen2VLForConditionalGeneration", _qwen2_vl, **_QWEN),
     "qwen2_5_vl": Checkpoint("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, **_QWEN),
     "qwen3_vl": Checkpoint("Qwen3VLForConditionalGeneration", _qwen3_vl, **_QWEN),
     "internvl": Checkpoint("InternVLForConditionalGeneration", _internvl, "<IMG_CONTEXT>"),

@@ -11,6 +11,8 @@ from .serving import DEFAULT, A, B, C, D, Reference, Request, assert_equal, engi
 METHODS = ("uniform", "divprune", "mmtok", "pool", "random")
 OF_CLS = ("visionzip", "vispruner", "glsim", "vtc_cls")
 """They read layers of the encoder."""
+_ADDS_TEXT = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Their processors put text around an image."""
 
 
 def requests(method) -> list[Request]:
@@ -27,13 +29,15 @@ def requests(method) -> list[Request]:
 def test_answers_of_a_batch(name, folder):
     path = save(name, folder)
     reference = Reference(path)
-    more = {"keep_separators": True} if name == "llava_onevision" else {}
-    methods: list = [{"name": method, "keep_ratio": 0.3} | more for method in METHODS + OF_CLS * (name == "llava")]
+    more = {"keep_separators": True} if name in ("llava_next", "llava_onevision") else {}
+    methods: list = [
+        {"name": method, "keep_ratio": 0.3} | more for method in METHODS + OF_CLS * (name in ("llava", "llava_next"))
+    ]
     with engine(path) as llm:
         plain = serve(llm, name, requests(None))
         for spec in (None, *methods):
             # A number of the prompt's text is what `random` draws by, and processors add text to it themselves.
-            if spec is not None and spec["name"] == "random" and name in ("internvl", "qwen2_5_vl", "qwen3_vl"):
+            if spec is not None and spec["name"] == "random" and name in _ADDS_TEXT:
                 continue
             asked = requests(spec)
             for request, answer, full in zip(asked, serve(llm, name, asked), plain, strict=True):
