@@ -131,8 +131,10 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
     media = adapter.media(kind, given, adapter.features_of(output))
     if any(None in medium.grids for medium in media):
         return None
+    if (drawn := _crops(adapter, kind, given, media)) is None:
+        return None
     seen = _Seen([], [], [])
-    for medium, crops in zip(media, _crops(adapter, kind, given, media), strict=True):
+    for medium, crops in zip(media, drawn, strict=True):
         # An overview, and tiles whose rows of tokens go on from one tile to the next.
         if kind == "image" and medium.lines is not None and len(medium.grids) > 1:
             if len(media) > 1:  # which pixels belong to which of several images is not known here
@@ -149,12 +151,16 @@ def _seen(adapter: Adapter, processor: Any, inputs: Any, kind: Kind) -> _Seen | 
     return _assembled(seen) if len(media) > 2 else seen
 
 
-def _crops(adapter: Adapter, kind: Kind, given: Mapping[str, Any], media: Sequence[Medium]) -> list[Sequence[Tensor]]:
-    """(3, height, width) for each grid of each medium, on the CPU."""
+def _crops(
+    adapter: Adapter, kind: Kind, given: Mapping[str, Any], media: Sequence[Medium]
+) -> list[Sequence[Tensor]] | None:
+    """(3, height, width) for each grid of each medium, on the CPU; None if its pixels are in no order of pictures."""
     if (drawn := adapter.pictures(kind, given)) is not None:
         return [[picture.float().cpu() for picture in pictures] for pictures in drawn]
     found: list[Sequence[Tensor]] = []
     for medium, pixels in zip(media, adapter.pixels(kind, given), strict=True):
+        if pixels.ndim == 1:
+            return None
         crops = _unpacked(adapter, medium, pixels) if pixels.ndim == 2 else pixels.reshape(-1, *pixels.shape[-3:])
         found.append(_whole_patches(crops.float().cpu(), _patch(adapter)))
     return found

@@ -382,6 +382,12 @@ def test_without_a_grid_there_is_no_view(image_model, tmp_path, monkeypatch):
     assert not read_views(tmp_path)
 
 
+def test_pixels_in_no_order_of_pictures_are_not_drawn(tmp_path):
+    image = example(processors.picture(48, 48))
+    write_views(tmp_path, families.shared("unlimited_ocr"), processor_of("unlimited_ocr"), [image], "image")
+    assert not read_views(tmp_path)
+
+
 def test_views_of_other_versions_are_left_out(image_model, tmp_path):
     write_views(tmp_path, *image_model, tiny_eval.examples(2), "image")
     older = json.loads((tmp_path / "0.json").read_bytes())
