@@ -81,11 +81,12 @@ _HEAD = """<!-- Written by `pytest tests/conformance/test_matrix.py --update-sup
 
 # What works on what
 
-The tests run every cell below on tiny random-weight models, with sdpa (positions kept) and eager attention (positions
-renumbered), for single prompts and for a padded batch of three that differ in length and in the number and size of
-their images. Families that take videos run with images, with videos, and with both in one prompt. On kindred families,
-in which little is new, a method runs with one of these media and one kind of attention, in turns. Language models that
-do what sdpa cannot (Gemma 2 caps attention logits, gpt-oss has sinks) are eager in either case.
+The tests run every cell below on tiny random-weight models, for single prompts and for a padded batch of three that
+differ in length and in the number and size of their images. Families that take videos run with images, with videos, and
+with both in one prompt, with sdpa (positions kept); with eager attention (positions renumbered) a method runs with one
+of these media, in turns. On kindred families, in which little is new, a method runs with one of these media and one
+kind of attention. Language models that do what sdpa cannot (Gemma 2 caps attention logits, gpt-oss has sinks) are
+eager in either case.
 
 A cell with ✓ keeps these promises:
 
