@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right where memory is short: requests are preempted, and begin again."""
+"""Right where memory is short: preempted requests, and images that come many at once."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +40,40 @@ def test_preempted_requests_are_answered_as_alone(name, folder):
     assert preempted > 0
     for request, answer in zip(asked, answers, strict=True):
         assert_equal(reference.answer(request), answer)
+
+
+_CALLS = """
+import json, sys
+from pathlib import Path
+
+import vtprune.serving.vllm.encoding as encoding
+from serving.vllm.serving import Request, engine, picture, serve
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    calls = []
+    original = encoding.PrunesEmbeddings._encode
+
+    def counted(self, kind, inputs, plans, adapter):
+        calls.append([plan.total for plan in plans])
+        return original(self, kind, inputs, plans, adapter)
+
+    encoding.PrunesEmbeddings._encode = counted
+    with engine(path, max_num_batched_tokens=128) as llm:
+        method = {"name": "divprune", "keep_ratio": 0.11}
+        serve(llm, path.name, [Request("{image} who ?", [picture(40, 40, number)], method) for number in range(8)])
+    print("CALLS", json.dumps(calls))
+"""
+
+
+def test_the_encoder_is_given_no_more_tokens_at_once_than_without_pruning(folder, tmp_path):
+    """The engine in this process, so that its calls can be watched."""
+    script = tmp_path / "calls.py"
+    script.write_text(_CALLS)
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    path = save("llava", folder)
+    done = subprocess.run([sys.executable, script, path], env=env, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("CALLS "))
+    calls = json.loads(line.removeprefix("CALLS "))
+    assert sum(map(len, calls)) == 8 and max(map(sum, calls)) <= 128
+    assert max(map(len, calls)) > 1
