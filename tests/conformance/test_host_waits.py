@@ -78,7 +78,7 @@ VIDEO_WAITS = {"divprune": 2, "vidcom2": 2, "fastvid": 3, "holitom": 6, "bvllm_m
 Recoverable Compression, which merges here, are read for all videos together; HoliTom reads of each video which
 positions are still, and B-VLLM how similar its frames are."""
 
-STEP_WAITS = {"lazyllm": 21}
+STEP_WAITS = {"lazyllm": 9}
 """Method -> waits of a step of decoding; none for all others."""
 
 

@@ -75,6 +75,15 @@ class Groups:
         valid[group, slot] = True
         return cls(rows, columns, valid, images)
 
+    @classmethod
+    def of_rows(cls, flags: Tensor) -> Groups:
+        """One group a sample, of the columns marked in `flags` (batch, n). Of an accelerator one value is read."""
+        rows, lengths = torch.arange(len(flags), device=flags.device), flags.sum(1)
+        most = max(int(lengths.max()), 1) if len(flags) else 1
+        valid = torch.arange(min(most, flags.shape[1]), device=flags.device) < lengths[:, None]
+        columns = (~flags).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        return cls(rows, columns.masked_fill(~valid, 0), valid, torch.full_like(rows, -1))
+
     def on(self, device: torch.device) -> Groups:
         """The same groups, on a device."""
         if device == self.rows.device:

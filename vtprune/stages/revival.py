@@ -286,7 +286,9 @@ class RevivalStage(ThreadAware[_Following]):
             states = torch.cat([states, layer.stored.hidden.to(states)], 1)
         # No key of these is in the layer's cache: a token that gets past a cut is not stored there any more.
         wanted = step.table.look_up(step.chosen, columns, False)
-        returning, left = (_gathered(states, columns, which) for which in (wanted, (columns >= 0) & ~wanted))
+        marked = wanted, (columns >= 0) & ~wanted
+        most = torch.stack([which.sum(1).max() for which in marked]).tolist()  # one wait for an accelerator
+        returning, left = (_gathered(states, columns, *part) for part in zip(marked, most, strict=True))
         layer.stored = left
         step.revived = columns[:, :0] if returning is None else returning.columns
         new = hidden[:, back:]
@@ -309,8 +311,7 @@ class RevivalStage(ThreadAware[_Following]):
             attention,
             view.places.take(row),
         )
-        rows = torch.arange(len(columns), device=columns.device)
-        groups = Groups.of_labels(torch.where(step.chosen, rows[:, None], -1), rows, torch.full_like(rows, -1))
+        groups = Groups.of_rows(step.chosen)
         slots = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
         inside = table.look_up(table.prunable, columns, False)
         slot = torch.zeros_like(step.chosen, dtype=torch.long).scatter_reduce(
@@ -329,8 +330,8 @@ class RevivalStage(ThreadAware[_Following]):
             budget=torch.minimum(table.counts[:, self.cuts.index(i)], groups.valid.sum(1)),
             layer=i,
         )
-        keep = self.choose(self.reviving, tokens).keep.to(groups.valid.device)
-        return groups.scatter(keep & groups.valid, torch.zeros_like(step.chosen))
+        keep = self.choose(self.reviving, tokens).keep.to(groups.valid.device) & groups.valid
+        return torch.zeros_like(step.chosen, dtype=torch.long).scatter_add(1, groups.columns, keep.long()) > 0
 
 
 def _take_stock(layers: Sequence[PrunedLayer]) -> None:
@@ -341,9 +342,8 @@ def _take_stock(layers: Sequence[PrunedLayer]) -> None:
     contents.stored = [(a.columns, a.hidden.shape[-1] * a.hidden.element_size()) for a in stored]
 
 
-def _gathered(hidden: Tensor, columns: Tensor, which: Tensor) -> Stored | None:
-    """Of tokens (batch, n) those marked in `which`; None without any."""
-    most = int(which.sum(1).max())  # the one value that an accelerator is asked for
+def _gathered(hidden: Tensor, columns: Tensor, which: Tensor, most: int) -> Stored | None:
+    """Of tokens (batch, n) those marked in `which`, at most `most` of a sample; None without any."""
     if not most:
         return None
     index, real = compact_columns(which, most)
