@@ -14,6 +14,8 @@ import pytest
 from .checkpoints import save
 from .serving import A, B, C, D, Reference, Request, assert_equal, engine, serve
 
+pytestmark = pytest.mark.slow
+
 METHODS = [{"name": name, "keep_ratio": ratio} for name in ("divprune", "mmtok") for ratio in (0.25, 0.5)]
 LONG = " ".join(["what is in this picture ? who are you ?"] * 4)
 
