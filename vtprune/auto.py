@@ -35,8 +35,8 @@ _COVERAGE = Default(
 )
 _COVERAGE_OF_A_VIDEO = Default(
     {"name": "mmtok", "scope": "image"},
-    "coverage of question and image or whole video; first or second at every budget of the video results in "
-    "docs/results.md, and the highest accuracy at 25 % and 11 % in the image results",
+    "coverage of question and image or whole video; first or second of the methods at every budget of the video "
+    "results in docs/results.md, and the highest accuracy at 25 % and 11 % in the image results",
 )
 _DIVERSITY = Default(
     {"name": "divprune"},

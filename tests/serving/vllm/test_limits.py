@@ -7,13 +7,14 @@ import importlib.metadata
 import logging
 
 import pytest
+from transformers import LlamaConfig
 from vllm import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 
 import vtprune.serving.vllm as plugin
-from vtprune.errors import UnsupportedStageError
+from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 
 from .checkpoints import save
 from .serving import A, Request, engine, serve
@@ -59,3 +60,11 @@ def test_an_unknown_release_of_vllm_gets_a_warning_and_nothing_else(monkeypatch,
         plugin.register()
     assert (dict(ModelRegistry.models), dict(MODELS_CONFIG_MAP)) == before and not plugin.ORIGINALS
     assert "0.33" in caplog.text and "nothing is pruned" in caplog.text
+
+
+def test_a_server_of_a_model_that_cannot_be_pruned_does_not_start_with_the_setting(tmp_path):
+    LlamaConfig(architectures=["LlamaForCausalLM"], vocab_size=64).save_pretrained(tmp_path)
+    args = dict(model=str(tmp_path), dtype="float32", skip_tokenizer_init=True)
+    EngineArgs(**args).create_engine_config()
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
+        EngineArgs(**args, hf_overrides=METHOD).create_engine_config()

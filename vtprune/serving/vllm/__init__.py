@@ -41,13 +41,16 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vtprune.serving.vllm.limits import checking
+    from vtprune.serving.vllm.limits import checking, note, refuse
 
-    for architecture in ARCHITECTURES:
-        if architecture in ModelRegistry.models and architecture not in ORIGINALS:
-            ORIGINALS[architecture] = ModelRegistry.models[architecture]
+    if ORIGINALS:
+        return
+    for architecture, original in list(ModelRegistry.models.items()):
+        pruned = architecture in ARCHITECTURES
+        MODELS_CONFIG_MAP[architecture] = checking(MODELS_CONFIG_MAP.get(architecture), note if pruned else refuse)
+        if pruned:
+            ORIGINALS[architecture] = original
             ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")
-            MODELS_CONFIG_MAP[architecture] = checking(MODELS_CONFIG_MAP.get(architecture))
 
 
 def _release() -> tuple[int, ...]:

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from vtprune.errors import UnsupportedStageError
+from vtprune.errors import UnsupportedModelError, UnsupportedStageError
 from vtprune.serving.setting import KEY, ServerSetting
 
 _FOUND = "vtprune_excluded_by"
 """Name in the model's config, which the processor of requests sees, too."""
 
 
-def checking(original: Any) -> type:
+def checking(original: Any, look: Callable[[Any], None]) -> type:
     """A class for vLLM's `MODELS_CONFIG_MAP`, by which it lets an architecture look at the whole configuration.
 
-    original: the one that stood there, or None.
+    original: the one that stood there, or None. look: is given the configuration, too.
     """
 
     class Checks(original or object):
@@ -23,7 +24,7 @@ def checking(original: Any) -> type:
         def verify_and_update_config(vllm_config: Any) -> None:
             if original is not None:
                 original.verify_and_update_config(vllm_config)
-            note(vllm_config)
+            look(vllm_config)
 
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
@@ -31,6 +32,13 @@ def checking(original: Any) -> type:
                 original.verify_and_update_model_config(model_config)
 
     return Checks
+
+
+def refuse(vllm_config: Any) -> None:
+    """Raise UnsupportedModelError if a server of an architecture that cannot be pruned is asked to prune."""
+    config = vllm_config.model_config.hf_config
+    if getattr(config, KEY, None) is not None:
+        raise UnsupportedModelError(f"vtprune prunes no {' '.join(config.architectures or ['such model'])} in vLLM")
 
 
 def note(vllm_config: Any) -> None:
