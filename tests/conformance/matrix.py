@@ -43,7 +43,6 @@ def _has_its_turn(name: str, media: str, method: str) -> bool:
 
 UNSTEADY = (
     ("glm5_next", "video", "textmonkey"),  # chunks of its linear attention begin elsewhere in a padded batch: 1.1e-4
-    ("muse_spark", "image", "holitom"),  # it generates a marker, which the recompute takes for one of the prompt
 )
 """Cells that are not run, and why."""
 

@@ -16,6 +16,7 @@ import vtprune
 from vtprune.methods.base import InEncoder, InLLM
 from vtprune.methods.in_layers import InLayers
 from vtprune.testing import families
+from vtprune.testing.media import AUDIO
 from vtprune.testing.recompute import Merges, look, recompute, visual_columns
 from vtprune.testing.traces import back_ends, fingerprint
 from vtprune.transformers_private import CACHE, has_keys, keeps_prompt, key_sources, told_by_token
@@ -56,12 +57,17 @@ class Unpatched(NamedTuple):
     state: dict
 
 
+def placeholders(batch: families.Batch) -> list[int]:
+    """Ids that an answer must not have: models replace them, also where no medium is given."""
+    return [*batch.visual_ids, AUDIO]
+
+
 def generate(model, batch: families.Batch, inputs: dict[str, Tensor]):
     """Greedy; placeholders, which have no meaning in an answer, suppressed."""
     return model.generate(
         **inputs,
         max_new_tokens=NEW,
-        suppress_tokens=list(batch.visual_ids),
+        suppress_tokens=placeholders(batch),
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -132,7 +138,7 @@ def check_steps(run: Unpatched, sample: int, logits: Tensor, generated: Tensor, 
     """Every step of one sample's generation is the expected one."""
     torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0, msg=lambda m: f"sample {sample}: {m}")
     allowed = expected.clone()
-    allowed[:, list(run.batch.visual_ids)] = float("-inf")
+    allowed[:, placeholders(run.batch)] = float("-inf")
     assert generated.tolist() == allowed.argmax(-1).tolist()
 
 
