@@ -132,7 +132,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_where_nothing_is_set_vllm_is_untouched(name, folder, tmp_path):
     """Bit by bit, against an engine that loads no plug-in."""
     path, script = save(name, folder), tmp_path / "plain.py"

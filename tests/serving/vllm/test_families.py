@@ -11,6 +11,8 @@ from .serving import DEFAULT, A, B, C, D, Reference, Request, assert_equal, engi
 METHODS = ("uniform", "divprune", "mmtok", "pool", "random")
 OF_CLS = ("visionzip", "vispruner", "glsim", "vtc_cls")
 """They read layers of the encoder."""
+FIRST = ("llava", "qwen3_vl")
+"""What the run without slow tests has."""
 _ADDS_TEXT = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Their processors put text around an image."""
 
@@ -25,7 +27,9 @@ def requests(method) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CHECKPOINTS]
+)
 def test_answers_of_a_batch(name, folder):
     path = save(name, folder)
     reference = Reference(path)

@@ -16,7 +16,12 @@ METHODS = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.video])
+NAMES = [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.video]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "qwen3_vl" else [pytest.mark.slow]) for name in NAMES]
+)
 def test_answers_of_a_batch(name, folder):
     """Long and short videos, images and text in one batch, and both in one prompt."""
     path = save(name, folder)
