@@ -21,8 +21,11 @@ def spectrum(tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
 def test_loadings_are_those_of_the_whole_decomposition(tokens, dim):
     features = spectrum(tokens, dim)
     padded = torch.cat((features, torch.full((3, dim), 7.0)))
-    valid = torch.arange(tokens + 3) < tokens
-    found = loadings(padded[None], valid[None], 4)[0]
+    other = torch.randn(tokens + 3, dim, generator=torch.Generator().manual_seed(3))
+    both = loadings(torch.stack((padded, other)), torch.tensor([tokens, tokens + 3]), torch.tensor([4, 6]))
+    found = both[0, :, :4]
+    assert not both[0, :, 4:].any()
+    assert torch.equal(found[:tokens], loadings(features[None], torch.tensor([tokens]), torch.tensor([4]))[0])
     table = features.double().sigmoid().T
     expected = torch.linalg.svd(table - table.mean(0), full_matrices=False).Vh[:4].T.abs()
     torch.testing.assert_close(found[:tokens].double(), expected, rtol=1e-3, atol=1e-4)
@@ -69,4 +72,4 @@ def test_counts_meet_the_budget(data, sizes):
 
 def test_bad_numbers_are_refused():
     with pytest.raises(vtprune.VTPruneError, match="NaN"):
-        loadings(torch.full((1, 3, 2), torch.nan), torch.ones(1, 3, dtype=torch.bool), 1)
+        loadings(torch.full((1, 3, 2), torch.nan), torch.tensor([3]), torch.tensor([1]))

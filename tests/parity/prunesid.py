@@ -16,7 +16,8 @@ QWEN = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cl
 def steps(v: Vector, features, scores, total: int, k: int) -> None:
     """Groups, suppression and counts one by one; scores None: the loadings."""
     valid = torch.ones(features.shape[:2], dtype=torch.bool)
-    weights = loadings(features, valid, v["groups"])
+    lengths = valid.sum(1)
+    weights = loadings(features, lengths, torch.full_like(lengths, v["groups"]))
     loading, belong = weights.max(2)
     assert belong.tolist() == v["belong"].view(belong.shape).tolist()
     threshold = torch.as_tensor(v["threshold"]).view(-1).float()

@@ -44,7 +44,7 @@ class PruneSID(BeforeLLM):
         features = tokens[EncoderFeatures()] if has_cls else tokens.features
         total = host.budget + 1 if has_cls else host.budget
         components = (total // 4).clamp_min(1 if has_cls else 4)
-        weights = loadings(features, tokens.valid, int(components.max()) if len(components) else 1)
+        weights = loadings(features, host.lengths, components)
         there = torch.arange(weights.shape[2]) < components[:, None]
         weighed = weights.masked_fill(~send(there, weights.device)[:, None], -1.0)
         loading, belong = weighed.max(2)

@@ -11,35 +11,52 @@ from vtprune.devices import send
 # more than are asked for. It only needs products with the features.
 _STEPS = 8
 _MORE = 8
+# A component whose square is below this share of the strongest one's is a rounding error.
+_LEAST = 1e-5
 
 
-def loadings(features: Tensor, valid: Tensor, components: int) -> Tensor:
+def loadings(features: Tensor, lengths: Tensor, components: Tensor) -> Tensor:
     """How much each token weighs in each of the leading principal components (PruneSID, arXiv 2603.09480).
 
     Tokens are the variables and channels the observations: components are right singular vectors of the (dim, tokens)
     matrix of the sigmoid of the features, less each token's mean over channels. The reference draws its start at random
     and stops after two steps, so that its components differ from run to run; here the start is fixed, and the number of
-    steps is larger. Memory is that of the features.
+    steps is larger. Groups do not depend on each other. Memory is that of the features.
 
     Args:
-        features: ``(groups, tokens, dim)``.
-        valid: ``(groups, tokens)`` bool.
-        components: at least 1; beyond ``min(tokens, dim)`` there are none.
+        features: ``(groups, tokens, dim)``, with padding at the end.
+        lengths: ``(groups,)`` long on the CPU, number of valid tokens.
+        components: ``(groups,)`` long on the CPU, at least 1; beyond ``min(length, dim)`` a group has none,
+            and what is no more than a rounding error is none either.
 
     Returns:
-        ``(groups, tokens, min(components, tokens, dim))`` float32, at least 0, the strongest component first; 0 for
-        padding.
+        ``(groups, tokens, most components)`` float32, at least 0, the strongest component first; 0 for padding, and for
+        components that a group does not have.
 
     Raises:
         VTPruneError: a feature of a valid token is NaN or infinite.
     """
-    values = features.float().masked_fill(~valid.unsqueeze(2), 0.0)
+    groups, tokens, dim = features.shape
+    wanted = torch.minimum(components, lengths.clamp(max=dim)).tolist()
+    found = features.new_zeros(groups, tokens, max(wanted, default=0), dtype=torch.float32)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for group, key in enumerate(zip(lengths.tolist(), wanted, strict=True)):
+        alike.setdefault(key, []).append(group)
+    for (length, count), members in alike.items():
+        if count:
+            index = send(torch.tensor(members), features.device)
+            weights = _loadings(features[index, :length].float(), count)
+            found[index, :length, :count] = weights
+    return found
+
+
+def _loadings(values: Tensor, components: int) -> Tensor:
+    """`loadings` of ``(groups, tokens, dim)`` without padding."""
     require(values.isfinite().all(), "features hold NaN or infinite values: components are not defined on them")
     values = values.sigmoid()
     values = values - values.mean(2, keepdim=True)
     groups, tokens, dim = values.shape
     side = min(tokens, dim)
-    components = min(components, side)
     vectors = min(2 * components + _MORE, side)
     start = torch.randn(side, vectors, generator=torch.Generator().manual_seed(0))
     basis = send(start, values.device).expand(groups, -1, -1)
@@ -47,15 +64,26 @@ def loadings(features: Tensor, valid: Tensor, components: int) -> Tensor:
         products = values @ values.mT
         for _ in range(_STEPS):
             basis = torch.linalg.qr(products @ basis).Q
-        turn = torch.linalg.eigh(basis.mT @ (products @ basis)).eigenvectors
+        strength, turn = torch.linalg.eigh(basis.mT @ (products @ basis))
         weights = basis @ turn.flip(2)[..., :components]
-    else:
-        for _ in range(_STEPS):
-            basis = torch.linalg.qr(values.mT @ (values @ basis)).Q
-        seen = values @ basis
-        turn = torch.linalg.eigh(seen.mT @ seen).eigenvectors
-        weights = torch.nn.functional.normalize(seen @ turn.flip(2)[..., :components], dim=1)
-    return weights.abs().masked_fill(~valid.unsqueeze(2), 0.0)
+        return _of_some_strength(weights, strength)
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(values.mT @ (values @ basis)).Q
+    seen = values @ basis
+    strength, turn = torch.linalg.eigh(seen.mT @ seen)
+    weights = torch.nn.functional.normalize(seen @ turn.flip(2)[..., :components], dim=1)
+    return _of_some_strength(weights, strength)
+
+
+def _of_some_strength(weights: Tensor, strength: Tensor) -> Tensor:
+    """The sizes of (groups, tokens, components) weights, 0 where a component is no more than a rounding error.
+
+    strength: (groups, vectors), ascending, the squares of the singular values.
+    """
+    strength = strength.flip(1)
+    real = strength[:, : weights.shape[2]] > _LEAST * strength[:, :1]
+    # Rounded, so that tokens which are alike are equals whatever else is computed along with them.
+    return (weights.abs() * real.unsqueeze(1)).round(decimals=5)
 
 
 def mean_likeness(directions: Tensor, lengths: Tensor) -> Tensor:
