@@ -13,10 +13,13 @@ Scores
 
 Choices
     selection: the best tokens of each group. All methods that give scores.
-    coverage: greedy maximum coverage. MMTok.
+    coverage: greedy maximum coverage. MMTok, SCOPE.
     computed_covers: the table that coverage is chosen from, a few rows at a time. MMTok.
     diversity: greedy max-min diversity. DivPrune.
-    token_pairs: cosines of all pairs of tokens. DivPrune, CDPruner, VisPruner.
+    token_pairs: cosines of all pairs of tokens. DivPrune, CDPruner, VisPruner, SCOPE, MMR, PruneSID, FlashVID.
+    marginal_relevance: tokens that matter, and are unlike those chosen before. MMR.
+    run_budgets: a budget spread over runs of tokens. HoloV.
+    principal_groups: tokens grouped by principal components, without likes in a group. PruneSID.
     determinantal: greedy choice under a determinantal point process. CDPruner.
     duplicate_removal: the important tokens, and the least duplicated ones of the rest. VisPruner.
     pivot_tokens: the tokens least similar to pivot tokens. DART.
@@ -32,6 +35,7 @@ Merges
     window_merging: windows of the grid with similar tokens become one token each. MustDrop.
     contextual_merging: the tokens that are not dominant become contextual tokens. VisionZip.
     density_peaks: clusters around density peaks. HoliTom, FastVID, VisionZip, SparseVLM.
+    outlier_merging: each kept token gathers those with similar keys, and one token the rest. PruMerge, PruMerge+.
     token_recycling: clusters of dropped tokens. SparseVLM.
     inner_llm_merging: each dropped token goes into the most similar kept token. HoliTom.
     recoverable_compression: tokens kept by two scores, and the rest merged. Recoverable Compression.
@@ -48,7 +52,9 @@ Reductions between encoder layers
 Videos
     video_merging: merges a video over time and space. HoliTom.
     segmentation: cuts a video into segments with many still positions. HoliTom.
-    scene_cuts: cuts a video into scenes. FastVID.
+    scene_cuts: cuts a video into scenes. FastVID, FlashVID.
+    temporal_change: tokens that change from frame to frame, and frames compared in fours. DTD, DyCoke.
+    time_trees: trees over time of tokens that stay alike, and clusters of their roots. FlashVID.
     anchor_merging: salient tokens of each frame, and anchors of each scene. FastVID.
     frame_merging: merges similar frames. B-VLLM.
     frame_pooling: means of frames. FastVID, VidCom2.
