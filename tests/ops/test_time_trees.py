@@ -76,12 +76,15 @@ def test_a_mean_over_time_counts_everything_once_and_the_quirk_does_not():
     assert (totals[0] / sizes[0]).tolist() == [[1.5] * 4]
 
 
-@given(seed=st.integers(0, 99), quirks=st.booleans(), data=st.data())
-def test_frames_are_clustered_as_each_one_alone(seed, quirks, data):
+@settings(deadline=None)
+@given(seed=st.integers(0, 99), data=st.data())
+def test_frames_are_clustered_as_each_one_alone(seed, data):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(3, 12, 4, generator=generator)
     valid = torch.rand(3, 12, generator=generator) < 0.7
     clusters = torch.tensor([data.draw(st.integers(0, int(some.sum()))) for some in valid])
+    # With one or two clusters the quirk leaves several points equally dense, so that rounding decides.
+    quirks = not torch.isin(clusters, torch.tensor([1, 2])).any().item()
     centres, joined = cluster_frames(points, valid, clusters, reference_quirks=quirks)
     for frame in range(3):
         places = valid[frame].nonzero()[:, 0]
