@@ -24,7 +24,6 @@ import vtprune
 from vtprune import signals
 from vtprune.methods.base import BeforeLLM
 from vtprune.methods.glsim import ClsSimilarity
-from vtprune.methods.prumerge import WideAttention
 from vtprune.tokens import Grid, ModelShape, Selection, VisualTokens
 
 RECORD = Path(__file__).with_name("selection_indices.json")
@@ -126,7 +125,7 @@ class MadeUp:
 
     def _make(self, request: Any) -> Any:
         match request:
-            case signals.EncoderSaliency() | signals.AttentionReceived() | WideAttention():
+            case signals.EncoderSaliency() | signals.AttentionReceived():
                 return self._attention()
             case signals.ClsAttention(layers):
                 return self._attention(len(layers), ENCODER_HEADS)

@@ -8,6 +8,8 @@ from vtprune import VTPruneError
 from vtprune.ops import token_pairs
 from vtprune.ops.diversity import diversity_order as orders
 from vtprune.ops.diversity import max_min_diversity as masks
+from vtprune.ops.diversity import order_of_directions
+from vtprune.ops.selection import first_chosen
 
 
 def diversity_order(features, k):
@@ -90,3 +92,9 @@ def test_the_same_without_a_table_and_in_blocks(monkeypatch, elements, block):
     monkeypatch.setattr(token_pairs, "_TABLE_ELEMENTS", elements)
     monkeypatch.setattr(token_pairs, "_BLOCK", block)
     assert torch.equal(masks(*ragged()), expected)
+
+
+def test_weighted_tokens_are_chosen_once():
+    directions, everything = torch.ones(1, 4, 2) / 2**0.5, torch.ones(1, 4, dtype=torch.bool)
+    order = order_of_directions(directions, everything, 3, torch.tensor([[0.1, 0.9, 0.5, 0.0]]))
+    assert int(first_chosen(order, everything, torch.tensor([3])).sum()) == 3

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vtprune.ops.outlier_merging import even_steps, evenly_among, one_wide_head
+from vtprune.ops.outlier_merging import even_steps, one_wide_head
 
 
 def test_heads_become_one():
@@ -13,18 +11,6 @@ def test_heads_become_one():
     wide = (keys.flatten(1) @ queries.flatten()).div(32**0.5).softmax(-1)
     torch.testing.assert_close(one_wide_head(rows), wide)
     assert one_wide_head(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).isfinite().all()
-
-
-@given(data=st.data())
-def test_evenly(data):
-    flags = data.draw(st.lists(st.booleans(), min_size=1, max_size=40))
-    k = data.draw(st.integers(0, 45))
-    others = torch.tensor([flags])
-    marked = evenly_among(others, torch.tensor([k]))
-    assert int(marked.sum()) == min(k, sum(flags)) and not (marked & ~others).any()
-    ranks = (others.cumsum(1) - 1)[marked]
-    steps = ranks.diff()
-    assert not len(steps) or int(steps.max() - steps.min()) <= 1
 
 
 def test_strides():

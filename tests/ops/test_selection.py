@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.ops.selection import best_per_part, top_k_mask
+from vtprune.ops.selection import best_per_part, evenly_among, top_k_mask
 
 
 @st.composite
@@ -48,3 +48,15 @@ def test_the_best_of_every_part(parts, seed):
         own = [token for token in range(len(parts)) if parts[token] == part]
         best = sorted(own, key=lambda token: (-scores[token].item(), token))[:count]
         assert [token for token in own if keep[token]] == sorted(best)
+
+
+@given(data=st.data())
+def test_evenly(data):
+    flags = data.draw(st.lists(st.booleans(), min_size=1, max_size=40))
+    k = data.draw(st.integers(0, 45))
+    others = torch.tensor([flags])
+    marked = evenly_among(others, torch.tensor([k]))
+    assert int(marked.sum()) == min(k, sum(flags)) and not (marked & ~others).any()
+    ranks = (others.cumsum(1) - 1)[marked]
+    steps = ranks.diff()
+    assert not len(steps) or int(steps.max() - steps.min()) <= 1

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 import vtprune
 from vtprune.ops.density_peaks import density_peaks
-from vtprune.ops.time_trees import cluster_frames, grow_trees, merge_scenes, weighted_diversity
+from vtprune.ops.time_trees import cluster_frames, grow_trees, merge_scenes
 
 
 def still_video(frames: int, tokens: int, seed: int = 0, noise: float = 0.2) -> torch.Tensor:
@@ -53,23 +53,12 @@ def test_still_tokens_become_one_and_scenes_stay_apart():
 
 
 def test_a_mean_over_time_counts_everything_once_and_the_quirk_does_not():
-    features = torch.ones(3, 1, 4)
-    trees = grow_trees(
-        normalize(features, dim=2),
-        torch.ones(3, 1, dtype=torch.bool),
-        torch.zeros(3, dtype=torch.long),
-        torch.tensor([1]),
-        0.8,
-    )
+    features, scene_of = torch.ones(3, 1, 4), torch.zeros(3, dtype=torch.long)
+    directions, everything = normalize(features, dim=2), torch.ones(3, 1, dtype=torch.bool)
     # One token has to be left, and as many joins as are allowed less one happen.
+    trees = grow_trees(directions, everything, scene_of, torch.tensor([1]), 0.8)
     assert trees.child.sum().item() in (1, 2)
-    free = grow_trees(
-        normalize(features, dim=2),
-        torch.ones(3, 1, dtype=torch.bool),
-        torch.zeros(3, dtype=torch.long),
-        torch.tensor([0]),
-        0.8,
-    )
+    free = grow_trees(directions, everything, scene_of, torch.tensor([0]), 0.8)
     totals, sizes = free.sums(features)
     assert (totals[0] / sizes[0]).tolist() == [[1.0] * 4]
     totals, sizes = free.sums(features, reference_quirks=True)
@@ -92,12 +81,6 @@ def test_frames_are_clustered_as_each_one_alone(seed, data):
         assert centres[frame].nonzero()[:, 0].tolist() == places[expected].tolist()
         if len(expected):
             assert joined[frame, places].tolist() == places[expected[assigned]].tolist()
-
-
-def test_diverse_tokens_are_chosen_once():
-    directions = torch.ones(1, 4, 2) / 2**0.5
-    keep = weighted_diversity(directions, torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.tensor([3]))
-    assert int(keep.sum()) == 3
 
 
 def test_bad_numbers_are_refused():

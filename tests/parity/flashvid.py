@@ -3,8 +3,9 @@ import torch
 from torch.nn.functional import normalize
 
 from vtprune.ops.density_peaks import density_peaks, merge_clusters
+from vtprune.ops.diversity import order_of_directions
 from vtprune.ops.scene_cuts import scenes
-from vtprune.ops.time_trees import merge_scenes, weighted_diversity
+from vtprune.ops.time_trees import merge_scenes
 
 from . import Vector, close, handles, same
 
@@ -37,7 +38,9 @@ def videos(v: Vector) -> None:
         salient, merged = zeros + v["adts_per_frame"], zeros + v["merged_per_frame"]
         if length == 1 and v["merged_per_frame"]:
             weights = attention * (features @ features.mean(1)[..., None])[..., 0] if by_scene else attention
-            places = weighted_diversity(normalize(features, dim=2), weights, salient)[0].nonzero()[:, 0]
+            everything = torch.ones_like(weights, dtype=torch.bool)
+            order = order_of_directions(normalize(features, dim=2), everything, v["adts_per_frame"], weights)
+            places = order[0].sort().values
             same(places, v["adts_idx"][first])
             centres, joined = density_peaks(features[0], v["merged_per_frame"], reference_quirks=True)
             found += rows(places, features[0, places], first * tokens)

@@ -12,34 +12,19 @@ from torch import Tensor
 
 from vtprune.devices import read, send
 from vtprune.methods.base import BeforeLLM
-from vtprune.ops.outlier_merging import gather_around, one_wide_head, place_of_rest
+from vtprune.ops.outlier_merging import gather_around, one_wide_head
 from vtprune.ops.outliers import above_quartiles
 from vtprune.ops.selection import top_k_mask
-from vtprune.signals import EncoderKeys, EncoderSignal
-from vtprune.signals.encoder import EncoderRecord, EncoderView, Taps
+from vtprune.signals import EncoderKeys, EncoderSaliency
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
-class WideAttention(EncoderSignal):
-    """(groups, tokens): attention of the CLS query as if all heads were one; where the encoder has no CLS token, what
-    each token receives, the mean over heads and queries. Where several patches become one visual token: their mean."""
+class WideAttention(EncoderSaliency):
+    """(groups, tokens): `EncoderSaliency`, with the CLS query's attention as if all heads were one."""
 
-    layer: int
-    """0-based encoder layer."""
-
-    def taps(self, shape: ModelShape) -> Taps:
-        return Taps(cls_rows=(self.layer,)) if shape.has_cls else Taps(received=(self.layer,))
-
-    def substitute(self, shape: ModelShape) -> str | None:
-        return None if shape.has_cls else f"no CLS token; attention received in encoder layer {self.layer} instead"
-
-    def read_encoded(self, view: EncoderView) -> Tensor:
-        def by_token(record: EncoderRecord) -> Tensor:
-            own = view.shape.has_cls
-            return (one_wide_head(record.rows[self.layer]) if own else record.received[self.layer])[..., None]
-
-        return view.per_token(by_token)[..., 0]
+    def of_heads(self, rows: Tensor) -> Tensor:
+        return one_wide_head(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +83,8 @@ class PruMerge(BeforeLLM):
         # A group that keeps all, or just one token, has no mean of a rest.
         count = kept.sum(1)
         with_rest = (count < tokens.lengths) & (send(self._room(tokens), count.device) > 0)
-        place = place_of_rest(attention, kept, tokens.valid).unsqueeze(1)
+        # The most salient token that is not kept, the first of equals.
+        place = attention.float().masked_fill(kept | ~tokens.valid, -torch.inf).argmax(1, keepdim=True)
         at = place.unsqueeze(2).expand(-1, 1, features.shape[2])
         own = torch.where(with_rest[:, None, None], rest.unsqueeze(1), features.gather(1, at))
         features = torch.where((count == tokens.lengths)[:, None, None], tokens.features, features.scatter(1, at, own))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vtprune.methods.prumerge import PruMerge
-from vtprune.ops.outlier_merging import even_steps, evenly_among
-from vtprune.ops.selection import top_k_mask
+from vtprune.ops.outlier_merging import even_steps
+from vtprune.ops.selection import evenly_among, top_k_mask
 from vtprune.tokens import VisualTokens
 
 

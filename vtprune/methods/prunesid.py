@@ -45,9 +45,7 @@ class PruneSID(BeforeLLM):
         total = host.budget + 1 if has_cls else host.budget
         components = (total // 4).clamp_min(1 if has_cls else 4)
         weights = loadings(features, host.lengths, components)
-        there = torch.arange(weights.shape[2]) < components[:, None]
-        weighed = weights.masked_fill(~send(there, weights.device)[:, None], -1.0)
-        loading, belong = weighed.max(2)
+        loading, belong = weights.max(2)
 
         directions = directions_of(features, tokens.valid)
         scores = tokens[EncoderSaliency(tokens.shape.feature_layer)] if has_cls else loading

@@ -15,7 +15,7 @@ Choices
     selection: the best tokens of each group. All methods that give scores.
     coverage: greedy maximum coverage. MMTok, SCOPE.
     computed_covers: the table that coverage is chosen from, a few rows at a time. MMTok.
-    diversity: greedy max-min diversity. DivPrune.
+    diversity: greedy max-min diversity. DivPrune, FlashVID.
     token_pairs: cosines of all pairs of tokens. DivPrune, CDPruner, VisPruner, SCOPE, MMR, PruneSID, FlashVID.
     marginal_relevance: tokens that matter, and are unlike those chosen before. MMR.
     run_budgets: a budget spread over runs of tokens. HoloV.

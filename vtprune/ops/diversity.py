@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy max-min diversity (DivPrune): a subset whose two closest tokens are far apart."""
+"""Greedy max-min diversity (DivPrune, FlashVID): a subset whose two closest tokens are far apart."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ def diversity_order(features: Tensor, valid: Tensor, k: int) -> Tensor:
     """
     directions = directions_of(features, valid)
     require(directions.isfinite().all(), "features hold NaN or infinite values: distances are not defined on them")
+    return order_of_directions(directions, valid, k)
+
+
+def order_of_directions(directions: Tensor, valid: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    """:func:`diversity_order` of ``(groups, tokens, dim)`` unit vectors, which are finite.
+
+    weights: ``(groups, tokens)`` float, what the distance of each token to the chosen ones is multiplied with, as in
+        FlashVID (arXiv 2602.08024); by default nothing.
+    """
     order = torch.zeros(len(valid), k, dtype=torch.long, device=valid.device)
     if not order.numel():
         return order
@@ -24,7 +33,8 @@ def diversity_order(features: Tensor, valid: Tensor, k: int) -> Tensor:
     # Distance to the nearest chosen token. Before the first choice: distance to the nearest other token.
     nearest = (1 - pairs.largest(valid)).masked_fill(~valid, -torch.inf)
     for step in range(k):
-        chosen = nearest.argmax(1)
+        ranked = nearest if weights is None else (nearest * weights).masked_fill(nearest.isneginf(), -torch.inf)
+        chosen = ranked.argmax(1)
         order[:, step] = chosen
         distances = 1 - pairs.row(chosen)
         # A chosen token has -inf, which ``minimum`` keeps. So it is never chosen again, even among duplicates.

@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.devices import send
-
 
 def one_wide_head(rows: Tensor) -> Tensor:
     """The attention of all heads as if they were one, from the attention of each.
@@ -40,22 +38,6 @@ def even_steps(counts: Tensor, lengths: Tensor, tokens: int) -> Tensor:
     place, length = torch.arange(tokens, device=counts.device), lengths.unsqueeze(1)
     behind = place < torch.where(stride == 1, length, length - 1)
     return (place % stride == 0) & behind & (counts > 0).unsqueeze(1)
-
-
-def evenly_among(others: Tensor, counts: Tensor) -> Tensor:
-    """Mark ``counts[g]`` of the tokens ``others`` of each group, spread evenly over them.
-
-    Args:
-        others: ``(groups, tokens)`` bool.
-        counts: ``(groups,)`` long, at least 0; more than there are marks all.
-
-    Returns:
-        ``(groups, tokens)`` bool.
-    """
-    number = others.sum(1, keepdim=True)
-    counts = torch.minimum(send(counts, others.device).unsqueeze(1), number)
-    before = others.cumsum(1) * counts // number.clamp_min(1)
-    return others & (before > (others.cumsum(1) - 1) * counts // number.clamp_min(1))
 
 
 def gather_around(
@@ -113,8 +95,3 @@ def gather_around(
         merged = torch.where(real, merged.to(features.dtype), features.gather(1, at))
         features = features.scatter(1, at, merged)
     return features, rest.to(features.dtype)
-
-
-def place_of_rest(weights: Tensor, kept: Tensor, valid: Tensor) -> Tensor:
-    """``(groups,)`` long: the token of largest weight among those that are not kept, the first of equals."""
-    return send(weights.float().masked_fill(kept | ~valid, -torch.inf).argmax(1), valid.device)

@@ -38,7 +38,7 @@ def loadings(features: Tensor, lengths: Tensor, components: Tensor) -> Tensor:
     """
     groups, tokens, dim = features.shape
     wanted = torch.minimum(components, lengths.clamp(max=dim)).tolist()
-    found = features.new_zeros(groups, tokens, max(wanted, default=0), dtype=torch.float32)
+    found = features.new_zeros(groups, tokens, max(1, *wanted), dtype=torch.float32)
     alike: dict[tuple[int, int], list[int]] = {}
     for group, key in enumerate(zip(lengths.tolist(), wanted, strict=True)):
         alike.setdefault(key, []).append(group)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vtprune.devices import send
+from vtprune.ops.selection import best_per_part, top_k_mask
 
 
 def runs_of(valid: Tensor, count: int) -> Tensor:
@@ -77,17 +78,11 @@ def best_of_runs(
     rank = shares.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     counts += rank < (budget - counts.sum(1)).unsqueeze(1)
 
-    # The place of each token among those of its run, the most salient one first.
-    order = saliency.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    by_run = order.gather(1, runs.gather(1, order).argsort(dim=1, stable=True))
-    sorted_runs = runs.gather(1, by_run)
-    place = torch.arange(valid.shape[1], device=valid.device).expand_as(by_run)
-    first = torch.full_like(counts, valid.shape[1]).scatter_reduce(1, sorted_runs, place, "amin")
-    within = torch.zeros_like(by_run).scatter(1, by_run, place - first.gather(1, sorted_runs))
-    # Padding comes last in its run, since it is the least salient.
-    keep = (within < counts.gather(1, runs)) & valid
+    # The runs of all groups as parts of one group; padding is a part of its own, which keeps nothing.
+    group = torch.arange(len(runs), device=runs.device).unsqueeze(1)
+    parts = (group * count + runs).masked_fill(~valid, counts.numel())
+    of_parts = torch.cat((counts.flatten(), counts.new_zeros(1)))
+    keep = best_per_part(saliency.flatten(), parts.flatten(), of_parts).view_as(valid)
     if reference_quirks:
         return keep
-    missing = (budget - keep.sum(1)).unsqueeze(1)
-    left = (valid & ~keep).gather(1, order)
-    return keep.scatter(1, order, keep.gather(1, order) | (left & (left.cumsum(1) <= missing)))
+    return keep | top_k_mask(saliency, valid & ~keep, budget - keep.sum(1))

@@ -41,6 +41,22 @@ def first_chosen(order: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
     return torch.zeros_like(valid, dtype=torch.long).scatter_add(1, order, chosen.long()) > 0
 
 
+def evenly_among(others: Tensor, counts: Tensor) -> Tensor:
+    """Mark ``counts[g]`` of the tokens ``others`` of each group, spread evenly over them.
+
+    Args:
+        others: ``(groups, tokens)`` bool.
+        counts: ``(groups,)`` long, at least 0; more than there are marks all.
+
+    Returns:
+        ``(groups, tokens)`` bool.
+    """
+    number = others.sum(1, keepdim=True)
+    counts = torch.minimum(send(counts, others.device).unsqueeze(1), number)
+    before = others.cumsum(1) * counts // number.clamp_min(1)
+    return others & (before > (others.cumsum(1) - 1) * counts // number.clamp_min(1))
+
+
 def best_per_part(scores: Tensor, parts: Tensor, counts: Tensor) -> Tensor:
     """Mark the best tokens of every part of one group; a part is for example a frame of a video.
 

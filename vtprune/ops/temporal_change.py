@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 from vtprune.devices import send
 from vtprune.ops.largest_remainder import share_out
 from vtprune.ops.segmentation import temporal_similarity
-from vtprune.ops.selection import top_k_mask
+from vtprune.ops.selection import evenly_among, top_k_mask
 
 
 def changed(features: Tensor, threshold: float) -> Tensor:
@@ -25,12 +25,6 @@ def changed(features: Tensor, threshold: float) -> Tensor:
     return torch.cat((first, temporal_similarity(features) <= threshold))
 
 
-def _evenly(counts: Tensor, positions: int) -> Tensor:
-    """``(frames, positions)`` bool: as many tokens of each frame as ``(frames,)`` counts say, at an even stride."""
-    place, counts = torch.arange(positions, device=counts.device), counts.unsqueeze(1)
-    return (place + 1) * counts // positions > place * counts // positions
-
-
 def most_changed(features: Tensor, k: int) -> Tensor:
     """The tokens that differ most from the frame before, about equally many in each frame but the first.
 
@@ -44,7 +38,7 @@ def most_changed(features: Tensor, k: int) -> Tensor:
     """
     frames, positions, _ = features.shape
     first = min(k, positions)
-    keep = send(_evenly(torch.tensor([first]), positions), features.device)
+    keep = evenly_among(torch.ones_like(features[:1, :, 0], dtype=torch.bool), torch.tensor([first]))
     if frames == 1:
         return keep
     counts = share_out(torch.full((frames - 1,), positions), k - first)
@@ -84,6 +78,7 @@ def compared_in_fours(features: Tensor, counts: Tensor) -> Tensor:
     number = torch.arange(len(features))
     base = send(torch.where(number % 4 == 2, number - 2, number - number % 2), features.device)
     likeness = cosine_similarity(features.float(), features[base].float(), dim=-1)
-    evenly = send(_evenly(counts, features.shape[1]), features.device)
+    everything = torch.ones_like(features[..., 0], dtype=torch.bool)
+    evenly = evenly_among(everything, counts)
     scores = torch.where(send(number % 4 == 0, features.device).unsqueeze(1), evenly.float(), -likeness)
-    return top_k_mask(scores, torch.ones_like(evenly), counts)
+    return top_k_mask(scores, everything, counts)

@@ -10,43 +10,12 @@ from torch.nn.functional import normalize
 from vtprune.checks import require
 from vtprune.devices import send
 from vtprune.ops.density_peaks import scaled_distances
+from vtprune.ops.diversity import order_of_directions
 from vtprune.ops.largest_remainder import apportion
 from vtprune.ops.selection import first_chosen, top_k_mask
-from vtprune.ops.token_pairs import Pairs
 
 # Number of frames whose tokens are compared at a time. A table of the pairs of a frame is the largest tensor in memory.
 _BLOCK_FRAMES = 16
-
-
-def weighted_diversity(directions: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """Choose tokens of each frame that weigh much and are far from those chosen before (FlashVID, arXiv 2602.08024).
-
-    Distance is one minus the cosine. Each step takes the token with the largest weight times its distance to the
-    nearest chosen token; the first step, to the nearest other token. Of equal values the lowest index is taken.
-
-    Args:
-        directions: ``(frames, tokens, dim)`` unit vectors.
-        weights: ``(frames, tokens)`` float32.
-        counts: ``(frames,)`` long on the CPU, tokens to choose of each frame, at most all.
-
-    Returns:
-        ``(frames, tokens)`` bool.
-    """
-    steps, everything = int(counts.max()), torch.ones_like(weights, dtype=torch.bool)
-    order = torch.zeros(len(weights), steps, dtype=torch.long, device=weights.device)
-    if not steps:
-        return ~everything
-    pairs = Pairs(directions)
-    # A single token has no other one: any distance does.
-    nearest = (1 - pairs.largest(everything)).clamp_max(2)
-    chosen_before = torch.zeros_like(everything)
-    for step in range(steps):
-        chosen = (nearest * weights).masked_fill(chosen_before, -torch.inf).argmax(1)
-        order[:, step] = chosen
-        chosen_before.scatter_(1, chosen.unsqueeze(1), True)
-        distances = 1 - pairs.row(chosen)
-        nearest = torch.minimum(nearest, distances) if step else distances
-    return first_chosen(order, everything, counts)
 
 
 class Trees(NamedTuple):
@@ -59,13 +28,12 @@ class Trees(NamedTuple):
 
     def roots(self) -> Tensor:
         """``(frames, tokens)`` long: flat index of the root of each token's tree."""
-        tokens = self.child.shape[1]
         itself = torch.arange(self.child.numel(), device=self.child.device).view(self.child.shape)
         found = [itself[0]]
         for frame in range(1, len(itself)):
             above = found[-1].gather(0, self.parent[frame])
             found.append(torch.where(self.child[frame], above, itself[frame]))
-        return torch.stack(found) if tokens else itself
+        return torch.stack(found)
 
     def sums(self, features: Tensor, *, reference_quirks: bool = False) -> tuple[Tensor, Tensor]:
         """Sums of the features of each root's tree, and how many tokens they are of.
@@ -223,7 +191,9 @@ def merge_scenes(
         means = torch.stack([part.float().mean((0, 1)) for part in features.split(lengths.tolist())])
         means = means[send(scene_of, device)]
         weights = weights * (features.float() @ means.unsqueeze(2)).squeeze(2)
-    kept = weighted_diversity(directions, weights, salient)
+    everything = torch.ones_like(weights, dtype=torch.bool)
+    order = order_of_directions(directions, everything, int(salient.max()), weights)
+    kept = first_chosen(order, everything, salient)
     free = ~kept
     per_scene = torch.zeros_like(lengths).index_add_(0, scene_of, merged)
     least = per_scene + torch.zeros_like(lengths).index_add_(0, scene_of, salient)

@@ -163,10 +163,14 @@ class EncoderSaliency(EncoderSignal):
 
     def read_encoded(self, view: EncoderView) -> Tensor:
         def by_token(record: EncoderRecord) -> Tensor:
-            values = record.rows[self.layer].mean(1) if view.shape.has_cls else record.received[self.layer]
+            values = self.of_heads(record.rows[self.layer]) if view.shape.has_cls else record.received[self.layer]
             return values[..., None]
 
         return view.per_token(by_token)[..., 0]
+
+    def of_heads(self, rows: Tensor) -> Tensor:
+        """(crops, heads, tokens), the CLS query's attention -> (crops, tokens)."""
+        return rows.mean(1)
 
 
 @dataclass(frozen=True)
