@@ -135,10 +135,11 @@ def needs_grid(name: str) -> bool:
     return any(part.needs_grid for part in parts(_ALL[name]))
 
 
-def reads_encoder(name: str, *, layers: bool, features: bool) -> bool:
+def reads_encoder(name: str, *, layers: bool, features: bool, has_cls: bool) -> bool:
     """Whether it reads what the encoder's layers compute, or what the projector reads."""
-    signals = [signal for part in parts(_ALL[name]) for signal in part.signals(_SHAPE)]
-    taps = [signal.taps(_SHAPE) for signal in signals if isinstance(signal, EncoderSignal)]
+    shape = replace(_SHAPE, has_cls=has_cls)
+    signals = [signal for part in parts(_ALL[name]) for signal in part.signals(shape)]
+    taps = [signal.taps(shape) for signal in signals if isinstance(signal, EncoderSignal)]
     of_layers = any(tap.cls_rows or tap.received or tap.keys or tap.outputs for tap in taps)
     return (layers and of_layers) or (features and any(tap.projector_input for tap in taps))
 
