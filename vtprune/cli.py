@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from vtprune.cli_errors import plain_errors
+from vtprune.demo.command import demo
 from vtprune.errors import ConfigError
 
 app = typer.Typer(
@@ -336,3 +337,6 @@ def compare(
             typer.echo(f"only in {folder}: {', '.join(names)}")
     if compared.worse:
         raise typer.Exit(1)
+
+
+app.command()(plain_errors(demo))

@@ -41,17 +41,23 @@ def dropped_boxes(view: View, kept: Iterable[int], height: float) -> Iterator[Bo
 
 def draw_kept(view: View, pictures: Sequence[Image.Image], kept: Iterable[int]) -> Image.Image:
     """What the encoder saw, and the same with dropped patches dimmed: beside it, or below it if that is wide."""
-    whole = side_by_side(pictures)
-    dark, dimmed = ImageEnhance.Brightness(whole).enhance(_DIM), whole.copy()
-    for left, top, width, height in dropped_boxes(view, kept, whole.height):
-        box = (round(left), round(top), round(left + width), round(top + height))
-        dimmed.paste(dark.crop(box), box)
+    whole, dimmed = side_by_side(pictures), draw_dimmed(view, pictures, kept)
     wide = whole.width > 1.5 * whole.height
     across, down = (0, whole.height + _GAP) if wide else (whole.width + _GAP, 0)
     both = Image.new("RGB", (whole.width + across, whole.height + down), "white")
     both.paste(whole, (0, 0))
     both.paste(dimmed, (across, down))
     return both
+
+
+def draw_dimmed(view: View, pictures: Sequence[Image.Image], kept: Iterable[int]) -> Image.Image:
+    """What the encoder saw, pictures side by side, with dropped patches dimmed."""
+    whole = side_by_side(pictures)
+    dark, dimmed = ImageEnhance.Brightness(whole).enhance(_DIM), whole.copy()
+    for left, top, width, height in dropped_boxes(view, kept, whole.height):
+        box = (round(left), round(top), round(left + width), round(top + height))
+        dimmed.paste(dark.crop(box), box)
+    return dimmed
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
