@@ -57,7 +57,7 @@ def folder_page(path: Path) -> str:
 
 def methods_page() -> str:
     """The API reference of all methods."""
-    from vtprune.methods import catalogue
+    from vtprune import catalogue
 
     classes = (catalogue.load(name) for name in catalogue.CLASSES)
     entries = (f"::: {method.__module__}.{method.__name__}\n    options: {{members: false}}\n" for method in classes)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vtprune.methods import catalogue
+from vtprune import catalogue
 from vtprune.methods.base import Method
 from vtprune.support import why_not
 from vtprune.testing import families

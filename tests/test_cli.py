@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line as a user meets it: what it prints, and how it fails."""
 
+import os
 import re
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def test_a_command_without_its_extra_names_the_extra(arguments, module, tmp_path
 
 def test_importing_the_library_imports_neither_plots_nor_evaluation_nor_the_command_line():
     unwanted = "{'matplotlib', 'typer', 'lmms_eval', 'vtprune.eval'}"
-    script = f"import sys, vtprune; print({unwanted} & set(sys.modules) or 'none')"
+    script = f"import sys; from vtprune import prune; print({unwanted} & set(sys.modules) or 'none')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "none"
 
@@ -193,6 +194,30 @@ def test_shells_complete(monkeypatch):
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     result = invoke("--show-completion", "bash")
     assert result.exit_code == 0 and "COMPLETE=complete_bash" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["--help"], {}, "Prune visual tokens"),
+        (["run", "--help"], {}, "Answer one question"),
+        (["--version"], {}, f"vtprune {vtprune.__version__}"),
+        ([], {"_VTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "vtprune ben", "COMP_CWORD": "1"}, "bench"),
+    ],
+)
+def test_help_version_and_completion_wait_for_no_torch(arguments, environment, expected):
+    code = (
+        "import sys\n"
+        f"sys.argv = ['vtprune', *{arguments}]\n"
+        "try:\n"
+        "    import vtprune.__main__\n"
+        "finally:\n"
+        "    print({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules) or 'none', file=sys.stderr)"
+    )
+    variables = os.environ | {"COLUMNS": "200"} | environment
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+    assert (result.returncode, result.stderr.strip()) == (0, "none")
+    assert expected in result.stdout
 
 
 def test_a_folder_of_results_that_is_not_there():

@@ -112,6 +112,6 @@ def test_the_architecture_page_names_what_is_there():
         places = (root / file, root / "vtprune" / file, root / "vtprune" / "stages" / file)
         assert any(place.exists() for place in places), f"{file} is not there"
     names = set(re.findall(r"`([A-Z][A-Za-z]+)`", page))
-    known = {*vars(vtprune), *vars(vtprune.signals), "SequenceLayout"}
+    known = {*dir(vtprune), *vars(vtprune.signals), "SequenceLayout"}
     assert names <= known, names - known
     assert names >= {"InEncoder", "BeforeLLM", "InLLM", "CutOnce", "Staged", "Progressive", "Reviving", "AfterPrefill"}

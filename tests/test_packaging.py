@@ -144,7 +144,7 @@ def test_import_is_light(tmp_path):
     code = (
         "import sys, torch, transformers\n"
         "before = set(sys.modules)\n"
-        "import vtprune\n"
+        "from vtprune import prune\n"
         "print(*sorted(set(sys.modules) - before - set(sys.stdlib_module_names)))"
     )
     modules = python(code, tmp_path)

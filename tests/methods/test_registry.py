@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import ast
 import dataclasses
+import importlib
 import inspect
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from typing import ClassVar
 import pytest
 
 import vtprune
+from vtprune import catalogue
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods import build_methods, catalogue
+from vtprune.methods import build_methods
 from vtprune.tokens import ModelShape
 
 SHAPE = ModelShape(encoder_layers=24, decoder_layers=32, feature_layer=22, has_cls=True)
@@ -129,11 +131,40 @@ def test_type_checkers_see_every_method_of_the_catalogue():
         vtprune.DivPrun  # noqa: B018
 
 
+def test_type_checkers_see_what_is_exported():
+    """What `vtprune/__init__.py` imports for type checkers is what it hands out, and whence."""
+    tree = ast.parse(inspect.getsource(vtprune))
+    seen = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module.startswith("vtprune.")]
+    imports = {alias.name: node.module for node in seen for alias in node.names if alias.asname is None}
+    del imports["*"]
+    assert imports.keys() == set(vtprune.__all__) - set(catalogue.CLASSES.values())
+    for name, module in imports.items():
+        assert getattr(vtprune, name) is getattr(importlib.import_module(module), name)
+        assert vtprune._MODULES[name] == module.removeprefix("vtprune.")
+
+
+def test_modules_need_no_import_of_their_own():
+    code = (
+        "import vtprune\n"
+        "print(vtprune.signals.EncoderFeatures.__module__, vtprune.ops.__name__, hasattr(vtprune, 'nowhere'))\n"
+        "print({'signals', 'DivPrune', 'prune', '__version__'} <= set(dir(vtprune)), 'import_module' in dir(vtprune))\n"
+        "from vtprune import *\n"
+        "print(Report.__name__, DivPrune.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:3] == [
+        "vtprune.signals.encoder vtprune.ops False",
+        "True False",
+        "Report DivPrune",
+    ]
+
+
 def test_a_method_is_imported_when_it_is_asked_for():
-    """`import vtprune` loads no method, so its time does not grow with their number."""
+    """`vtprune.prune` loads no method, so its time does not grow with their number."""
     code = (
         "import sys, vtprune\n"
         "def loaded(): return {name for name in sys.modules if name.startswith('vtprune.methods.')}\n"
+        "vtprune.prune\n"
         "first = loaded()\n"
         "print(*sorted(first))\n"
         "print(*{'pydantic', 'rich', 'typer', 'vtprune.config', 'vtprune.eval'} & set(sys.modules))\n"
@@ -143,7 +174,7 @@ def test_a_method_is_imported_when_it_is_asked_for():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, heavy, asked = result.stdout.split("\n")[:3]
-    shared = ("base", "catalogue", "in_layers", "schedules")
+    shared = ("base", "in_layers", "schedules")
     assert first.split() == [f"vtprune.methods.{name}" for name in shared]
     assert asked.split() == ["vtprune.methods.divprune", "vtprune.methods.fastv"]
     assert heavy == ""

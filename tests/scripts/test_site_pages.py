@@ -61,7 +61,7 @@ def test_nothing_is_read_from_a_network(site):
 
 @pytest.mark.slow
 def test_the_reference_has_every_method(site):
-    from vtprune.methods import catalogue
+    from vtprune import catalogue
 
     text = (site / "reference" / "methods.html").read_text(encoding="utf-8")
     missing = [name for name, cls in catalogue.CLASSES.items() if f'id="vtprune.methods.{name}.{cls}"' not in text]

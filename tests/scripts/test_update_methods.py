@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vtprune.methods import catalogue
+from vtprune import catalogue
 
 SCRIPT = "update_methods"
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtprune import catalogue
 from vtprune.errors import BudgetError, ConfigError
-from vtprune.methods import catalogue
 from vtprune.methods.base import BeforeLLM, Method
 from vtprune.plugins import load_plugins
 
 if TYPE_CHECKING:
-    from vtprune.methods.catalogue import *  # noqa: F403 (the methods are also exported from here)
+    from vtprune.catalogue import *  # noqa: F403 (the methods are also exported from here)
 else:
 
     def __getattr__(name: str) -> type[Method]:
