@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -172,10 +172,11 @@ class Adapter(LayerStates, Pictures, ABC):
         """
         # Of four rows the first one is for masks alone; the others are the axes of M-RoPE.
         has_text_row = positions.ndim == 3 and len(positions) == 4
-        return rotary_embedding(self.language_model, layer, hidden, positions[1:] if has_text_row else positions)
+        positions = positions[1:] if has_text_row else positions
+        return rotary_embedding(self.language_model, self.rope_kinds[layer], hidden, positions)
 
     @functools.cached_property
-    def rope_kinds(self) -> Sequence[Hashable]:
+    def rope_kinds(self) -> Sequence[Any]:
         """Of each decoder layer; those of one kind are handed the same rotations at the same positions."""
         return [rotation_kind(self.language_model.config, layer) for layer in range(len(self.decoder_layers))]
 

@@ -44,7 +44,7 @@ class HunYuanVL(Adapter):
 
     def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         # Four rows are four axes; none is for masks.
-        return rotary_embedding(self.language_model, layer, hidden, positions)
+        return rotary_embedding(self.language_model, self.rope_kinds[layer], hidden, positions)
 
     def encoder_sequences(self, kind: str, inputs: Mapping[str, Any]) -> list[int]:
         return [rows * columns for _, rows, columns in inputs["image_grid_thw"].tolist()]

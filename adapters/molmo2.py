@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +43,7 @@ class Molmo2(Adapter):
         return None if types is None else torch.where(types == 1, 0, -1)
 
     @property
-    def rope_kinds(self) -> Sequence[Hashable]:
+    def rope_kinds(self) -> Sequence[Any]:
         return self.language_model.rope_types
 
     def rope(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:

@@ -16,7 +16,7 @@ from vtprune.cost.mixers.latent_attention import Facts, LatentAttention, facts_b
 from vtprune.cost.mixers.mamba2 import Mamba2
 from vtprune.cost.mixers.nothing import Nothing
 from vtprune.cost.mixers.short_conv import ShortConv
-from vtprune.transformers_private import key_sources, layer_config, layer_type
+from vtprune.transformers_private import key_sources, layer_config, layer_kinds
 
 _GATED = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Model types whose attention has a gate, beside those with the delta rule."""
@@ -104,7 +104,7 @@ def _shapes(config: Any, layers: int) -> list[LayerShape]:
         more = others + 2 * d * narrow  # to the experts' width, and back
         return LayerShape(d, mixer, m, gates, matrices, more, narrow, visual_m)
 
-    kinds = [layer_type(config, layer) for layer in range(layers)]
+    kinds = layer_kinds(config, layers)
     experts = [False] * layers if mixed is None else _has_experts(config, layers)
     shares = [source != layer for layer, source in enumerate(key_sources(config, layers))]
     facts = facts_by_layer(config, kinds) if is_latent else [None] * layers
@@ -130,7 +130,7 @@ def _lone_parts(config: Any, layers: int) -> list[LayerShape]:
         "mlp": LayerShape(d, Nothing(), m=config.intermediate_size, gates=0, matrices=2),
         "moe": LayerShape(d, Nothing(), gates=config.n_routed_experts, matrices=2, **moe),
     }
-    return [shapes[layer_type(config, layer)] for layer in range(layers)]
+    return [shapes[kind] for kind in layer_kinds(config, layers)]
 
 
 def _other_weights(config: Any, layer: int) -> int:

@@ -54,10 +54,8 @@ class CacheLayout(PerSample):
         if self.real is None and real is None:
             joined = None
         else:
-            known = real if real is not None else self.real
-            old = self.real if self.real is not None else known.new_ones(len(known), past)
-            new = real if real is not None else known.new_ones(len(known), length)
-            joined = torch.cat([old, new.to(old.device)], 1)
+            old = real.new_ones(len(real), past) if self.real is None else self.real
+            joined = pad(old, (0, length), value=True) if real is None else torch.cat([old, real.to(old.device)], 1)
         if shift is not None and self.shift is not None:
             shift = self.shift + shift
         return CacheLayout(dropped=self.dropped + dropped, real=joined, shift=self.shift if shift is None else shift)

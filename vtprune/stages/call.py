@@ -20,7 +20,7 @@ from vtprune.ops.seeded_random import text_key
 from vtprune.stages.cache import CacheLayout, Owner, PrunedLayer, pruned_layers, wrap_cache
 from vtprune.stages.layout import Groups, SequenceLayout, counted_from, last_axis, take_columns
 from vtprune.stages.media import Media
-from vtprune.transformers_private import Cache, layer_mask, layer_type
+from vtprune.transformers_private import Cache, layer_kinds, layer_mask, layer_type
 
 
 @dataclass
@@ -333,7 +333,7 @@ class Call:
         it cannot know all they depend on."""
         if self.blocks is None:
             return self.padding_mask(0)
-        kinds = [layer_type(self.text_config, layer) for layer in range(len(self.adapter.decoder_layers))]
+        kinds = layer_kinds(self.text_config, len(self.adapter.decoder_layers))
         masks = {kind: self.mask_at(kinds.index(kind), hidden) for kind in kinds}
         return masks if len(masks) > 1 or self.masks_by_type else masks[kinds[0]]
 

@@ -25,6 +25,7 @@ from vtprune.transformers_private import (
     Cache,
     ask_for_all_rows,
     by_name,
+    layer_kinds,
     layer_mask,
     layer_type,
     rotates_by_position_alone,
@@ -101,12 +102,11 @@ class Continuation:
         kind, shifts = self.adapter.rope_kinds[i], [self.shifts[i]]
         if rotates_by_position_alone(self.config):
             shifts = list({id(shift): shift for shift in self.shifts}.values())[1:]
-        size = (*self.positions.shape[:-2], len(hidden), self.length)
-        places = [_moved_back(self.positions, shift).to(hidden.device).expand(size) for shift in shifts]
-        if len(places) == 1:
-            ropes = [self.adapter.rope(i, hidden, places[0])]
-        else:
-            ropes = _parted(self.adapter.rope(i, hidden, torch.cat(places, -2)), len(shifts))
+        none = torch.zeros_like(next(shift for shift in self.shifts if shift is not None))
+        moved = torch.stack([none if shift is None else shift for shift in shifts]).to(self.positions.device)
+        places = (self.positions.unsqueeze(-3) - moved).clamp(min=0)
+        ropes = self.adapter.rope(i, hidden, places.flatten(-3, -2).to(hidden.device))
+        ropes = [ropes] if len(shifts) == 1 else _parted(ropes, len(shifts))
         self.memo |= {("rope", kind, id(shift)): rope for shift, rope in zip(shifts, ropes, strict=True)}
 
 
@@ -168,8 +168,8 @@ def go_on(
     if padded or uneven:
         # Layers that have stored the same columns see the same ones.
         states = [(id(layer.layout), layer.physical) for layer in layers]
-        types = [layer_type(config, i) for i in range(len(layers))]
-        masks = [None if s == states[0] else ("mask", kind, *s) for kind, s in zip(types, states, strict=True)]
+        kinds = layer_kinds(config, len(layers))
+        masks = [None if s == states[0] else ("mask", kind, *s) for kind, s in zip(kinds, states, strict=True)]
         if length > 1:
             ask_for_all_rows(kwargs)
     if padded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,10 +49,14 @@ _ALONE_KINDS = frozenset({"mlp", "moe"})
 
 def layer_type(config: Any, layer: int) -> str:
     """Kind of a decoder layer, as transformers names it: "full_attention", "linear_attention", ..."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return types[layer]
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return layer_kinds(config, layer + 1)[layer]
+
+
+def layer_kinds(config: Any, layers: int) -> Sequence[str]:
+    """`layer_type` of the first so many decoder layers."""
+    if types := getattr(config, "layer_types", None):
+        return types[:layers]
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * layers
 
 
 def layer_config(config: Any, layer: int) -> Any:
@@ -66,7 +71,7 @@ def state_kinds(config: Any, layers: int) -> list[str]:
 
     Raises UnsupportedModelError if a layer is of a kind that is not known.
     """
-    kinds = {layer_type(config, layer) for layer in range(layers)} - ATTENTION_KINDS
+    kinds = set(layer_kinds(config, layers)) - ATTENTION_KINDS
     if kinds & _STATE_KINDS:  # without these, nobody has tried what is in such models
         kinds -= _ALONE_KINDS
     if strange := sorted(kinds - _STATE_KINDS - {_INDEXED, _WHOLE_PROMPT}):
@@ -89,7 +94,7 @@ def key_sources(config: Any, layers: int) -> list[int]:
     if (sources := getattr(config, "kv_source_layers", None)) is not None:
         return list(sources)
     own = layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    kinds = [layer_type(config, layer) for layer in range(layers)]
+    kinds = layer_kinds(config, layers)
     last = {kind: layer for layer, kind in enumerate(kinds[:own])}
     return [layer if layer < own else last[kind] for layer, kind in enumerate(kinds)]
 
@@ -110,7 +115,7 @@ def longest_prunable(config: Any, layers: int) -> int | None:
     sequence that has been cut.
     """
     limits = []
-    if any(layer_type(config, layer) == "chunked_attention" for layer in range(layers)):
+    if "chunked_attention" in layer_kinds(config, layers):
         limits.append(config.attention_chunk_size)
     if getattr(config, "attn_temperature_tuning", False):
         limits.append(int(config.floor_scale) - 1)

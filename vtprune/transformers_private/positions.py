@@ -12,18 +12,18 @@ from vtprune.transformers_private.capture import parameters
 from vtprune.transformers_private.layers import layer_type
 
 
-def rotary_embedding(decoder: nn.Module, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+def rotary_embedding(decoder: nn.Module, rotation: tuple[str, bool], hidden: Tensor, positions: Tensor) -> Any:
     """What a decoder hands one of its layers as `position_embeddings` at positions ([axes,] batch, n).
 
-    hidden: gives the device and dtype. Usually cos and sin, (batch, n, rotary dim) each. Some models rotate each kind
-    of layer in its own way; None for a layer that rotates nothing (NoPE).
+    rotation: the layer's `rotation_kind`. hidden: gives the device and dtype. Usually cos and sin, (batch, n, rotary
+    dim) each. Some models rotate each kind of layer in its own way; None for a layer that rotates nothing (NoPE).
     """
     embedding = getattr(decoder, "rotary_emb", None)
     if embedding is None:
         raise UnsupportedModelError(
             f"a {type(decoder).__name__} has no rotary position embedding, so it cannot be pruned"
         )
-    kind, rotates = rotation_kind(decoder.config, layer)
+    kind, rotates = rotation
     if not rotates:
         return None
     return (
