@@ -6,41 +6,33 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from PIL import Image
+
+from vtprune.testing.vllm_server import Server, serving
 
 from .checkpoints import CHECKPOINTS
 from .serving import DEFAULT, STEPS, Request
 
 
-@dataclass(frozen=True)
-class Server:
-    address: str
-    process: psutil.Process
+class Asked(Server):
+    """A server, and what tests ask it."""
 
     def chat(self, request: Request, **more: Any) -> dict[str, Any]:
         """The answer to a request. Raises urllib.error.HTTPError for any but 200."""
-        with self._open("/v1/chat/completions", body(request) | more) as reply:
+        with self.open("/v1/chat/completions", body(request) | more) as reply:
             return json.load(reply)
 
     def stream(self, request: Request, tokens: int = STEPS) -> Iterator[dict[str, Any]]:
         """The parts of an answer of so many tokens, as they come; the last one says how many there were."""
         more = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": tokens}
-        with self._open("/v1/chat/completions", body(request) | more) as reply:
+        with self.open("/v1/chat/completions", body(request) | more) as reply:
             for line in reply:
                 text = line.decode().removeprefix("data: ").strip()
                 if text and text != "[DONE]":
@@ -54,92 +46,48 @@ class Server:
             return error.code, json.load(error)["error"]["message"]
         raise AssertionError("the request was not refused")
 
-    def metrics(self) -> dict[str, float]:
-        """Name with labels -> value."""
-        with self._open("/metrics") as reply:
-            lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
-
-    def metric(self, name: str) -> float:
-        return sum(value for key, value in self.metrics().items() if key.split("{")[0] == name)
-
-    def blocks(self) -> int:
-        """How many blocks the KV cache has."""
-        (info,) = (key for key in self.metrics() if key.startswith("vllm:cache_config_info"))
-        found = re.search(r'num_gpu_blocks="(\d+)"', info)
-        assert found
-        return int(found[1])
-
     def memory(self) -> int:
         """Bytes that its processes have in memory, without what they share with others."""
-        processes = [self.process, *self.process.children(recursive=True)]
-        return sum(process.memory_full_info().uss for process in processes)
-
-    def _open(self, path: str, data: Mapping[str, Any] | None = None) -> Any:
-        content = None if data is None else json.dumps(data).encode()
-        asked = urllib.request.Request(self.address + path, content, {"Content-Type": "application/json"})
-        return urllib.request.urlopen(asked, timeout=300)
+        return sum(process.memory_full_info().uss for process in self.processes())
 
 
 def body(request: Request) -> dict[str, Any]:
     """A request as OpenAI's interface writes it, greedy."""
     parts: list[dict[str, Any]] = []
-    images = iter(request.images)
+    images, videos = iter(request.images), iter(request.videos)
     names = iter(request.more.get("uuids", []))
-    for index, text in enumerate(request.text.split("{image}")):
-        if index:
-            image = {"type": "image_url", "image_url": {"url": data_url(next(images))}}
+    for piece in filter(None, re.split(r"({image}|{video})", request.text)):
+        if piece == "{image}":
+            image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + encoded(next(images))}}
             parts.append(image | ({"uuid": name} if (name := next(names, None)) else {}))
-        if text:
-            parts.append({"type": "text", "text": text})
+        elif piece == "{video}":
+            frames = ",".join(encoded(Image.fromarray(frame)) for frame in next(videos))
+            parts.append({"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + frames}})
+        else:
+            parts.append({"type": "text", "text": piece})
     asked = {"temperature": 0, "max_tokens": STEPS, "ignore_eos": True, "return_token_ids": True, "logprobs": True}
     kwargs = {} if request.method is DEFAULT else {"mm_processor_kwargs": {"vtprune": request.method}}
     return {"messages": [{"role": "user", "content": parts}]} | asked | kwargs
 
 
-def data_url(image: Image.Image) -> str:
+def encoded(image: Image.Image) -> str:
+    """As PNG, which loses nothing; vLLM takes frames of a video so, too, under the name of JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 @contextmanager
-def server(path: Path, *options: str, log: Path) -> Iterator[Server]:
+def server(path: Path, *options: str, log: Path) -> Iterator[Asked]:
     """A server of a checkpoint that listens on the loopback address. log: where it writes what it says."""
-    template = log.with_suffix(".jinja")  # the text as it comes, as a session is given it
-    template.write_text(
+    template, checkpoint = log.with_suffix(".jinja"), CHECKPOINTS[path.name]
+    template.write_text(  # the text as it comes, as a session is given it
         "{% for message in messages %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
-        f"{{% else %}}{CHECKPOINTS[path.name].image}{{% endif %}}{{% endfor %}}{{% endfor %}}"
+        f"{{% elif part.type == 'image' %}}{checkpoint.image}{{% else %}}{checkpoint.video}{{% endif %}}"
+        "{% endfor %}{% endfor %}"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--block-size", "32", "--max-num-seqs", "8", "--seed", "0"]
-    command += ["--chat-template", str(template), "--chat-template-content-format", "openai"]
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=os.environ)
-        found = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
-        try:
-            _wait(found, process, log)
-            yield found
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait(found: Server, process: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode}: {log.read_text()[-4000:]}")
-        try:
-            found._open("/health").close()
-            return
-        except urllib.error.URLError:
-            time.sleep(0.5)
-    raise TimeoutError(log.read_text()[-4000:])
+    own = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32", "--seed", "0"]
+    own += ["--max-num-seqs", "8", "--media-io-kwargs", '{"video": {"fps": 2.0}}']  # as `clip` makes them
+    own += ["--chat-template", str(template), "--chat-template-content-format", "openai"]
+    with serving(path, [*own, *options], log) as found:
+        yield Asked(found.address, found.process)

@@ -21,7 +21,7 @@ from vtprune.testing.media import VOCABULARY
 from .checkpoints import CHECKPOINTS
 
 STEPS = 8
-_VIDEOS = {"count": 2, "num_frames": 8, "width": 48, "height": 48}
+VIDEOS = {"count": 2, "num_frames": 8, "width": 48, "height": 48}
 """What memory is measured with."""
 DEFAULT = object()
 """A request that says nothing of pruning."""
@@ -85,9 +85,8 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(path)
 
-    @torch.no_grad()
-    def answer(self, request: Request, default: Mapping[str, Any] | None = None) -> Answer:
-        method = default if request.method is DEFAULT else request.method
+    def inputs(self, request: Request) -> Any:
+        """What transformers' processor makes of it."""
         media: dict[str, Any] = {}
         if request.images:
             media["images"] = list(request.images)
@@ -96,7 +95,12 @@ class Reference:
             if CHECKPOINTS[self.name].times:
                 media["video_metadata"] = [_metadata(video) for video in request.videos]
                 media["do_sample_frames"] = False
-        inputs = self.processor(text=request.written(self.name), return_tensors="pt", **media)
+        return self.processor(text=request.written(self.name), return_tensors="pt", **media)
+
+    @torch.no_grad()
+    def answer(self, request: Request, default: Mapping[str, Any] | None = None) -> Answer:
+        method = default if request.method is DEFAULT else request.method
+        inputs = self.inputs(request)
         prunes = method is not None and request.visual
         with vtprune.prune(self.model, method) if prunes else nullcontext():
             output = self.model.generate(
@@ -117,7 +121,7 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
         enforce_eager=True,
         seed=0,
         block_size=32,
-        limit_mm_per_prompt={"image": 4} | ({"video": _VIDEOS} if CHECKPOINTS[path.name].video else {}),
+        limit_mm_per_prompt={"image": 4} | ({"video": VIDEOS} if CHECKPOINTS[path.name].video else {}),
         max_num_seqs=8,
         max_logprobs=-1,
         enable_prefix_caching=True,

@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoProcessor
 
-from vtprune.testing.media import IMAGE
+from vtprune.testing.media import IMAGE, VIDEO
 
-from .checkpoints import CHECKPOINTS, save
+from .checkpoints import save
 from .server import server
-from .serving import A, Answer, B, C, D, Reference, Request
+from .serving import VIDEOS, A, Answer, B, C, D, Reference, Request, clip
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +25,7 @@ DEFAULT_METHOD = {"name": "divprune", "keep_ratio": 0.5}
 CAP = 0.8
 METHODS = [{"name": name, "keep_ratio": ratio} for name in ("divprune", "mmtok", "pool") for ratio in (0.25, 0.5)]
 CLIENTS = 16
+LIMITS = json.dumps({"image": 4, "video": VIDEOS})
 LONG = 32
 """Tokens of an answer that goes on while something is looked up."""
 TIE = 1e-3
@@ -45,14 +45,18 @@ BAD = [
 
 
 def texts() -> list[Request]:
-    """Requests that all differ: three sizes of images, two images in a prompt, and text alone."""
+    """Requests that all differ: three sizes of images, videos, several of them in a prompt, and text alone."""
     asked = []
     for method in METHODS:
         for image in (A, B, D):
             asked += [
                 Request(f"look : {{image}} {text}", [image], method) for text in ("who is this ?", "what is this ?")
             ]
-        asked.append(Request("compare {image} and {image} which one is bigger ?", [B, C], method))
+        asked += [
+            Request("compare {image} and {image} which one is bigger ?", [B, C], method),
+            Request("look : {video} what is this ?", method=method, videos=[clip(8)]),
+            Request("{image} and {video} who is this ?", [A], method, videos=[clip(4, 30, 60)]),
+        ]
     asked += [Request("look : {image} who is this ?", [A]), Request("{image} and {image} who are you ?", [C, C])]
     return [*asked, Request("who are you ?"), Request("what is the original picture ?")]
 
@@ -72,7 +76,7 @@ def expected(path):
 @pytest.fixture(scope="module")
 def served(path, tmp_path_factory):
     setting = json.dumps({"vtprune": DEFAULT_METHOD | {"max_keep_ratio": CAP}})
-    options = ["--hf-overrides", setting, "--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image":4,"video":0}']
+    options = ["--hf-overrides", setting, "--trust-request-mm-kwargs", "--limit-mm-per-prompt", LIMITS]
     with server(path, *options, log=tmp_path_factory.mktemp("server") / "log") as found:
         yield found
 
@@ -123,13 +127,12 @@ def test_mixed_requests_of_many_clients(served, path, expected):
 
 def check_counters(served, path, requests, answers):
     """What `/metrics` says is what the images have, and what the prompts do not."""
-    processor = AutoProcessor.from_pretrained(path)
+    reference = Reference(path)
     seen = dropped = 0
     for request, answer in zip(requests, answers, strict=True):
-        if request.images:
-            text = request.text.format(image=CHECKPOINTS[NAME].image)
-            ids = processor(text=text, images=list(request.images))["input_ids"][0]
-            seen += list(ids).count(IMAGE)
+        if request.visual:
+            ids = reference.inputs(request)["input_ids"][0].tolist()
+            seen += ids.count(IMAGE) + ids.count(VIDEO)
             dropped += len(ids) - answer["usage"]["prompt_tokens"]
     found = {name: served.metric(f"vtprune:tokens_{name}_total") for name in ("seen", "kept", "dropped")}
     assert found == {"seen": seen, "kept": seen - dropped, "dropped": dropped}
@@ -166,7 +169,7 @@ def test_a_request_takes_the_blocks_of_the_tokens_that_are_left(served):
         method = {"name": "divprune", "keep_ratio": ratio}
         parts = served.stream(Request("{image} {image} {image} {image} who is this ?", [D] * 4, method), LONG)
         first = next(parts)
-        used = served.metric("vllm:kv_cache_usage_perc") * (served.blocks() - 1)
+        used = served.metric("vllm:kv_cache_usage_perc") * served.cache()[0]
         (usage,) = [part["usage"] for part in (first, *parts) if part.get("usage")]
         prompt = usage["prompt_tokens"]
         assert abs(used - round(used)) < 1e-3
