@@ -16,7 +16,14 @@ from vtprune.errors import VTPruneError
 
 _COLUMNS = MOST_METHODS + 2
 """The full answer, the methods, and what a person chose."""
-_HEADERS = ["", "visual tokens", "average over layers", "prefill GFLOPs of the LLM", "KV cache MB", "ms to first token"]
+_HEADERS = [
+    "",
+    "tokens in the last layer",
+    "average over layers",
+    "prefill GFLOPs of the LLM",
+    "KV cache MB",
+    "ms to first token",
+]
 _QUESTION = "How many digits are there?"
 _EXPIRES = 3600
 """Seconds after which the server forgets what an idle page shows."""
@@ -34,11 +41,14 @@ class _Column:
 
     def __init__(self, number: int):
         with gr.Column(min_width=240, visible=False) as self.frame:
+            self.title = gr.Markdown()
+            # Nothing may lie on the picture: what is under it could not be clicked.
             self.picture = gr.Image(
                 type="pil",
                 format="png",
                 interactive=False,
-                buttons=["fullscreen"],
+                show_label=False,
+                buttons=[],
                 elem_classes=["vtprune-picture"],
                 elem_id=f"vtprune-picture-{number}",
             )
@@ -46,21 +56,26 @@ class _Column:
             with gr.Accordion("Python and YAML", open=False):
                 self.python = gr.Code(language="python", interactive=False, label="Python")
                 self.yaml = gr.Code(language="yaml", interactive=False, label="YAML")
-        self.components = [self.frame, self.picture, self.text, self.python, self.yaml]
+        self.components = [self.frame, self.title, self.picture, self.text, self.python, self.yaml]
 
 
 def _column_values(comparison: Comparison, outcome: Outcome, answer: Answer | Refused | None) -> list[Any]:
     """Values for `_Column.components`."""
-    hidden = gr.update(visible=False)
     if answer is None:
-        return [hidden, None, "", "", ""]
-    sheet, shown = outcome.prompt.sheet, gr.update(visible=True)
+        return [gr.update(visible=False), "", None, "", "", ""]
+    sheet, visible, title = outcome.prompt.sheet, gr.update(visible=True), f"**{_title(answer)}**"
     if isinstance(answer, Refused):
-        return [shown, gr.update(value=None, label=answer.name), f"refused: {answer.why}", "", ""]
+        return [visible, title, None, f"refused: {answer.why}", "", ""]
     drawn = None if sheet is None else sheet.draw(answer.kept)
     text = "\n".join([answer.text, *(f"note: {note}" for note in answer.notes)])
-    code = (as_python(comparison, outcome, answer), as_yaml(answer))
-    return [shown, gr.update(value=drawn, label=answer.name), text, *code]
+    return [visible, title, drawn, text, as_python(comparison, outcome, answer), as_yaml(answer)]
+
+
+def _title(answer: Answer | Refused) -> str:
+    """The name of an answer; for "auto" with the method behind it."""
+    spec = answer.spec if isinstance(answer, Answer) else None
+    chosen = spec["name"] if isinstance(spec, dict) else answer.name
+    return answer.name if chosen == answer.name else f"{answer.name}: {chosen}"
 
 
 def _rows(outcome: Outcome) -> list[list[str]]:
@@ -70,7 +85,7 @@ def _rows(outcome: Outcome) -> list[list[str]]:
         if isinstance(answer, Answer):
             n = answer.numbers
             flops, kv = f"{n.prefill_flops / 1e9:.4g}", f"{n.kv_bytes / 1e6:.4g}"
-            rows.append([answer.name, str(n.tokens), f"{n.average:.1f}", flops, kv, f"{n.seconds * 1e3:.1f}"])
+            rows.append([_title(answer), str(n.tokens), f"{n.average:.1f}", flops, kv, f"{n.seconds * 1e3:.1f}"])
     return rows
 
 
@@ -85,7 +100,7 @@ def build_page(comparison: Comparison) -> gr.Blocks:
     """The page of one model."""
     kinds = " or a clip" if "video" in comparison.kinds else ""
     media = [kind for kind in ("image", "video") if kind in comparison.kinds]
-    with gr.Blocks(title="vtprune demo", analytics_enabled=False) as page:
+    with gr.Blocks(title="vtprune demo", fill_width=True, analytics_enabled=False) as page:
         outcome = gr.State(None, time_to_live=_EXPIRES)
         gr.Markdown("# vtprune\nWhat is left of a picture, and what the model answers then.")
         with gr.Row():
@@ -109,7 +124,7 @@ def build_page(comparison: Comparison) -> gr.Blocks:
         with gr.Row():
             columns = [_Column(number) for number in range(_COLUMNS)]
         gr.Markdown("Dark tokens are gone. Click on one, in any picture, to take it away or bring it back.")
-        numbers = gr.Dataframe(headers=_HEADERS, interactive=False, wrap=True, label="cost", elem_id="vtprune-cost")
+        numbers = gr.Dataframe(headers=_HEADERS, interactive=False, label="cost", elem_id="vtprune-cost")
         link = gr.Textbox(
             label="link to this setting", info="what you uploaded is not in it", interactive=False, buttons=["copy"]
         )

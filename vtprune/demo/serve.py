@@ -39,10 +39,11 @@ def serve(source: Source, host: str, port: int | None, max_new_tokens: int, **la
         UnsupportedModelError: the model cannot be pruned.
     """
     check_gradio()
+    comparison = Comparison.open(source, max_new_tokens)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # or Gradio tells its makers that it runs
     from vtprune.demo.page import LOOK, build_page
 
-    page = build_page(Comparison.open(source, max_new_tokens)).queue(max_size=_WAITING)
+    page = build_page(comparison).queue(max_size=_WAITING)
     try:
         page.launch(
             server_name=host,

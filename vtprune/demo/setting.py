@@ -70,6 +70,7 @@ class Setting:
     def of_query(cls, query: str) -> Setting:
         """The setting of a link. Raises ConfigError if a part is missing, unknown, given twice or out of its range."""
         given = parse_qs(query, keep_blank_values=True)
+        given = {key: values for key, values in given.items() if not key.startswith("__")}  # "__theme" is Gradio's
         for key in given.keys() - {"question", "method", "keep_ratio", "example", "tokens"}:
             raise ConfigError(f"the link has an unknown part {key!r}")
         tokens = _single(given, "tokens")

@@ -29,6 +29,9 @@ class Limits:
 
 LIMITS = Limits()
 
+_CLIPS = "mov,matroska,avi,mpegts,mpeg,ogg"
+"""Containers that hold their frames themselves. Playlists would name other files of this machine, and addresses."""
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -88,11 +91,11 @@ def _check_clip(path: Path, limits: Limits) -> None:
     import av
 
     try:
-        with av.open(path) as container:
+        with av.open(path, options={"format_whitelist": _CLIPS}) as container:
             stream = container.streams.video[0]
             width, height = stream.width, stream.height
             frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    except (OSError, IndexError, av.FFmpegError) as error:
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         raise ConfigError("the file is neither an image nor a clip that can be read") from error
     _check_size(width, height, limits)
     if frames > limits.frames or frames * width * height > limits.clip_pixels:
