@@ -58,7 +58,8 @@ GENERAL = _DIVERSITY
 
 def is_auto(method: MethodLike) -> bool:
     """Whether a method is left to the library: "auto", or a mapping with that name."""
-    return method == AUTO or (isinstance(method, Mapping) and method.get("name") == AUTO)
+    name = method.get("name") if isinstance(method, Mapping) else method
+    return isinstance(name, str) and name == AUTO
 
 
 def default_for(model: nn.Module) -> Default:

@@ -73,7 +73,7 @@ class YamlFile:
         self.path = Path(path)
         try:
             text = self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no text, or no path
             reason = error.strerror if isinstance(error, OSError) else "not a text file"
             raise ConfigError(f"{self.path}: cannot be read: {reason}") from error
         try:

@@ -33,3 +33,12 @@ class ConfigError(VTPruneError):
 
 class NothingPrunedError(VTPruneError):
     """Pruning was asked for, visual tokens came, and none was dropped (raised only when `strict=True`)."""
+
+
+def shown(value: object) -> str:
+    """A value as an error message gives it: its repr, at most 200 characters of it; its type if it has no repr."""
+    try:
+        text = repr(value)
+    except Exception:  # of a huge integer, or of an object whose own code fails
+        return f"something of the type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -3,26 +3,41 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from vtprune.errors import ConfigError
+
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are no pictures, are torn, or are far too large."""
 
 
 def load_picture(path: Path) -> Image.Image:
     """Read an RGB image from a file. It is turned upright by its EXIF orientation, and 16 bits a channel become 8.
 
-    Raises ConfigError if the file cannot be read.
+    Raises ConfigError if the file cannot be read, or if how bright its values are is not known: floating-point numbers,
+    or more than 16 bits.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
-    except (OSError, UnidentifiedImageError) as error:
+        # Not from the path: Pillow then maps TIFF files into memory, and turns them twice.
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: not a readable image") from error
     if picture.mode.startswith("I"):  # a plain conversion would clip values above 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    return picture.convert("RGB")
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ConfigError(f"{path}: more than 16 bits a channel; save the picture with 8 or 16")
+        picture = Image.fromarray((values // 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise ConfigError(f"{path}: floating-point numbers; save the picture with 8 or 16 bits a channel")
+    try:
+        return picture.convert("RGB")
+    except ValueError as error:
+        raise ConfigError(f"{path}: pictures of the mode {picture.mode} are not known") from error
 
 
 def check_target(path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from PIL import Image, ImageFile
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks.base import Kind, file_digest
+from vtprune.show import UNREADABLE
 
 _SMALL = (64, 64)
 """JPEG files are decoded at about this size to check them, which takes a part of the time."""
@@ -73,7 +73,7 @@ def _read(path: Path, kind: Kind, changed: int, size: int) -> tuple[str | None, 
     """As `_looked`; a file that changes while the process runs is read again."""
     try:
         return (_read_picture if kind == "image" else _read_video)(path), None
-    except (ConfigError, OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):
+    except (ConfigError, *UNREADABLE):
         return None, f"not a readable {'picture' if kind == 'image' else 'video'}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune import catalogue
-from vtprune.errors import BudgetError, ConfigError
+from vtprune.errors import BudgetError, ConfigError, shown
 from vtprune.methods.base import BeforeLLM, Method
 from vtprune.plugins import load_plugins
 
@@ -85,8 +85,12 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> M
         name = spec.name
         cls, fields = type(spec), {f.name for f in dataclasses.fields(spec)}
     else:
+        if not isinstance(spec, (str, Mapping)):
+            raise ConfigError(f"expected a method, its name or a mapping with 'name', got {shown(spec)}")
         given = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"the name of a method is a string, got {shown(name)} in {shown(spec)}")
         _load_entry_points()
         if name == AUTO:
             raise ConfigError(
@@ -95,11 +99,12 @@ def build_method(spec: Method | str | Mapping[str, Any], **parameters: Any) -> M
             )
         found = _find_method(name)
         if found is None:
-            raise ConfigError(f"unknown method {name!r}: {nearest(str(name), list_methods())}")
+            raise ConfigError(f"unknown method {shown(name)}: {nearest(name, list_methods())}")
         cls, fields = found, {f.name for f in dataclasses.fields(found)}
     for key in (*given, *parameters):
         if key not in fields:
-            raise ConfigError(f"{name}: unknown parameter {key!r}: {nearest(key, fields)}")
+            known = nearest(key if isinstance(key, str) else "", fields)
+            raise ConfigError(f"{name}: unknown parameter {shown(key)}: {known}")
     if isinstance(spec, Method):
         return dataclasses.replace(spec, **parameters)
     return cls(**given | parameters)
@@ -121,7 +126,7 @@ def build_methods(spec: MethodLike, **parameters: Any) -> list[Method]:
     if isinstance(spec, (str, Mapping, Method)):
         return [build_method(spec, **parameters)]
     if not isinstance(spec, Sequence) or not spec:
-        raise ConfigError(f"expected a method, its name, a mapping with 'name' or a list of those, got {spec!r}")
+        raise ConfigError(f"expected a method, its name, a mapping with 'name' or a list of those, got {shown(spec)}")
     if parameters:
         raise ConfigError(f"{', '.join(parameters)}: give each method of a list its own budget and parameters")
     methods = [build_method(item) for item in spec]

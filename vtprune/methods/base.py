@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtprune import budget
 from vtprune.checks import Condition, asked_together, read_with_conditions, require, require_all
-from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError, VTPruneError
+from vtprune.errors import BudgetError, ConfigError, UnsupportedStageError, VTPruneError, shown
 from vtprune.ops.selection import top_k_mask
 from vtprune.tokens import ModelShape, Selection, VisualTokens
 
@@ -92,7 +92,7 @@ class Method(ABC):
             except ValidationError as error:
                 kind = BudgetError if name in ("keep_ratio", "keep_tokens") else ConfigError
                 first = error.errors()[0]
-                raise kind(f"{self.name}: {name}={getattr(self, name)!r}: {first['msg']}") from None
+                raise kind(f"{self.name}: {name}={shown(getattr(self, name))}: {first['msg']}") from None
         if self.keep_ratio is not None and self.keep_tokens is not None:
             raise BudgetError(f"{self.name}: give keep_ratio or keep_tokens, not both")
 
