@@ -181,10 +181,10 @@ def _cells():
 
 
 def samples_alone(name: str, method: str, attention: str, samples: int) -> range:
-    """Samples that run alone, too: all with the first back end, and with the second one of them, in turns."""
+    """Samples that run alone, too: with the first back end all, unless the family is kindred; else one, in turns."""
     if method == "dart" and name in COUNT_PADDING:
         return range(0)
-    if attention == "sdpa":
+    if attention == "sdpa" and name not in families.KINDRED:
         return range(samples)
     one = turn(name, method) % samples
     return range(one, one + 1)
