@@ -25,6 +25,7 @@ OPTIONS = {
     "compile_mm_encoder": dict(compilation_config={"compile_mm_encoder": True}),
     "cudagraph_mm_encoder": dict(compilation_config={"cudagraph_mm_encoder": True}),
     "mm_encoder_tp_mode='data'": dict(mm_encoder_tp_mode="data", tensor_parallel_size=2),
+    "video_pruning_rate": dict(video_pruning_rate=0.5),
 }
 
 

@@ -74,5 +74,8 @@ def excluding(vllm_config: Any) -> str:
         "mm_encoder_tp_mode='data': each rank encodes other images than those it chooses tokens of": (
             multimodal is not None and multimodal.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1
         ),
+        "video_pruning_rate: vLLM drops tokens of videos by a method of its own": (
+            multimodal is not None and multimodal.is_multimodal_pruning_enabled()
+        ),
     }
     return "; ".join(reason for reason, present in reasons.items() if present)
