@@ -13,14 +13,17 @@ RELEASE := .venv-$(TRANSFORMERS)
 # The environment with vLLM, whose versions exclude those of the other ones.
 VLLM := .venv-vllm
 
-.PHONY: quickstart test test-newest test-release test-vllm lint docs lock
+# The environment with Gradio, which takes no pillow as new as the locked one.
+DEMO := .venv-demo
+
+.PHONY: quickstart test test-newest test-release test-vllm test-demo lint docs lock
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-eval
 	$(BIN)/vtprune eval quickstart
 
 # A process a core, a thread a process.
-test test-release: export OMP_NUM_THREADS := 1
+test test-release test-demo: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
@@ -32,6 +35,10 @@ test-newest:
 # What fails first where a release of transformers is not understood, on that release.
 test-release: $(RELEASE)/.installed
 	$(RELEASE)/bin/python -m pytest -n auto --dist worksteal -m release $(ARGS)
+
+# The page of `vtprune demo`, and what it shows.
+test-demo: $(DEMO)/.installed
+	$(DEMO)/bin/python -m pytest tests/demo $(ARGS)
 
 # The plug-in of vLLM, in vLLM on a CPU; slow tests, too.
 test-vllm: $(VLLM)/.installed
@@ -53,6 +60,11 @@ lock: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-emit-index-url \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	sed '/^pillow==/d' requirements.lock > $(VENV)/constraints.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --no-emit-index-url --no-annotate \
+		--no-header --constraint $(VENV)/constraints.txt --output-file $(VENV)/demo.txt pyproject.toml
+	echo "# What $(DEMO) has beside requirements.lock, or instead of it; \`make lock\` writes it." > requirements-demo.lock
+	grep -vxFf requirements.lock $(VENV)/demo.txt >> requirements-demo.lock
 
 # One stamp for each set of extras, so that a changed dependency list is installed and an unchanged one is not.
 # The lock holds for what packages are built with, too; that needs a pip that knows --build-constraint.
@@ -62,12 +74,22 @@ $(VENV)/.installed-%: setup.py pyproject.toml $(LOCK) | $(BIN)/python
 		$(LOCK:%=--constraint %) $(LOCK:%=--build-constraint %) --editable ".[$*]"
 	touch $@
 
-# Only transformers lies in this environment; a .pth file shows it the packages of the other one.
-$(RELEASE)/.installed: $(VENV)/.installed-dev
-	$(BIN)/python -m venv --without-pip --clear $(RELEASE)
+# An empty environment; a .pth file shows it the packages of the other one.
+define layer
+	$(BIN)/python -m venv --without-pip --clear $(1)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		> "$$($(RELEASE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth"
+		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth"
+endef
+
+# Only transformers lies in this environment.
+$(RELEASE)/.installed: $(VENV)/.installed-dev
+	$(call layer,$(RELEASE))
 	$(BIN)/python -m pip --quiet --python $(RELEASE)/bin/python install --no-deps transformers==$(TRANSFORMERS)
+	touch $@
+
+$(DEMO)/.installed: $(VENV)/.installed-dev requirements-demo.lock
+	$(call layer,$(DEMO))
+	$(BIN)/python -m pip --quiet --python $(DEMO)/bin/python install --no-deps --requirement requirements-demo.lock
 	touch $@
 
 $(VLLM)/.installed: setup.py pyproject.toml requirements-vllm.lock tests/serving/vllm/_torchvision_ops.py

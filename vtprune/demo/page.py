@@ -16,14 +16,11 @@ from vtprune.errors import VTPruneError
 
 _COLUMNS = MOST_METHODS + 2
 """The full answer, the methods, and what a person chose."""
-_HEADERS = [
-    "",
-    "tokens in the last layer",
-    "average over layers",
-    "prefill GFLOPs of the LLM",
-    "KV cache MB",
-    "ms to first token",
-]
+_HEADERS = ["", "tokens", "average", "GFLOPs", "KV MB", "ms"]
+_LEGEND = (
+    "Visual tokens in the last layer, and averaged over the layers; FLOPs of the language model's prefill; KV cache of "
+    "the prompt; milliseconds until the first token, measured once."
+)
 _QUESTION = "How many digits are there?"
 _EXPIRES = 3600
 """Seconds after which the server forgets what an idle page shows."""
@@ -124,6 +121,7 @@ def build_page(comparison: Comparison) -> gr.Blocks:
         with gr.Row():
             columns = [_Column(number) for number in range(_COLUMNS)]
         gr.Markdown("Dark tokens are gone. Click on one, in any picture, to take it away or bring it back.")
+        gr.Markdown(_LEGEND)
         numbers = gr.Dataframe(headers=_HEADERS, interactive=False, label="cost", elem_id="vtprune-cost")
         link = gr.Textbox(
             label="link to this setting", info="what you uploaded is not in it", interactive=False, buttons=["copy"]
