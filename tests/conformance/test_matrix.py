@@ -198,10 +198,11 @@ def test_cell(name, media, method, attention):
         assert fingerprint(model) == run.state
         return
 
-    with vtprune.prune(model, keep_everything(method)):
-        untouched = generate(model, batch, batch.inputs)
-    assert torch.equal(untouched.sequences, run.output.sequences)
-    assert torch.equal(steps(untouched), steps(run.output))
+    if name not in families.KINDRED or in_turns(name, media, method):
+        with vtprune.prune(model, keep_everything(method)):
+            untouched = generate(model, batch, batch.inputs)
+        assert torch.equal(untouched.sequences, run.output.sequences)
+        assert torch.equal(steps(untouched), steps(run.output))
 
     inside_encoder = acts(method, InLayers)
 
