@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from string import ascii_uppercase
 
 import vtprune
 from vtprune.adapters.coverage import coverage
@@ -81,14 +82,14 @@ _HEAD = """<!-- Written by `pytest tests/conformance/test_matrix.py --update-sup
 
 # What works on what
 
-The tests run every cell below on tiny random-weight models, for single prompts and for a padded batch of three that
-differ in length and in the number and size of their images. Families that take videos run with images, with videos, and
-with both in one prompt, with sdpa (positions kept); with eager attention (positions renumbered) a method runs with one
-of these media, in turns. On kindred families, in which little is new, a method runs with one of these media and one
-kind of attention. Language models that do what sdpa cannot (Gemma 2 caps attention logits, gpt-oss has sinks) are
-eager in either case.
+The tests run every method on every family below, on tiny random-weight models, for single prompts and for a padded
+batch of three that differ in length and in the number and size of their images. Families that take videos run with
+images, with videos, and with both in one prompt, with sdpa (positions kept); with eager attention (positions
+renumbered) a method runs with one of these media, in turns. On kindred families, in which little is new, a method
+runs with one of these media and one kind of attention. Language models that do what sdpa cannot (Gemma 2 caps
+attention logits, gpt-oss has sinks) are eager in either case.
 
-A cell with ✓ keeps these promises:
+What works keeps these promises:
 
 * keeping everything gives the logits and ids of the model without vtprune, bit by bit;
 * generation with a pruned KV cache gives the logits (within 1e-4) and ids of a recompute without a cache, what was
@@ -98,53 +99,74 @@ A cell with ✓ keeps these promises:
 * the attention back end stays;
 * text is never dropped, and the report counts what every cache layer holds.
 
-Any other cell is refused when the session is made, before anything is computed; its letter is the reason, below.
+Anything else is refused when the session is made, before anything is computed, with the reason that is given below.
 Methods inside encoder layers (`tome` to `tca`, and names with `_patches`): where visual tokens are means of
 several patches (Gemma 3, Aya Vision, Command A Vision, videos of LLaVA-OneVision and LLaVA-NeXT-Video, resized images
 of LLaVA-OneVision), merging makes only the encoder cheaper, and methods that drop patches refuse the batch.
 """
 
-_WORKS = "✓"
+_METHODS_HEAD = """## Methods
+
+Methods that the same families take are one group. The numbers are the rows of the next table.
+"""
+
+_REFUSED_HEAD = """## Families and what they refuse
+
+Families that take the same methods, and refuse others for the same reasons, are one row. They take all groups of
+methods that the row does not name.
+"""
+
+_WORKS = ""
+"""Stands where a method works, among the reasons why others do not."""
 
 
 def page() -> str:
     """The text of docs/support.md, from what sessions accept now."""
-    reasons: dict[str, str] = {}
-    columns: dict[tuple[str, ...], list[str]] = {}
+    marked: dict[tuple[str, ...], list[str]] = {}
     facts = [["family", "tested as", "media", "visual tokens", "stages", "signals", "CLS token in the tests"]]
     for name in families.NAMES:
         model = families.shared(name)
         adapter = vtprune.adapter_for(model)
-        marks = []
-        for method in METHODS:
-            reason = refusal(model, spec(method))
-            if reason is not None:
-                reason = _general(reason, method, adapter.family)
-                reasons.setdefault(reason, _letter(len(reasons)))
-            marks.append(_WORKS if reason is None else reasons[reason])
-        columns.setdefault(tuple(marks), []).append(name)
+        reasons = (refusal(model, spec(method)) for method in METHODS)
+        marks = [
+            _WORKS if reason is None else _general(reason, method, adapter.family)
+            for method, reason in zip(METHODS, reasons, strict=True)
+        ]
+        marked.setdefault(tuple(marks), []).append(name)
         media = ", ".join(f"{kind}s" for kind in adapter.kinds)
         stages, signals = ", ".join(f"`{stage}`" for stage in adapter.stages()), ", ".join(adapter.signals())
         has_cls = "yes" if adapter.shape.has_cls else "no"
         facts.append([adapter.family, f"`{name}`", media, adapter.layout, stages, signals, has_cls])
-    numbers = [str(number) for number in range(1, len(columns) + 1)]
-    groups = [["column", "families, as they are tested"]]
-    groups += [
-        [number, ", ".join(f"`{name}`" for name in names)]
-        for number, names in zip(numbers, columns.values(), strict=True)
-    ]
-    table = [["method", *numbers]]
-    table += [[f"`{method}`", *marks] for method, *marks in zip(METHODS, *columns, strict=True)]
-    notes = [f"* **{letter}**: {reason}." for reason, letter in reasons.items()]
+    methods, refused = _groups(marked)
     text = [_TEXT_HEAD, *_markdown(_text_models()), ""]
-    head = [_HEAD, "Families with the same marks are one column:", "", *_markdown(groups), "", *_markdown(table), ""]
-    return "\n".join([*head, *notes, "", "## Families", "", *_markdown(facts), "", *text, *_every_class(), ""])
+    head = [_HEAD, _METHODS_HEAD, *_markdown(methods), "", _REFUSED_HEAD, *_markdown(refused), ""]
+    return "\n".join([*head, "## Families", "", *_markdown(facts), "", *text, *_every_class(), ""])
 
 
-def _letter(number: int) -> str:
-    """a to z, then aa to zz."""
-    first, last = divmod(number, 26)
-    return ("" if first == 0 else chr(96 + first)) + chr(97 + last)
+def _groups(marked: dict[tuple[str, ...], list[str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """The table of the methods and the table of what families refuse.
+
+    marked: for each method `_WORKS` or why not -> the families of which that is true.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for method, *marks in zip(METHODS, *marked, strict=True):
+        groups.setdefault(tuple(marks), []).append(method)
+    methods = [["group", "methods", "refused in rows"]]
+    refused = [["row", "families, as they are tested", "groups that are refused, and why"]]
+    for group, (marks, names) in zip(ascii_uppercase, groups.items(), strict=False):
+        taken = [str(row) for row, mark in enumerate(marks, 1) if mark == _WORKS]
+        others = [str(row) for row, mark in enumerate(marks, 1) if mark != _WORKS]
+        refusing = ", ".join(others) or "none" if len(others) <= len(taken) else f"all but {', '.join(taken)}"
+        methods.append([group, ", ".join(f"`{name}`" for name in names), refusing])
+    for row, (names, marks) in enumerate(zip(marked.values(), zip(*groups, strict=True), strict=True), 1):
+        why: dict[str, list[str]] = {}
+        for group, mark in zip(ascii_uppercase, marks, strict=False):
+            if mark != _WORKS:
+                why.setdefault(mark, []).append(group)
+        lines = [f"**{' '.join(letters)}**: {reason}" for reason, letters in why.items()]
+        refused.append([str(row), ", ".join(f"`{name}`" for name in names), "<br>".join(lines) or "none"])
+    assert len(groups) <= len(ascii_uppercase)
+    return methods, refused
 
 
 def _general(reason: str, method: str, family: str) -> str:
@@ -152,6 +174,8 @@ def _general(reason: str, method: str, family: str) -> str:
     instead."""
     general = re.sub(r"^\w+: ", "", reason.partition("; methods ")[0]).removeprefix(method).lstrip()
     general = general.replace(f"the vision encoder of {family}", "the vision encoder")
+    general = re.sub(r"^\w+ by .* CLS token(?=, and this vision encoder)", "needs a CLS token", general)
+    general = general.replace("reads the attention of a CLS token", "needs a CLS token")
     return re.sub(r"its vision tower is a \w+", "it is another one than CLIP's and SigLIP's", general)
 
 
