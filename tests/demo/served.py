@@ -14,7 +14,7 @@ def served(model="digitscenes"):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    page = serve(Source(model), "127.0.0.1", port, 16, prevent_thread_lock=True, quiet=True)
+    page = serve(Source(model), "127.0.0.1", port, 16)
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:

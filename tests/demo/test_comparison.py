@@ -111,6 +111,19 @@ def test_a_clip_is_compared_too(clips):
     assert by_hand.kept == tuple(range(1, 193))
 
 
+def test_without_places_there_are_answers_but_no_picture(monkeypatch, outcome):
+    from vtprune.demo import comparison as module
+
+    monkeypatch.setattr(module, "view_of", lambda *_: None)
+    blind = Comparison.open(Source())
+    found = blind.compare(Setting(QUESTION, ("auto",), 0.25, chosen=(1, 2), example=3))
+    assert found.prompt.sheet is None
+    assert [answer.kept for answer in found.answers[:2]] == [answer.kept for answer in outcome.answers[:2]]
+    assert isinstance(found.answers[2], Refused) and "places" in found.answers[2].why
+    with pytest.raises(ConfigError, match="no tokens to choose from"):
+        blind.toggle(found, 1, 1, 1)
+
+
 def test_methods_are_those_that_fit(comparison, clips):
     assert comparison.methods()[0] == clips.methods()[0] == "auto"
     assert "visionzip" in comparison.methods() and "vtc_cls" not in clips.methods()

@@ -13,8 +13,10 @@ import httpx  # noqa: E402 (comes with gradio)
 from served import served  # noqa: E402 (imports gradio)
 
 from vtprune.demo.comparison import Comparison, Source  # noqa: E402
+from vtprune.demo.serve import serve  # noqa: E402
 from vtprune.demo.setting import Setting  # noqa: E402
 from vtprune.demo.uploads import LIMITS  # noqa: E402
+from vtprune.errors import ConfigError  # noqa: E402
 from vtprune.eval.digitscenes import example  # noqa: E402
 
 QUESTION = "How many digits are there?"
@@ -90,6 +92,12 @@ def test_files_of_this_machine_are_not_opened(address, tmp_path):
     event = httpx.post(f"{address}gradio_api/call/answer", json=data, timeout=60).json()["event_id"]
     told = httpx.get(f"{address}gradio_api/call/answer/{event}", timeout=60).text
     assert "event: error" in told and "Traceback" not in told
+
+
+def test_a_port_that_is_taken_is_named(address):
+    port = int(address.rsplit(":", 1)[1].strip("/"))
+    with pytest.raises(ConfigError, match=f"127.0.0.1: cannot listen.*{port}"):
+        serve(Source(), "127.0.0.1", port, 16)
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux says who listens")

@@ -24,4 +24,6 @@ def demo(
     from vtprune.demo.comparison import Source
     from vtprune.demo.serve import serve
 
-    serve(Source(model, device, dtype), host, port, max_new_tokens)
+    page = serve(Source(model, device, dtype), host, port, max_new_tokens)
+    typer.echo(f"{page.local_url} shows the demo of {model}; Ctrl-C ends it")
+    page.block_thread()

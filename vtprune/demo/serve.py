@@ -21,18 +21,17 @@ def check_gradio() -> None:
         raise ConfigError('the demo needs Gradio: pip install "vtprune[demo]"')
 
 
-def serve(source: Source, host: str, port: int | None, max_new_tokens: int, **launch: Any) -> Any:
-    """Loads a model and serves its page until the process is interrupted.
+def serve(source: Source, host: str, port: int | None, max_new_tokens: int) -> Any:
+    """Loads a model and serves its page, in a thread of its own.
 
     Args:
         source: what to load.
         host: address to listen on.
         port: to listen on; None: the first free one from 7860 on.
         max_new_tokens: longest answer.
-        launch: further arguments of Gradio's `launch`.
 
     Returns:
-        Gradio's page, which runs.
+        Gradio's page, which runs: `local_url` is its address, `block_thread()` waits until the process is interrupted.
 
     Raises:
         ConfigError: Gradio is missing, the model cannot be loaded, or the port is taken.
@@ -54,8 +53,9 @@ def serve(source: Source, host: str, port: int | None, max_new_tokens: int, **la
             ssr_mode=False,
             enable_monitoring=False,
             state_session_capacity=32,
+            prevent_thread_lock=True,
+            quiet=True,  # it would name an option that opens the page to the world
             **LOOK,
-            **launch,
         )
     except OSError as error:
         raise ConfigError(f"{host}: cannot listen: {error}") from error
