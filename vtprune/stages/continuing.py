@@ -8,7 +8,7 @@ layers that need other positions or another mask are given them. Without padding
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,7 +154,7 @@ def go_on(
     arriving = None
     if length == 1:  # which is never padding
         check_of_columns(mask)
-        positions = positions_of(hidden, kwargs, int(cache.get_seq_length()))
+        positions = positions_of(hidden, kwargs, lambda: int(cache.get_seq_length()))
     else:
         columns = Columns.of(hidden, kwargs, mask, has_images=False)
         positions = columns.positions
@@ -165,16 +165,18 @@ def go_on(
     layers = [layer if isinstance(layer, PrunedLayer) else pruned[0] for layer in layers]
     shifts = [layer.layout.shift for layer in layers]
     masks: list[Hashable] = [None] * len(layers)
+    # What a layer stores takes a while to read, and many read the keys of one layer.
+    stored = {id(layer): layer.physical for layer in pruned} if padded or uneven else {}
     if padded or uneven:
         # Layers that have stored the same columns see the same ones.
-        states = [(id(layer.layout), layer.physical) for layer in layers]
+        states = [(id(layer.layout), stored[id(layer)]) for layer in layers]
         kinds = layer_kinds(config, len(layers))
         masks = [None if s == states[0] else ("mask", kind, *s) for kind, s in zip(kinds, states, strict=True)]
         if length > 1:
             ask_for_all_rows(kwargs)
     if padded:
         shift = None if arriving is None else _overcounted(arriving, positions)
-        _extend(pruned, length, None if arriving is None else send(arriving, hidden.device), shift)
+        _extend(pruned, stored, length, None if arriving is None else send(arriving, hidden.device), shift)
         kwargs["attention_mask"] = layers[0].padding_mask()
     ropes: list[Hashable] = [None] * len(layers)
     if moved:
@@ -187,14 +189,17 @@ def go_on(
     return kwargs, Continuation(adapter, config, cache, layers, length, positions, shifts, masks, ropes)
 
 
-def _extend(pruned: Sequence[PrunedLayer], length: int, real: Tensor | None, shift: Tensor | None) -> None:
+def _extend(
+    pruned: Sequence[PrunedLayer], stored: Mapping[int, int], length: int, real: Tensor | None, shift: Tensor | None
+) -> None:
     """Tell cache layers that `length` more columns arrive, `real` (batch, length) of them; None for all.
 
-    shift: (batch, 1) positions that tokens behind them must be moved back by.
+    stored: `id` of a layer -> columns that it stores. shift: (batch, 1) positions that tokens behind them must be moved
+    back by.
     """
     longer: dict[tuple[int, int], CacheLayout] = {}
     for layer in pruned:
-        layout, physical = layer.layout, layer.physical
+        layout, physical = layer.layout, stored[id(layer)]
         key = id(layout), physical
         if key not in longer:
             longer[key] = layout.extend(length, real, 0, shift, physical)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +212,7 @@ class Columns:
             real = mask[:, -length:]
             if past and not bool(mask[:, :past].all()):
                 past_real = mask[:, :past]
-        return cls(past, real, positions_of(hidden, kwargs, past), past_real)
+        return cls(past, real, positions_of(hidden, kwargs, lambda: past), past_real)
 
 
 def check_of_columns(mask: Any) -> None:
@@ -223,11 +224,14 @@ def check_of_columns(mask: Any) -> None:
         )
 
 
-def positions_of(hidden: Tensor, kwargs: dict[str, Any], past: int) -> Tensor:
-    """(..., batch | 1, length): position ids of embeddings (batch, length, dim) behind a cache of length `past`."""
+def positions_of(hidden: Tensor, kwargs: dict[str, Any], past: Callable[[], int]) -> Tensor:
+    """(..., batch | 1, length): position ids of embeddings (batch, length, dim) behind a cache.
+
+    past: tells the length of the cache. It is only asked where no position ids are given, since to ask takes time.
+    """
     positions = kwargs.get("position_ids")
     if positions is None:
-        return torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        positions = past() + torch.arange(hidden.shape[1], device=hidden.device)[None]
     return positions
 
 
