@@ -3,11 +3,12 @@
 
 The README is the home page. What pages link outside docs/ gets a place under source/: pages as pages, folders as lists
 of their files, other files as text, so that every link leads somewhere without a network. The API reference of the
-methods follows their catalogue.
+methods follows their catalogue. Notebooks are pages of their cells.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,8 @@ HOME = {ROOT / "README.md": "index.md"}
 def place(path: Path) -> str:
     """Where a file or folder of the repository lies on the site."""
     if path.is_relative_to(DOCS):
-        return path.relative_to(DOCS).as_posix()
+        shown = path.with_suffix(".md") if path.suffix == ".ipynb" else path
+        return shown.relative_to(DOCS).as_posix()
     if path in HOME:
         return HOME[path]
     below = f"source/{path.relative_to(ROOT).as_posix()}"
@@ -64,9 +66,18 @@ def methods_page() -> str:
     return "# Methods\n\n[The table](../methods.md) compares them.\n\n" + "\n".join(entries)
 
 
+def notebook_page(path: Path) -> str:
+    """The cells of a notebook, in order."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ((cell["cell_type"], "".join(cell["source"])) for cell in cells)
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in texts) + "\n"
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add what docs/ does not hold."""
     files.append(File.generated(config, "reference/methods.md", content=methods_page()))
+    for notebook in sorted(DOCS.rglob("*.ipynb")):
+        files.append(File.generated(config, place(notebook), content=notebook_page(notebook)))
     waiting = [*HOME, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     for page in DOCS.rglob("*.md"):
         waiting += targets(page.read_text(encoding="utf-8"), page)

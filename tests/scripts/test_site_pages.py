@@ -66,3 +66,9 @@ def test_the_reference_has_every_method(site):
     text = (site / "reference" / "methods.html").read_text(encoding="utf-8")
     missing = [name for name, cls in catalogue.CLASSES.items() if f'id="vtprune.methods.{name}.{cls}"' not in text]
     assert not missing
+
+
+def test_notebooks_are_pages(site):
+    text = (site / "notebooks" / "own_method.html").read_text(encoding="utf-8")
+    assert "Write a method with its own signal" in text and "EncoderSignal" in text
+    assert 'href="notebooks/own_method.html"' in (site / "index.html").read_text(encoding="utf-8")
