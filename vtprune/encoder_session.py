@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import chain
 
@@ -18,6 +19,7 @@ from vtprune.session_life import SessionLife
 from vtprune.stages.choosing import Profile
 from vtprune.stages.encoder_pass import EncoderPass
 from vtprune.stages.layer_calls import LayerCalls
+from vtprune.totals import EncoderTotals
 
 
 class EncoderSession(SessionLife):
@@ -57,6 +59,7 @@ class EncoderSession(SessionLife):
         method.check_budget(adapter.shape)
         super().__init__([adapter.tower], chain(model.modules(), adapter.model.modules()), methods, strict=strict)
         self._reports: PerCaller[EncoderReport] = PerCaller()
+        self._totals, self._lock = EncoderTotals(), threading.Lock()
         self._weights = LayerWeights.of(adapter)
         self._calls = LayerCalls(adapter, method, self._finished, profile=profile, follows=follows)
 
@@ -67,6 +70,14 @@ class EncoderSession(SessionLife):
         A thread that encoded none is given that of another one if there is only one; with several, VTPruneError.
         """
         return self._reports.get()
+
+    @property
+    def totals(self) -> EncoderTotals:
+        """All batches since the session was made, of all threads."""
+        return self._totals
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{self.totals}"
 
     def _finished(self, batch: EncoderPass) -> None:
         report = EncoderReport(
@@ -83,6 +94,8 @@ class EncoderSession(SessionLife):
             selection_flops=batch.selection_flops if self._profile == "flops" else None,
         )
         self._reports.set(report)
+        with self._lock:
+            self._totals += report
         wants_less = any(batch.schedule) or self.methods[0].keep_ratio not in (None, 1.0)
         if self.strict and wants_less and report.final_tokens == report.original_tokens:
             raise NothingPrunedError(

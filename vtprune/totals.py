@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session saved over all of its prefills."""
+"""What a session saved over all of its prefills, or over all of the batches of a vision encoder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vtprune.report_table import HEADER, row
 
 if TYPE_CHECKING:
+    from vtprune.encoder_report import EncoderReport
     from vtprune.report import Report
 
 
@@ -50,6 +51,47 @@ class Totals:
             HEADER,
             row("visual tokens, average", self.kept_tokens, self.original_tokens),
             row("prefill GFLOPs", self.prefill_flops / 1e9, self.unpruned_prefill_flops / 1e9),
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class EncoderTotals:
+    """All batches of images of a session on a vision encoder alone, added up."""
+
+    batches: int = 0
+    images: int = 0
+    original_tokens: int = 0
+    """Patches of all images."""
+    final_tokens: int = 0
+    """Those that were left behind the last layer."""
+    encoder_flops: int = 0
+    unpruned_encoder_flops: int = 0
+    """FLOPs of the encoder, as in `EncoderReport`."""
+
+    @property
+    def keep_ratio(self) -> float:
+        """Patches left behind the last layer over all that came; 1.0 without any."""
+        return self.final_tokens / self.original_tokens if self.original_tokens else 1.0
+
+    def __add__(self, report: EncoderReport) -> EncoderTotals:
+        return EncoderTotals(
+            self.batches + 1,
+            self.images + report.images,
+            self.original_tokens + report.images * report.original_tokens,
+            self.final_tokens + report.images * report.final_tokens,
+            self.encoder_flops + report.encoder_flops,
+            self.unpruned_encoder_flops + report.unpruned_encoder_flops,
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.batches} batch(es), {self.images} image(s)",
+            HEADER,
+            row("patches, final", self.final_tokens, self.original_tokens),
+            row("encoder GFLOPs", self.encoder_flops / 1e9, self.unpruned_encoder_flops / 1e9),
         ]
         return "\n".join(lines)
 

@@ -105,6 +105,25 @@ def test_the_report():
         report.sources(2)
 
 
+@torch.no_grad()
+def test_totals_add_all_batches_up():
+    model, images = hosts.make(hosts.NAMES[0]), hosts.pixels()
+    with vtprune.prune(model, DropLast(keep_tokens=hosts.PATCHES - 10)) as session:
+        assert session.totals.batches == 0 and session.totals.keep_ratio == 1.0
+        hosts.encode(model, images)
+        first = session.report
+        hosts.encode(model, images[:1])
+        last = session.report
+    totals = session.totals
+    assert (totals.batches, totals.images) == (2, len(images) + 1)
+    assert totals.original_tokens == totals.images * hosts.PATCHES
+    assert totals.final_tokens == totals.images * (hosts.PATCHES - 10)
+    assert totals.encoder_flops == first.encoder_flops + last.encoder_flops
+    assert totals.unpruned_encoder_flops == first.unpruned_encoder_flops + last.unpruned_encoder_flops
+    assert totals.encoder_flops < totals.unpruned_encoder_flops
+    assert str(totals) in repr(session)
+
+
 def test_gradients_are_those_of_what_is_computed():
     """A small step along the gradient of a parameter changes the output by what the gradient says."""
     model, images = hosts.make("vit").double(), hosts.pixels().double()
