@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from contextlib import ExitStack
 
 import pytest
 
@@ -28,3 +30,34 @@ os.environ.update(
 def folder(tmp_path_factory):
     """Where checkpoints are written."""
     return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def engine_of(folder):
+    """Family -> an engine without a setting. The last two stay: starting one is slow."""
+    from .checkpoints import save
+    from .serving import engine
+
+    running: dict[str, tuple] = {}
+
+    def of(name):
+        if name not in running:
+            if len(running) == 2:
+                running.pop(next(iter(running)))[1].close()
+            stack = ExitStack()
+            running[name] = stack.enter_context(engine(save(name, folder), max_model_len=1024)), stack
+        running[name] = running.pop(name)  # the one used last goes last
+        return running[name][0]
+
+    yield of
+    for _, stack in running.values():
+        stack.close()
+
+
+@pytest.fixture(scope="session")
+def reference_of(folder):
+    """Family -> transformers with vtprune."""
+    from .checkpoints import save
+    from .serving import Reference
+
+    return functools.cache(lambda name: Reference(save(name, folder)))

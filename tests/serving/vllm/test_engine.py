@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .checkpoints import save
-from .serving import A, B, Reference, Request, assert_equal, engine, serve
+from .serving import Request, assert_equal, engine, picture, serve
 
 LONG = " ".join(["what is in this picture ? who are you ?"] * 12)  # several blocks of the cache behind the image
 PROMPT = "look : {image} " + LONG
@@ -20,19 +19,19 @@ QUARTER = {"name": "divprune", "keep_ratio": 0.25}
 HALF = {"name": "divprune", "keep_ratio": 0.5}
 SAME_COUNT = {"name": "uniform", "keep_ratio": 0.25}
 MMTOK = {"name": "mmtok", "keep_ratio": 0.25}
-NAMES = ("llava", "qwen2_5_vl")
+A, B = picture(50, 31, 1), picture(23, 60, 1)  # the caches of the engine hold those of other tests
+MROPE = ("qwen3_vl", "qwen2_5_vl")
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def reference(request, folder):
-    return Reference(save(request.param, folder))
+@pytest.fixture(scope="module", params=["llava", MROPE[0], pytest.param(MROPE[1], marks=pytest.mark.slow)])
+def reference(request, reference_of):
+    return reference_of(request.param)
 
 
-@pytest.fixture(scope="module")
-def plain(reference, folder):
+@pytest.fixture
+def plain(reference, engine_of):
     """An engine without a setting."""
-    with engine(folder / reference.name) as llm:
-        yield llm
+    return engine_of(reference.name)
 
 
 def check(reference, llm, requests, default=None) -> list[int]:
@@ -103,11 +102,12 @@ def test_a_bad_request_is_refused_and_harms_nobody(reference, plain, method, mes
     check(reference, plain, [Request("look : {image} who is this ?", [A], QUARTER)])
 
 
-def test_chunked_prefill_and_a_servers_default(reference, plain, folder):
+@pytest.mark.parametrize("name", ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in MROPE)])
+def test_chunked_prefill_and_a_servers_default(name, reference_of, folder):
     """Chunks of 24 tokens cut through images and text; a request overrides the default, or turns it off."""
-    plain.llm_engine.engine_core.shutdown()
+    reference = reference_of(name)
     options = dict(max_num_batched_tokens=24, max_num_seqs=4, enable_chunked_prefill=True)
-    with engine(folder / reference.name, hf_overrides={"vtprune": HALF}, **options) as llm:
+    with engine(folder / name, hf_overrides={"vtprune": HALF}, **options) as llm:
         requests = [
             Request(PROMPT, [A]),
             Request(PROMPT, [A], QUARTER),
@@ -120,27 +120,33 @@ def test_chunked_prefill_and_a_servers_default(reference, plain, folder):
 
 
 _PLAIN = """
-import json, sys
-from serving.vllm.serving import A, Request, engine, serve
+import sys
 from pathlib import Path
+
+from serving.vllm.serving import engine
+from serving.vllm.test_engine import alone
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    with engine(path) as llm:
-        answers = serve(llm, path.name, [Request("look : {image} who is this ?", [A]), Request("who are you ?")])
-    print("ANSWERS", json.dumps([[a.tokens, a.logprobs.tolist(), a.prompt] for a in answers]))
+    with engine(path, max_model_len=1024) as llm:
+        print("ANSWERS", alone(llm, path.name))
 """
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
-def test_where_nothing_is_set_vllm_is_untouched(name, folder, tmp_path):
+def alone(llm, name) -> str:
+    """Answers to requests, one after another, as JSON. No cache holds their images or their texts."""
+    asked = [Request("who is this ? {image} " + LONG, [picture(47, 38, 2)]), Request("picture who are you ? " + LONG)]
+    answers = [serve(llm, name, [request])[0] for request in asked]
+    assert not any(answer.cached for answer in answers)
+    return json.dumps([[answer.tokens, answer.logprobs.tolist(), answer.prompt] for answer in answers])
+
+
+def test_where_nothing_is_set_vllm_is_untouched(reference, plain, folder, tmp_path):
     """Bit by bit, against an engine that loads no plug-in."""
-    path, script = save(name, folder), tmp_path / "plain.py"
+    script = tmp_path / "plain.py"
     script.write_text(_PLAIN)
-    found = []
-    for plugins in ("", "vtprune"):
-        env = os.environ | {"VLLM_PLUGINS": plugins, "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run([sys.executable, script, path], env=env, capture_output=True, text=True, check=True)
-        line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
-        found.append(json.loads(line.removeprefix("ANSWERS ")))
-    assert found[0] == found[1]
+    env = os.environ | {"VLLM_PLUGINS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, script, folder / reference.name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
+    assert json.loads(line.removeprefix("ANSWERS ")) == json.loads(alone(plain, reference.name))

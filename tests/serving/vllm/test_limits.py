@@ -43,6 +43,7 @@ def test_without_such_an_option_nothing_is_noted(folder):
     assert not hasattr(config.model_config.hf_config, "vtprune_excluded_by")
 
 
+@pytest.mark.slow
 def test_a_request_is_refused_by_a_server_that_cannot_prune(folder):
     path = save("llava", folder)
     with engine(path, compilation_config={"compile_mm_encoder": True}) as llm:
