@@ -86,8 +86,9 @@ The tests run every method on every family below, on tiny random-weight models, 
 batch of three that differ in length and in the number and size of their images. Families that take videos run with
 images, with videos, and with both in one prompt, with sdpa (positions kept); with eager attention (positions
 renumbered) a method runs with one of these media, in turns. On kindred families, in which little is new, a method
-runs with one of these media and one kind of attention. Language models that do what sdpa cannot (Gemma 2 caps
-attention logits, gpt-oss has sinks) are eager in either case.
+runs with one of these media and one kind of attention; one prompt of the batch also runs alone, and every eighth
+method also keeps everything. Language models that do what sdpa cannot (Gemma 2 caps attention logits, gpt-oss has
+sinks) are eager in either case.
 
 What works keeps these promises:
 
