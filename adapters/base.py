@@ -113,9 +113,9 @@ class Adapter(LayerStates, Pictures, ABC):
         """The module whose forward takes `input_ids` and pixels and calls the language model."""
         return self.model.base_model
 
-    @property
+    @functools.cached_property
     def language_model(self) -> Any:
-        """The decoder, called with `inputs_embeds`; has `layers` and `rotary_emb`."""
+        """The decoder, called with `inputs_embeds`; has `layers` and `rotary_emb`. Steps ask for it often."""
         return self.model.get_decoder()
 
     @property

@@ -102,9 +102,9 @@ class Continuation:
         kind, shifts = self.adapter.rope_kinds[i], [self.shifts[i]]
         if rotates_by_position_alone(self.config):
             shifts = list({id(shift): shift for shift in self.shifts}.values())[1:]
-        none = torch.zeros_like(next(shift for shift in self.shifts if shift is not None))
-        moved = torch.stack([none if shift is None else shift for shift in shifts]).to(self.positions.device)
-        places = (self.positions.unsqueeze(-3) - moved).clamp(min=0)
+        known = next(shift for shift in self.shifts if shift is not None)
+        moved = torch.stack([known.new_zeros(known.shape) if shift is None else shift for shift in shifts])
+        places = (self.positions.unsqueeze(-3) - moved.to(self.positions.device)).clamp(min=0)
         ropes = self.adapter.rope(i, hidden, places.flatten(-3, -2).to(hidden.device))
         ropes = [ropes] if len(shifts) == 1 else _parted(ropes, len(shifts))
         self.memo |= {("rope", kind, id(shift)): rope for shift, rope in zip(shifts, ropes, strict=True)}
