@@ -141,12 +141,14 @@ def alone(llm, name) -> str:
     return json.dumps([[answer.tokens, answer.logprobs.tolist(), answer.prompt] for answer in answers])
 
 
-def test_where_nothing_is_set_vllm_is_untouched(reference, plain, folder, tmp_path):
+@pytest.mark.parametrize("name", ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in MROPE)])
+def test_where_nothing_is_set_vllm_is_untouched(name, engine_of, folder, tmp_path):
     """Bit by bit, against an engine that loads no plug-in."""
+    ours = alone(engine_of(name), name)
     script = tmp_path / "plain.py"
     script.write_text(_PLAIN)
     env = os.environ | {"VLLM_PLUGINS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, script, folder / reference.name]
+    command = [sys.executable, script, folder / name]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
-    assert json.loads(line.removeprefix("ANSWERS ")) == json.loads(alone(plain, reference.name))
+    assert json.loads(line.removeprefix("ANSWERS ")) == json.loads(ours)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from .checkpoints import CHECKPOINTS, save
-from .serving import DEFAULT, A, B, C, D, Reference, Request, assert_equal, engine, serve
+from .checkpoints import CHECKPOINTS
+from .serving import DEFAULT, A, B, C, D, Request, assert_equal, serve
 
 METHODS = ("uniform", "divprune", "mmtok", "pool", "random")
 OF_CLS = ("visionzip", "vispruner", "glsim", "vtc_cls")
@@ -30,22 +30,20 @@ def requests(method) -> list[Request]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CHECKPOINTS]
 )
-def test_answers_of_a_batch(name, folder):
-    path = save(name, folder)
-    reference = Reference(path)
+def test_answers_of_a_batch(name, engine_of, reference_of):
+    reference, llm = reference_of(name), engine_of(name)
     more = {"keep_separators": True} if name in ("llava_next", "llava_onevision") else {}
     methods: list = [
         {"name": method, "keep_ratio": 0.3} | more for method in METHODS + OF_CLS * (name in ("llava", "llava_next"))
     ]
-    with engine(path) as llm:
-        plain = serve(llm, name, requests(None))
-        for spec in (None, *methods):
-            # A number of the prompt's text is what `random` draws by, and processors add text to it themselves.
-            if spec is not None and spec["name"] == "random" and name in _ADDS_TEXT:
-                continue
-            asked = requests(spec)
-            for request, answer, full in zip(asked, serve(llm, name, asked), plain, strict=True):
-                assert_equal(reference.answer(request), answer)
-                assert answer.prompt <= full.prompt
-                if spec is not None and request.images:
-                    assert answer.prompt < full.prompt
+    plain = serve(llm, name, requests(None))
+    for spec in (None, *methods):
+        # A number of the prompt's text is what `random` draws by, and processors add text to it themselves.
+        if spec is not None and spec["name"] == "random" and name in _ADDS_TEXT:
+            continue
+        asked = requests(spec)
+        for request, answer, full in zip(asked, serve(llm, name, asked), plain, strict=True):
+            assert_equal(reference.answer(request), answer)
+            assert answer.prompt <= full.prompt
+            if spec is not None and request.images:
+                assert answer.prompt < full.prompt

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from .checkpoints import CHECKPOINTS, save
-from .serving import A, Reference, Request, assert_equal, clip, engine, serve
+from .checkpoints import CHECKPOINTS
+from .serving import A, Request, assert_equal, clip, serve
 
 METHODS = (
     {"name": "uniform", "keep_ratio": 0.3},
@@ -22,22 +22,20 @@ NAMES = [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.video]
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "qwen3_vl" else [pytest.mark.slow]) for name in NAMES]
 )
-def test_answers_of_a_batch(name, folder):
+def test_answers_of_a_batch(name, engine_of, reference_of):
     """Long and short videos, images and text in one batch, and both in one prompt."""
-    path = save(name, folder)
-    reference = Reference(path)
+    reference, llm = reference_of(name), engine_of(name)
     more = {"keep_separators": True} if name == "llava_onevision" else {}
-    with engine(path, max_model_len=1024) as llm:
-        for spec in (method | more for method in METHODS):
-            asked = [
-                Request("look : {video} what is in this picture ?", videos=[clip(8)], method=spec),
-                Request("{image} and {video} who is this ?", [A], spec, videos=[clip(4)]),
-                Request("{video} what is this ? {image}", [A], spec, videos=[clip(6, 30, 60)]),
-                Request("{video} {video} what is this ?", videos=[clip(4), clip(4, 30, 60)], method=spec),
-                Request("who are you ?"),
-                Request("look : {image} who is this ?", [A], method=spec),
-            ]
-            for request, answer in zip(asked, serve(llm, name, asked), strict=True):
-                assert_equal(reference.answer(request), answer)
-        alone = Request("{image} and {video} who is this ?", [A], None, videos=[clip(4)])
-        assert_equal(reference.answer(alone), *serve(llm, name, [alone]))
+    for spec in (method | more for method in METHODS):
+        asked = [
+            Request("look : {video} what is in this picture ?", videos=[clip(8)], method=spec),
+            Request("{image} and {video} who is this ?", [A], spec, videos=[clip(4)]),
+            Request("{video} what is this ? {image}", [A], spec, videos=[clip(6, 30, 60)]),
+            Request("{video} {video} what is this ?", videos=[clip(4), clip(4, 30, 60)], method=spec),
+            Request("who are you ?"),
+            Request("look : {image} who is this ?", [A], method=spec),
+        ]
+        for request, answer in zip(asked, serve(llm, name, asked), strict=True):
+            assert_equal(reference.answer(request), answer)
+    alone = Request("{image} and {video} who is this ?", [A], None, videos=[clip(4)])
+    assert_equal(reference.answer(alone), *serve(llm, name, [alone]))
