@@ -57,8 +57,11 @@ def open_tasks(entries: Iterable[TaskEntry | dict[str, Any]], include_path: Sequ
         include_path: folders with further tasks of lmms-eval.
 
     Raises:
-        ConfigError: as `open_task` does, or two entries have a task in common.
+        ConfigError: as `open_task` does, two entries have a task in common, or a folder is not there.
     """
+    for folder in include_path:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"include_path: {folder}: no such folder")
     found: dict[str, AnyTask] = {}
     for entry in entries:
         for task in _opened(entry, include_path):

@@ -93,8 +93,9 @@ def test_what_cannot_be_scored_is_refused_with_its_reason(folder, name):
 def test_unknown_names(folder, tmp_path):
     with pytest.raises(ConfigError, match="lmms:pairz: lmms-eval has no such task; did you mean pairs"):
         open_lmms("pairz", [folder])
-    with pytest.raises(ConfigError, match="include_path: .*nowhere: no such folder"):
-        open_lmms("pairs", [tmp_path / "nowhere"])
+    for task in ("lmms:pairs", "digitscenes"):
+        with pytest.raises(ConfigError, match="include_path: .*nowhere: no such folder"):
+            open_tasks([task], [tmp_path / "nowhere"])
     with pytest.raises(ConfigError, match="task 'pairs' is there twice, as lmms:pairs and lmms:pairs"):
         open_tasks(["lmms:pairs", "lmms:both"], [folder])
     with pytest.raises(ConfigError, match="lmms:both is a group of 2 tasks"):
@@ -168,6 +169,7 @@ def test_suites_are_the_files_of_configs_lmms(tmp_path, monkeypatch):
     listed = [task for name in suite_names() for task in suite_tasks(name)]
     assert sorted(listed) == sorted(suite_table())
     opened = []
+    (tmp_path / "mine").mkdir()
     monkeypatch.setattr(lmms_tasks, "open_lmms", lambda name, include_path: opened.append((name, include_path)) or [])
     settings = config(tmp_path, task="suite:documents", include_path="mine")
     open_tasks(settings.task, settings.include_path)
