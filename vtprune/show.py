@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from vtprune.errors import ConfigError
 
@@ -16,6 +18,18 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.De
 """What Pillow raises for files that are no pictures, are torn, or are far too large."""
 
 
+@contextmanager
+def torn_files_refused() -> Iterator[None]:
+    """Other libraries (lmms-eval) tell Pillow to fill up files whose end is missing."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@torn_files_refused()
 def load_picture(path: Path) -> Image.Image:
     """Read an RGB image from a file. It is turned upright by its EXIF orientation, and 16 bits a channel become 8.
 

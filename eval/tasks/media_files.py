@@ -6,17 +6,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageFile
+from PIL import Image
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks.base import Kind, file_digest
-from vtprune.show import UNREADABLE
+from vtprune.show import UNREADABLE, torn_files_refused
 
 _SMALL = (64, 64)
 """JPEG files are decoded at about this size to check them, which takes a part of the time."""
@@ -24,13 +23,13 @@ _SMALL = (64, 64)
 
 def look_at(paths: Iterable[Path], kind: Kind) -> None:
     """Reads files side by side, so that `problem_of` and `digest_of` know them."""
-    with _torn_files_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with torn_files_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda path: _looked(path, kind), dict.fromkeys(paths)))
 
 
 def problem_of(path: Path, kind: Kind) -> str | None:
     """What is wrong with a file; None if it is a picture or a video that can be read."""
-    with _torn_files_refused():
+    with torn_files_refused():
         return _looked(path, kind)[1]
 
 
@@ -39,22 +38,11 @@ def digest_of(path: Path, kind: Kind) -> str:
 
     Raises ConfigError if the file cannot be read any more.
     """
-    with _torn_files_refused():
+    with torn_files_refused():
         digest, problem = _looked(path, kind)
     if digest is None:
         raise ConfigError(f"{path}: {problem}")
     return digest
-
-
-@contextmanager
-def _torn_files_refused() -> Iterator[None]:
-    """Other libraries (lmms-eval) tell Pillow to fill up files whose end is missing."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _looked(path: Path, kind: Kind) -> tuple[str | None, str | None]:

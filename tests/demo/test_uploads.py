@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtprune.demo.uploads import LIMITS, open_example, open_upload
 from vtprune.errors import ConfigError
@@ -87,7 +87,10 @@ def test_what_is_neither_is_refused(tmp_path, content):
         open_upload(tmp_path / "file.png")
 
 
-def test_torn_images_are_refused(picture):
+@pytest.mark.parametrize("filled", [False, True])
+def test_torn_images_are_refused(picture, monkeypatch, filled):
+    """Also where another library has told Pillow to fill them up."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", filled)
     picture.write_bytes(picture.read_bytes()[:3000])
     with pytest.raises(ConfigError, match="not a readable image"):
         open_upload(picture)
