@@ -4,11 +4,11 @@ import random
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtprune.errors import ConfigError
 from vtprune.eval.tasks.media_files import problem_of
-from vtprune.show import check_target, load_picture
+from vtprune.show import check_target, load_picture, torn_files_refused
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff", "webp"])
@@ -120,3 +120,14 @@ def test_values_of_unknown_brightness_are_refused(tmp_path, values, words):
     Image.fromarray(values).save(tmp_path / "depth.tiff")
     with pytest.raises(ConfigError, match=words):
         load_picture(tmp_path / "depth.tiff")
+
+
+def test_threads_that_read_side_by_side_refuse_torn_files(monkeypatch):
+    """The first one that is done must not let Pillow fill up what the other one reads."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    first, second = torn_files_refused(), torn_files_refused()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    second.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES

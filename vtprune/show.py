@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,36 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.De
 """What Pillow raises for files that are no pictures, are torn, or are far too large."""
 
 
+class _FillingUp:
+    """Whether Pillow fills up files whose end is missing: not while somebody reads, whatever was set before."""
+
+    def __init__(self) -> None:
+        self._lock, self._readers, self._before = threading.Lock(), 0, False
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._readers:
+                self._before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self._readers += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+_FILLING_UP = _FillingUp()
+
+
 @contextmanager
 def torn_files_refused() -> Iterator[None]:
-    """Other libraries (lmms-eval) tell Pillow to fill up files whose end is missing."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    """Other libraries (lmms-eval) tell Pillow to fill up files whose end is missing. Threads may read side by side."""
+    _FILLING_UP.begin()
     try:
         yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        _FILLING_UP.end()
 
 
 @torn_files_refused()
