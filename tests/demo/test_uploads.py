@@ -80,7 +80,7 @@ def test_a_file_cannot_name_others(clip, content, ending):
         open_upload(playlist)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"GIF89a"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"GIF89a", b"P6\n10"])
 def test_what_is_neither_is_refused(tmp_path, content):
     (tmp_path / "file.png").write_bytes(content)
     with pytest.raises(ConfigError, match="neither an image nor a clip|not a readable image"):

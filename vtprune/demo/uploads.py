@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from vtprune.errors import ConfigError
 from vtprune.eval.digitscenes import example, video_example
 from vtprune.eval.tasks import Kind
-from vtprune.show import load_picture
+from vtprune.show import UNREADABLE, load_picture
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def open_upload(path: Path, limits: Limits = LIMITS) -> Shown:
         return Shown("video", path, digest, name, ("from pathlib import Path",))
     except Image.DecompressionBombError:
         width = height = limits.pixels
+    except UNREADABLE as error:  # Pillow knows the kind of file, and fails at its head
+        raise ConfigError(f"{path}: not a readable image") from error
     _check_size(width, height, limits)
     imports = ("from pathlib import Path", "from vtprune.show import load_picture")
     return Shown("image", load_picture(path), digest, f"load_picture({name})", imports)
